@@ -1,0 +1,20 @@
+"Packaging, from settings.ini. The stage notebooks and the studio travel inside the wheel."
+from configparser import ConfigParser
+from setuptools import find_packages, setup
+
+config = ConfigParser(); config.read('settings.ini', encoding='utf-8')
+c = config['DEFAULT']
+extras = {k.removesuffix('_requirements'): v.split() for k, v in c.items() if k.endswith('_requirements')}
+
+setup(
+    name=c['lib_name'], version=c['version'], description=c['description'], keywords=c['keywords'],
+    author=c['author'], author_email=c['author_email'], url=c['git_url'], license='Apache-2.0',
+    long_description=open('README.md', encoding='utf-8').read() if __import__('os').path.exists('README.md') else c['description'],
+    long_description_content_type='text/markdown',
+    packages=[*find_packages(include=['flowerdiff', 'flowerdiff.*']), 'flowerdiff.notebooks', 'flowerdiff.apps'],
+    package_dir={'flowerdiff.notebooks': 'nbs/stages', 'flowerdiff.apps': 'nbs/apps'},
+    package_data={'flowerdiff': ['profiles/*.yaml', 'assets/**/*'], 'flowerdiff.notebooks': ['*.ipynb'], 'flowerdiff.apps': ['*.ipynb']},
+    python_requires=f">={c['min_python']}", install_requires=c['requirements'].split(), extras_require=extras,
+    entry_points={'console_scripts': c['console_scripts'].split()}, zip_safe=False,
+    classifiers=['Programming Language :: Python :: 3.11', 'Intended Audience :: Developers', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+)
