@@ -131,13 +131,14 @@ class Evaluate(Section):
 # %% ../nbs/core/00_config.ipynb #7f9565f9
 class Onnx(Section):
     "The model for ONNX Runtime."
-    opset: Annotated[int, Field(ge=17, le=23)] = 18
+    opset: Annotated[int, Field(ge=17, le=20)] = 18
     max_error: Rate = 1e-3      # largest relative difference to PyTorch that passes
-    int8: bool = False          # also a quantised UNet
 
 class Tensorrt(Section):
     "The model for NVIDIA's runtime."
-    flavour: Literal['auto', 'rtx', 'classic'] = 'auto'
+    flavour: Literal['auto', 'rtx', 'classic'] = 'auto' # rtx can build without a GPU
+    max_batch: Count = 8     # pictures at once
+    targets: list[str] = []  # architectures to build for ahead of time (rtx), such as [SM86]; none: this machine's GPU
 
 class Publish(Section):
     "Where the finished model goes."
