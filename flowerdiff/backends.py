@@ -195,7 +195,7 @@ def weights_fingerprint(
             for i in range(blocks): f.seek(max(0, (size-65536)*i//max(1, blocks-1))); h.update(f.read(65536))
     return h.hexdigest()
 
-# %% ../nbs/core/42_backends.ipynb #88fb3724
+# %% ../nbs/core/42_backends.ipynb #8a1d62c5
 def onnx_beside(
     folder: Path,        # model folder
     faster: bool = True, # only if its check measured it faster than PyTorch
@@ -203,7 +203,7 @@ def onnx_beside(
     "The ONNX export that belongs to exactly these weights, if there is one."
     for onnx in (folder/'onnx', folder.parent/'onnx'):
         try: parity = read_json(onnx/'parity.json')
-        except (OSError, ValueError): continue
+        except UserError: continue
         ms = parity.get('milliseconds', {})
         if parity.get('passed') and parity.get('model') == weights_fingerprint(folder) and (not faster or ms.get('onnx', 1) < ms.get('torch', 0)): return onnx
 
