@@ -97,7 +97,7 @@ class NoCredentials(UserError):
     "Nobody said who we are: a reason to skip an upload, not to stop a run."
     def __init__(self, url): super().__init__(f'{url}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE')
 
-# %% ../nbs/core/62_store.ipynb #3300a89b
+# %% ../nbs/core/62_store.ipynb #3e3777da
 PART = 8 << 20 # bytes of a part of a big object
 
 class S3Store:
@@ -115,7 +115,7 @@ class S3Store:
             session = boto3.Session()
             if session.get_credentials() is None: raise NoCredentials(url)
             self.s3 = session.client('s3', region_name=session.region_name or 'us-east-1', config=Config(
-                retries=dict(mode='standard', max_attempts=6), max_pool_connections=2*self.workers, connect_timeout=10, read_timeout=60))
+                retries=dict(mode='standard', max_attempts=int(os.environ.get('AWS_MAX_ATTEMPTS', 6))), max_pool_connections=2*self.workers, connect_timeout=10, read_timeout=60))
         self.transfer = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=4)
 
     def _plain_errors(self): return _PlainErrors(self.url)
@@ -188,12 +188,12 @@ def make_manifest(
     revision = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return dict(format=1, revision=revision, count=len(files), bytes=sum(f['size'] for f in files), files=files)
 
-# %% ../nbs/core/62_store.ipynb #8cb379dd
+# %% ../nbs/core/62_store.ipynb #a9f51e88
 def push(
     folder: str | Path,        # where paths start
     store: Store,              # where to
     parts: Iterable[str] = (), # subfolders or files of it (default: everything)
-    progress: Callable = iter, # wraps the objects to send: a progress bar
+    progress: Callable = lambda objects, total: objects, # a bar around them, such as `flowerdiff.workspace.progress`
     name: str = 'manifest.json', # several sets can share a store, a manifest each
 ) -> dict:                     # the manifest, plus `store`, `sent` (objects), `sent_bytes`, `seconds`
     "Bring the store up to date with the folder; what it has already does not travel."
@@ -202,7 +202,7 @@ def push(
     missing = {object_key(f['sha256']): f for f in manifest['files'] if there.get(object_key(f['sha256'])) != f['size']}
     with ThreadPoolExecutor(store.workers) as pool:
         send = lambda kf: store.put(Path(folder)/kf[1]['path'], kf[0], kf[1]['sha256'])
-        try: list(progress(pool.map(send, missing.items())))
+        try: list(progress(pool.map(send, missing.items()), len(missing)))
         except BaseException: pool.shutdown(wait=True, cancel_futures=True); raise
     data = json.dumps(manifest, indent=1).encode()
     if store.read(name) != data: store.write(name, data)
@@ -240,19 +240,19 @@ def fetch(
     finally: part.unlink(missing_ok=True)
     return True
 
-# %% ../nbs/core/62_store.ipynb #f7dbc241
+# %% ../nbs/core/62_store.ipynb #27a9c406
 def pull(
     store: Store,
     folder: str | Path,          # where to; files that the manifest does not name stay as they are
     parts: Iterable[str] = (),   # only these subfolders or files of the set
-    progress: Callable = iter,   # wraps the files: a progress bar
+    progress: Callable = lambda files, total: files, # a bar around them
     name: str = 'manifest.json',
 ) -> dict:                       # the manifest, plus `fetched`: how many files travelled
     "Make the folder hold what the store holds, each file checked."
     manifest, parts = read_manifest(store, name), tuple(parts)
     wanted = [f for f in manifest['files'] if not parts or any(PurePosixPath(f['path']).is_relative_to(p) for p in parts)]
     with ThreadPoolExecutor(store.workers) as pool:
-        try: fetched = sum(progress(pool.map(lambda f: fetch(store, f, Path(folder)), wanted)))
+        try: fetched = sum(progress(pool.map(lambda f: fetch(store, f, Path(folder)), wanted), len(wanted)))
         except BaseException: pool.shutdown(wait=True, cancel_futures=True); raise
     return dict(manifest, fetched=fetched)
 

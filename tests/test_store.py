@@ -104,7 +104,7 @@ def test_errors_are_one_line(bucket, folder, monkeypatch):
         assert '\n' not in str(e.value) and url in str(e.value)
         return str(e.value)
     assert 'no such bucket' in line('s3://nobody-made-this-one')
-    assert 'no answer from http://127.0.0.1:9' in line(f's3://{bucket}', AWS_ENDPOINT_URL='http://127.0.0.1:9', AWS_MAX_ATTEMPTS='1')
+    assert 'no answer from http://127.0.0.1:9' in line(f's3://{bucket}', AWS_ENDPOINT_URL='http://127.0.0.1:9', AWS_MAX_ATTEMPTS='2')
     for k in FAKE: monkeypatch.delenv(k, raising=False)
     monkeypatch.setenv('AWS_EC2_METADATA_DISABLED', 'true'); monkeypatch.setenv('AWS_SHARED_CREDENTIALS_FILE', '/nowhere'); monkeypatch.setenv('AWS_CONFIG_FILE', '/nowhere')
     assert 'no AWS credentials' in line(f's3://{bucket}')
