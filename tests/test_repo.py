@@ -1,0 +1,191 @@
+"The repository's own rules: what a reader, a reviewer and a release rely on."
+import ast, json, os, re, shutil, subprocess, sys
+from pathlib import Path
+import nbformat, pytest, yaml
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+MODULES = sorted(p for p in (ROOT/'flowerdiff').rglob('*.py') if p.name != '_modidx.py')
+HEAVY = 'torch diffusers transformers accelerate datasets torchmetrics sklearn mlflow matplotlib pandas papermill dvc onnxruntime boto3'.split()
+name = lambda p: str(p.relative_to(ROOT))
+ids = dict(ids=name)
+
+def imports(tree: ast.AST) -> set: # modules of flowerdiff, without the package's name
+    found = set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import): found |= {a.name for a in n.names}
+        if isinstance(n, ast.ImportFrom): found |= {f'{n.module}.{a.name}' for a in n.names} | {n.module} if not n.level else {f"{'.' * n.level}{n.module or ''}"}
+    return found
+
+def flowerdiff_modules(path: Path) -> set: # what a module imports of flowerdiff, anywhere in it: 'config', 'stages.train'
+    package = '.'.join(path.relative_to(ROOT).with_suffix('').parts[:-1])
+    known = {'.'.join(p.relative_to(ROOT/'flowerdiff').with_suffix('').parts) for p in MODULES}
+    found = set()
+    for m in imports(ast.parse(path.read_text())):
+        if m.startswith('.'):
+            up = len(m) - len(m.lstrip('.'))
+            m = '.'.join([*package.split('.')[:len(package.split('.')) - up + 1], *([m.lstrip('.')] if m.lstrip('.') else [])])
+        if m.startswith('flowerdiff.'): found.add(m.removeprefix('flowerdiff.'))
+    return found & known
+
+def notebook_of() -> dict: # module -> notebook, by the notebook's default_exp
+    pairs = {}
+    for p in NOTEBOOKS:
+        for c in nbformat.read(p, 4).cells:
+            if m := re.search(r'^#\s*\|\s*default_exp\s+(\S+)', c.source, re.M): pairs[m[1]] = p
+    return pairs
+
+# ---- the code
+
+def test_exported_clean_and_readme(tmp_path):
+    "nbdev_clean, nbdev_export and .ci/readme.py would change nothing."
+    for part in ('nbs', 'flowerdiff', '.ci'):
+        shutil.copytree(ROOT/part, tmp_path/part, ignore=shutil.ignore_patterns('assets', '__pycache__', '.ipynb_checkpoints', 'images'))
+    for part in ('settings.ini', 'setup.py', 'README.md'): shutil.copy(ROOT/part, tmp_path)
+    for command in ([BIN/'nbdev_clean'], [BIN/'nbdev_export'], [sys.executable, '.ci/readme.py']):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert not done.returncode, done.stdout + done.stderr
+    files = {p.relative_to(base) for base in (ROOT, tmp_path) for pattern in ('nbs/**/*.ipynb', 'flowerdiff/**/*.py', 'README.md')
+             for p in base.glob(pattern) if '.ipynb_checkpoints' not in p.parts}
+    text = lambda p: p.read_text() if p.exists() else None
+    stale = sorted(str(f) for f in files if text(ROOT/f) != text(tmp_path/f))
+    assert not stale, f"run nbdev_clean, nbdev_export and python .ci/readme.py; they would change {', '.join(stale)}"
+
+@pytest.mark.parametrize('path', MODULES, **ids)
+def test_module_is_one_idea(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= 280, f'{name(path)} has {lines} lines: two ideas want two notebooks'
+
+@pytest.mark.parametrize('path', MODULES, **ids)
+def test_module_loads_nothing_unsafe(path):
+    tree = ast.parse(path.read_text())
+    assert not imports(tree) & {'pickle', 'joblib', 'dill', 'cloudpickle', 'marshal', 'shelve'}, 'a pickle can run code'
+    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        assert ast.unparse(call.func) != 'torch.load', f'{name(path)}: torch.load reads pickles, safetensors does not'
+        for k in call.keywords:
+            assert (k.arg, getattr(k.value, 'value', None)) not in (('trust_remote_code', True), ('allow_pickle', True), ('weights_only', False), ('shell', True)), ast.unparse(call)
+
+def test_core_imports_lower_numbers():
+    "A core notebook may use what stands before it; only the pipeline, the command line and demo_workspace know the stages."
+    numbered = {m: int(p.name[:2]) for m, p in notebook_of().items() if p.parent.name == 'core'}
+    assert len(numbered) > 10
+    for module, number in numbered.items():
+        for used in flowerdiff_modules(ROOT/f'flowerdiff/{module}.py'):
+            if used in numbered: assert numbered[used] < number, f'core/{number:02} {module} imports {numbered[used]:02} {used}'
+            else: assert used.startswith('stages') and number >= 70, f'core/{number:02} {module} imports {used}'
+
+def test_stages_meet_only_through_files():
+    paths = sorted((ROOT/'flowerdiff/stages').glob('[!_]*.py'))
+    assert len(paths) == 10
+    for p in paths:
+        others = {m for m in flowerdiff_modules(p) if m.startswith('stages.') and m != f'stages.{p.stem}'}
+        assert not others, f'{name(p)} imports {others}'
+
+def test_studio_knows_nothing_of_training():
+    used = flowerdiff_modules(ROOT/'flowerdiff/studio.py')
+    assert not used & {'engine', 'ema', 'diffusion', 'checkpoints', 'validation', 'batches', 'shards', 'clip', 'autoencoder'} and not any(m.startswith('stages') for m in used)
+
+@pytest.mark.parametrize('module', ['flowerdiff', 'flowerdiff.cli', 'flowerdiff.pipeline', 'flowerdiff.garden', 'flowerdiff.report'])
+def test_light_import(module):
+    "What the command line needs at start loads no heavy library."
+    out = subprocess.check_output([sys.executable, '-c', f'import sys, {module}; print(*sorted(sys.modules))'], text=True, cwd=ROOT)
+    assert not {m.split('.')[0] for m in out.split()} & set(HEAVY)
+
+# ---- the notebooks
+
+def outputs(nb): return [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
+
+@pytest.mark.parametrize('path', NOTEBOOKS, **ids)
+def test_notebook_is_fit_to_read(path):
+    nb = nbformat.read(path, 4)
+    assert re.match(r'# .+', nb.cells[0].source) and re.search(r'^> \S', nb.cells[0].source, re.M) or path.name == 'app.ipynb', 'the first cell is a title and a line that says what for'
+    assert not [o for o in outputs(nb) if o.output_type == 'error'], 'a stored traceback'
+    size = len(json.dumps(outputs(nb)))
+    assert size < 600_000, f'{size/1e3:.0f} kB of outputs: show smaller or fewer pictures'
+    texts = [''.join(str(o.get('text', '')) + str(o.get('data', {}).get('text/plain', ''))) for o in outputs(nb)]
+    places = [t for t in texts if re.search(r'(/work/|/root/|/home/|/Users/)\w', t)]
+    assert not places, f'a path of the machine that made it: {places[0][:200]}'
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name == 'stages'], **ids)
+def test_stage_notebook_runs_the_library(path):
+    "One parameters cell for papermill; the last cell calls the exported stage and is not run by the tests."
+    nb = nbformat.read(path, 4)
+    tagged = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
+    assert len(tagged) == 1
+    tree = ast.parse(tagged[0].source)
+    given = {t.id: ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) for t in n.targets}
+    assert given == dict(workspace='garden', profile='garden', overrides=[])
+    last = [c for c in nb.cells if c.cell_type == 'code'][-1].source
+    assert '#| eval: false' in last and f'from flowerdiff.stages.{path.stem[3:]} import run' in last and 'warn_if_stale' in last
+
+def test_ten_stages_in_order():
+    assert [p.stem for p in NOTEBOOKS if p.parent.name == 'stages'] == [
+        '01_prepare', '02_caption', '03_encode', '04_upload', '05_train', '06_promote', '07_evaluate', '08_onnx', '09_tensorrt', '10_publish']
+
+# ---- the site and the front page
+
+def pages(items):
+    for it in items:
+        if isinstance(it, str): yield it
+        else: yield from pages(it['contents'])
+
+def test_sidebar_has_every_notebook():
+    listed = list(pages(yaml.safe_load((ROOT/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']))
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {str(p.relative_to(ROOT/'nbs')) for p in NOTEBOOKS} - {'apps/app.ipynb'}
+
+def test_site_settings_meet():
+    "nbs/_quarto.yml only points to the root's; what that names is there."
+    small = yaml.safe_load((ROOT/'nbs/_quarto.yml').read_text())
+    assert set(small) == {'project', 'metadata-files'}
+    assert all((ROOT/'nbs'/f).exists() for f in small['metadata-files'])
+    big = yaml.safe_load((ROOT/'_quarto.yml').read_text())
+    html = big['format']['html']
+    files = [html['css'], big['website']['favicon'], *(t for ts in html['theme'].values() for t in ts if t.endswith('.scss')), *(i['href'] for i in big['website']['navbar']['left'])]
+    assert not [f for f in files if not (ROOT/'nbs'/f).exists()]
+
+def relative_links(text: str) -> set:
+    text = re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.S)
+    found = re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', text)
+    return {(a or b).split('#')[0] for a, b in found if not re.match(r'[a-z]+:|#', a or b)}
+
+@pytest.mark.parametrize('path', [ROOT/'README.md', ROOT/'benchmarks/README.md', ROOT/'CHANGELOG.md', *NOTEBOOKS], **ids)
+def test_links_lead_somewhere(path):
+    text = path.read_text() if path.suffix == '.md' else '\n\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+    missing = [l for l in relative_links(text) if not l.startswith('attachment:') and not (path.parent/l).exists()]
+    assert not missing
+
+def test_readme_commands_are_there():
+    commands = re.findall(r'^bash (\S+)', (ROOT/'README.md').read_text(), re.M)
+    assert commands == ['.ci/garden', '.ci/test']
+    for c in [*commands, '.ci/run', '.ci/setup']: subprocess.run(['bash', '-n', c], cwd=ROOT, check=True)
+
+def test_benchmarks_are_described():
+    "Each script of benchmarks/ has its section in benchmarks/README.md, and the other way round."
+    scripts = {p.name for p in (ROOT/'benchmarks').glob('*.py')}
+    assert scripts and scripts == set(re.findall(r'(\w+\.py)', (ROOT/'benchmarks/README.md').read_text()))
+
+# ---- workflows and packaging
+
+WORKFLOWS = sorted((ROOT/'.github/workflows').glob('*.yml'))
+
+@pytest.mark.parametrize('path', WORKFLOWS, **ids)
+def test_workflow_actions_are_pinned(path):
+    used = re.findall(r'uses:\s*(.+)', path.read_text())
+    assert used and all(re.fullmatch(r'[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*', u) for u in used), used
+
+def test_workflows_are_safe_and_valid():
+    env = {k: v for k, v in os.environ.items() if k not in ('GH_TOKEN', 'GITHUB_TOKEN')}
+    for command in ([BIN/'zizmor', '--offline', '--persona', 'pedantic', '--no-progress', '.github/workflows'],
+                    [BIN/'check-jsonschema', '--builtin-schema', 'vendor.github-workflows', *map(str, WORKFLOWS)]):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+        assert not done.returncode, done.stdout + done.stderr
+
+def test_every_dependency_is_pinned():
+    from configparser import ConfigParser
+    config = ConfigParser(); config.read(ROOT/'settings.ini', encoding='utf-8')
+    norm = lambda s: re.split(r'[<>=\[;]', s)[0].lower().replace('_', '-')
+    pinned = {norm(l) for l in (ROOT/'constraints.txt').read_text().splitlines() if '==' in l}
+    wanted = {norm(r) for k in ('requirements', 'dev_requirements', 'sagemaker_requirements', 'deepspeed_requirements') for r in config['DEFAULT'][k].split()}
+    assert not wanted - pinned
