@@ -82,14 +82,16 @@ class Train(Section):
     batch_size: Count = 64        # samples a step, over all processes
     lr: Rate = 1.5e-3             # AdamW's highest learning rate
     weight_decay: Annotated[float, Field(ge=0)] = .01
+    beta2: Annotated[float, Field(gt=0, lt=1)] = .999 # how long AdamW remembers squared gradients
     warmup_steps: Annotated[int, Field(ge=0)] = 50
-    lr_schedule: Literal['cosine', 'linear', 'constant'] = 'cosine' # after the warm-up
+    lr_schedule: Literal['cosine', 'linear', 'linear_half', 'constant'] = 'cosine' # after the warm-up; linear_half: level, then linear over the second half
     grad_clip: Rate = 1.          # longest gradient
     channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=1)] = [32, 64, 128] # of the UNet's levels
     layers: Count = 1             # residual blocks a level
     attention: list[bool] = [False, True, True] # which levels read the caption
     attention_head_dim: Count = 8 # channels of an attention head
     prediction_type: Literal['v_prediction', 'epsilon'] = 'v_prediction' # what the UNet is asked for
+    timesteps: Count = 1000       # of the noise schedule
     beta_start: Rate = .00085     # noise added by the first timestep
     beta_end: Annotated[float, Field(gt=0, lt=1)] = .012 # and by the last
     beta_schedule: Literal['linear', 'scaled_linear', 'squaredcos_cap_v2'] = 'scaled_linear'
@@ -100,7 +102,7 @@ class Train(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = .999 # of the averaged weights
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the best that the device does well
     threads: Annotated[int, Field(ge=0)] = 0 # CPU threads; 0: all cores
-    distributed: Literal['auto', 'single', 'ddp', 'zero2'] = 'auto'
+    distributed: Literal['auto', 'single', 'ddp'] = 'auto' # how processes share the work
     num_processes: Count = 1      # processes on this machine
     checkpoint_minutes: Rate = 2. # between checkpoints
     samples_every: Count = 300    # steps between sample grids
