@@ -197,7 +197,7 @@ def _unknown(key: str) -> str: # told of a key that is no setting
     near = difflib.get_close_matches(key, [*_keys(), *Settings.model_fields], 1, .75) or [k for k in _keys() if name and k.endswith('.' + name)][:1]
     if near: return f'{key} is not a setting; did you mean {near[0]}?'
     known = [k for k in Settings.model_fields] if section not in Settings.model_fields else list(Settings.model_fields[section].annotation.model_fields)
-    return f'{key} is not a setting; there {"are" if section else "is"} {", ".join(known)}'
+    return f'{key} is not a setting; there are {", ".join(known[:8])}' + (' and more, see params.yaml' if len(known) > 8 else '')
 
 # %% ../nbs/core/00_config.ipynb #b2702d61
 def _explain(
@@ -209,7 +209,7 @@ def _explain(
     for e in error.errors():
         parts = [str(p) for p in e['loc']]
         key = '.'.join(p for p in parts if not p.isdigit())
-        line = next((lines[k] for k in ('.'.join(parts[:n]) for n in range(len(parts), 0, -1)) if k in lines), None)
+        line = lines.get(key)
         if e['type'] == 'extra_forbidden': out.append(_unknown(key) + (f' ({where} line {line})' if line else '')); continue
         place = f'{where} line {line} has ' if line else 'given '
         text = _allowed(e)
