@@ -166,3 +166,6 @@ def main(argv: list = None) -> int:
         return _tell(e, status)
 
 def _tell(what, status: int) -> int: print(' '.join(str(what).splitlines()), file=sys.stderr); return status
+
+# %% ../nbs/core/80_cli.ipynb #b9c0a21e
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # python -m flowerdiff.cli

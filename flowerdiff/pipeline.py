@@ -128,10 +128,12 @@ def how_far(ws: Workspace, stage: str, since: float) -> str:
 # %% ../nbs/core/70_pipeline.ipynb #b30fe057
 class _Display: # lines for good, and in a terminal one that changes
     def __init__(self, out): self.out, self.live, self.told = out, out.isatty(), time.time()
-    def line(self, text): self.out.write(('\r\x1b[2K' if self.live else '') + text + '\n'); self.out.flush()
-    def now(self, text):
-        if self.live: self.out.write('\r\x1b[2K' + text[:os.get_terminal_size(self.out.fileno()).columns - 1]); self.out.flush()
-        elif time.time() - self.told > 60: self.told = time.time(); self.line(text)
+    def clear(self): self.out.write('\r\x1b[2K' if self.live else ''); self.out.flush()
+    def line(self, text): self.clear(); self.out.write(text + '\n'); self.out.flush()
+    def now(self, stage, seconds, text):
+        took = f'{int(seconds)} s' if seconds < 60 else duration(seconds)
+        if self.live: self.out.write('\r\x1b[2K' + stage_line(stage, took, text)[:os.get_terminal_size(self.out.fileno()).columns - 1]); self.out.flush()
+        elif time.time() - self.told > 60: self.told = time.time(); self.line(stage_line(stage, '...', f'{took} {text}'))
 
 # %% ../nbs/core/70_pipeline.ipynb #e28571f0
 def _chosen(from_stage, only) -> list: # the stages of a run
@@ -164,14 +166,14 @@ def _follow(ws: Workspace, stages: list, force: bool, display: _Display) -> list
         while True:
             try: l = lines.get(timeout=.3)
             except queue.Empty:
-                if stage: display.now(stage_line(stage, duration(time.time() - started).split('.')[0].removesuffix(' s') + ' s', how_far(ws, stage, started)))
+                if stage: display.now(stage, time.time() - started, how_far(ws, stage, started))
                 continue
             if l is None: break
             tail = [*tail[-20:], l]
             if l.startswith("Running stage '"): stage, started = l.split("'")[1], time.time(); ran.append(stage)
             elif stage and l.startswith(f'{stage:<10}'): display.line(l); stage = None
     except KeyboardInterrupt:
-        display.now(f'stopping {stage or ""}'); _stop(dvc)
+        _stop(dvc); display.clear()
         step = last_event(ws, started).get('step') if stage == 'train' else None
         raise Stopped(f'stopped{f" in {stage}" if stage else ""}{f" at step {step:,}" if step else ""}; run the same command to go on') from None
     if dvc.wait(): raise _failure(ws, tail)
