@@ -56,6 +56,7 @@ class Prepare(Section):
     resolution: Annotated[int, Field(ge=16, le=2048, multiple_of=8)] = 64 # side of a picture, pixels
     val: Annotated[float, Field(gt=0, lt=.5)] = .05  # share of pictures that decides which model is better
     test: Annotated[float, Field(gt=0, lt=.5)] = .05 # share that nothing sees before the report
+    split: Literal['content', 'official'] = 'content' # content: by the pictures themselves; official: as metadata.jsonl or the folders say
 
 # %% ../nbs/core/00_config.ipynb #dac80265
 class Caption(Section):
