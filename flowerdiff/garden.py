@@ -124,7 +124,7 @@ def halo(
         back = blend(back, .3*np.exp(-(np.hypot(x-cx, y-cy)/(1.35*radius))**4), lamp)
     return back
 
-# %% ../nbs/core/10_garden.ipynb #7df25697
+# %% ../nbs/core/10_garden.ipynb #4abb4556
 def held_at(species, c, r, side):
     "Where the stem meets a head with centre `c` and radius `r`."
     if species == 'bluebell': return c - side*.5*r + 1j*r
@@ -136,13 +136,13 @@ def grow(b, species, head, c, r, side, lone, bend, lean, blades, luck, green):
     via = complex((foot.real+head.real)/2 + bend*(1.06-c.imag), (foot.imag+head.imag)/2)
     if species == 'bluebell': via = head + .2*r*(.22*side + 1.95j)
     stem, k, wide = bezier(foot, via, head), 1. if lone else .62, .055 if lone else .05
-    for d in ((-1, 1) if luck[0] < .6 else (side,)):
+    for d in ((-1, 1) if lone and luck[0] < .6 else (side,)):
         far = luck[1 if d > 0 else 2]
         if blades: b.leaf(stem[0], -np.pi/2 + d*(.3 + .4*far), (.4 + .2*luck[3])*k, .075*k, *green)
         else: b.leaf(stem[2 + int(4*far)], -np.pi/2 + d*1.05, .27*k, .075*k, *green)
     b.stroke(stem, wide*1.1, wide*.85, *green)
 
-# %% ../nbs/core/10_garden.ipynb #41a02e72
+# %% ../nbs/core/10_garden.ipynb #6347cb3a
 def draw(
     attributes: dict, # as `sample_attributes` gives them
     seed: int,        # with `index`, everything that has no name: pose, clouds, leaves
@@ -168,7 +168,7 @@ def draw(
     for i, (c, d) in enumerate(flowers):
         if a['species'] not in FACING: b.pivot, b.turn = held_at(a['species'], c, r, d), nod
         HEADS[a['species']](b, c, r, tones, a['petals'], tilt + .4*i, d)
-    return img.reduce(zoom)
+    return img.resize((size, size), Image.Resampling.BILINEAR)
 
 # %% ../nbs/core/10_garden.ipynb #830a4f83
 def flower(
