@@ -1,5 +1,5 @@
 "The repository's own rules: what a reader, a reviewer and a release rely on."
-import ast, json, os, re, shutil, subprocess, sys
+import ast, builtins, importlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat, pytest, yaml
 
@@ -122,6 +122,24 @@ def test_stage_notebook_runs_the_library(path):
 def test_ten_stages_in_order():
     assert [p.stem for p in NOTEBOOKS if p.parent.name == 'stages'] == [
         '01_prepare', '02_caption', '03_encode', '04_upload', '05_train', '06_promote', '07_evaluate', '08_onnx', '09_tensorrt', '10_publish']
+
+@pytest.mark.parametrize('path', NOTEBOOKS, **ids)
+def test_docs_build_can_run_the_imports(path):
+    "Building the docs runs exported cells and cells with an import, and no others: those may use no name that another cell makes."
+    known, eager = set(dir(builtins)) | {'__name__', '__file__', 'display', 'get_ipython'}, lambda c: re.search(r'^#\s*\|\s*(export|exporti|exports)\b', c.source, re.M)
+    for c in nbformat.read(path, 4).cells:
+        if c.cell_type != 'code' or re.search(r'^#\s*\|\s*eval:\s*false', c.source, re.M) or re.search(r'^\s*[!%]', c.source, re.M): continue
+        tree = ast.parse(c.source)
+        nodes = list(ast.walk(tree))
+        if not eager(c) and not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes): continue
+        made = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)} | {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))}
+        made |= {(a.asname or a.name).split('.')[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names} | {a.arg for n in nodes if isinstance(n, ast.arg) for a in [n]}
+        made |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
+        starred = any(isinstance(n, ast.ImportFrom) and a.name == '*' for n in nodes for a in getattr(n, 'names', []))
+        known |= made | (set(vars(importlib.import_module('fastcore.test'))) if starred else set())
+        if eager(c): continue # names inside functions may come later
+        lacking = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - known
+        assert not lacking, f'{name(path)} {c.id}: {sorted(lacking)} come from a cell that is not run then; put the imports in a cell of their own'
 
 # ---- the site and the front page
 
