@@ -6,8 +6,8 @@
 __all__ = ['PLANS', 'learning_rate', 'make_optimizer', 'optimizer_tensors', 'load_optimizer', 'fastest', 'time_step',
            'has_bf16_cpu', 'choose_plan', 'Engine']
 
-# %% ../nbs/core/36_engine.ipynb #1d1e166e
-import platform, time
+# %% ../nbs/core/36_engine.ipynb #5288ec84
+import math, platform, time
 import torch
 from torch import nn, Tensor
 from .workspace import UserError, fingerprint, read_json, write_json
@@ -116,53 +116,59 @@ def choose_plan(
         write_json(memory, known | {key: fastest(lambda plan: time_step(make_model, inputs, plan), plans)})
     return tuple(read_json(memory)[key])
 
-# %% ../nbs/core/36_engine.ipynb #34692736
+# %% ../nbs/core/36_engine.ipynb #6ce1c0d3
 class Engine:
     "Devices, processes and precision for the training loop."
     def __init__(self,
-        precision: str = 'fp32', # fp32, bf16 or fp16
-        channels_last: bool = False, # layout of the weights and latents
+        precision: str = 'fp32',     # fp32, bf16 or fp16
+        channels_last: bool = False, # layout of the weights
     ):
         from accelerate import Accelerator
-        self.accelerator = Accelerator(mixed_precision=dict(fp32='no').get(precision, precision), cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(mixed_precision='no', cpu=not torch.cuda.is_available())
         self.precision, self.device = precision, self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == 'fp16')
 
     @property
     def main(self): return self.rank == 0
 
+    def autocast(self):
+        "The context to call the model in."
+        return torch.autocast(self.device.type, torch.float16 if self.precision == 'fp16' else torch.bfloat16, enabled=self.precision != 'fp32')
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         "Take model and optimiser over; `self.model` is what to call, `self.net` the bare one."
-        self.net = model.to(memory_format=self.layout)
-        self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
+        self.net, self.optimizer = model.to(self.device, memory_format=self.layout), optimizer
+        self.model = self.accelerator.prepare_model(self.net)
 
-    def backward(self, loss: Tensor): self.accelerator.backward(loss)
+    def backward(self, loss: Tensor): self.scaler.scale(loss).backward()
 
     def step(self,
         lr: float,   # of this step
         clip: float, # longest gradient
     ) -> float:      # the gradient's length before clipping
-        "Update the weights."
-        norm = self.accelerator.clip_grad_norm_(self.net.parameters(), clip)
+        "Update the weights. Raises FloatingPointError, and changes nothing, when the gradient is not finite (in float16: only the scale falls)."
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.net.parameters(), clip))
+        if not math.isfinite(norm) and self.precision != 'fp16': self.optimizer.zero_grad(); raise FloatingPointError('the gradient is not finite')
         for g in self.optimizer.param_groups: g['lr'] = lr
-        self.optimizer.step(); self.optimizer.zero_grad()
-        return float(norm)
+        self.scaler.step(self.optimizer); self.scaler.update(); self.optimizer.zero_grad()
+        return norm
 
     def gather(self, x: Tensor) -> Tensor: return self.accelerator.gather(x)  # [n, ...] of each rank -> [n*world, ...]
-    def mean(self, x: Tensor) -> float: return float(self.accelerator.reduce(x.detach(), 'mean'))
-    def any(self, flag: bool) -> bool: return flag if self.world == 1 else bool(self.gather(torch.tensor([flag], device=self.device)).any())
+    def mean(self, x: Tensor) -> float: return float(self.accelerator.reduce(x.detach().clone(), 'mean'))
+    def any(self, flag: bool) -> bool: return flag if self.world == 1 else bool(self.gather(torch.tensor([float(flag)], device=self.device)).any())
     def wait(self): self.accelerator.wait_for_everyone()
 
     def state(self) -> tuple[dict, dict]:
         "Weights and the optimiser's memory as tensors, and the plain numbers beside them."
-        scaler = self.accelerator.scaler
-        return dict(weights=self.net.state_dict(), optimizer=optimizer_tensors(self.optimizer)), dict(scaler=scaler.state_dict() if scaler else None)
+        return dict(weights=self.net.state_dict(), optimizer=optimizer_tensors(self.optimizer)), dict(scaler=self.scaler.state_dict())
 
     def load_state(self, groups: dict, numbers: dict):
         "Go on from what `state` gave."
         self.net.load_state_dict(groups['weights']); load_optimizer(self.optimizer, groups['optimizer'])
-        if numbers.get('scaler') and self.accelerator.scaler: self.accelerator.scaler.load_state_dict(numbers['scaler'])
+        if numbers.get('scaler'): self.scaler.load_state_dict(numbers['scaler'])
 
     def close(self):
         "Let go of the other processes."
