@@ -1,5 +1,5 @@
 "The wheel, installed into an environment without the source tree, does the main job in an empty directory."
-import os, shutil, subprocess, sys, sysconfig, zipfile
+import json, os, shutil, subprocess, sys, sysconfig, zipfile
 from pathlib import Path
 import pytest
 from flowerdiff.workspace import DEMO
@@ -54,7 +54,7 @@ def test_wheel_runs_from_elsewhere(environment, tmp_path):
 
 def test_wheel_does_the_main_job(environment, tmp_path):
     "All that a wheel has to find by itself: notebooks, profiles, assets, the kernel, dvc, and itself as a training process."
-    sets = [a for key, value in DEMO.items() for a in ('--set', f'{key}={value}')]
+    sets = [a for key, value in DEMO.items() for a in ('--set', f'{key}={json.dumps(value)}')]
     out = call(environment/'flowerdiff', 'run', *sets, cwd=tmp_path, env=clean_environment())
     space = tmp_path/'garden'
     assert (space/'model/model_index.json').is_file() and (space/'report/index.html').is_file(), out
