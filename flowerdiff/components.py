@@ -70,18 +70,20 @@ def component_fingerprint(
     files = [p for p in sorted(Path(folder).rglob('*')) if p.suffix in ('.json', '.safetensors', '.txt') and p.is_file()]
     return fingerprint([(str(p.relative_to(folder)), file_sha256(p)) for p in files])
 
-# %% ../nbs/core/20_components.ipynb #3554f9a7
+# %% ../nbs/core/20_components.ipynb #b831652f
 @contextlib.contextmanager
 def _opening(folder: Path): # whatever a library raises while it reads a folder becomes one line; its bars and reports stay out
-    from transformers.utils import logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL); logging.disable_progress_bar()
+    from diffusers.utils import logging as d
+    from transformers.utils import logging as t
+    levels, bars = (t.get_verbosity(), d.get_verbosity()), t.is_progress_bar_enabled()
+    for l in (t, d): l.set_verbosity(l.CRITICAL)
+    t.disable_progress_bar()
     try: yield
     except UserError: raise
     except Exception as e: raise UserError(f'{folder}: can not be opened ({type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:150]}); copy it again') from e
     finally:
-        logging.set_verbosity(level)
-        if bars: logging.enable_progress_bar()
+        for l, level in zip((t, d), levels): l.set_verbosity(level)
+        if bars: t.enable_progress_bar()
 
 def _whole(folder: Path, model_info: tuple) -> nn.Module: # the model, if its weights were all there
     model, info = model_info
@@ -232,12 +234,12 @@ def build_denoiser(
         block_out_channels=tuple(t.channels), layers_per_block=t.layers, norm_num_groups=groups, attention_head_dim=tuple(max(1, c//t.attention_head_dim) for c in t.channels),
         down_block_types=reads('Down'), up_block_types=reads('Up')[::-1])
 
-# %% ../nbs/core/20_components.ipynb #ea8d3a43
+# %% ../nbs/core/20_components.ipynb #2c854df1
 def save_pipeline(
     folder: str | Path,            # to fill
     unet: nn.Module,
-    scheduler,                     # a Diffusers scheduler
     components_folder: str | Path, # with vae/, text_encoder/, tokenizer/
+    scheduler,                     # a Diffusers scheduler
 ):
     "A complete `StableDiffusionPipeline`, for `DiffusionPipeline.from_pretrained`."
     import diffusers
