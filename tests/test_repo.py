@@ -1,5 +1,5 @@
 "The repository's own rules: what a reader, a reviewer and a release rely on."
-import ast, builtins, importlib, json, os, re, shutil, subprocess, sys
+import ast, builtins, importlib, json, os, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 import nbformat, pytest, yaml
 
@@ -170,14 +170,33 @@ def relative_links(text: str) -> set:
 
 @pytest.mark.parametrize('path', [ROOT/'README.md', ROOT/'benchmarks/README.md', ROOT/'CHANGELOG.md', *NOTEBOOKS], **ids)
 def test_links_lead_somewhere(path):
-    text = path.read_text() if path.suffix == '.md' else '\n\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
-    missing = [l for l in relative_links(text) if not l.startswith('attachment:') and not (path.parent/l).exists()]
+    missing = [l for l in relative_links(markdown(path)) if not l.startswith('attachment:') and not (path.parent/l).exists()]
     assert not missing
 
 def test_readme_commands_are_there():
     commands = re.findall(r'^bash (\S+)', (ROOT/'README.md').read_text(), re.M)
     assert commands == ['.ci/garden', '.ci/test']
     for c in [*commands, '.ci/run', '.ci/setup']: subprocess.run(['bash', '-n', c], cwd=ROOT, check=True)
+
+def markdown(path: Path) -> str:
+    return path.read_text() if path.suffix == '.md' else '\n\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+
+@pytest.mark.parametrize('path', [ROOT/'README.md', ROOT/'benchmarks/README.md', *NOTEBOOKS], **ids)
+def test_commands_told_of_exist(path):
+    "Every `flowerdiff ...` line of the pages is one that the command line understands."
+    from flowerdiff.cli import parser
+    for block in re.findall(r'```(?:sh|bash)\n(.*?)```', markdown(path), re.S):
+        for line in re.findall(r'^flowerdiff (.+)', block.replace('\\\n', ' '), re.M): parser().parse_args(shlex.split(line, comments=True))
+    for said in re.findall(r'`flowerdiff ([a-z]+)[^`]*`', markdown(path)): parser().parse_args([said, *(['a rose'] if said == 'generate' else [])])
+
+def test_readme_python_example(tiny_workspace, tmp_path):
+    "The example of the front page, with the miniature garden in place of a real one."
+    from PIL import Image
+    (tmp_path/'garden').symlink_to(tiny_workspace)
+    code = re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
+    assert len(code) == 1
+    subprocess.run([sys.executable, '-c', code[0]], cwd=tmp_path, check=True)
+    assert Image.open(tmp_path/'tulips.png').size == (64, 64)
 
 def test_benchmarks_are_described():
     "Each script of benchmarks/ has its section in benchmarks/README.md, and the other way round."
