@@ -244,15 +244,16 @@ def _validate(data, name='', lines=None) -> Settings:
     try: return Settings.model_validate(data)
     except ValidationError as e: raise UserError(_explain(e, name, lines or {})) from None
 
+def _read(path: Path) -> str:
+    try: return path.read_text(encoding='utf-8')
+    except FileNotFoundError: raise UserError(f'{path}: is not there; `flowerdiff init` makes it') from None
+    except UnicodeDecodeError: raise UserError(f'{path}: is not UTF-8 text; save it as UTF-8') from None
+
 def load_settings(
     path: str | Path, # a workspace's params.yaml
 ) -> Settings:
     "The settings in a file. Raises `UserError` naming key, value, what is allowed, and the line."
-    path = Path(path)
-    try: text = path.read_text(encoding='utf-8')
-    except FileNotFoundError: raise UserError(f'{path}: is not there; `flowerdiff init` makes it') from None
-    except UnicodeDecodeError: raise UserError(f'{path}: is not UTF-8 text; save it as UTF-8') from None
-    data = _parse(text, path.name)
+    data = _parse(_read(path := Path(path)), path.name)
     return _validate(data, path.name, _lines(data))
 
 # %% ../nbs/core/00_config.ipynb #45fac6c2
@@ -300,8 +301,8 @@ def profiles() -> dict: # name -> file
 
 def _profile_text(name: str) -> str:
     known = profiles()
-    if name in known: return known[name].read_text(encoding='utf-8')
-    if str(name).endswith(('.yaml', '.yml')) and Path(name).is_file(): return Path(name).read_text(encoding='utf-8')
+    if name in known: return _read(known[name])
+    if str(name).endswith(('.yaml', '.yml')) and Path(name).is_file(): return _read(Path(name))
     raise UserError(f'{name} is not a profile; there are {", ".join(known)}, or give a .yaml file')
 
 # %% ../nbs/core/00_config.ipynb #89abbaae
@@ -323,7 +324,7 @@ def write_params(
     "Make `path`, or bring it to date; comments stay."
     import io
     path = Path(path)
-    old = path.read_text(encoding='utf-8') if path.exists() else None
+    old = _read(path) if path.exists() else None
     data = _parse(old if old is not None else _profile_text(profile), path.name)
     changes = parse_overrides(overrides)
     lines = {k: v for k, v in _lines(data).items() if k not in changes}

@@ -101,22 +101,23 @@ def lock(ws: Workspace):
 
 # %% ../nbs/core/70_pipeline.ipynb #28e875f8
 def last_event(ws: Workspace, since: float = 0.) -> dict: # of the training that is running or was stopped
-    "The newest event of training that tells a step, with `total` and `samples_per_second` where known."
+    "What the newest events say: `step`, and `total` and `samples_per_second` where known."
     files = [f for f in ws.work.glob('train-*/events.jsonl') if f.stat().st_mtime >= since]
     if not files: return {}
     with open(max(files, key=lambda f: f.stat().st_mtime), 'rb') as f:
         f.seek(0, 2); f.seek(max(0, f.tell() - 8192))
         lines = f.read().decode(errors='replace').splitlines()
-    for line in reversed(lines):
+    known = {}
+    for line in lines:
         with contextlib.suppress(ValueError):
             e = json.loads(line)
-            if isinstance(e, dict) and 'step' in e: return e
-    return {}
+            if isinstance(e, dict) and 'step' in e: known |= {k: v for k, v in e.items() if v is not None}
+    return known
 
 def how_far(ws: Workspace, stage: str, since: float) -> str:
     "`step 812/2,000, 155/s, 1 min 16 s left`, as far as it is known."
     if stage == 'train':
-        e = last_event(ws, since); n, total, rate = e.get('step'), e.get('total') or e.get('total_steps') or e.get('steps'), e.get('samples_per_second')
+        e = last_event(ws, since); n, total, rate = e.get('step'), e.get('total'), e.get('samples_per_second')
         unit, step_rate = 'step ', (rate or 0)/ws.settings.train.batch_size
     else:
         try: e = read_json(ws.root/'.flowerdiff'/'progress.json')
