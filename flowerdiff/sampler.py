@@ -32,7 +32,7 @@ def starting_noise(
     "Standard normal latents, each picture's from its own generator."
     return torch.cat([torch.randn((1, *shape), generator=g) for g in gens])
 
-# %% ../nbs/core/40_sampler.ipynb #4de0b967
+# %% ../nbs/core/40_sampler.ipynb #13a20ef7
 SCHEDULERS = dict(ddim='DDIMScheduler', ddpm='DDPMScheduler', dpm='DPMSolverMultistepScheduler', unipc='UniPCMultistepScheduler', euler='EulerDiscreteScheduler')
 
 def make_scheduler(
@@ -43,7 +43,9 @@ def make_scheduler(
     import diffusers
     if name is not None and name not in SCHEDULERS: raise UserError(f"scheduler: '{name}' is not one of {', '.join(SCHEDULERS)}")
     cls = getattr(diffusers, SCHEDULERS[name] if name else config['_class_name'])
-    return cls.from_config({k: v for k, v in config.items() if name is None or k != '_class_name'})
+    config = {k: v for k, v in config.items() if k != '_class_name'}
+    if 'clip_sample' in inspect.signature(cls).parameters: config['clip_sample'] = False   # latents are no pixels: they do go beyond 1
+    return cls.from_config(config)
 
 # %% ../nbs/core/40_sampler.ipynb #0092cb13
 def guide(

@@ -1,0 +1,138 @@
+"Exports: the ONNX folder is the same model, opens where Optimum's do, and TensorRT says what it can and cannot."
+import json, os, shutil, subprocess, sys
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np, pytest, torch
+from tiny import tiny_model
+from test_generate import same, with_tiny_autoencoder
+from flowerdiff.backends import OnnxBackend, TorchBackend, load_backend, onnx_session
+from flowerdiff.sampler import Generator
+from flowerdiff.stages import onnx as export, tensorrt
+from flowerdiff.workspace import UserError, open_workspace, read_json, write_json
+
+def make(root, autoencoder):
+    ws = open_workspace(root, 'garden', {'evaluate.steps': 3})
+    tiny_model(ws.model)
+    if autoencoder == 'tiny': with_tiny_autoencoder(ws.model)
+    export.run(str(root))
+    return ws
+
+@pytest.fixture(scope='module')
+def ws(tmp_path_factory): return make(tmp_path_factory.mktemp('export')/'ws', 'kl')
+
+@pytest.fixture
+def copy(ws, tmp_path): return open_workspace(shutil.copytree(ws.root, tmp_path/'ws'))
+
+def test_the_folder_is_optimums(ws):
+    assert {p.relative_to(ws.onnx).as_posix() for p in ws.onnx.glob('*/model.onnx*')} == {f'{p}/model.onnx' for p in ('text_encoder', 'unet', 'vae_decoder', 'vae_encoder')}
+    for part in ('unet', 'vae_decoder', 'vae_encoder', 'text_encoder'): assert (ws.onnx/part/'config.json').is_file()
+    assert (ws.onnx/'scheduler'/'scheduler_config.json').is_file() and sorted(p.name for p in (ws.onnx/'tokenizer').iterdir()) == sorted(p.name for p in (ws.model/'tokenizer').iterdir()) and read_json(ws.onnx/'model_index.json')['unet']
+    ins, outs = lambda p: {i.name: i for i in onnx_session(ws.onnx/p/'model.onnx').get_inputs()}, lambda p: [o.name for o in onnx_session(ws.onnx/p/'model.onnx').get_outputs()]
+    assert list(ins('unet')) == ['sample', 'timestep', 'encoder_hidden_states'] and outs('unet') == ['out_sample'] and ins('unet')['timestep'].shape == []
+    assert list(ins('text_encoder')) == ['input_ids'] and outs('text_encoder') == ['last_hidden_state', 'pooler_output']
+    assert list(ins('vae_decoder')) == ['latent_sample'] and outs('vae_decoder') == ['sample'] and outs('vae_encoder') == ['latent_parameters']
+
+@pytest.mark.parametrize('n, size', [(1, None), (3, None), (2, 48)])
+def test_any_batch_and_size_draws_the_same(ws, n, size):
+    both = [Generator.from_pretrained(ws.root, backend=b)('a red rose', n=n, size=size, steps=4, negative='blue') for b in ('torch', 'onnx')]
+    assert same(*both)
+
+def test_an_autoencoder_tiny_is_exported_too(tmp_path):
+    ws = make(tmp_path/'ws', 'tiny')
+    assert [o.name for o in onnx_session(ws.onnx/'vae_encoder'/'model.onnx').get_outputs()] == ['latent_sample']
+    assert same(*[Generator.from_pretrained(ws.root, backend=b)('a red rose', n=2, steps=4) for b in ('torch', 'onnx')])
+
+def test_parity_is_written_and_auto_takes_the_faster(copy):
+    parity = read_json(copy.onnx/'parity.json')
+    assert parity['passed'] and parity['picture']['within_1'] >= .999 and all(p['difference'] < 1e-3 for p in parity['parts'].values()) and min(parity['milliseconds'].values()) > 0
+    for faster in ('torch', 'onnx'):
+        write_json(copy.onnx/'parity.json', parity | dict(milliseconds={'torch': 2., 'onnx': 2., faster: 1.}))
+        assert load_backend(copy.root).name == faster
+    assert load_backend(copy.onnx).name == 'onnx' and load_backend(copy.root, 'onnx').name == 'onnx' and load_backend(copy.root, 'torch').name == 'torch'
+    with pytest.raises(UserError, match='ONNX files only'): load_backend(copy.onnx, 'torch')
+
+def test_an_export_of_other_weights_is_not_used(copy):
+    path = copy.model/'unet'/'diffusion_pytorch_model.safetensors'
+    changed = bytearray(path.read_bytes()); changed[-2] ^= 1; path.write_bytes(changed)
+    assert load_backend(copy.root).name == 'torch'
+    with pytest.raises(UserError, match='made from these weights'): load_backend(copy.root, 'onnx')
+
+@pytest.mark.parametrize('what', ['wrong part', 'wrong picture'])
+def test_the_stage_fails_and_keeps_the_old_when_it_is_not_the_same(copy, monkeypatch, what):
+    before = {p: p.read_bytes() for p in copy.onnx.rglob('*') if p.is_file()}
+    if what == 'wrong part':
+        right = export.export_part
+        def wrong(part, folder, opset=17):
+            if folder.name == 'vae_encoder':
+                class Shifted(torch.nn.Module):
+                    def __init__(self): super().__init__(); self.inner = part.fn
+                    def forward(self, *xs): return self.inner(*xs)*1.01
+                part = export.Part(Shifted(), part.inputs, part.outputs, part.axes)
+            return right(part, folder, opset)
+        monkeypatch.setattr(export, 'export_part', wrong)
+    else: monkeypatch.setattr(export.OnnxBackend, 'decode', lambda self, z, f=OnnxBackend.decode: f(self, z) + .1)
+    with pytest.raises(UserError, match='vae_encoder differs by' if what == 'wrong part' else 'the picture has'): export.run(str(copy.root))
+    assert before == {p: p.read_bytes() for p in copy.onnx.rglob('*') if p.is_file()}
+    assert not [p for p in copy.root.iterdir() if 'tmp' in p.name]
+
+@pytest.mark.parametrize('part', ['unet', 'text_encoder', 'vae_decoder'])
+def test_a_broken_export_gets_one_line(copy, part):
+    path = copy.onnx/part/'model.onnx'
+    for bad in (b'', path.read_bytes()[:2000], None):
+        path.unlink() if bad is None else path.write_bytes(bad)
+        with pytest.raises(UserError) as e: OnnxBackend(copy.onnx)
+        assert '\n' not in str(e.value) and str(path.parent) in str(e.value)
+
+def test_big_weights_travel_in_one_file(ws, tmp_path):
+    "What an exporter leaves in many files beside the model ends in one; nothing is lost."
+    import onnx
+    part = export.parts_of(TorchBackend(ws.model))['unet']; path = export.export_part(part, tmp_path/'unet')
+    onnx.save(onnx.load(path), path, save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=64)
+    assert len(list(path.parent.iterdir())) > 3
+    export.keep_whole(path, limit=0)
+    assert sorted(p.name for p in path.parent.iterdir()) == ['model.onnx', 'model.onnx_data']
+    shutil.move(path.parent, tmp_path/'moved')
+    assert export.part_difference(part, tmp_path/'moved'/'model.onnx') < 1e-3
+    export.keep_whole(tmp_path/'moved'/'model.onnx')
+    assert [p.name for p in (tmp_path/'moved').iterdir()] == ['model.onnx'] and export.part_difference(part, tmp_path/'moved'/'model.onnx') < 1e-3
+
+@pytest.mark.slow
+def test_optimum_draws_the_same(ws, tmp_path):
+    "In an environment of its own, for Optimum's older transformers: FLOWERDIFF_OPTIMUM_PYTHON names its python."
+    python = os.environ.get('FLOWERDIFF_OPTIMUM_PYTHON')
+    if not python: pytest.skip('FLOWERDIFF_OPTIMUM_PYTHON is not set')
+    code = '''import sys, torch
+from optimum.onnxruntime import ORTDiffusionPipeline
+pipe = ORTDiffusionPipeline.from_pretrained(sys.argv[1]); pipe.set_progress_bar_config(disable=True)
+for i, p in enumerate(pipe(["a red rose"]*2, num_inference_steps=4, guidance_scale=4., height=32, width=32, generator=[torch.Generator().manual_seed(s) for s in (3, 4)]).images): p.save(f"{sys.argv[2]}/{i}.png")'''
+    subprocess.run([python, '-c', code, str(ws.onnx), str(tmp_path)], check=True)
+    from PIL import Image
+    assert same([Image.open(tmp_path/f'{i}.png') for i in (0, 1)], Generator.from_pretrained(ws.root, 'torch')('a red rose', n=2, seed=3, steps=4))
+
+def test_tensorrt_says_what_is_missing(copy, monkeypatch):
+    monkeypatch.setattr(tensorrt, 'gpu_name', lambda: '')
+    result = tensorrt.run(str(copy.root))
+    status = read_json(copy.tensorrt/'status.json')
+    assert not status['built'] and status['reason'] == result.skipped and 'GPU' in result.skipped and '\n' not in result.skipped
+    assert read_json(copy.work/'records'/'tensorrt.json')['status'] == 'skipped'
+    monkeypatch.setattr(tensorrt, 'gpu_name', lambda: 'NVIDIA T4'); monkeypatch.setattr(tensorrt, 'package', lambda f: None)
+    assert 'pip install flowerdiff[tensorrt]' in tensorrt.run(str(copy.root)).skipped
+
+def test_tensorrt_builds_an_engine_a_part(copy, monkeypatch):
+    package, built = SimpleNamespace(__name__='tensorrt', __version__='11.4'), {}
+    monkeypatch.setattr(tensorrt, 'gpu_name', lambda: 'NVIDIA T4'); monkeypatch.setattr(tensorrt, 'package', lambda f: package)
+    def build(trt, path, shapes, targets):
+        import onnx
+        built[path.parent.name] = {t.data_type for t in onnx.load(path).graph.initializer}, shapes
+        return b'engine of ' + path.parent.name.encode()
+    monkeypatch.setattr(tensorrt, 'build_engine', build)
+    result = tensorrt.run(str(copy.root), overrides={'tensorrt.max_batch': 4})
+    folder = copy.tensorrt/'NVIDIA_T4-tensorrt-11.4'
+    assert sorted(p.name for p in folder.iterdir()) == [f'{p}.engine' for p in ('text_encoder', 'unet', 'vae_decoder', 'vae_encoder')] and (folder/'unet.engine').read_bytes() == b'engine of unet'
+    assert 10 in built['unet'][0] and built['unet'][1]['sample'][0][0] == 1 and built['unet'][1]['sample'][2][0] == 8 and built['vae_decoder'][1]['latent_sample'][2][0] == 4  # 10: fp16
+    assert not result.skipped and read_json(copy.tensorrt/'status.json')['built']
+
+def test_tensorrt_rtx_builds_without_a_gpu(copy):
+    pytest.importorskip('tensorrt_rtx')
+    result = tensorrt.run(str(copy.root), overrides={'tensorrt.flavour': 'rtx', 'tensorrt.targets': ['SM86']})
+    assert not result.skipped and len(result.status['engines']) == 4 and min(result.status['engines'].values()) > 10_000

@@ -1,0 +1,172 @@
+"Drawing: the same pictures as stock Diffusers, the same picture in any company, and one line for every bad wish."
+import json, shutil, subprocess, sys, threading, warnings
+from pathlib import Path
+import numpy as np, pytest, torch
+from tiny import tiny_model
+from flowerdiff.workspace import UserError
+import flowerdiff.sampler as sampler
+from flowerdiff.sampler import Cancelled, Generator
+from flowerdiff.backends import TorchBackend, load_backend
+
+def pixels(pictures): return np.stack([np.asarray(p, int) for p in pictures])
+
+def same(a, b):
+    "The bound of every promise about pixels: 99.9 % within 1 of 255, none off by more than 4."
+    d = np.abs(pixels(a) - pixels(b))
+    return (d <= 1).mean() >= .999 and d.max() <= 4
+
+def with_tiny_autoencoder(folder):
+    "Another autoencoder, another target: AutoencoderTiny and epsilon."
+    from diffusers import AutoencoderTiny
+    torch.manual_seed(1); shutil.rmtree(folder/'vae')
+    AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), scaling_factor=.7).save_pretrained(folder/'vae')
+    for name, change in (('model_index.json', dict(vae=['diffusers', 'AutoencoderTiny'])), ('scheduler/scheduler_config.json', dict(prediction_type='epsilon'))):
+        path = folder/name; path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return folder
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp('models')
+    return dict(kl=tiny_model(root/'kl'), tiny=with_tiny_autoencoder(tiny_model(root/'tiny')))
+
+@pytest.fixture(scope='module')
+def generator(models): return Generator.from_pretrained(models['kl'])
+
+@pytest.fixture(scope='module')
+def stock(models):
+    from diffusers import StableDiffusionPipeline
+    pipes = {k: StableDiffusionPipeline.from_pretrained(v) for k, v in models.items()}
+    def draw(kind, prompts, seed=0, **kw):
+        pipe = pipes[kind]; pipe.set_progress_bar_config(disable=True)
+        if name := kw.pop('scheduler', None):
+            import diffusers
+            pipe = type(pipe)(**pipe.components | dict(scheduler=getattr(diffusers, name).from_config(pipe.scheduler.config)), requires_safety_checker=False); pipe.set_progress_bar_config(disable=True)
+        return pipe(prompts, generator=[torch.Generator().manual_seed(seed+i) for i in range(len(prompts))], **kw).images
+    return draw
+
+@pytest.mark.parametrize('kind', ['kl', 'tiny'])
+@pytest.mark.parametrize('guidance', [1., 4.])
+def test_draws_what_diffusers_draws(models, stock, kind, guidance):
+    prompts = ['a red rose', 'the sky', 'a white daisy in the meadow']
+    ours = Generator.from_pretrained(models[kind])(prompts, seed=5, steps=6, guidance=guidance, negative='blue')
+    theirs = stock(kind, prompts, 5, num_inference_steps=6, guidance_scale=guidance, negative_prompt=['blue']*3)
+    assert pixels(ours).std() > 5 and same(ours, theirs)
+
+@pytest.mark.parametrize('name', ['ddim', 'ddpm', 'unipc', 'euler', 'dpm'])
+def test_every_scheduler_draws_what_diffusers_draws(generator, stock, name):
+    ours = generator(['a red rose', 'the sky'], steps=5, scheduler=name, guidance=3.)
+    assert same(ours, stock('kl', ['a red rose', 'the sky'], num_inference_steps=5, guidance_scale=3., scheduler=sampler.SCHEDULERS[name]))
+
+@pytest.mark.parametrize('mutation', ['guidance', 'scaling', 'noise', 'order'])
+def test_the_bound_notices_a_wrong_formula(models, stock, monkeypatch, mutation):
+    "Were the comparison blind, it would not be a test."
+    g = Generator.from_pretrained(models['tiny'])
+    if mutation == 'guidance': monkeypatch.setattr(sampler, 'guide', lambda u, c, w: c + w*(c-u))
+    if mutation == 'order': monkeypatch.setattr(sampler, 'guide', lambda u, c, w: c + w*(u-c))
+    if mutation == 'scaling': g.backend.scaling *= 1.05
+    if mutation == 'noise': monkeypatch.setattr(sampler, 'generators', lambda s, n: [torch.Generator().manual_seed(s) for _ in range(n)])
+    assert not same(g(['a red rose', 'the sky'], steps=6, guidance=4.), stock('tiny', ['a red rose', 'the sky'], num_inference_steps=6, guidance_scale=4.))
+
+def test_a_picture_does_not_depend_on_its_company(generator, models):
+    many = generator(['a red rose', 'the sky'], n=3, seed=10, steps=4)
+    for i, prompt in ((0, 'a red rose'), (2, 'a red rose'), (4, 'the sky')): assert same([many[i]], generator(prompt, seed=10+i, steps=4))
+    assert same(many, Generator(generator.backend, batch=4)(['a red rose', 'the sky'], n=3, seed=10, steps=4))
+
+def test_threads_do_not_disturb_each_other(generator):
+    wishes = [('a red rose', 4, None), ('the sky', 7, 'ddim'), ('a white daisy', 5, 'unipc'), ('an iris', 6, None)]
+    alone, together = [generator(p, steps=s, scheduler=k, seed=3) for p, s, k in wishes], {}
+    def visit(i): together[i] = [generator(wishes[i][0], steps=wishes[i][1], scheduler=wishes[i][2], seed=3) for _ in range(2)]
+    threads = [threading.Thread(target=visit, args=(i,)) for i in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert sorted(together) == [0, 1, 2, 3] and all(same(alone[i], p) for i, ps in together.items() for p in ps)
+
+def test_one_text_pass_two_halves_a_step_one_decode(generator):
+    calls = []
+    class Counting:
+        def __getattr__(self, name):
+            value = getattr(generator.backend, name)
+            if name not in ('encode', 'denoise', 'decode'): return value
+            return lambda x, *a: (calls.append((name, len(x))), value(x, *a))[1]
+    Generator(Counting())(['a red rose', 'the sky'], n=2, steps=3)
+    assert calls == [('encode', 3)] + [('denoise', 8)]*3 + [('decode', 4)]
+    calls.clear(); Generator(Counting())('the sky', steps=3, guidance=1.)
+    assert [c for c in calls if c[0] == 'denoise'] == [('denoise', 1)]*3
+
+def test_steps_are_told_previews_shown_and_false_stops(generator):
+    seen = []
+    generator('a rose', n=3, steps=4, callback=lambda s: seen.append((s.step, s.steps, [p.size for p in s.preview(48)])))
+    assert [s[:2] for s in seen] == [(i, 4) for i in (1, 2, 3, 4)] and seen[0][2] == [(48, 48)]*3
+    count = []
+    with pytest.raises(Cancelled): generator('a rose', steps=9, callback=lambda s: count.append(s) or s.step < 2)
+    assert len(count) == 2
+    batches = []; Generator(generator.backend, batch=2)('a rose', n=3, steps=2, callback=lambda s: batches.append((s.step, s.steps, len(s.latents))))
+    assert batches == [(1, 4, 2), (2, 4, 2), (3, 4, 1), (4, 4, 1)]
+
+def test_the_last_preview_is_the_picture_made_small(generator):
+    last = []
+    picture = generator('a red rose', steps=12, callback=lambda s: last.append(s.latents))[0]
+    exact = pixels(sampler.to_pil(generator.backend.decode(last[-1])))
+    assert np.abs(exact - pixels([picture])).max() <= 4
+
+def test_what_is_cut_from_a_prompt_is_said(generator):
+    with pytest.warns(UserWarning, match='longer than 16 tokens; not read: .*meadow'): long = generator('a red rose under the sky in the white yellow blue iris daisy sky sky meadow', steps=1)
+    with warnings.catch_warnings(): warnings.filterwarnings('error', 'prompt'); generator('a red rose', steps=1)
+    assert long[0].size == (32, 32)
+
+def test_other_sizes(generator):
+    assert generator('a rose', steps=1, size=(48, 16))[0].size == (48, 16)
+
+@pytest.mark.parametrize('wish, line', [
+    (dict(steps=0), 'steps: 0 is not'), (dict(steps=10**9), 'steps: '), (dict(steps='many'), 'steps: many'), (dict(n=0), 'n: 0'), (dict(n=10**7), 'n: '), (dict(seed=-1), 'seed: -1'), (dict(seed=1.5), 'seed: 1.5'),
+    (dict(guidance=-1), 'guidance: -1'), (dict(guidance=float('nan')), 'guidance: nan'), (dict(size=33), 'width: 33 is not a multiple of 4'), (dict(size=10**6), 'width: '), (dict(size=(32, 0)), 'height: 0'),
+    (dict(scheduler='magic'), 'scheduler: '), (dict(prompt=[]), 'prompt: the list is empty'), (dict(prompt=' '), 'prompt: is empty'), (dict(prompt=None), 'prompt: '), (dict(prompt='rose '*10**5), 'prompt: has 500,000 characters'),
+    (dict(prompt='\x89PNG\x00\x1a'), 'prompt: holds bytes'), (dict(prompt=b'rose'), 'prompt: ')])
+def test_bad_wishes_get_one_line(generator, wish, line):
+    with pytest.raises(UserError) as e: generator(**dict(prompt='a rose') | wish)
+    assert str(e.value).startswith(line) and '\n' not in str(e.value)
+
+def damage(folder, how):
+    weights = folder/'unet'/'diffusion_pytorch_model.safetensors'
+    if how == 'truncated': weights.write_bytes(weights.read_bytes()[:-1000])
+    if how == 'not safetensors': weights.write_bytes(b'PK\x03\x04 a pickle')
+    if how == 'no weights': weights.unlink()
+    if how == 'no tokenizer': shutil.rmtree(folder/'tokenizer')
+    if how == 'no autoencoder': shutil.rmtree(folder/'vae')
+    if how == 'bad json': (folder/'unet'/'config.json').write_text('{')
+    if how == 'other pipeline': (folder/'model_index.json').write_text('{"_class_name": "FluxPipeline"}')
+    if how == 'half the weights':
+        from safetensors.torch import load_file, save_file
+        kept = dict(list(load_file(weights).items())[::2]); save_file(kept, weights, metadata=dict(format='pt'))
+    if how == 'half a text encoder':
+        from safetensors.torch import load_file, save_file
+        path = folder/'text_encoder'/'model.safetensors'; kept = dict(list(load_file(path).items())[::2]); save_file(kept, path, metadata=dict(format='pt'))
+    return folder
+
+@pytest.mark.parametrize('how', ['truncated', 'not safetensors', 'no weights', 'no tokenizer', 'no autoencoder', 'bad json', 'other pipeline', 'half the weights', 'half a text encoder'])
+def test_a_broken_model_gets_one_line_that_names_the_part(models, tmp_path, how):
+    folder = damage(Path(shutil.copytree(models['kl'], tmp_path/'m')), how)
+    with pytest.raises(UserError) as e: Generator.from_pretrained(folder)
+    assert '\n' not in str(e.value) and str(folder) in str(e.value)
+
+def test_what_may_be_opened(models, tmp_path, monkeypatch):
+    shutil.copytree(models['kl'], tmp_path/'ws'/'model')
+    assert Generator.from_pretrained(tmp_path/'ws').backend.folder == tmp_path/'ws'/'model'
+    for where, line in ((tmp_path, 'not a model folder'), (tmp_path/'no'/'such', 'not there'), ('/', 'not a model folder')):
+        with pytest.raises(UserError, match=line): Generator.from_pretrained(where)
+    (tmp_path/'new').mkdir(); (tmp_path/'new'/'params.yaml').write_text('')
+    with pytest.raises(UserError, match='no model yet'): Generator.from_pretrained(tmp_path/'new')
+    with pytest.raises(UserError, match='abacus'): Generator.from_pretrained(models['kl'], backend='abacus')
+    import huggingface_hub
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda repo, revision, allow_patterns: asked.update(repo=repo, revision=revision, allow=allow_patterns) or models['kl'])
+    assert load_backend('someone/flowers@0123abc').folder == models['kl']
+    assert asked['repo'] == 'someone/flowers' and asked['revision'] == '0123abc' and not any(p.endswith(('.bin', '.pkl', '.pt', '.py')) for p in asked['allow'])
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **k: (_ for _ in ()).throw(OSError('no network\nat all')))
+    with pytest.raises(UserError, match='neither a folder here nor') as e: load_backend('someone/flowers')
+    assert '\n' not in str(e.value)
+
+def test_opening_costs_nothing_before_it_is_asked_for():
+    "The report and the sampler are imported by light processes."
+    code = "import sys, flowerdiff.report; assert 'torch' not in sys.modules and 'jinja2' not in sys.modules; import flowerdiff.sampler, flowerdiff.backends; assert not {'diffusers', 'transformers', 'onnxruntime'} & set(sys.modules)"
+    subprocess.run([sys.executable, '-c', code], check=True)
