@@ -59,7 +59,7 @@ def examples(
                 if len(found) > n: break
     return list(dict.fromkeys(found)) if len(found) >= 5 else EXAMPLES
 
-# %% ../nbs/apps/studio.ipynb #d06ec9ea
+# %% ../nbs/apps/studio.ipynb #9295a5c3
 def classed(widget, *names): # adds CSS classes, and returns the widget
     for n in names: widget.add_class(n)
     return widget
@@ -77,7 +77,7 @@ def make_controls(
         n=w.IntSlider(value=1, min=1, max=LIMITS['n'], description='Pictures', **slide), steps=w.IntSlider(value=20, min=1, max=60, description='Steps', **slide),
         guidance=w.FloatSlider(value=3, min=1, max=10, step=.5, readout_format='.1f', description='Guidance', **slide),
         seed=w.BoundedIntText(value=7, min=0, max=2**32 - 1, description='Seed'), dice=w.Button(description='Dice', tooltip='another seed'),
-        lock=w.ToggleButton(value=False, description='Keep', tooltip='keep the seed for the next pictures'),
+        lock=w.ToggleButton(value=False, description='Lock', tooltip='the same seed for the next pictures'),
         draw=classed(w.Button(description='Draw'), 'fd-draw'), cancel=w.Button(description='Cancel', disabled=True),
         bar=w.FloatProgress(value=0, min=0, max=1), say=w.HTML(), now=w.HTML(), gallery=classed(w.Box([]), 'fd-gallery'))
 
@@ -230,7 +230,7 @@ def free_port(ip: str, port: int) -> None:
         try: s.bind((ip, port))
         except OSError as e: raise UserError(f'port {port}: {"in use" if e.errno == 98 else e.strerror}; stop what runs there, or give another one with --port') from None
 
-# %% ../nbs/apps/studio.ipynb #977dfd51
+# %% ../nbs/apps/studio.ipynb #c9d48b3d
 def serve(
     workspace: str | Path = 'garden', # a workspace or a model's folder
     port: int = 8866,
@@ -244,15 +244,17 @@ def serve(
     assets = str(files('flowerdiff')/'assets'/'studio')
     os.environ['JUPYTER_PATH'] = os.pathsep.join([assets, *filter(None, [os.environ.get('JUPYTER_PATH')])])
     from traitlets.config import Config
+    from tornado.ioloop import IOLoop
     from voila.app import Voila
     config = Config()
-    config.Voila = Config(notebook_path=str(app_notebook()), ip=ip, port=port, port_retries=0, open_browser=open_browser)
+    config.Voila = Config(notebook_path=str(app_notebook()), ip=ip, port=port, port_retries=0, open_browser=open_browser, tornado_settings=dict(ws_ping_interval=30000, ws_ping_timeout=30000))
     config.VoilaConfiguration = Config(template='flowerdiff', strip_sources=True, show_tracebacks=False, prelaunch_hook=_titled)
     config.KernelManager = Config(transport='ipc') # sockets of our own, not ports that others on the machine can reach
     config.MappingKernelManager = Config(cull_idle_timeout=int(60*idle_minutes), cull_interval=60, cull_connected=False)
-    print(f'The studio is at http://{"localhost" if ip in ("127.0.0.1", "0.0.0.0") else ip}:{port} (Ctrl-C stops it)', flush=True)
     app = Voila.instance(config=config, log_level='ERROR')
     app.initialize(argv=[])
+    address = f'http://{"localhost" if ip in ("127.0.0.1", "0.0.0.0") else ip}:{port}'
+    IOLoop.current().add_callback(lambda: print(f'The studio is at {address} (Ctrl-C stops it)', flush=True)) # once it listens
     app.start()
 
 def _titled(request, notebook, cwd): # Voila's hook: the window's title
