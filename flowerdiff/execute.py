@@ -6,7 +6,7 @@
 __all__ = ['notebook_name', 'find_notebook', 'duration', 'stage_line', 'own_kernel', 'execute', 'stop_tree', 'drive']
 
 # %% ../nbs/core/68_execute.ipynb #330f8471
-import os, signal, sys, threading, time
+import contextlib, os, signal, sys, threading, time
 from pathlib import Path
 from .workspace import STAGES, UserError, Workspace, open_workspace, read_json, write_json
 
@@ -67,23 +67,25 @@ def execute(
 # %% ../nbs/core/68_execute.ipynb #3523cbf1
 def stop_tree(
     pid: int,              # whose descendants
+    root: str = None,      # a workspace, whose training may have been started by an earlier run
     patience: float = 20., # seconds that training gets for its checkpoint
 ):
-    "End all descendants of a process; training is asked first and may finish its checkpoint."
+    "End all descendants of a process; training is asked first and may finish its checkpoint, and tracking may tell of it."
     import psutil
     try: tree = psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess: return
-    training = [p for p in tree if _is_training(p)]
-    _end(training, psutil.Process.terminate)
-    psutil.wait_procs(training, patience)
-    tree += [c for p in tree if p.is_running() for c in p.children(recursive=True)]
+    except psutil.NoSuchProcess: tree = []
+    training, trackers = ([p for p in {*tree, *(psutil.process_iter() if root else [])} if _runs(p, module, root if p not in tree else None)] for module in ("flowerdiff.stages.train", "flowerdiff.tracking"))
+    with contextlib.suppress(psutil.NoSuchProcess): _end([p for p in training if p.ppid() not in {q.pid for q in training}], psutil.Process.terminate) # torchrun tells its workers
+    psutil.wait_procs(training, patience); psutil.wait_procs(trackers, min(patience, 5))
+    tree = {*tree, *training, *trackers}
     _end(tree, psutil.Process.kill)
     psutil.wait_procs(tree, 5)
 
-def _is_training(process) -> bool:
+def _runs(process, module: str, root: str = None) -> bool: # is it `python -m module [root]`?
     import psutil
-    try: return any('flowerdiff.stages.train' in a for a in process.cmdline())
+    try: words = process.cmdline()
     except psutil.Error: return False
+    return module in words and (root is None or str(root) in words)
 
 def _end(processes, how):
     import psutil
@@ -116,7 +118,7 @@ def drive(
         if not status: print(stage_line(stage, duration(time.time() - start), read_json(ws.work/'records'/f'{stage}.json')['summary']), flush=True)
     except KeyboardInterrupt:
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
-        stop_tree(os.getpid()); status = 130
+        stop_tree(os.getpid(), str(ws.root)); status = 130
     (state/'running.json').unlink(missing_ok=True)
     sys.stdout.flush(); os._exit(status) if thread.is_alive() else None
     return status

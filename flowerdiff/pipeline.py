@@ -183,7 +183,7 @@ def _follow(ws: Workspace, stages: list, force: bool, display: _Display) -> list
 def _stop(dvc: subprocess.Popen): # politely, then not
     with contextlib.suppress(ProcessLookupError): os.killpg(dvc.pid, signal.SIGINT)
     try: dvc.wait(30)
-    except (KeyboardInterrupt, subprocess.TimeoutExpired): stop_tree(dvc.pid, 0); dvc.kill()
+    except (KeyboardInterrupt, subprocess.TimeoutExpired): stop_tree(dvc.pid, patience=0); dvc.kill()
 
 class StageFailed(Exception):
     "An unexpected error in a stage: one line naming the executed notebook and the log."
@@ -241,16 +241,25 @@ def _as_ctrl_c(): # a closed terminal and a polite kill are Ctrl-C too
         for s, h in old.items(): signal.signal(s, h)
 
 # %% ../nbs/core/70_pipeline.ipynb #83045bd5
-def _why(changes: list) -> str: # DVC's findings in a few words
+def _why(
+    changes: list,  # what DVC found for a stage
+    was: dict = {}, # section -> its settings when the stage ran
+    now: dict = {}, # and today
+) -> str:
+    "DVC's findings in a few words."
     words = []
     for c in changes:
         if c == 'changed command': words.append('the command')
         for kind, what in c.items() if isinstance(c, dict) else ():
             for path, how in what.items():
-                if path == 'params.yaml': words += list(how) if isinstance(how, dict) else [path]
+                if path == 'params.yaml': words += [k for s in how for k in _differences(s, was.get(s), now.get(s))]
                 elif kind == 'changed outs': words.append(f'{path} {"is gone" if how == "deleted" else "was changed by hand"}')
                 else: words.append('the code' if '/code/' in path else Path(path).stem if path.startswith('.flowerdiff') else path)
     return ', '.join(dict.fromkeys(words))
+
+def _differences(section: str, was, now) -> list: # dotted keys
+    if not isinstance(was, dict) or not isinstance(now, dict): return [section]
+    return [f'{section}.{k}' for k in {**was, **now} if was.get(k) != now.get(k)] or [section]
 
 # %% ../nbs/core/70_pipeline.ipynb #46384538
 def status(
@@ -264,11 +273,13 @@ def status(
     said, trouble = dvc.communicate()
     try: changed = json.loads(said)
     except ValueError: raise StageFailed(f'DVC stopped: {(trouble.strip().splitlines() or ["nothing"])[-1]}') from None
-    out, stale = [], {}
+    out, stale, lock_file, now = [], {}, ws.root/'dvc.lock', ws.settings.model_dump()
+    import yaml
+    was = yaml.safe_load(lock_file.read_text()).get('stages', {}) if lock_file.exists() else {}
     for s, (reads, _, writes) in GRAPH.items():
         r = _record(ws, s)
         upstream = next((stale[x] for x in reads if x in stale), None)
-        why = _why(changed.get(s, [])) or (f'{upstream} is stale' if upstream else '')
+        why = _why(changed.get(s, []), was.get(s, {}).get('params', {}).get('params.yaml', {}), now) or (f'{upstream} is stale' if upstream else '')
         state = 'never run' if not r else 'stale' if why else r['status'].replace('done', 'fresh')
         if state in ('never run', 'stale'): stale |= dict.fromkeys(writes, s)
         out.append(dict(stage=s, state=state, why='' if state == 'never run' else why or r['reason'], summary=r.get('summary', ''), seconds=r.get('seconds', 0)))
