@@ -130,7 +130,7 @@ def make_scheduler(
     from diffusers import DDPMScheduler
     return DDPMScheduler(num_train_timesteps=train.timesteps, beta_start=train.beta_start, beta_end=train.beta_end,
         beta_schedule=train.beta_schedule, prediction_type=train.prediction_type, clip_sample=False,
-        rescale_betas_zero_snr=train.zero_terminal_snr, timestep_spacing='trailing' if train.zero_terminal_snr else 'leading', steps_offset=0)
+        rescale_betas_zero_snr=train.zero_terminal_snr, timestep_spacing='trailing' if train.zero_terminal_snr else 'leading', steps_offset=1)
 
 # %% ../nbs/core/30_diffusion.ipynb #d14eccf5
 def sampling_scheduler(
