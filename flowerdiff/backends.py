@@ -7,13 +7,14 @@ __all__ = ['HUB_ID', 'HUB_FILES', 'PIPELINES', 'BACKENDS', 'from_hub', 'find_mod
            'scheduler_config', 'left_out', 'Backend', 'load_part', 'TorchBackend', 'onnx_session', 'OnnxBackend',
            'weights_fingerprint', 'onnx_beside', 'load_backend']
 
-# %% ../nbs/core/42_backends.ipynb #4f22b0f6
+# %% ../nbs/core/42_backends.ipynb #eeb4f671
 import hashlib, re, threading, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from .components import _opening
 from .workspace import UserError, read_json
 
 # %% ../nbs/core/42_backends.ipynb #3a0589d1
@@ -85,7 +86,7 @@ def left_out(
     ids = tokenizer(prompt, verbose=False).input_ids
     return tokenizer.decode(ids[tokenizer.model_max_length-1:-1]).strip()
 
-# %% ../nbs/core/42_backends.ipynb #93343a19
+# %% ../nbs/core/42_backends.ipynb #4053dce2
 class Backend:
     "What every backend knows from a model's configuration; subclasses add `text`, `denoise` and `decode`."
     name, device = '', 'cpu'
@@ -98,7 +99,8 @@ class Backend:
         if kind not in PIPELINES: raise UserError(f'{self.folder}: holds a {kind}; only Stable Diffusion pipelines are understood')
         self.unet_config, self.vae_config = read_config(self.folder, 'unet'), read_config(self.folder, 'vae', 'vae_decoder')
         self.scheduler_config = scheduler_config(self.folder)
-        with readable(self.folder/'tokenizer'): self.tokenizer = AutoTokenizer.from_pretrained(self.folder/'tokenizer')
+        with _opening(self.folder/'tokenizer'): self.tokenizer = AutoTokenizer.from_pretrained(self.folder/'tokenizer')
+        self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, read_config(self.folder, 'text_encoder')['max_position_embeddings'])
         self.scale = 2**(len(self.vae_config['block_out_channels'])-1)   # pixels a latent
         self.channels, self.size = self.unet_config['in_channels'], self.unet_config['sample_size']*self.scale
         self.scaling = self.vae_config.get('scaling_factor', 1.)
@@ -112,17 +114,17 @@ class Backend:
         for rest in cut: warnings.warn(f'prompt is longer than {length} tokens; not read: "{rest[:80]}"', stacklevel=3)
         return self.text(ids)
 
-# %% ../nbs/core/42_backends.ipynb #377fe2d5
+# %% ../nbs/core/42_backends.ipynb #b40cdcf9
 def load_part(
     cls,           # a class of diffusers or transformers
     folder: Path,  # that part's folder
     device: str = 'cpu',
 ):
     "One part of a model, for inference; every weight must be there."
-    with readable(folder): part, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    with _opening(folder): part, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     missing = [k for k in info.get('missing_keys', ()) if not k.endswith('position_ids')]
     if missing: raise UserError(f'{folder}: half a model, {len(missing)} weights are missing (such as {sorted(missing)[0]}); copy or make it again')
-    return part.eval().requires_grad_(False).to(device)
+    return part.eval().requires_grad_(False).to(device, torch.float32)
 
 # %% ../nbs/core/42_backends.ipynb #1fa02190
 class TorchBackend(Backend):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'Estimate', 'bootstrap', 'share', 'cubic', 'mmd2', 'kid', 'unit', 'clip_scores', 'shuffled',
-           'ClipFeatures', 'adherence', 'confusion', 'nearest', 'copies']
+           'directions', 'ClipFeatures', 'adherence', 'confusion', 'nearest', 'copies']
 
 # %% ../nbs/core/50_metrics.ipynb #a3d8fa37
 import math
@@ -102,6 +102,13 @@ def shuffled(
     order = np.random.default_rng(seed).permutation(n)
     out = np.empty(n, int); out[order] = np.roll(order, 1)
     return out
+
+# %% ../nbs/core/50_metrics.ipynb #f6aac77d
+def directions(
+    x: np.ndarray, # [n, d] embeddings
+) -> np.ndarray:
+    "Embeddings of length sqrt(d): KID's kernel of two of them is (1 + cosine)^3."
+    return unit(x)*math.sqrt(x.shape[1])
 
 # %% ../nbs/core/50_metrics.ipynb #c3a4d25e
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711) # of the pixels that the first CLIP was trained on

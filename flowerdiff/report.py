@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'CSS', 'PAGE', 'png', 'ticks', 'smooth', 'line_chart', 'bar'
 import base64, html, io, math
 from dataclasses import dataclass, field
 
-# %% ../nbs/core/52_report.ipynb #e53390e2
+# %% ../nbs/core/52_report.ipynb #ec07276e
 def png(
     picture,        # PIL.Image
     alt: str = '',  # what it shows, for those who cannot see it
@@ -19,7 +19,7 @@ def png(
     "An `<img>` that carries its picture."
     buffer = io.BytesIO(); picture.save(buffer, 'PNG', optimize=True)
     size = f' style="width:{width}px"' if width else ''
-    return f'<img alt="{html.escape(alt, quote=True)}" loading="lazy"{size} src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return f'<img alt="{html.escape(alt, quote=True)}" decoding="async"{size} src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 # %% ../nbs/core/52_report.ipynb #9b776423
 def ticks(
@@ -125,7 +125,7 @@ def adherence_section(
         confusion={NAMES[k]: dict(names=n, table=t.tolist()) for k, (n, t) in numbers['confusion'].items()},
         wrong=[dict(picture=drawn[i], prompt=asks[i].prompt, note='seen as ' + ', '.join(w)) for i, w in wrong if w][:8])
 
-# %% ../nbs/core/52_report.ipynb #034fe714
+# %% ../nbs/core/52_report.ipynb #24ddcb16
 CSS = '''
 :root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#23201d;--soft:#756f68;--line:#e6e1da;--accent:#b8336a;--c1:#b8336a;--c2:#2f6fb3;--c3:#4d8a3d;--c4:#c98a1b}
 @media(prefers-color-scheme:dark){:root{--bg:#16151a;--card:#201f26;--ink:#ece9e4;--soft:#a09a93;--line:#35333d;--accent:#f07aa8;--c1:#f07aa8;--c2:#7db4f0;--c3:#93c983;--c4:#e8b75a}}
@@ -134,26 +134,26 @@ main{max-width:1060px;margin:0 auto;padding:48px 24px 80px}h1{font-size:2.3rem;l
 p{margin:6px 0 14px;max-width:72ch}.soft,figcaption,.note,th{color:var(--soft)}a{color:var(--accent)}code{font-size:.9em}img{display:block;width:100%;height:auto;border-radius:7px;background:var(--line)}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(228px,1fr));gap:20px;margin:28px 0}figure{margin:0}.grid figure{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:12px}
 .four{display:grid;grid-template-columns:1fr 1fr;gap:8px}figcaption{font-size:.88rem;line-height:1.4;padding:10px 2px 0}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:16px;margin:24px 0}.card{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:16px 18px}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(280px,100%),1fr));gap:16px;margin:24px 0}.card{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:16px 18px}
 .card b{display:block;font-size:1.9rem;line-height:1.2;letter-spacing:-.02em}.card .note{font-size:.85rem;line-height:1.4}.card .name{font-size:.9rem;font-weight:600}
-table{border-collapse:collapse;width:100%;margin:14px 0;font-variant-numeric:tabular-nums}td,th{text-align:left;padding:7px 14px 7px 0;border-bottom:1px solid var(--line);vertical-align:middle}th{font-weight:500;font-size:.88rem}
-.bar{position:relative;display:block;height:10px;min-width:180px;border-radius:5px;background:var(--line);overflow:hidden}.bar i,.bar b{position:absolute;top:0;bottom:0;left:0;background:var(--accent);opacity:.55}.bar b{opacity:1}
+table{border-collapse:collapse;width:100%;margin:14px 0;font-variant-numeric:tabular-nums}td,th{text-align:left;padding:7px 12px 7px 0;border-bottom:1px solid var(--line);vertical-align:middle}th{font-weight:500;font-size:.88rem}
+.bar{position:relative;display:block;height:10px;min-width:70px;border-radius:5px;background:var(--line);overflow:hidden}.bar i,.bar b{position:absolute;top:0;bottom:0;left:0;background:var(--accent);opacity:.55}.bar b{opacity:1}
 .chart{width:100%;max-width:760px;font-size:12px}.chart text{fill:var(--soft);stroke:none}.chart polyline{stroke-width:2.2;stroke-linejoin:round}.chart .rule{stroke:var(--line)}.chart .key{font-size:12.5px}
-.strip{display:grid;gap:8px;margin:8px 0 18px}.label{font-size:.9rem;color:var(--soft);margin:14px 0 0}.scroll{overflow-x:auto}.heat td{padding:5px 9px;text-align:center;border:0;font-size:.82rem}.heat th{padding:5px 9px;border:0;font-size:.82rem}
+.strip{display:grid;gap:8px;margin:8px 0 18px}.label{font-size:.9rem;color:var(--soft);margin:14px 0 0}@media(max-width:560px){.wide{display:none}main{padding:28px 16px 60px}h1{font-size:1.8rem}}.scroll{overflow-x:auto}.heat td{padding:5px 9px;text-align:center;border:0;font-size:.82rem}.heat th{padding:5px 9px;border:0;font-size:.82rem}
 details{border-top:1px solid var(--line);padding:12px 0}summary{cursor:pointer;font-weight:600}dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;margin:12px 0}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 '''
 
-# %% ../nbs/core/52_report.ipynb #a2916729
+# %% ../nbs/core/52_report.ipynb #c000297b
 PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ title }}</title><style>{{ css|safe }}</style></head><body><main>
 <h1>{{ title }}</h1><p class="soft">{{ subtitle }}</p>
 {% if grid %}<section class="grid" aria-label="samples">{% for g in grid %}<figure>{% if g.pictures|length > 1 %}<div class="four">{% for p in g.pictures %}{{ png(p, g.prompt)|safe }}{% endfor %}</div>{% else %}{{ png(g.pictures[0], g.prompt)|safe }}{% endif %}<figcaption>{{ g.prompt }}</figcaption></figure>{% endfor %}</section>{% endif %}
 {% if headlines %}<section class="cards">{% for h in headlines %}<div class="card"><span class="name">{{ h.name }}</span><b>{{ h.value }}</b><span class="note">{{ h.note }}</span></div>{% endfor %}</section>{% endif %}
-{% if adherence %}<h2>Does it show what was asked?</h2><p>{{ adherence.note }}</p><table><tr><th>attribute</th><th>right</th><th>95 % interval</th><th></th><th>prompts</th></tr>{% for a in adherence.rows %}<tr><td>{{ a.name }}</td><td><b>{{ a.value }}</b></td><td>{{ a.interval }}</td><td>{{ a.bar|safe }}</td><td>{{ a.n }}</td></tr>{% endfor %}</table>
+{% if adherence %}<h2>Does it show what was asked?</h2><p>{{ adherence.note }}</p><table><tr><th>attribute</th><th>right</th><th>95 % interval</th><th class="wide"></th><th>prompts</th></tr>{% for a in adherence.rows %}<tr><td>{{ a.name }}</td><td><b>{{ a.value }}</b></td><td>{{ a.interval }}</td><td class="wide">{{ a.bar|safe }}</td><td>{{ a.n }}</td></tr>{% endfor %}</table>
 {% for name, t in adherence.confusion.items() %}<details><summary>{{ name }}: asked (rows) and seen (columns)</summary><div class="scroll"><table class="heat"><tr><th></th>{% for c in t.names %}<th>{{ c }}</th>{% endfor %}</tr>{% for c in t.names %}{% set row = t.table[loop.index0] %}<tr><th>{{ c }}</th>{% for v in row %}<td style="background:color-mix(in srgb,var(--accent) {{ (85*v/([row|sum,1]|max))|round|int }}%,transparent)">{{ v or '' }}</td>{% endfor %}</tr>{% endfor %}</table></div></details>{% endfor %}
 {% if adherence.wrong %}<p class="label">Not what was asked, by the judge:</p><section class="grid">{% for g in adherence.wrong %}<figure>{{ png(g.picture, g.prompt)|safe }}<figcaption>{{ g.prompt }}<br><i>{{ g.note }}</i></figcaption></figure>{% endfor %}</section>{% endif %}{% endif %}
-{% for s in strips %}<h2>{{ s.title }}</h2><p>{{ s.note }}</p>{% for r in s.rows %}<p class="label">{{ r.label }}</p><div class="strip" style="grid-template-columns:repeat({{ s.columns }},1fr)">{% for p in r.pictures %}{{ png(p, r.label)|safe }}{% endfor %}</div>{% endfor %}{% endfor %}
+{% for s in strips %}<h2>{{ s.title }}</h2><p>{{ s.note }}</p>{% for r in s.rows %}<p class="label">{{ r.label }}</p><div class="strip" style="grid-template-columns:repeat({{ s.columns }},minmax(0,150px))">{% for p in r.pictures %}{{ png(p, r.label)|safe }}{% endfor %}</div>{% endfor %}{% endfor %}
 {% if chart %}<h2>How it learned</h2><p>{{ chart_note }}</p>{{ chart|safe }}{% endif %}
-<h2>How this was made</h2>{% for name, d in details.items() %}<details{% if loop.first %} open{% endif %}><summary>{{ name }}</summary><dl>{% for k, v in d.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></details>{% endfor %}
+<h2>How this was made</h2>{% for name, d in details.items() %}<details{% if loop.first %} open{% endif %}><summary>{{ name }}</summary><dl>{% for k, v in d.items() if v or v == 0 %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></details>{% endfor %}
 {% if links %}<p class="soft">{% for l in links %}<a href="{{ l.href }}">{{ l.name }}</a>{{ '' if loop.last else ' · ' }}{% endfor %}</p>{% endif %}
 </main></body></html>'''
 

@@ -7,7 +7,7 @@ __all__ = ['GRID', 'GUIDANCES', 'garden_prompt', 'questions', 'grid_prompts', 'd
            'crowd_numbers', 'attribute_numbers', 'guidance_strip', 'parameters_line', 'provenance', 'Result', 'plain',
            'summarise', 'measure', 'run']
 
-# %% ../../nbs/stages/07_evaluate.ipynb #fad6ad36
+# %% ../../nbs/stages/07_evaluate.ipynb #3ef5694a
 import platform, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from ..backends import TorchBackend, weights_fingerprint
-from ..metrics import ClipFeatures, Estimate, adherence, bootstrap, clip_scores, confusion, copies, kid, nearest, shuffled
+from ..metrics import ClipFeatures, Estimate, adherence, bootstrap, clip_scores, confusion, copies, directions, kid, nearest, shuffled
 from ..report import Ask, adherence_section, curves, headlines, percent, render
 from ..sampler import Generator, montage, to_pil
 from ..workspace import Workspace, atomic_dir, progress, read_json, read_jsonl, stage, write_json
@@ -105,7 +105,7 @@ def psnr(
     "Peak signal-to-noise ratio of pictures, averaged."
     return float(np.mean([10*np.log10(255**2/max(1e-9, np.square(np.asarray(x, float)-np.asarray(y, float)).mean())) for x, y in zip(a, b)]))
 
-# %% ../../nbs/stages/07_evaluate.ipynb #3087d357
+# %% ../../nbs/stages/07_evaluate.ipynb #ec329f96
 def crowd_numbers(
     clip: ClipFeatures,
     drawn: list, asks: list,  # pictures and what they were asked to be
@@ -119,7 +119,7 @@ def crowd_numbers(
     held, t = np.concatenate([r, clip.pictures(other)]) if other else r, clip.pictures(train)
     (near, distance), (_, usual) = nearest(x, t), nearest(held, t)
     return dict(clip_score=dict(drawn=bootstrap(clip_scores(x, texts)), real=bootstrap(clip_scores(r, texts)), shuffled=bootstrap(clip_scores(r, texts[shuffled(len(texts))]))),
-        kid=dict(drawn=kid(x, held), autoencoder=kid(clip.pictures(rebuilt), held)), copies=copies(distance, usual),
+        kid=dict(drawn=kid(directions(x), directions(held)), autoencoder=kid(directions(clip.pictures(rebuilt)), directions(held))), copies=copies(distance, usual),
         nearest=[(int(i), int(near[i]), float(distance[i])) for i in np.argsort(distance)[:8]])
 
 # %% ../../nbs/stages/07_evaluate.ipynb #6aeeff9c
