@@ -102,7 +102,7 @@ def note(title: str, text: str = '') -> str: # HTML: a card with a few words
 def no_model(workspace: Path) -> str: # HTML
     return note('No model here yet', f'<p>This command trains one; with the garden it takes about ten minutes:</p><code>flowerdiff run {html.escape(str(workspace))}</code><p>Then look again.</p>')
 
-# %% ../nbs/apps/studio.ipynb #0afd26fa
+# %% ../nbs/apps/studio.ipynb #eed2e700
 class Studio:
     "The page: `Studio(painter).page` is the widget to show."
     shown = 48 # pictures that the gallery keeps
@@ -120,13 +120,14 @@ class Studio:
         if not self.painter.exists:
             again = w.Button(description='Look again')
             again.on_click(lambda _: self._look_again())
-            self.page.children = [top, w.HTML(no_model(self.painter.workspace)), classed(w.HBox([again]), 'fd-row')]
+            self.page.children = [top, w.HTML(no_model(self.painter.workspace)), classed(w.HBox([again]), 'fd-row', 'fd-center')]
             return
         row = lambda *x: classed(w.HBox(x), 'fd-row')
         c['chips'].children = [*c['chips'].children[:3], c['surprise']]
-        panel = classed(w.VBox([c['prompt'], c['chips'], row(c['draw'], c['cancel']), c['bar'], c['say'], c['n'], c['steps'], c['guidance'], row(c['seed'], c['dice'], c['lock']), c['negative']]), 'fd-panel')
+        ask = classed(w.VBox([c['prompt'], c['chips'], row(c['draw'], c['cancel']), c['bar'], c['say']]), 'fd-panel', 'fd-ask')
+        dials = classed(w.VBox([c['n'], c['steps'], c['guidance'], row(c['seed'], c['dice'], c['lock']), c['negative']]), 'fd-panel', 'fd-dials')
         self.empty = w.HTML(note('Nothing drawn yet', '<p>Write a few words, or take an example, and press Draw.</p>'))
-        self.page.children = [top, classed(w.Box([panel, classed(w.VBox([c['now'], self.empty, c['gallery']]), 'fd-right')]), 'fd-body')]
+        self.page.children = [top, classed(w.Box([ask, dials, classed(w.VBox([c['now'], self.empty, c['gallery']]), 'fd-right')]), 'fd-body')]
         if not self.painter.ready.is_set(): self.say('Loading the model …'); threading.Thread(target=self._loaded, daemon=True).start()
 
     def _loaded(self): # says when the model is there, or why it is not

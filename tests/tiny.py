@@ -26,7 +26,7 @@ def tiny_model(folder, size=32):
     unet = UNet2DConditionModel(sample_size=size//2, layers_per_block=1, block_out_channels=(16, 32), down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
                                 cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8)
     vae = AutoencoderKL(block_out_channels=(8, 16), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, latent_channels=4, norm_num_groups=4, sample_size=size)
-    scheduler = DPMSolverMultistepScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', prediction_type='v_prediction')
+    scheduler = DPMSolverMultistepScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', prediction_type='v_prediction', steps_offset=1)
     StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tok, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder, safe_serialization=True)
     return Path(folder)
 

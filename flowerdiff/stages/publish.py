@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['CARD', 'model_files', 'numbers', 'percent', 'sample_prompts', 'draw_samples', 'base_models', 'card_data',
-           'card_words', 'how_made', 'make_card', 'assemble', 'check_ours', 'publish_folder', 'git_sha', 'hub_changes',
-           'hub_error', 'publish_hub', 'FakeHub', 'repo_name', 'Result', 'run']
+           'card_words', 'how_made', 'make_card', 'assemble', 'repo_name', 'Result', 'run']
 
-# %% ../../nbs/stages/10_publish.ipynb #25196790
-import hashlib, os, re, shutil, tempfile
+# %% ../../nbs/stages/10_publish.ipynb #572a1643
+import os, re, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from ..repository import publish_folder, publish_hub
 from ..store import list_files, make_manifest
-from ..workspace import UserError, Workspace, atomic_dir, file_sha256, read_json, read_jsonl, stage, write_json
+from ..workspace import UserError, Workspace, read_json, read_jsonl, stage, write_json
 
 # %% ../../nbs/stages/10_publish.ipynb #254365a5
 def model_files(
@@ -64,7 +64,7 @@ def draw_samples(
     for s, picture in zip(samples, draw(prompts, seed=ws.settings.seed, steps=e.steps, guidance=e.guidance)): picture.save(folder.parent/s['file'])
     return samples
 
-# %% ../../nbs/stages/10_publish.ipynb #497a7321
+# %% ../../nbs/stages/10_publish.ipynb #9fcf241a
 def base_models(
     ws: Workspace,
 ) -> list[str]: # hub ids of the networks that the model was built on, without their commits
@@ -80,7 +80,8 @@ def card_data(
     "The header of the card, as `huggingface_hub.ModelCardData`."
     from huggingface_hub import EvalResult, ModelCardData
     data = 'flowerdiff garden (drawn flowers)' if ws.settings.prepare.source == 'garden' else Path(ws.settings.prepare.source).name
-    kind = lambda k: 'accuracy' if k.startswith('adherence') else k.replace(' ', '_')
+    kind = lambda k: 'accuracy' if k.startswith('adherence') else 'kid' if k.startswith('kid') else k.replace(' ', '_')
+    results = {k: v for k, v in results.items() if not k.endswith((' real', ' autoencoder'))} # those are what the model's own numbers are read against
     return ModelCardData(
         model_name=name, license=ws.settings.publish.license, language='en', library_name='diffusers', pipeline_tag='text-to-image', tags=['text-to-image', 'diffusers', 'stable-diffusion', 'latent-diffusion', 'flowerdiff'],
         base_model=base_models(ws) or None, widget=[dict(text=s['prompt'], output=dict(url=s['file'])) for s in samples],
@@ -208,99 +209,6 @@ def assemble(
     if (ws.report/'grid.png').exists(): shutil.copyfile(ws.report/'grid.png', folder/'samples/grid.png')
     (folder/'README.md').write_text(make_card(ws, name, repo, samples, bool(onnx)), encoding='utf-8')
 
-# %% ../../nbs/stages/10_publish.ipynb #456d198f
-def check_ours(
-    where: str,         # the repository, for the message
-    now: str | None,    # its present revision, None when it does not exist
-    ours: str | None,   # the revision that this workspace published last
-    new: str | None = None, # the revision about to be published
-):
-    "Raise a `UserError` when the repository holds what this workspace did not publish."
-    if now not in (None, ours, new):
-        raise UserError(f'{where}: holds revision {now[:12]}, which this workspace did not publish; move it away, or set another publish.repo_name')
-
-# %% ../../nbs/stages/10_publish.ipynb #d69ea6c4
-def publish_folder(
-    new: Path,         # the assembled repository
-    target: Path,      # where it belongs
-    last: str | None,  # revision published last
-) -> dict:             # `revision`, `changed`
-    "Replace `target` by `new` at once; nothing is written when it is the same already."
-    manifest = make_manifest(new)
-    now = make_manifest(target)['revision'] if target.exists() and any(target.iterdir()) else None
-    check_ours(str(target), now, last, manifest['revision'])
-    if now != manifest['revision']:
-        with atomic_dir(target) as folder: shutil.copytree(new, folder, dirs_exist_ok=True)
-    return dict(revision=manifest['revision'], changed=now != manifest['revision'])
-
-# %% ../../nbs/stages/10_publish.ipynb #cc7b0178
-def git_sha(
-    path: Path,
-) -> str: # Git's name of the file's content
-    data = path.read_bytes()
-    return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
-
-# %% ../../nbs/stages/10_publish.ipynb #e9864f94
-def hub_changes(
-    new: Path,      # the assembled repository
-    siblings: list, # the files that the Hub has (`rfilename`, `blob_id`, `lfs`)
-) -> tuple:         # paths to send, paths to remove
-    "What differs between the folder and the Hub."
-    ours = {f.relative_to(new).as_posix(): f for f in list_files(new)}
-    there = {s.rfilename: s for s in siblings if s.rfilename != '.gitattributes'}
-    same = lambda f, s: s.lfs['sha256'] == file_sha256(f) if s.lfs else s.blob_id == git_sha(f)
-    return [p for p, f in ours.items() if p not in there or not same(f, there[p])], sorted(there.keys() - ours.keys())
-
-# %% ../../nbs/stages/10_publish.ipynb #9fad8155
-def hub_error(
-    repo: str,
-    error: Exception, # what huggingface_hub raised
-) -> UserError:       # the same in one line, with what to do
-    status = getattr(getattr(error, 'response', None), 'status_code', None)
-    advice = {401: 'the token is not valid; set HF_TOKEN to one with write access (huggingface.co/settings/tokens)', 403: 'the token may not write there; give it write access to this repository',
-              404: 'no such owner, or the token may not see it; check publish.repo_name', 409: 'the name is taken; set another publish.repo_name', 412: 'somebody committed meanwhile; run again',
-              413: 'the storage quota is full; free some space', 429: 'the Hub asks to slow down; run again later', None: f'{" ".join(str(error).split())[:200]}'}
-    return UserError(f'{repo}: {advice.get(status) or f"the Hub answered {status}; run again later"}')
-
-# %% ../../nbs/stages/10_publish.ipynb #9307631b
-def publish_hub(
-    new: Path,        # the assembled repository
-    repo: str,        # 'owner/name'
-    last: str | None, # commit published last
-    private: bool = True,
-    api=None,         # a `huggingface_hub.HfApi`
-) -> dict:            # `revision` (the commit), `changed`, `url`
-    "One atomic commit with what differs; none when nothing does."
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    api = api or HfApi()
-    try:
-        url = str(api.create_repo(repo, private=private, exist_ok=True))
-        info = api.model_info(repo, files_metadata=True)
-        add, remove = hub_changes(new, info.siblings)
-        if not add and not remove: return dict(revision=info.sha, changed=False, url=url)
-        fresh = not [s for s in info.siblings if s.rfilename != '.gitattributes']
-        check_ours(repo, None if fresh else info.sha, last)
-        operations = [CommitOperationAdd(p, str(new/p)) for p in add] + [CommitOperationDelete(p) for p in remove]
-        commit = api.create_commit(repo, operations, commit_message=f'flowerdiff: {len(add)} files', parent_commit=info.sha)
-    except (HfHubHTTPError, HFValidationError, OSError) as e: raise hub_error(repo, e) from None
-    return dict(revision=commit.oid, changed=True, url=url)
-
-# %% ../../nbs/stages/10_publish.ipynb #a766abcd
-class FakeHub:
-    "Keeps commits in memory: for tests and for these pages."
-    def __init__(self): self.files, self.commits = {}, ['0'*40]
-    def create_repo(self, repo, private, exist_ok): return f'https://hub.example/{repo}'
-    def model_info(self, repo, files_metadata):
-        from types import SimpleNamespace as S
-        return S(sha=self.commits[-1], siblings=[S(rfilename=k, blob_id=v, lfs=None) for k, v in self.files.items()])
-    def create_commit(self, repo, operations, commit_message, parent_commit):
-        from types import SimpleNamespace as S
-        assert parent_commit == self.commits[-1]
-        for o in operations: self.files |= {o.path_in_repo: git_sha(Path(o.path_or_fileobj))} if hasattr(o, 'path_or_fileobj') else {}; self.files.pop(o.path_in_repo, None) if not hasattr(o, 'path_or_fileobj') else None
-        self.commits.append(f'{len(self.commits):040x}')
-        return S(oid=self.commits[-1])
-
 # %% ../../nbs/stages/10_publish.ipynb #0254c253
 def repo_name(
     ws: Workspace,
@@ -313,7 +221,7 @@ def repo_name(
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', name): raise UserError(f"publish.repo_name: '{name}' is not owner/name; the Hub needs both")
     return 'hub', name
 
-# %% ../../nbs/stages/10_publish.ipynb #4e6d7837
+# %% ../../nbs/stages/10_publish.ipynb #75bbdd0e
 @dataclass
 class Result:
     "What was published, or why nothing was."
@@ -326,7 +234,7 @@ class Result:
         from IPython.display import Markdown, display
         p = self.published
         print(f"{p['url']}, revision {p['revision'][:12]}: {len(p['files'])} files, {p['bytes']/1e6:.1f} MB")
-        if self.card: display(Markdown(self.card.split('---\n', 2)[2]))
+        if self.card: display(Markdown(re.sub(r'!\[.*\n', '', self.card.split('---\n', 2)[2])))
 
 # %% ../../nbs/stages/10_publish.ipynb #5ea164db
 @stage('publish')
