@@ -120,7 +120,7 @@ def part_gradients(
     if free: loss = loss + .02*(z.float().mean((0, 2, 3)).pow(2) + (z.float().std((0, 2, 3))-1).pow(2)).mean()
     return loss.item(), torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
-# %% ../nbs/core/24_autoencoder.ipynb #dbe752ec
+# %% ../nbs/core/24_autoencoder.ipynb #354dbd4b
 def fast_bf16(device='cpu') -> bool:
     "Whether bfloat16 saves time here."
     return torch.cuda.is_bf16_supported() if str(device).startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
@@ -163,6 +163,7 @@ def train_autoencoder(
         x = x.to(device, memory_format=torch.channels_last)
         z = [None]*threads if latents is None else latents[idx].float().chunk(threads)
         parts = list(pool.map(lambda a: part_gradients(model, *a, noise, bf16), zip(x.chunk(threads), z)))
+        opt.zero_grad()   # also what the encoder's last step left behind
         for p, *g in zip((p for p in model.parameters() if p.requires_grad), *(g for _, g in parts)): p.grad = sum(g)/len(parts)
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step(); step += 1
