@@ -83,10 +83,12 @@ def curves(
     pairs = lambda c: [(p['step'], p['loss']) if isinstance(p, dict) else tuple(p[:2]) for p in c or []]
     return line_chart({k: v for k, v in (('training loss', smooth(pairs(train.get('loss_curve')))), ('validation loss', pairs(train.get('validation_curve')))) if v}, 'steps')
 
-# %% ../nbs/core/52_report.ipynb #ef87c81d
+# %% ../nbs/core/52_report.ipynb #9bfe6513
 def percent(e) -> str: return f'{100*e.value:.0f} %'
 
-def interval(e, k: float = 1.) -> str: return f'{k*e.low:.3g} to {k*e.high:.3g}'
+def interval(e, k: float = 1.) -> str:
+    short = lambda x: f'{x:.0f}' if abs(x) >= 100 else f'{x:.1f}'
+    return f'{short(k*e.low)} to {short(k*e.high)}'
 
 # %% ../nbs/core/52_report.ipynb #d1c75f3b
 def headlines(numbers: dict) -> list:

@@ -96,16 +96,14 @@ def test_big_weights_travel_in_one_file(ws, tmp_path):
     export.keep_whole(tmp_path/'moved'/'model.onnx')
     assert [p.name for p in (tmp_path/'moved').iterdir()] == ['model.onnx'] and export.part_difference(part, tmp_path/'moved'/'model.onnx') < 1e-3
 
-@pytest.mark.slow
+@pytest.mark.skipif('FLOWERDIFF_OPTIMUM_PYTHON' not in os.environ, reason='FLOWERDIFF_OPTIMUM_PYTHON names the python of an environment with Optimum')
 def test_optimum_draws_the_same(ws, tmp_path):
-    "In an environment of its own, for Optimum's older transformers: FLOWERDIFF_OPTIMUM_PYTHON names its python."
-    python = os.environ.get('FLOWERDIFF_OPTIMUM_PYTHON')
-    if not python: pytest.skip('FLOWERDIFF_OPTIMUM_PYTHON is not set')
+    "In an environment of its own, because Optimum needs older transformers."
     code = '''import sys, torch
 from optimum.onnxruntime import ORTDiffusionPipeline
 pipe = ORTDiffusionPipeline.from_pretrained(sys.argv[1]); pipe.set_progress_bar_config(disable=True)
 for i, p in enumerate(pipe(["a red rose"]*2, num_inference_steps=4, guidance_scale=4., height=32, width=32, generator=[torch.Generator().manual_seed(s) for s in (3, 4)]).images): p.save(f"{sys.argv[2]}/{i}.png")'''
-    subprocess.run([python, '-c', code, str(ws.onnx), str(tmp_path)], check=True)
+    subprocess.run([os.environ['FLOWERDIFF_OPTIMUM_PYTHON'], '-c', code, str(ws.onnx), str(tmp_path)], check=True)
     from PIL import Image
     assert same([Image.open(tmp_path/f'{i}.png') for i in (0, 1)], Generator.from_pretrained(ws.root, 'torch')('a red rose', n=2, seed=3, steps=4))
 
