@@ -10,10 +10,12 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'shown', 'BadPicture', 'to_rgb', 'upright', 
 import hashlib, os, shutil, signal, sys, warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from .config import UserError
 
 # %% ../nbs/core/12_pictures.ipynb #1d6b01f8
 def shown(
@@ -70,7 +72,7 @@ def load_picture(
     except BadPicture: raise
     except UnidentifiedImageError: raise BadPicture('is not a picture that can be read') from None
     except Image.DecompressionBombError: raise BadPicture(_too_large) from None
-    except OSError as e: raise BadPicture(f'cannot be read ({e.strerror})' if e.errno else 'is truncated' if 'truncated' in str(e) else f'is damaged ({e})') from None
+    except OSError as e: raise BadPicture(f'cannot be read ({e.strerror})' if e.errno else 'is truncated' if 'truncated' in str(e).lower() else f'is damaged ({e})') from None
     except Exception as e: raise BadPicture(f'is damaged ({shown(str(e)) or type(e).__name__})') from None
 
 _too_large = f'has more than {MAX_PIXELS//10**6} million pixels; shrink it'
@@ -139,6 +141,7 @@ def in_order(
             ahead.append(pool.submit(f, x))
             if len(ahead) > 3*workers: yield ahead.popleft().result()
         while ahead: yield ahead.popleft().result()
+    except BrokenProcessPool: raise UserError('a worker process was killed, most likely for want of memory; make room and run again, what is made stays') from None
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/core/12_pictures.ipynb #ae8f9613

@@ -196,7 +196,7 @@ def montage(
     from PIL import Image
     rows = sorted(read_jsonl(folder/split/'metadata.jsonl'), key=lambda r: r.get('label', ''))
     rows = [rows[i*len(rows)//n] for i in range(n)] if len(rows) > n else rows
-    fig, axes = plt.subplots(-(-len(rows)//wide), wide, figsize=(wide*.95, -(-len(rows)//wide)*1.1), squeeze=False)
+    fig, axes = plt.subplots(-(-len(rows)//wide), wide, figsize=(wide*.95, -(-len(rows)//wide)*1.1), dpi=80, squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for ax, r in zip(axes.flat, rows): ax.imshow(Image.open(folder/split/r['file_name'])); ax.set_title(r.get('label', '')[:16], fontsize=7, pad=2)
     fig.tight_layout(pad=.3)
@@ -225,7 +225,7 @@ def balance(
     counts = {k: c for k, c in tally(folder).items() if len(c) > 1}
     fig, axes = plt.subplots(1, max(len(counts), 1), figsize=(2.6*max(len(counts), 1), 2.4), squeeze=False)
     for ax, (k, c) in zip(axes[0], counts.items()):
-        if k in ('sizes', 'words'): ax.hist(list(c), weights=list(c.values()), bins=min(20, len(c))); ax.set_title(dict(sizes='shorter side, pixels', words='words a caption')[k], fontsize=8)
+        if k in ('sizes', 'words'): ax.hist(list(c), weights=list(c.values()), bins=min(20, max(c) - min(c) + 1)); ax.set_title(dict(sizes='shorter side, pixels', words='words a caption')[k], fontsize=8)
         else: top = c.most_common(most)[::-1]; ax.barh([str(x)[:18] for x, _ in top], [n for _, n in top]); ax.set_title(k + (f', the largest {most} of {len(c)}' if len(c) > most else ''), fontsize=8)
         ax.tick_params(labelsize=7)
     fig.tight_layout()
