@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'FLOWER', 'ENV', 'data_url', 'figure', 'download_link', 'preview_html', 'examples', 'classed',
-           'make_controls', 'style', 'head', 'note', 'no_model', 'Studio', 'close', 'show', 'app_notebook', 'free_port',
-           'serve']
+           'make_controls', 'style', 'model_size', 'head', 'note', 'no_model', 'Studio', 'close', 'show',
+           'app_notebook', 'free_port', 'serve']
 
 # %% ../nbs/apps/studio.ipynb #d7ff65d8
 import base64, html, io, json, os, random, threading, time
@@ -81,17 +81,19 @@ def make_controls(
         draw=classed(w.Button(description='Draw'), 'fd-draw'), cancel=w.Button(description='Cancel', disabled=True),
         bar=w.FloatProgress(value=0, min=0, max=1), say=w.HTML(), now=w.HTML(), gallery=classed(w.Box([]), 'fd-gallery'))
 
-# %% ../nbs/apps/studio.ipynb #98cb4c53
+# %% ../nbs/apps/studio.ipynb #7a1082e5
 def style() -> str: # the style sheet, as an HTML element
     return f"<style>{(files('flowerdiff')/'assets'/'studio'/'studio.css').read_text(encoding='utf-8')}</style>"
 
+def model_size(model: Path | None) -> int: # pixels of a side, 0 when it cannot be known
+    try: unet, vae = (json.loads((model/part/'config.json').read_text()) for part in ('unet', 'vae'))
+    except (TypeError, OSError, ValueError): return 0
+    return unet.get('sample_size', 0)*2**(len(vae.get('block_out_channels', [0])) - 1)
+
 def head(workspace: Path) -> str: # HTML: the name, and what is known of the model
-    about = [workspace.resolve().name]
-    try:
-        c = json.loads(((find_model(workspace) or Path())/'vae'/'config.json').read_text())
-        if c.get('sample_size'): about.append(f"{c['sample_size']} × {c['sample_size']} pixels")
-    except (OSError, ValueError): pass
-    return f'<div class="fd-head"><h1>flower<i>diff</i> studio</h1><p>{html.escape(" · ".join(about))}</p></div>'
+    size = model_size(find_model(workspace))
+    about = ' · '.join([workspace.resolve().name, *([f'{size} × {size} pixels'] if size else [])])
+    return f'<div class="fd-head"><h1>flower<i>diff</i> studio</h1><p>{html.escape(about)}</p></div>'
 
 FLOWER = '<svg viewBox="0 0 64 64" aria-hidden="true"><g fill="var(--accent)">' + ''.join(f'<ellipse cx="32" cy="15" rx="9" ry="13" opacity=".55" transform="rotate({a} 32 32)"/>' for a in range(0, 360, 60)) + '</g><circle cx="32" cy="32" r="8" fill="var(--accent)"/></svg>'
 
