@@ -102,9 +102,9 @@ def test_notebook_is_fit_to_read(path):
     assert re.match(r'# .+', nb.cells[0].source) and re.search(r'^> \S', nb.cells[0].source, re.M) or path.name == 'app.ipynb', 'the first cell is a title and a line that says what for'
     assert not [o for o in outputs(nb) if o.output_type == 'error'], 'a stored traceback'
     size = len(json.dumps(outputs(nb)))
-    assert size < 600_000, f'{size/1e3:.0f} kB of outputs: show smaller or fewer pictures'
+    assert size < 900_000, f'{size/1e3:.0f} kB of outputs: show smaller or fewer pictures'
     texts = [''.join(str(o.get('text', '')) + str(o.get('data', {}).get('text/plain', ''))) for o in outputs(nb)]
-    places = [t for t in texts if re.search(r'(/work/|/root/|/home/|/Users/)\w', t)]
+    places = [t for t in texts if re.search(r'(?<![\w/.])/(work|root|home|Users)/\w', t)]
     assert not places, f'a path of the machine that made it: {places[0][:200]}'
 
 @pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name == 'stages'], **ids)
