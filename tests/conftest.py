@@ -30,7 +30,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from flowerdiff.workspace import *
 from flowerdiff.workspace import atomic_dir
-from flowerdiff.pipeline import GRAPH
+from flowerdiff.graph import GRAPH
 from flowerdiff.toolbox import helper
 
 def put(ws, name, text):
@@ -73,7 +73,7 @@ def toy(tmp_path_factory):
     from nbformat.v4 import new_code_cell, new_notebook
     site = tmp_path_factory.mktemp('toy'); package = site/'flowerdiff'
     (package/'notebooks').mkdir(parents=True); (package/'stages').mkdir()
-    for name in ('__init__', 'config', 'workspace', 'machine', 'execute', 'pipeline', 'cli'): shutil.copy(ROOT/'flowerdiff'/f'{name}.py', package)
+    for name in ('__init__', 'settings', 'config', 'fingerprints', 'workspace', 'machine', 'execute', 'graph', 'pipeline', 'cli'): shutil.copy(ROOT/'flowerdiff'/f'{name}.py', package)
     shutil.copytree(ROOT/'flowerdiff'/'profiles', package/'profiles')
     (package/'toolbox.py').write_text('def helper(x):\n    "Doubles."\n    return 2*x\n')
     (package/'stages'/'__init__.py').write_text('')

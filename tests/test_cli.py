@@ -130,7 +130,7 @@ def test_init_status_and_settings_inside_the_workspace(cli, tmp_path):
     assert p.returncode == 0 and p.stdout.count('never run') == 10
 
 def test_profiles_spell_out_every_setting():
-    from flowerdiff.config import Settings, _keys, load_profile, profiles
+    from flowerdiff.config import _keys, load_profile, profiles
     from ruamel.yaml import YAML
     for name, path in profiles().items():
         data = YAML(typ='safe').load(path)
