@@ -7,13 +7,14 @@ __all__ = ['TEMPLATES', 'CAPTIONERS', 'given', 'distinct', 'properties', 'attrib
            'token_counter', 'Lint', 'findings', 'Captioned', 'run', 'rows_of', 'sheet', 'table']
 
 # %% ../../nbs/stages/02_caption.ipynb #384b16e2
-import hashlib, json, re
+import hashlib, itertools, json, re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from ..collection import each_row
 from ..garden import describe
-from ..workspace import UserError, Workspace, atomic_dir, progress, read_json, read_jsonl, stage, write_json
+from ..workspace import UserError, Workspace, atomic_dir, progress, read_json, stage, write_json
 
 # %% ../../nbs/stages/02_caption.ipynb #e9319a8d
 def given(
@@ -172,8 +173,7 @@ def run(ws: Workspace) -> Captioned:
 
 def rows_of(folder: Path): # -> (split, row)
     "Rows of all splits of `pictures/`, one at a time."
-    for split in ('train', 'val', 'test'):
-        with open(folder/split/'metadata.jsonl', encoding='utf-8') as f: yield from ((split, json.loads(line)) for line in f)
+    for split in ('train', 'val', 'test'): yield from ((split, row) for row in each_row(folder/split/'metadata.jsonl'))
 
 def _nothing_to_say(name: str) -> str:
     what = dict(given='captions in metadata.jsonl', attributes='attribute columns in metadata.jsonl', labels='label, nor a subfolder that names one')[name]
@@ -188,8 +188,9 @@ def sheet(
     "Pictures with their captions."
     import matplotlib.pyplot as plt, textwrap
     from PIL import Image
-    rows = [r for r in read_jsonl(captions/'metadata.jsonl') if r['file_name'].startswith('train/')]
-    rows = [rows[i*len(rows)//n] for i in range(n)] if len(rows) > n else rows
+    total = max(sum(r['file_name'].startswith('train/') for r in each_row(captions/'metadata.jsonl')), 1)
+    wanted = {i*total//n for i in range(n)} # train comes first
+    rows = [r for i, r in enumerate(itertools.islice(each_row(captions/'metadata.jsonl'), total)) if i in wanted]
     fig, axes = plt.subplots(-(-len(rows)//2), 2, figsize=(8, 1.05*-(-len(rows)//2)), squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for ax, r in zip(axes.flat, rows):

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..collection import choose, given_captions, label_of, look_through, make_squares
+from ..collection import choose, each_row, given_captions, label_of, look_through, make_squares
 from ..garden import BACKGROUNDS, COLORS, SPECIES, draw, sample_attributes
 from ..pictures import in_order, pixel_sha256, shown
 from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, progress, read_json, read_jsonl, stage, write_json, write_jsonl
@@ -65,16 +65,16 @@ SPLITS = 'train', 'val', 'test'
 def write_rows(
     new: Path, # a folder, with a folder a split
     rows,      # of (split, row)
-) -> dict:     # pictures a split, pictures a label, fingerprint
+) -> dict:     # pictures a split, a label, a note; fingerprint
     "A `metadata.jsonl` in each split, as `datasets.load_dataset` reads it."
     with contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(new/s/'metadata.jsonl', 'w', encoding='utf-8')) for s in SPLITS}
-        counts, labels, total = Counter(), Counter(), hashlib.sha256()
+        counts, labels, notes, total = Counter(), Counter(), Counter(), hashlib.sha256()
         for split, row in rows:
             line = json.dumps(row, ensure_ascii=False) + '\n'
             files[split].write(line); total.update(f'{split} {line}'.encode())
-            counts[split] += 1; labels[row.get('label', '')] += 1
-    return dict(counts={s: counts[s] for s in SPLITS}, labels=dict(labels.most_common()), fingerprint=total.hexdigest())
+            counts[split] += 1; labels[row.get('label', '')] += 1; notes[row.get('note', '')] += 1
+    return dict(counts={s: counts[s] for s in SPLITS}, labels=dict(labels.most_common()), notes={k: n for k, n in notes.items() if k}, fingerprint=total.hexdigest())
 
 # %% ../../nbs/stages/01_prepare.ipynb #88a658bc
 def grow(
@@ -182,7 +182,7 @@ def run(ws: Workspace) -> Prepared:
     if info['left_out']:
         for row in read_jsonl(ws.pictures/'quarantine.jsonl')[:5]: print(f'left out: {row["file"]} {row["reason"]}')
     return Prepared(f'{sum(n.values())} pictures of {info["resolution"]} px ({n["train"]} train, {n["val"]} val, {n["test"]} test), {info["left_out"]} left out'
-                    + (f', {len(twins)} near copies kept in train' if twins else ''), ws.pictures, info)
+                    + (f', {len(twins)} near {"copy" if len(twins) == 1 else "copies"} kept in train' if twins else ''), ws.pictures, info)
 
 # %% ../../nbs/stages/01_prepare.ipynb #6c13bffc
 def montage(
@@ -194,11 +194,11 @@ def montage(
     "Pictures of a split, each with its label."
     import matplotlib.pyplot as plt
     from PIL import Image
-    rows = sorted(read_jsonl(folder/split/'metadata.jsonl'), key=lambda r: r.get('label', ''))
+    rows = sorted((r.get('label', ''), r['file_name']) for r in each_row(folder/split/'metadata.jsonl'))
     rows = [rows[i*len(rows)//n] for i in range(n)] if len(rows) > n else rows
     fig, axes = plt.subplots(-(-len(rows)//wide), wide, figsize=(wide*.95, -(-len(rows)//wide)*1.1), dpi=80, squeeze=False)
     for ax in axes.flat: ax.axis('off')
-    for ax, r in zip(axes.flat, rows): ax.imshow(Image.open(folder/split/r['file_name'])); ax.set_title(r.get('label', '')[:16], fontsize=7, pad=2)
+    for ax, (label, file) in zip(axes.flat, rows): ax.imshow(Image.open(folder/split/file)); ax.set_title(label[:16], fontsize=7, pad=2)
     fig.tight_layout(pad=.3)
     return fig
 
@@ -209,11 +209,10 @@ def tally(
     "What the rows of all splits say, counted."
     out = dict(sizes=Counter(), words=Counter())
     for s in SPLITS:
-        with open(folder/s/'metadata.jsonl', encoding='utf-8') as f:
-            for r in map(json.loads, f):
-                out['sizes'][min(r['width'], r['height'])] += 1
-                out['words'].update(len(c.split()) for c in r.get('captions', []))
-                for k in ('color', 'background', 'label'): out.setdefault(k, Counter()).update([r[k]] if r.get(k) else [])
+        for r in each_row(folder/s/'metadata.jsonl'):
+            out['sizes'][min(r['width'], r['height'])] += 1
+            out['words'].update(len(c.split()) for c in r.get('captions', []))
+            for k in ('label', 'color', 'background'): out.setdefault(k, Counter()).update([r[k]] if r.get(k) else [])
     return {k: c for k, c in out.items() if c}
 
 def balance(
@@ -241,7 +240,7 @@ def near_copies(
     pairs = read_json(folder/'info.json').get('near_copies', [])[:n]
     if not pairs: return
     wanted = {x for p in pairs for x in p}
-    files = {r['source']: folder/'train'/r['file_name'] for r in read_jsonl(folder/'train'/'metadata.jsonl') if r['source'] in wanted}
+    files = {r['source']: folder/'train'/r['file_name'] for r in each_row(folder/'train'/'metadata.jsonl') if r['source'] in wanted}
     fig, axes = plt.subplots(1, 2*len(pairs), figsize=(2*len(pairs), 1.2), squeeze=False)
     for ax, x in zip(axes.flat, (x for p in pairs for x in p)): ax.imshow(Image.open(files[x])); ax.axis('off'); ax.set_title(Path(x).name[-16:], fontsize=6, pad=2)
     fig.tight_layout(pad=.3)
@@ -251,9 +250,10 @@ def left_out(
     folder: Path, # `pictures/`
     n: int = 8,   # lines
 ) -> str:
-    "The first files left out, each with its reason."
+    "The first files left out, each with its reason, and how many needed help."
     rows = read_jsonl(folder/'quarantine.jsonl')
-    return '\n'.join([f'{len(rows)} left out', *(f'  {r["file"]} {r["reason"]}' for r in rows[:n]), *(['  ... all in pictures/quarantine.jsonl'] if len(rows) > n else [])])
+    notes = ''.join(f'; {n} used {k}' for k, n in read_json(folder/'info.json').get('notes', {}).items())
+    return '\n'.join([f'{len(rows)} left out{notes}', *(f'  {r["file"]} {r["reason"]}' for r in rows[:n]), *(['  ... all in pictures/quarantine.jsonl'] if len(rows) > n else [])])
 
 # %% ../../nbs/stages/01_prepare.ipynb #f62f9af3
 def look(folder: Path):
