@@ -7,7 +7,7 @@ __all__ = ['luck', 'Verdict', 'compare', 'own_texts', 'measure_champion', 'decid
            'Result', 'run']
 
 # %% ../../nbs/stages/06_promote.ipynb #74e3ad22
-import math, shutil, time
+import shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAY', 'STOPPED', 'data_fingerprint', 'run_fingerprint', 'only_one', 'is_training', 'Stop', 'git_commit',
-           'write_result', 'start_run', 'work', 'rate_of', 'looker', 'launch', 'Watch', 'follow', 'Result', 'run']
+           'write_result', 'first_pictures', 'start_run', 'work', 'rate_of', 'looker', 'launch', 'Watch', 'follow',
+           'Result', 'run']
 
 # %% ../../nbs/stages/05_train.ipynb #644c9368
 import fcntl, math, os, signal, subprocess, sys, time
@@ -83,15 +84,18 @@ def write_result(
     "Write `candidate/` and then `train.json`."
     from flowerdiff.components import save_pipeline
     validation = final_validation(run, val)
+    if not math.isfinite(validation['loss']): raise UserError('train: the validation loss is not a number; lower train.lr and run again')
     with atomic_dir(ws.candidate) as new, averaged(run.ema):
         save_pipeline(new, run.engine.net.to(memory_format=torch.contiguous_format), ws.encoded/'components', sampling_scheduler(run.scheduler.config))
         write_json(new/'train_settings.json', dict(train=run.train.model_dump(), **{k: facts[k] for k in ('run_id', 'data', 'seed')}))
-    if not math.isfinite(validation['loss']): raise UserError('train: the validation loss is not a number; lower train.lr and run again')
     write_json(ws.root/'train.json', dict(facts, steps=run.step, samples=run.step*run.train.batch_size, seconds=round(run.seconds, 1), validation=validation,
         loss_curve=run.losses, validation_curve=[*run.validations, [run.step, validation['loss']]]))
     return validation
 
 # %% ../../nbs/stages/05_train.ipynb #e25c9507
+def first_pictures(split: Split, n: int) -> Split: # to validate on, where no picture was kept for that
+    return Split(split.mean[:n], split.std[:n], split.texts, split.captions[:n])
+
 def start_run(
     ws: Workspace,
     split: Split,
@@ -119,10 +123,12 @@ def work(
     stop, ws = Stop(), open_workspace(root)
     folder, main = ws.work_dir('train', run_fingerprint(ws)), os.environ.get('RANK', '0') == '0'
     events, lock = folder/'events.jsonl', ExitStack()
+    try: lock.enter_context(only_one(folder) if main else nullcontext())
+    except UserError as e: print(e, file=sys.stderr); return 2
     try:
-        lock.enter_context(only_one(folder) if main else nullcontext())
         split, val = load_split(ws.encoded, 'train'), load_split(ws.encoded, 'val')
         if not len(split): raise UserError('train: there is no training picture; add pictures and run prepare again')
+        if not len(val): val = first_pictures(split, 64)
         run, facts = start_run(ws, split)
         facts |= dict(run_id=f'{folder.name[6:]}-s{ws.settings.seed}', resumed_from=load_run(run, folder/'checkpoints'))
         if main:

@@ -1,0 +1,54 @@
+"""Training throughput against a bare loop of the same UNet: forward, backward, AdamW step on one ready batch in memory, both in one process, turn about.
+
+    python benchmarks/train_throughput.py [--channels 32,64,128] [--size 16] [--text 24,128] [--batch 64] [--steps 4] [--rounds 5] [--threads 0]
+
+Ours makes its batch (order, caption choice, dropout, mirror, noise inside the autoencoder's distribution, timesteps), weighs the loss, clips, averages the weights and logs
+its events. Each round runs both sides for some steps, in changing order; the ratio is the median over the rounds.
+"""
+import argparse, os, statistics, tempfile, time
+from pathlib import Path
+import torch
+
+def main():
+    ap = argparse.ArgumentParser()
+    ap.add_argument('--channels', default='32,64,128'); ap.add_argument('--size', type=int, default=16); ap.add_argument('--text', default='24,128')
+    for name, n in (('batch', 64), ('steps', 4), ('rounds', 5), ('threads', 0)): ap.add_argument(f'--{name}', type=int, default=n)
+    a = ap.parse_args()
+    from flowerdiff.batches import toy_split
+    from flowerdiff.components import build_denoiser
+    from flowerdiff.config import load_profile
+    from flowerdiff.engine import Engine
+    from flowerdiff.tracking import log_event
+    from flowerdiff.trainer import Trainer
+    torch.set_num_threads(a.threads or len(os.sched_getaffinity(0)))
+    channels = [int(c) for c in a.channels.split(',')]; length, width = (int(x) for x in a.text.split(','))
+    s = load_profile('garden', {'train.channels': channels, 'train.attention': [False] + [True]*(len(channels) - 1), 'train.batch_size': a.batch, 'train.epochs': 1000.})
+    split = toy_split(512, kinds=64, size=a.size, width=width)
+    split.texts = split.texts[:, :1].expand(-1, length, -1).contiguous()
+    make = lambda: build_denoiser(s, 4, width, a.size)
+
+    run = Trainer(s.train, 0, split, make, Engine('fp32', False)); folder = Path(tempfile.mkdtemp())
+    def ours():
+        start = time.perf_counter()
+        for _ in range(a.steps): log_event(folder/'events.jsonl', 'step', step=run.step, loss=run.tell(force=True), **run.one())
+        return (time.perf_counter() - start)/a.steps
+
+    torch.manual_seed(0); net = make(); opt = torch.optim.AdamW(net.parameters(), 1e-3, fused=True)
+    x, t, text = torch.randn(a.batch, 4, a.size, a.size), torch.randint(0, 1000, (a.batch,)), torch.randn(a.batch, length, width)
+    def bare():
+        start = time.perf_counter()
+        for _ in range(a.steps):
+            (net(x, t, encoder_hidden_states=text).sample - x).square().mean().backward()
+            opt.step(); opt.zero_grad()
+        return (time.perf_counter() - start)/a.steps
+
+    ours(); bare(); ratios, seen = [], dict(ours=[], bare=[])
+    for i in range(a.rounds):
+        took = {f.__name__: f() for f in ((ours, bare) if i % 2 else (bare, ours))}
+        ratios.append(took['bare']/took['ours'])
+        for k, v in took.items(): seen[k].append(a.batch/v)
+    print(f"{'':6s}{'samples/s':>10s}   ({sum(p.numel() for p in net.parameters())/1e6:.1f}M weights, channels {a.channels}, {a.size}x{a.size} latents, batch {a.batch}, {torch.get_num_threads()} threads, fp32)")
+    for k, v in seen.items(): print(f'{k:6s}{statistics.median(v):10.1f}')
+    print(f"ours/bare {statistics.median(ratios):.3f} (median of {a.rounds}; {min(ratios):.3f} to {max(ratios):.3f})")
+
+if __name__ == '__main__': main()

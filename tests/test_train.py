@@ -1,0 +1,274 @@
+"Training and promotion with real processes: signals, kills, resumes, two ranks, the gate."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+QUICK = {'train.channels': [16, 32], 'train.attention': [False, True], 'train.batch_size': 8, 'train.epochs': 3, 'train.lr': 2e-3, 'train.warmup_steps': 2, 'train.threads': 1,
+         'train.precision': 'fp32', 'train.samples_every': 1000, 'train.validate_every': 6, 'tracking.enabled': False}
+
+@pytest.fixture(scope='session')
+def parts(tmp_path_factory):
+    from tiny import tiny_model
+    return tiny_model(tmp_path_factory.mktemp('parts'))
+
+def make_encoded(root, parts, n=64, shuffled=False):
+    "What encode writes, for the toy world whose brightness is told by its text."
+    from flowerdiff.batches import toy_split
+    from flowerdiff.shards import ShardWriter
+    from flowerdiff.workspace import write_json
+    encoded, width = root/'encoded', 32
+    for split, count in (('train', n), ('val', 16)):
+        toy = toy_split(count, width=width)
+        with ShardWriter(encoded/split, 'latents', dict(mean=((2, 4, 8, 8), 'float16'), std=((2, 4, 8, 8), 'float16'))) as w: w.append(mean=toy.mean.numpy(), std=toy.std.numpy())
+        captions = toy.captions if not shuffled else [[1 + i//2 % 2] for i in range(count)]
+        write_json(encoded/split/'captions.json', captions); write_json(encoded/split/'files.json', [f'{split}/{i:06d}.png' for i in range(count)])
+    texts = toy_split(64, width=width).texts.numpy()
+    with ShardWriter(encoded/'text', 'text', dict(embedding=(texts.shape[1:], 'float16'))) as w: w.append(embedding=texts)
+    for part in ('vae', 'text_encoder', 'tokenizer'): shutil.copytree(parts/part, encoded/'components'/part)
+    write_json(encoded/'manifest.json', dict(fingerprint=f'toy {n} {shuffled}'))
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory, parts):
+    "A workspace ready for training."
+    from flowerdiff.workspace import open_workspace
+    def make(name='toy', n=64, shuffled=False, **settings):
+        ws = open_workspace(tmp_path_factory.mktemp('w')/name, 'garden', QUICK | {k.replace('__', '.'): v for k, v in settings.items()})
+        make_encoded(ws.root, parts, n, shuffled)
+        return ws
+    return make
+
+ENV = dict(os.environ, OMP_NUM_THREADS='1', DVC_NO_ANALYTICS='1')
+
+def worker(ws, wait=None, timeout=300, **env):
+    "The training process itself, without torchrun; `wait(events)` says when to return while it runs."
+    from train_worker import start
+    p = start(ws.root, OMP_NUM_THREADS='1', **env)
+    if wait:
+        end = time.time() + timeout
+        while not wait(events(ws)):
+            assert p.is_alive() and time.time() < end, events(ws)[-1:]
+            time.sleep(.01)
+        return p
+    p.join(timeout)
+    return p
+
+def tell(p, number, timeout=90):
+    "Send a signal; the exit code."
+    os.kill(p.pid, number); p.join(timeout)
+    return p.exitcode
+
+def events(ws):
+    from flowerdiff.tracking import read_events
+    return [e for f in ws.work.glob('train-*/events.jsonl') for e in read_events(f)[0]]
+
+def weights(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+def trained(ws): return json.loads((ws.root/'train.json').read_text())
+
+def last_checkpoint(ws):
+    from flowerdiff.checkpoints import load_checkpoint
+    return load_checkpoint(next(ws.work.glob('train-*'))/'checkpoints')
+
+# ---- learning
+
+def test_learns_what_its_captions_say(toy):
+    "On pictures whose brightness their caption tells, the captions are worth a large part of the loss; shuffled, they are worth nothing."
+    told, shuffled = toy('told', train__epochs=16), toy('shuffled', shuffled=True, train__epochs=16)
+    for ws in (told, shuffled): assert worker(ws).exitcode == 0
+    a, b = trained(told)['validation'], trained(shuffled)['validation']
+    assert a['by_level'][-1] < .6*b['by_level'][-1], (a['by_level'], b['by_level'])  # in the deepest noise only the text tells
+    curve = [v for _, v in trained(told)['loss_curve']]
+    assert np.mean(curve[-10:]) < .5*np.mean(curve[:5])
+    from diffusers import UNet2DConditionModel
+    unet = UNet2DConditionModel.from_pretrained(told.candidate/'unet')
+    assert all(float(p.detach().abs().max()) > 0 for n, p in unet.named_parameters() if n.endswith('weight')), 'an average that starts from zero would leave zeros'
+    assert (told.candidate/'model_index.json').is_file() and (told.candidate/'train_settings.json').is_file()
+    assert sorted(json.loads((told.candidate/'train_settings.json').read_text())) == ['data', 'run_id', 'seed', 'train']
+
+def test_stock_diffusers_opens_the_candidate(toy):
+    from diffusers import DiffusionPipeline
+    ws = toy(train__epochs=.2); assert worker(ws).exitcode == 0
+    pipe = DiffusionPipeline.from_pretrained(ws.candidate)
+    picture = pipe('a rose', num_inference_steps=2, output_type='np').images
+    assert np.isfinite(picture).all()
+    assert pipe.scheduler.config.prediction_type == 'v_prediction' and pipe.scheduler.config.beta_end == .012
+
+# ---- stopping
+
+@pytest.fixture(scope='module')
+def uninterrupted(toy):
+    ws = toy('whole'); assert worker(ws).exitcode == 0
+    return ws
+
+def same_result(a, b):
+    (ga, sa), (gb, sb) = last_checkpoint(a), last_checkpoint(b)
+    for group in ('weights', 'ema', 'optimizer'):
+        for k, v in ga[group].items(): assert (v == gb[group][k]).all(), (group, k)
+    for k in ('step', 'losses', 'updates', 'validations', 'sum'): assert sa[k] == sb[k], k
+    assert (a.candidate/'unet'/'diffusion_pytorch_model.safetensors').read_bytes() == (b.candidate/'unet'/'diffusion_pytorch_model.safetensors').read_bytes()
+    ta, tb = trained(a), trained(b)
+    assert ta['validation'] == tb['validation'] and ta['loss_curve'] == tb['loss_curve'] and ta['validation_curve'] == tb['validation_curve']
+
+def test_killed_and_started_again_is_the_same_run(toy, uninterrupted):
+    "SIGKILL twice, at whatever step it hits; the result is the uninterrupted one, bit for bit."
+    ws = toy('killed', train__checkpoint_minutes=1e-4)  # a checkpoint after every step
+    for upto in (5, 14):
+        p = worker(ws, wait=lambda es: any(e['event'] == 'checkpoint' and e['step'] >= upto for e in es)); tell(p, signal.SIGKILL)
+    assert worker(ws).exitcode == 0
+    starts = [e['resumed_from'] for e in events(ws) if e['event'] == 'start']
+    assert len(starts) == 3 and starts[0] == 0 and 5 <= starts[1] < starts[2], starts
+    same_result(ws, uninterrupted)
+
+def test_sigterm_leaves_a_checkpoint_and_75(toy, uninterrupted):
+    ws = toy('term')
+    p = worker(ws, wait=lambda es: any(e['event'] == 'step' and e['step'] >= 4 for e in es))
+    assert tell(p, signal.SIGTERM) == 75
+    assert events(ws)[-1]['event'] == 'stopped' and not ws.candidate.exists()
+    step = last_checkpoint(ws)[1]['step']; assert step == events(ws)[-1]['step'] >= 4
+    assert worker(ws).exitcode == 0 and trained(ws)['resumed_from'] == step
+    same_result(ws, uninterrupted)
+
+def test_a_damaged_checkpoint_costs_only_its_steps(toy, uninterrupted):
+    ws = toy('damaged', train__checkpoint_minutes=1e-4)
+    p = worker(ws, wait=lambda es: any(e['event'] == 'checkpoint' and e['step'] >= 6 for e in es)); tell(p, signal.SIGKILL)
+    newest = max(next(ws.work.glob('train-*')).glob('checkpoints/0*'))
+    f = newest/'weights.safetensors'; f.write_bytes(f.read_bytes()[:-9])
+    assert worker(ws).exitcode == 0
+    assert trained(ws)['resumed_from'] < int(newest.name)
+    same_result(ws, uninterrupted)
+
+def test_a_finished_run_is_not_trained_again(toy, uninterrupted):
+    "After the result was lost (DVC removes outputs first), it is made again from the last checkpoint."
+    first = weights(uninterrupted.candidate); shutil.rmtree(uninterrupted.candidate)
+    assert worker(uninterrupted).exitcode == 0
+    assert weights(uninterrupted.candidate) == first and trained(uninterrupted)['resumed_from'] == 24
+
+def test_two_at_once(toy):
+    ws = toy(train__epochs=100)
+    p = worker(ws, wait=lambda es: any(e['event'] == 'step' for e in es))
+    assert worker(ws).exitcode == 2 and not any(e['event'] == 'failed' for e in events(ws))
+    assert p.is_alive() and tell(p, signal.SIGTERM) == 75
+
+# ---- the stage, with torchrun
+
+def test_stage_starts_torchrun_and_two_ranks_do_the_work_of_one(toy):
+    from flowerdiff.stages.train import run
+    one, two = toy('one', train__epochs=1), toy('two', train__epochs=1, train__num_processes=2)
+    assert worker(one).exitcode == 0 and '8 steps' in run(two.root).summary
+    assert trained(two)['processes'] == 2
+    for k, v in last_checkpoint(one)[0]['weights'].items(): assert np.allclose(v, last_checkpoint(two)[0]['weights'][k], atol=2e-4), k
+    assert abs(trained(one)['validation']['loss'] - trained(two)['validation']['loss']) < 1e-3
+
+def test_stage_tells_the_workers_one_line(toy):
+    from flowerdiff.stages.train import run
+    from flowerdiff.workspace import UserError
+    ws = toy(); bad = next((ws.encoded/'text').glob('*.bin')); bad.write_bytes(bad.read_bytes()[:-7])
+    with pytest.raises(UserError, match='text-00000.bin'): run(ws.root)
+    shutil.rmtree(ws.encoded)
+    with pytest.raises(UserError, match='run encode first'): run(ws.root)
+
+def test_interrupted_cell_leaves_a_checkpoint(toy):
+    "Ctrl-C in the notebook: the run is asked to stop, its checkpoint is kept."
+    ws = toy(train__epochs=200)
+    code = f'from flowerdiff.stages.train import run; run({str(ws.root)!r})'
+    p = subprocess.Popen([sys.executable, '-c', code], env=ENV, stderr=subprocess.PIPE, text=True)
+    end = time.time() + 200
+    while not any(e['event'] == 'step' for e in events(ws)): assert p.poll() is None and time.time() < end; time.sleep(.05)
+    p.send_signal(signal.SIGINT); p.wait(90)
+    assert 'KeyboardInterrupt' in p.stderr.read()
+    assert events(ws)[-1]['event'] == 'stopped' and last_checkpoint(ws)[1]['step'] > 0
+
+# ---- tracking
+
+def test_tracking_in_the_workspace(toy, monkeypatch):
+    monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
+    from flowerdiff.stages.promote import run as promote
+    from flowerdiff.tracking import experiment_name, mlflow_client
+    ws = toy(tracking__enabled=True, train__epochs=1)
+    assert worker(ws).exitcode == 0
+    folder = next(ws.work.glob('train-*')); end = time.time() + 120
+    done = lambda: (folder/'tracked.json').exists() and all(v['offset'] == (folder/'events.jsonl').stat().st_size for v in json.loads((folder/'tracked.json').read_text()).values())
+    while not done(): assert time.time() < end, (folder/'tracking.log').read_text(); time.sleep(.2)
+    client = mlflow_client(ws.root); exp = client.get_experiment_by_name(experiment_name(ws)); found, = client.search_runs([exp.experiment_id])
+    assert found.info.status == 'FINISHED' and found.data.params['train.lr'] == '0.002' and found.data.tags['data'] == 'toy 64 False'
+    steps = client.get_metric_history(found.info.run_id, 'train/loss')
+    assert [m.step for m in steps] == list(range(1, 9)) and steps[0].value == pytest.approx(trained(ws)['loss_curve'][0][1])
+    assert found.data.metrics['validation/loss'] == pytest.approx(trained(ws)['validation']['loss'])
+    assert [a.path for a in client.list_artifacts(found.info.run_id, 'samples')] and list((ws.root/'tensorboard').rglob('events.*'))
+    assert 'champion is version 1' in json.loads((promote(ws.root), (ws.root/'promote.json').read_text())[1])['registry']
+    v = client.get_model_version_by_alias(experiment_name(ws), 'champion')
+    assert v.tags['run_id'] == trained(ws)['run_id'] and v.run_id == found.info.run_id
+
+def test_no_server_no_trouble(toy, monkeypatch):
+    "A tracking server that is away stops neither training nor promotion; what happened stays in the events."
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', 'http://127.0.0.1:9')
+    from flowerdiff.stages.promote import run as promote
+    ws = toy(tracking__enabled=True, train__epochs=.5)
+    assert worker(ws, MLFLOW_TRACKING_URI='http://127.0.0.1:9').exitcode == 0 and promote(ws.root).promoted
+    assert 'was not reached' in json.loads((ws.root/'promote.json').read_text())['registry']
+    assert len([e for e in events(ws) if e['event'] == 'step']) == 4
+
+# ---- the gate
+
+@pytest.fixture
+def gate(toy):
+    ws = toy('gate', train__epochs=.2); assert worker(ws).exitcode == 0
+    return ws
+
+def another(ws, factor=None, run_id='another', unet=True, **fields):
+    "Make the candidate another model, with `factor` times the losses."
+    t = trained(ws); t['run_id'] = run_id; t |= fields
+    if factor: t['validation']['by_picture'] = [factor*x*(1 + .001*(i % 3)) for i, x in enumerate(t['validation']['by_picture'])]
+    (ws.root/'train.json').write_text(json.dumps(t))
+    if unet: c = ws.candidate/'unet'/'config.json'; c.write_text(c.read_text() + ' ')
+
+def promote(ws):
+    from flowerdiff.stages.promote import run
+    return run(ws.root), json.loads((ws.root/'promote.json').read_text())
+
+def test_gate(gate):
+    ws = gate
+    r, said = promote(ws); assert r.promoted and said['reason'] == 'the first model'
+    record = json.loads((ws.model/'record.json').read_text())
+    assert record['run_id'] == trained(ws)['run_id'] and len(record['by_picture']) == 16 and record['data'] == 'toy 64 False'
+    first = weights(ws.model); times = {p: p.stat().st_mtime_ns for p in ws.model.rglob('*')}
+    for change, why in ((dict(unet=False), 'champion already'), (dict(factor=1.), 'no better'), (dict(factor=1.05), 'no better'), (dict(factor=float('nan')), 'not numbers')):
+        keep = (ws.root/'train.json').read_text(); another(ws, **change); r, said = promote(ws); (ws.root/'train.json').write_text(keep)
+        assert not r.promoted and why in said['reason'], said
+        assert weights(ws.model) == first and {p: p.stat().st_mtime_ns for p in ws.model.rglob('*')} == times
+    another(ws, .9, 'better'); r, said = promote(ws)
+    assert r.promoted and said['champion'] == 'better' and said['mean_difference'] == pytest.approx(.099, abs=.01)
+    assert weights(ws.work/'previous') == first
+    assert [json.loads(l)['promoted'] for l in (ws.work/'decisions.jsonl').read_text().splitlines()] == [True, False, False, False, False, True]
+
+def test_margin(gate):
+    from flowerdiff.workspace import open_workspace
+    promote(gate); another(gate, .97)
+    open_workspace(gate.root, overrides={'promote.margin': .05}); assert not promote(gate)[0].promoted
+    open_workspace(gate.root, overrides={'promote.margin': .01}); assert promote(gate)[0].promoted
+
+def test_champion_is_measured_again_on_other_data(gate):
+    "Its old record does not count when the data changed, nor when it is broken; what it is measured at is what its own training measured."
+    from flowerdiff.stages.promote import measure_champion
+    promote(gate); levels = trained(gate)['validation']['levels']
+    assert np.allclose(measure_champion(gate, levels), trained(gate)['validation']['by_picture'], rtol=1e-3)
+    record = json.loads((gate.model/'record.json').read_text()); record['by_picture'] = [0.]*16
+    (gate.model/'record.json').write_text(json.dumps(record))
+    another(gate, .9); assert not promote(gate)[0].promoted      # the record says the champion is perfect
+    another(gate, data='other data'); assert promote(gate)[0].promoted  # asked again, it is not
+    (gate.model/'record.json').write_text('{'); another(gate, .8, 'third'); assert promote(gate)[0].promoted
+
+def test_champion_of_another_autoencoder_or_architecture(gate):
+    promote(gate)
+    config = gate.model/'vae'/'config.json'; config.write_text(config.read_text().replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
+    another(gate, 1.5, 'new space'); r, said = promote(gate)
+    assert r.promoted and 'not comparable' in said['reason'] and (gate.work/'previous'/'model_index.json').exists()
+    record = json.loads((gate.model/'record.json').read_text()); record['data'] = 'older'; (gate.model/'record.json').write_text(json.dumps(record))
+    config = gate.model/'unet'/'config.json'; config.write_text('{}'); another(gate, 1.5, 'again')
+    r, said = promote(gate); assert r.promoted and 'cannot be asked' in said['reason']
+
+def test_promote_needs_a_candidate(toy):
+    from flowerdiff.workspace import UserError
+    with pytest.raises(UserError, match='run train first'): promote(toy())
