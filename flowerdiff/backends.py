@@ -114,7 +114,7 @@ class Backend:
         for rest in cut: warnings.warn(f'prompt is longer than {length} tokens; not read: "{rest[:80]}"', stacklevel=3)
         return self.text(ids)
 
-# %% ../nbs/core/42_backends.ipynb #b40cdcf9
+# %% ../nbs/core/42_backends.ipynb #cdd36bbc
 def load_part(
     cls,           # a class of diffusers or transformers
     folder: Path,  # that part's folder
@@ -124,7 +124,8 @@ def load_part(
     with _opening(folder): part, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     missing = [k for k in info.get('missing_keys', ()) if not k.endswith('position_ids')]
     if missing: raise UserError(f'{folder}: half a model, {len(missing)} weights are missing (such as {sorted(missing)[0]}); copy or make it again')
-    return part.eval().requires_grad_(False).to(device, torch.float32)
+    if part.dtype != torch.float32: part = part.float()
+    return part.eval().requires_grad_(False).to(device)
 
 # %% ../nbs/core/42_backends.ipynb #1fa02190
 class TorchBackend(Backend):
