@@ -160,7 +160,7 @@ def test_site_settings_meet():
     assert all((ROOT/'nbs'/f).exists() for f in small['metadata-files'])
     big = yaml.safe_load((ROOT/'_quarto.yml').read_text())
     html = big['format']['html']
-    files = [html['css'], big['website']['favicon'], *(t for ts in html['theme'].values() for t in ts if t.endswith('.scss')), *(i['href'] for i in big['website']['navbar']['left'])]
+    files = [html['css'], *big['filters'], big['website']['favicon'], *(t for ts in html['theme'].values() for t in ts if t.endswith('.scss')), *(i['href'] for i in big['website']['navbar']['left'])]
     assert not [f for f in files if not (ROOT/'nbs'/f).exists()]
 
 def relative_links(text: str) -> set:
