@@ -158,12 +158,12 @@ def as_numbers(
 
 LEVELS_OF = lambda attributes: {n: sorted({a[n] for a in attributes}) for n in ('species', 'color', 'background', 'size', 'count', 'petals')}
 
-# %% ../nbs/core/22_clip.ipynb #dd14be4d
+# %% ../nbs/core/22_clip.ipynb #773ed450
 def attribute_loss(heads, out, facts, values, late):
     "How badly both towers' states name the attributes."
     seen, read, loss = out.vision_model_output.pooler_output.float(), out.text_model_output.last_hidden_state.float(), 0.
     for a, (see, say) in enumerate(heads):
-        loss = loss + .3*F.cross_entropy(see(seen), values[:, a])
+        loss = loss + .5*F.cross_entropy(see(seen), values[:, a])
         known = (facts[:, a] >= 0)[:, None] & late
         if known.any(): loss = loss + .1*F.cross_entropy(say(read[known]), facts[:, a][:, None].expand(-1, late.shape[1])[known])
     return loss
@@ -172,7 +172,7 @@ def tokenize(tokenizer, sentences):
     "Token numbers of many sentences, padded to the tokenizer's length."
     return torch.cat([tokenizer(sentences[i:i+4096], padding='max_length', truncation=True, return_tensors='pt').input_ids for i in range(0, len(sentences), 4096)])
 
-# %% ../nbs/core/22_clip.ipynb #1026fb8e
+# %% ../nbs/core/22_clip.ipynb #81c4d85c
 def train_clip(
     pictures: np.ndarray,    # [N, H, W, 3] uint8, in memory or mapped
     captions: list,          # [N] lists of sentences
@@ -186,7 +186,8 @@ def train_clip(
     max_length: int = 24,    # tokens of a sentence
     vocab_size: int = 1024,
     batch_size: int = 32,
-    lr: float = 1e-3,
+    lr: float = 1.4e-3,
+    look_first: float = .5,  # part of the run in which only the vision tower learns, where attributes are known
     device: str = 'cpu',
     seed: int = 0,
     progress=print,          # called with a line now and then
@@ -209,10 +210,14 @@ def train_clip(
         k = [int(rng.integers(len(which[i]))) for i in idx]
         text = torch.tensor([which[i][j] for i, j in zip(idx, k)])
         x = torch.cat([shifted(c, rng, far) for c in pixels(pictures[idx]).chunk(8)]).to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16): o = model(input_ids=ids[text].to(device), pixel_values=x)
-        wrong = contradicts(facts[idx, k], values[idx]) if truths else text[:, None] != text[None]
-        loss = contrastive_loss(o.logits_per_text.float(), wrong.to(device))
-        if truths: loss = loss + attribute_loss(heads, o, facts[idx, k].to(device), values[idx].to(device), (ids[text] == tokenizer.eos_token_id).to(device))
+        looking = truths and part < look_first
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            o = model.vision_model(pixel_values=x) if looking else model(input_ids=ids[text].to(device), pixel_values=x)
+        if looking: loss = sum(F.cross_entropy(see(o.pooler_output.float()), v) for (see, _), v in zip(heads, values[idx].T.to(device)))
+        else:
+            wrong = contradicts(facts[idx, k], values[idx]) if truths else text[:, None] != text[None]
+            loss = contrastive_loss(o.logits_per_text.float(), wrong.to(device))
+            if truths: loss = loss + attribute_loss(heads, o, facts[idx, k].to(device), values[idx].to(device), (ids[text] == tokenizer.eos_token_id).to(device))
         opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(params, 1.); opt.step(); step += 1
         model.logit_scale.data.clamp_(max=np.log(100))
         mean = loss.item() if mean is None else .98*mean + .02*loss.item()
