@@ -181,7 +181,7 @@ def run(ws: Workspace) -> Prepared:
     n, twins = info['counts'], info.get('near_copies', [])
     if info['left_out']:
         for row in read_jsonl(ws.pictures/'quarantine.jsonl')[:5]: print(f'left out: {row["file"]} {row["reason"]}')
-    return Prepared(f'{sum(n.values())} pictures of {info["resolution"]} px ({n["train"]} train, {n["val"]} val, {n["test"]} test), {info["left_out"]} left out'
+    return Prepared(f'{sum(n.values())} pictures of {info["resolution"]} px ({n["train"]} train, {n["val"]} val, {n["test"]} test), {info["left_out"]} left out' + (' (see pictures/quarantine.jsonl)' if info['left_out'] else '')
                     + (f', {len(twins)} near {"copy" if len(twins) == 1 else "copies"} kept in train' if twins else ''), ws.pictures, info)
 
 # %% ../../nbs/stages/01_prepare.ipynb #6c13bffc
