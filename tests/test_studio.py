@@ -11,7 +11,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 BROWSER = next((p for p in ('/usr/bin/chromium', '/usr/bin/chromium-browser', '/usr/bin/google-chrome') if os.path.exists(p)), None)
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
-PATIENCE = 120_000 # milliseconds: test machines are busy
+PATIENCE = 200_000 # milliseconds: test machines are busy
 GARDEN = os.environ.get('FLOWERDIFF_TEST_GARDEN')
 browser_only = pytest.mark.skipif(BROWSER is None, reason='no Chromium here: apt-get install -y --no-install-recommends chromium fonts-dejavu-core')
 
@@ -72,7 +72,8 @@ def draw(page, prompt=None, seed=None):
     if prompt is not None: fill(page, 'What shall it draw?', prompt)
     if seed is not None: fill(page, 'Seed', seed)
     page.get_by_role('button', name='Draw', exact=True).click()
-    page.locator('.fd-card').nth(n).wait_for()
+    page.locator('.fd-card').nth(n).or_(page.locator('.fd-say.bad')).first.wait_for()
+    assert not page.locator('.fd-say.bad').count(), page.locator('.fd-say').inner_text()
     page.get_by_text(re.compile(r'pictures? in [\d.]+ s')).wait_for()
     return newest(page)
 
