@@ -134,12 +134,13 @@ def work(
         if main:
             params = {f'train.{k}': v for k, v in run.train.model_dump().items()} | {'seed': run.seed, 'profile': ws.settings.profile}
             log_event(events, 'start', step=run.step, total=run.total, params=params, **facts); start_follower(ws, folder)
-        done = train_loop(run, folder, stop, looker(ws, run, val, folder))
+        look = looker(ws, run, val, folder)
+        done = train_loop(run, folder, stop, look)
         if done and main:
             facts['samples_per_second'] = round(rate_of(events), 1)
             v = write_result(ws, run, val, facts)
             log_event(events, 'validation', step=run.step, loss=v['loss'], levels=dict(zip(map(str, v['timesteps']), v['by_level'])))
-            looker(ws, run, val, folder)(False, True)
+        if done: look(False, True)
         if main: log_event(events, 'done' if done else 'stopped', step=run.step, total=run.total)
         run.engine.wait(); run.engine.close()
         return 0 if done else STOPPED
