@@ -151,7 +151,7 @@ class Result:
         print(f'{psnr(x, y).mean():.1f} dB')
         for c, (mean, std) in enumerate(zip(m['latent_mean'], m['latent_std'])): print(f'channel {c}: mean {mean:+.2f}, deviation {std:.2f}')
 
-# %% ../../nbs/stages/03_encode.ipynb #a8643283
+# %% ../../nbs/stages/03_encode.ipynb #cef3ddef
 @stage('encode')
 def run(ws: Workspace) -> Result:
     "Encode pictures and captions into `encoded/`."
@@ -176,6 +176,7 @@ def run(ws: Workspace) -> Result:
         write_json(new/s/'files.json', files)
         (new/s/'captions.json').write_text(json.dumps(list(itertools.islice(numbers, len(files)))))
     write_json(new/'text'/'texts.json', texts)
+    for left in new.rglob('.*.tmp-*'): left.unlink() # of a killed run
     save_components(new/'components', vae.to('cpu', memory_format=torch.contiguous_format), text)
     mean, std = latent_statistics(Shards(new/'train', 'latents'))
     cut = len(text.too_long(texts))

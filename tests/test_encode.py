@@ -1,0 +1,224 @@
+"Encoding: kills, bad components, the hub's cache, a text encoder of the run's own, other readers of what is saved."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest
+from PIL import Image
+
+torch = pytest.importorskip('torch')
+import diffusers
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from flowerdiff.components import component_fingerprint, find_component, load_autoencoder, load_text, save_components
+from flowerdiff.shards import Shards
+from flowerdiff.workspace import UserError, open_workspace, read_json, write_json, write_jsonl
+
+def tiny_vae(folder, **config):
+    torch.manual_seed(0)
+    diffusers.AutoencoderTiny(encoder_block_out_channels=(8,)*3, decoder_block_out_channels=(8,)*3, num_encoder_blocks=(0, 1, 1), num_decoder_blocks=(1, 1, 1), **config).save_pretrained(folder)
+    return folder
+
+def tiny_clip(folder, length=8):
+    letters = [chr(c) for c in range(97, 123)]
+    names = [*letters, *(l + '</w>' for l in letters), 'ro', 'ros', 'rose</w>', '<|startoftext|>', '<|endoftext|>']
+    tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(names)}, merges=[('r', 'o'), ('ro', 's'), ('ros', 'e</w>')], model_max_length=length)
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=dict(tower, vocab_size=len(names), max_position_embeddings=length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id),
+        vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=16)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('parts')
+    tiny_vae(folder/'vae'); tiny_clip(folder/'clip')
+    return folder
+
+def make_workspace(root, parts, n=40, **settings):
+    "Pictures and captions as the stages before leave them."
+    ws = open_workspace(root, 'garden', {'components.autoencoder': str(parts/'vae'), 'components.text_encoder': str(parts/'clip'), 'prepare.resolution': 32,
+                                         'encode.batch_size': 4, 'encode.shard_records': 8} | settings)
+    rng, rows = np.random.default_rng(0), []
+    for split, k in (('train', n), ('val', 4), ('test', 4)):
+        (ws.pictures/split).mkdir(parents=True)
+        names = [f'{i:06}.png' for i in range(k)]
+        for i, f in enumerate(names):
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(ws.pictures/split/f)
+            rows.append(dict(file_name=f'{split}/{f}', captions=[f'rose {"abc"[i % 3]}', 'rose'][:1 + i % 2], captioner='given'))
+        write_jsonl(ws.pictures/split/'metadata.jsonl', [dict(file_name=f) for f in names])
+    write_jsonl(ws.captions/'metadata.jsonl', rows)
+    return ws
+
+def encode(ws):
+    from flowerdiff.stages.encode import run
+    return run(ws.root)
+
+def contents(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+@pytest.fixture(scope='module')
+def encoded(parts, tmp_path_factory):
+    ws = make_workspace(tmp_path_factory.mktemp('whole')/'ws', parts)
+    encode(ws)
+    return ws
+
+SLOW = '''
+import sys, time
+from flowerdiff import encoding
+fast = encoding.encode_batch
+def slow(*args):
+    time.sleep(.1)
+    return fast(*args)
+encoding.encode_batch = slow
+from flowerdiff.stages.encode import run
+run(sys.argv[1])
+'''
+
+def test_killed_encode_loses_one_shard_and_ends_with_the_same_bytes(parts, encoded, tmp_path):
+    ws = make_workspace(tmp_path/'ws', parts)
+    p = subprocess.Popen([sys.executable, '-c', SLOW, str(ws.root)])
+    find = lambda: sorted(ws.work.glob('encode-*/train/latents-*.bin'))
+    end = time.time() + 120
+    while len(find()) < 2 and p.poll() is None and time.time() < end: time.sleep(.02)
+    p.send_signal(signal.SIGKILL); p.wait()
+    done = {f: f.stat().st_mtime_ns for f in find()}
+    assert 2 <= len(done) < 5 and not ws.encoded.exists()
+    encode(ws)
+    assert contents(ws.encoded) == contents(encoded.encoded)
+    for f, t in done.items(): assert (ws.encoded/'train'/f.name).stat().st_mtime_ns == t, f'{f.name} was encoded again'
+    assert not list(ws.work.glob('encode-*/')), 'what was in progress is in its place now'
+
+def test_unique_captions_all_positions_and_the_null_prompt(encoded):
+    texts = read_json(encoded.encoded/'text'/'texts.json')
+    assert texts[0] == '' and sorted(texts[1:]) == ['rose', 'rose a', 'rose b', 'rose c']
+    e = Shards(encoded.encoded/'text', 'text').load()['embedding']
+    assert e.shape == (5, 8, 16) and e.dtype == np.float16
+    pipe_like = load_text(encoded.encoded/'components')
+    with torch.no_grad(): want = pipe_like.model(pipe_like.tokenizer([''], padding='max_length', max_length=8, truncation=True, return_tensors='pt').input_ids)[0]
+    assert np.abs(e[0] - want[0].numpy()).max() < 1e-2
+    for split, n in (('train', 40), ('val', 4), ('test', 4)):
+        numbers = read_json(encoded.encoded/split/'captions.json')
+        assert len(numbers) == n == len(Shards(encoded.encoded/split, 'latents')) == len(read_json(encoded.encoded/split/'files.json'))
+        assert [[texts[i] for i in ns] for ns in numbers[:2]] == [['rose a'], ['rose b', 'rose']]
+
+def test_manifest_is_a_function_of_the_inputs(encoded, parts, tmp_path):
+    m = read_json(encoded.encoded/'manifest.json')
+    assert m['shapes'] == dict(mean=[2, 4, 8, 8], std=[2, 4, 8, 8], embedding=[8, 16]) and m['records'] == dict(train=40, val=4, test=4, text=5)
+    other = make_workspace(tmp_path/'other', parts, **{'encode.shard_records': 20})
+    encode(other)
+    assert read_json(other.encoded/'manifest.json')['fingerprint'] == m['fingerprint'] # another layout is not other data
+    rows = [json.loads(l) for l in (other.captions/'metadata.jsonl').read_text().splitlines()]
+    rows[0]['captions'] = ['rose x']; write_jsonl(other.captions/'metadata.jsonl', rows)
+    encode(other)
+    assert read_json(other.encoded/'manifest.json')['fingerprint'] != m['fingerprint']
+
+def test_nothing_is_encoded_twice(encoded, monkeypatch):
+    from flowerdiff import encoding
+    monkeypatch.setattr(encoding, 'encode_batch', None)
+    before = contents(encoded.encoded)
+    assert 'as encoded before' in encode(encoded).summary
+    assert contents(encoded.encoded) == before
+
+def test_other_latents_of_the_same_pictures_with_another_autoencoder(parts, encoded, tmp_path):
+    torch.manual_seed(1)
+    diffusers.AutoencoderKL(block_out_channels=(8, 16), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, norm_num_groups=4, scaling_factor=.5).save_pretrained(tmp_path/'kl')
+    ws = make_workspace(tmp_path/'ws', parts, 8, **{'components.autoencoder': str(tmp_path/'kl')})
+    encode(ws)
+    got = Shards(ws.encoded/'train', 'latents').load()
+    assert got['mean'].shape == (8, 2, 4, 16, 16) and (got['std'] > 0).all()
+    vae = load_autoencoder(tmp_path/'kl')
+    x = torch.from_numpy(np.asarray(Image.open(ws.pictures/'train'/'000002.png'))).permute(2, 0, 1)[None].float()/127.5 - 1
+    with torch.no_grad(): want = torch.cat([vae.encode(v).latent_dist.mean*.5 for v in (x, x.flip(-1))]).numpy()
+    assert np.abs(got['mean'][2].astype(np.float32) - want).max() < .02*np.abs(want).max()
+    assert read_json(ws.encoded/'manifest.json')['scaling_factor'] == .5
+
+@pytest.mark.parametrize('break_it,said', [
+    (lambda ws, d: shutil.rmtree(d/'vae'), 'no such folder'),
+    (lambda ws, d: (d/'vae'/'config.json').unlink(), 'holds no vae'),
+    (lambda ws, d: next((d/'vae').glob('*.safetensors')).rename(d/'vae'/'diffusion_pytorch_model.bin'), 'convert it to safetensors'),
+    (lambda ws, d: next((d/'vae').glob('*.safetensors')).write_bytes(b'12'), 'can not be opened'),
+    (lambda ws, d: write_json(d/'vae'/'config.json', dict(_class_name='VQModel')), 'only AutoencoderKL and AutoencoderTiny'),
+    (lambda ws, d: [f.unlink() for f in (d/'clip').iterdir() if 'token' in f.name], 'has no tokenizer'),
+    (lambda ws, d: write_json(d/'clip'/'config.json', dict(model_type='t5')), "only CLIP's text model"),
+    (lambda ws, d: (ws.pictures/'train'/'000003.png').unlink(), '000003.png'),
+    (lambda ws, d: (ws.pictures/'val'/'000001.png').write_bytes(b'x'), '000001.png'),
+    (lambda ws, d: (ws.captions/'metadata.jsonl').write_text(''), 'says nothing about train/000000.png'),
+    (lambda ws, d: open_workspace(ws.root, None, {'prepare.resolution': 64}), 'is not a 64x64 picture'),
+])
+def test_each_mistake_is_one_line(parts, tmp_path, break_it, said):
+    shutil.copytree(parts, tmp_path/'parts')
+    ws = make_workspace(tmp_path/'ws', tmp_path/'parts', 8)
+    break_it(ws, tmp_path/'parts')
+    with pytest.raises(UserError, match=said) as e: encode(ws)
+    assert '\n' not in str(e.value) and len(str(e.value)) < 400
+    assert not ws.encoded.exists()
+
+def test_latents_that_are_not_finite(parts, tmp_path):
+    shutil.copytree(parts, tmp_path/'parts')
+    vae = load_autoencoder(parts/'vae'); vae.encoder.layers[0].weight.mul_(1e30); vae.save_pretrained(tmp_path/'parts'/'vae')
+    ws = make_workspace(tmp_path/'ws', tmp_path/'parts', 8)
+    with pytest.raises(UserError, match='000000.png.*not finite'): encode(ws)
+
+def test_failed_encode_leaves_the_old_result(parts, tmp_path):
+    ws = make_workspace(tmp_path/'ws', parts, 8); encode(ws)
+    before = contents(ws.encoded)
+    (ws.pictures/'test'/'000003.png').write_bytes(b'x')
+    with pytest.raises(UserError): encode(ws)
+    assert contents(ws.encoded) == before
+
+HUB = '''
+import sys
+from flowerdiff.components import load_autoencoder
+from flowerdiff.workspace import UserError
+try: print(type(load_autoencoder(sys.argv[1])).__name__)
+except UserError as e: print(e)
+'''
+
+def test_hub_models_come_from_the_cache_without_a_network(parts, tmp_path):
+    commit = '0123456789abcdef0123456789abcdef01234567'
+    snapshot = tmp_path/'hub'/'models--someone--small-vae'/'snapshots'/commit
+    shutil.copytree(parts/'vae', snapshot)
+    env = os.environ | dict(HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path/'hub'), HF_HUB_OFFLINE='1')
+    ask = lambda spec: subprocess.run([sys.executable, '-c', HUB, spec], env=env, capture_output=True, text=True, check=True).stdout.strip()
+    assert ask(f'someone/small-vae@{commit}') == 'AutoencoderTiny'
+    missing = ask(f'someone/other-vae@{commit}')
+    assert missing.startswith(f'someone/other-vae@{commit}: is not in this machine') and '\n' not in missing
+
+def test_published_text_encoder_in_the_names_of_transformers_4(parts, tmp_path):
+    "Version 4 wants the prefix text_model. once, in the text encoder, and vocab.json and merges.txt; saving what was loaded, twice, changes nothing."
+    from safetensors import safe_open
+    for i, source in enumerate((parts/'clip', tmp_path/'0', tmp_path/'1')):
+        save_components(tmp_path/str(i), load_autoencoder(parts/'vae'), load_text(source))
+        with safe_open(tmp_path/str(i)/'text_encoder'/'model.safetensors', 'pt') as f: names = set(f.keys())
+        assert all(n.count('text_model.') == 1 and n.startswith('text_model.') for n in names)
+    assert {'text_model.embeddings.token_embedding.weight', 'text_model.final_layer_norm.bias', 'text_model.encoder.layers.0.self_attn.q_proj.weight'} <= names
+    assert component_fingerprint(tmp_path/'1'/'text_encoder') == component_fingerprint(tmp_path/'2'/'text_encoder')
+    with safe_open(tmp_path/'0'/'clip'/'model.safetensors', 'pt') as f: assert {'text_model.embeddings.token_embedding.weight', 'vision_model.post_layernorm.weight', 'text_projection.weight'} <= set(f.keys())
+    vocabulary, merges = read_json(tmp_path/'0'/'tokenizer'/'vocab.json'), (tmp_path/'0'/'tokenizer'/'merges.txt').read_text().splitlines()
+    assert vocabulary['<|endoftext|>'] == len(vocabulary) - 1 and merges == ['#version: 0.2', 'r o', 'ro s', 'ros e</w>']
+
+def test_own_clip_is_trained_once(parts, tmp_path, monkeypatch):
+    clip = pytest.importorskip('flowerdiff.clip')
+    calls = []
+    def fake(pictures, captions, out, **kw):
+        assert pictures.shape == (8, 32, 32, 3) and pictures.dtype == np.uint8 and len(captions) == 8 and kw['max_length'] == 16
+        calls.append(kw); tiny_clip(out, 16)
+    monkeypatch.setattr(clip, 'train_clip', fake)
+    ws = make_workspace(tmp_path/'ws', parts, 8, **{'components.text_encoder': 'train', 'encode.clip_minutes': .01})
+    encode(ws)
+    assert len(calls) == 1 and calls[0]['minutes'] == .01
+    assert (ws.encoded/'components'/'clip'/'config.json').is_file()
+    encode(open_workspace(ws.root, None, {'encode.shard_records': 5}))
+    assert len(calls) == 1, 'the same CLIP serves'
+    encode(open_workspace(ws.root, None, {'encode.clip_minutes': .02}))
+    assert len(calls) == 2
+
+def test_memory_does_not_grow_with_the_pictures(parts, tmp_path):
+    "What is held while encoding: two batches, whatever the number of pictures."
+    import tracemalloc
+    from flowerdiff.encoding import encode_pictures
+    Image.new('RGB', (128, 128)).save(tmp_path/'p.png')
+    vae, peaks = load_autoencoder(parts/'vae'), []
+    for n in (16, 16, 160):
+        tracemalloc.start()
+        for _ in encode_pictures(vae, [tmp_path/'p.png']*n, 128, tmp_path/f'{n}-{len(peaks)}', 8, 8): pass
+        peaks.append(tracemalloc.get_traced_memory()[1]); tracemalloc.stop()
+    assert peaks[2] < peaks[1] + 1_000_000 # 160 pictures of 49 KB would be 8 MB
