@@ -1,15 +1,16 @@
 "Packaging, from settings.ini. The stage notebooks and the studio travel inside the wheel."
 from configparser import ConfigParser
+from pathlib import Path
 from setuptools import find_packages, setup
 
 config = ConfigParser(); config.read('settings.ini', encoding='utf-8')
-c = config['DEFAULT']
+c, readme = config['DEFAULT'], Path('README.md')
 extras = {k.removesuffix('_requirements'): v.split() for k, v in c.items() if k.endswith('_requirements')}
 
 setup(
     name=c['lib_name'], version=c['version'], description=c['description'], keywords=c['keywords'],
     author=c['author'], author_email=c['author_email'], url=c['git_url'], license='Apache-2.0',
-    long_description=open('README.md', encoding='utf-8').read() if __import__('os').path.exists('README.md') else c['description'],
+    long_description=readme.read_text(encoding='utf-8') if readme.exists() else c['description'],
     long_description_content_type='text/markdown',
     packages=[*find_packages(include=['flowerdiff', 'flowerdiff.*']), 'flowerdiff.notebooks', 'flowerdiff.apps'],
     package_dir={'flowerdiff.notebooks': 'nbs/stages', 'flowerdiff.apps': 'nbs/apps'},

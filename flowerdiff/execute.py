@@ -94,7 +94,9 @@ def _end(processes, how):
         except psutil.Error: pass
 
 # %% ../nbs/core/68_execute.ipynb #e44e2fd0
-def _signalled(number, frame): raise KeyboardInterrupt
+def _signalled(*_): # the second one would interrupt the stopping
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 def drive(
     stage: str,             # one of `STAGES`
@@ -117,7 +119,6 @@ def drive(
         status = _failed(ws, stage, trouble[0]) if trouble else 0
         if not status: print(stage_line(stage, duration(time.time() - start), read_json(ws.work/'records'/f'{stage}.json')['summary']), flush=True)
     except KeyboardInterrupt:
-        for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
         stop_tree(os.getpid(), str(ws.root)); status = 130
     (state/'running.json').unlink(missing_ok=True)
     sys.stdout.flush(); os._exit(status) if thread.is_alive() else None

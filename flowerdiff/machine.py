@@ -49,7 +49,7 @@ def memory_gb() -> float: # that is free
 
 # %% ../nbs/core/66_machine.ipynb #fc02f29b
 NEEDS = dict(prepare=['PIL', 'numpy'], caption=['PIL'], encode=['torch', 'diffusers', 'transformers'], upload=[], train=['torch', 'diffusers', 'accelerate', 'mlflow'], promote=['torch'],
-             evaluate=['torch', 'torchmetrics', 'matplotlib'], onnx=['onnx', 'onnxscript', 'onnxruntime'], tensorrt=[], publish=['huggingface_hub'])
+             evaluate=['torch', 'matplotlib'], onnx=['onnx', 'onnxscript', 'onnxruntime'], tensorrt=[], publish=['huggingface_hub'])
 
 def stage_check(
     stage: str,     # one of the ten

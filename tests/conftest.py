@@ -29,7 +29,7 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from flowerdiff.workspace import *
-from flowerdiff.workspace import atomic_dir
+from flowerdiff.workspace import UserError
 from flowerdiff.graph import GRAPH
 from flowerdiff.toolbox import helper
 
@@ -57,9 +57,10 @@ def child(root, steps):
     folder = Path(root)/'work'/'train-toy'; folder.mkdir(parents=True, exist_ok=True)
     state = folder/'step'
     step = int(state.read_text()) if state.exists() else 0
-    def stop(*_): state.write_text(str(step)); sys.exit(3)
-    signal.signal(signal.SIGTERM, stop)
+    def stop(*_):
+        state.write_text(str(step)); print(json.dumps(dict(event='stopped', step=step)), file=f, flush=True); sys.exit(3)
     with open(folder/'events.jsonl', 'a') as f:
+        signal.signal(signal.SIGTERM, stop)
         print(json.dumps(dict(kind='start', resumed_from=step)), file=f, flush=True)
         while step < steps: step += 1; time.sleep(.05); print(json.dumps(dict(step=step, total=steps, samples_per_second=100.)), file=f, flush=True)
 
