@@ -98,6 +98,8 @@ def _signalled(*_): # the second one would interrupt the stopping
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
     raise KeyboardInterrupt
 
+def _outcome(record: dict) -> str: return f'skipped: {record["reason"]}' if record['status'] == 'skipped' else record['summary']
+
 def drive(
     stage: str,             # one of `STAGES`
     workspace: str = '.',
@@ -117,7 +119,7 @@ def drive(
         thread.start()
         while thread.is_alive(): thread.join(.1)
         status = _failed(ws, stage, trouble[0]) if trouble else 0
-        if not status: print(stage_line(stage, duration(time.time() - start), read_json(ws.work/'records'/f'{stage}.json')['summary']), flush=True)
+        if not status: print(stage_line(stage, duration(time.time() - start), _outcome(read_json(ws.work/'records'/f'{stage}.json'))), flush=True)
     except KeyboardInterrupt:
         stop_tree(os.getpid(), str(ws.root)); status = 130
     (state/'running.json').unlink(missing_ok=True)
