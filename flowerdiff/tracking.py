@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDS', 'log_event', 'read_events', 'curve', 'scalars', 'TensorBoard', 'mlflow_client', 'experiment_name',
-           'experiment_id', 'Mlflow', 'pass_on', 'follow', 'start_follower', 'name_champion', 'new_version']
+           'experiment_id', 'Mlflow', 'pass_on', 'is_alive', 'follow', 'start_follower', 'name_champion', 'new_version']
 
 # %% ../nbs/core/60_tracking.ipynb #a6d671f8
 import json, os, subprocess, sys, time
@@ -165,6 +165,11 @@ def pass_on(
     return failed
 
 # %% ../nbs/core/60_tracking.ipynb #451e5d38
+def is_alive(pid: int) -> bool: # a process that ended and was not yet buried is not
+    import psutil
+    try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return False
+
 def follow(
     root: str,    # of the workspace
     folder: str,  # of the run to follow
@@ -176,7 +181,7 @@ def follow(
     for old in sorted(ws.work.glob('train-*')):
         if old != folder: pass_on(ws, old, {})
     while True:
-        alive = Path(f'/proc/{pid}').exists() if Path('/proc').exists() else os.getppid() == pid
+        alive = is_alive(pid)
         failed = pass_on(ws, folder, sinks); write_json(folder/'tracking.json', dict(failed=failed))
         late = 0 if alive else late + 1
         if late and (not failed or late > 5): return

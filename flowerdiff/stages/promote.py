@@ -48,7 +48,7 @@ def compare(
     if not np.isfinite(champion).all(): return Verdict(True, 1., 1., 'the champion has losses that are not numbers')
     gain, sure = float((champion - candidate).mean()/champion.mean()), 1 - luck(champion - candidate - margin*champion.mean())
     better = gain > margin and sure >= confidence
-    by = f'{abs(gain):.2%} {"lower" if gain > 0 else "higher"} validation loss, confidence {sure:.1%}'
+    by = f'{abs(gain):.2%} {"lower" if gain > 0 else "higher"} validation loss, confidence {min(sure, .9999):.2%}' if gain else 'the same validation loss'
     return Verdict(better, gain, sure, f'better: {by}' if better else f'no better: {by}, wanted is more than {margin:.2%} at {confidence:.0%}')
 
 # %% ../../nbs/stages/06_promote.ipynb #ca5f4b07
