@@ -78,18 +78,18 @@ class Upload(Section):
 # %% ../nbs/core/00_settings.ipynb #0e30bba9
 class Train(Section):
     "The denoiser, what it learns, and how."
-    epochs: Rate = 10.            # passes over the training pictures
-    batch_size: Count = 64        # samples a step, over all processes
-    lr: Rate = 1.5e-3             # AdamW's highest learning rate
+    epochs: Rate = 11.            # passes over the training pictures
+    batch_size: Count = 32        # samples a step, over all processes
+    lr: Rate = 2e-3               # AdamW's highest learning rate
     weight_decay: Annotated[float, Field(ge=0)] = .01
-    beta2: Annotated[float, Field(gt=0, lt=1)] = .999 # how long AdamW remembers squared gradients
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
-    lr_schedule: Literal['cosine', 'linear', 'linear_half', 'constant'] = 'cosine' # after the warm-up; linear_half: level, then linear over the second half
+    beta2: Annotated[float, Field(gt=0, lt=1)] = .99 # how long AdamW remembers squared gradients
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    lr_schedule: Literal['cosine', 'linear', 'linear_half', 'constant'] = 'linear_half' # after the warm-up; linear_half: level, then linear over the second half
     grad_clip: Rate = 1.          # longest gradient
     channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=1)] = [32, 64, 128] # of the UNet's levels
     layers: Count = 1             # residual blocks a level
     attention: list[bool] = [False, True, True] # which levels read the caption
-    attention_head_dim: Count = 8 # channels of an attention head
+    attention_head_dim: Count = 16 # channels of an attention head
     prediction_type: Literal['v_prediction', 'epsilon'] = 'v_prediction' # what the UNet is asked for
     timesteps: Count = 1000       # of the noise schedule
     beta_start: Rate = .00085     # noise added by the first timestep
@@ -105,8 +105,8 @@ class Train(Section):
     distributed: Literal['auto', 'single', 'ddp'] = 'auto' # how processes share the work
     num_processes: Count = 1      # processes on this machine
     checkpoint_minutes: Rate = 2. # between checkpoints
-    samples_every: Count = 300    # steps between sample grids
-    validate_every: Count = 300   # steps between validations
+    samples_every: Count = 560    # steps between sample grids
+    validate_every: Count = 560   # steps between validations
 
     @model_validator(mode='after')
     def _levels(self):
