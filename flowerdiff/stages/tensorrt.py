@@ -44,7 +44,7 @@ def why_not(
     if trt is None: return 'the package tensorrt is not installed; `pip install flowerdiff[tensorrt]` brings it'
     return ''
 
-# %% ../../nbs/stages/09_tensorrt.ipynb #2b7eb62e
+# %% ../../nbs/stages/09_tensorrt.ipynb #f1a77cbe
 def to_half(
     source: Path, # model.onnx in 32 bits
     target: Path, # where the 16 bit one goes
@@ -53,7 +53,7 @@ def to_half(
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
     target.parent.mkdir(parents=True, exist_ok=True)
-    model = convert_float_to_float16(onnx.load(source), keep_io_types=True, disable_shape_infer=True)
+    model = convert_float_to_float16(onnx.load(source), keep_io_types=True)
     onnx.save(model, target)
     return target
 
