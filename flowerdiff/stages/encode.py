@@ -54,8 +54,9 @@ def picture_fingerprint(
     ws: Workspace,
     splits: dict,   # of `read_inputs`
 ) -> str:
-    "Fingerprint of the pictures' bytes and their order."
-    return fingerprint([(s, f, file_sha256(ws.pictures/s/f)) for s, (files, _) in splits.items() for f in files])
+    "Fingerprint of the pictures' bytes and their order. Raises `UserError` for one that is gone."
+    try: return fingerprint([(s, f, file_sha256(ws.pictures/s/f)) for s, (files, _) in splits.items() for f in files])
+    except FileNotFoundError as e: raise UserError(f'{e.filename}: is not there; run the stage prepare again') from None
 
 # %% ../../nbs/stages/03_encode.ipynb #0df316c2
 def caption_length(
