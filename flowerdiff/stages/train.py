@@ -75,10 +75,7 @@ def git_commit() -> str:
     return done.stdout.strip() if done and done.returncode == 0 else ''
 
 # %% ../../nbs/stages/05_train.ipynb #00c11db3
-def write_result(
-    ws: Workspace,
-    run: Trainer,
-    val: Split,
+def write_result(ws: Workspace, run: Trainer, val: Split,
     facts: dict, # about the run, for train.json
 ):
     "Write `candidate/` and then `train.json`."
@@ -96,9 +93,7 @@ def write_result(
 def first_pictures(split: Split, n: int) -> Split: # to validate on, where no picture was kept for that
     return Split(split.mean[:n], split.std[:n], split.texts, split.captions[:n])
 
-def start_run(
-    ws: Workspace,
-    split: Split,
+def start_run(ws: Workspace, split: Split
 ) -> tuple[Trainer, dict]: # the run, put back to its checkpoint; facts about it
     "Make the run that the settings ask for."
     from flowerdiff.components import build_denoiser
