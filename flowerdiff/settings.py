@@ -125,7 +125,7 @@ class Evaluate(Section):
     "What the report measures."
     prompts: Count = 200        # held-out prompts to draw
     steps: Count = 20           # sampling steps
-    guidance: Annotated[float, Field(ge=0)] = 3. # how strongly the prompt pulls
+    guidance: Annotated[float, Field(ge=0)] = 4. # how strongly the prompt pulls
     kid_pictures: Count = 300   # pictures a side of the distance to real ones
     grid: Count = 8             # prompts of the sample grid
     batch_size: Count = 50      # drawn at a time
