@@ -110,7 +110,7 @@ def directions(
     "Embeddings of length sqrt(d): KID's kernel of two of them is (1 + cosine)^3."
     return unit(x)*math.sqrt(x.shape[1])
 
-# %% ../nbs/core/50_metrics.ipynb #c3a4d25e
+# %% ../nbs/core/50_metrics.ipynb #55c84f8a
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711) # of the pixels that the first CLIP was trained on
 
 class ClipFeatures:
@@ -125,11 +125,13 @@ class ClipFeatures:
         how = read_json(Path(folder)/'preprocessor_config.json') if (Path(folder)/'preprocessor_config.json').is_file() else {}
         self.mean, self.std = how.get('image_mean', CLIP_MEAN), how.get('image_std', CLIP_STD)
 
-    def pictures(self, pictures: list, batch: int = 64) -> np.ndarray: # PIL pictures -> [n, d]
+    def pictures(self, pictures: list, batch: int = 64) -> np.ndarray: # PIL pictures or their files, opened a batch at a time -> [n, d]
         import torch
+        from PIL import Image
+        seen = lambda p: (Image.open(p) if isinstance(p, (str, Path)) else p).convert('RGB').resize((size, size))
         size, out = self.model.config.vision_config.image_size, []
         for i in range(0, len(pictures), batch):
-            x = np.stack([np.asarray(p.convert('RGB').resize((size, size)), np.float32) for p in pictures[i:i+batch]])
+            x = np.stack([np.asarray(seen(p), np.float32) for p in pictures[i:i+batch]])
             x = (torch.from_numpy(x).permute(0, 3, 1, 2)/255 - torch.tensor(self.mean)[:, None, None])/torch.tensor(self.std)[:, None, None]
             with torch.inference_mode(): out.append(self.model.visual_projection(self.model.vision_model(pixel_values=x)[1]).numpy())
         return np.concatenate(out)

@@ -112,7 +112,7 @@ def crowd_numbers(
     real: list,               # test pictures of the same prompts
     other: list,              # more test pictures
     rebuilt: list,            # other held-out pictures through the autoencoder
-    train: list,              # pictures of the training split
+    train: list,              # files of the training split
 ) -> dict:
     "CLIP scores, KID and nearest neighbours."
     texts, x, r = clip.texts([a.prompt for a in asks]), clip.pictures(drawn), clip.pictures(real)
@@ -205,7 +205,7 @@ def measure(ws: Workspace, asks: list, drawn: list, backend: TorchBackend) -> tu
     if clip is None: return out, skipped | {'CLIP score and KID': 'the text encoder came without its picture half; components.text_encoder=train trains both'}
     real, others = read_pictures(ws.pictures/'test', 0, names), [r['file_name'] for r in read_jsonl(ws.pictures/'test'/'metadata.jsonl') if r['file_name'] not in set(names)][:max(0, n-len(names))]
     if min(len(drawn), len(read_pictures(ws.pictures/'val', 4))) < 4: return out, skipped | {'CLIP score and KID': 'they need at least 4 test and 4 validation pictures'}
-    numbers = crowd_numbers(ClipFeatures(clip), drawn, asks, real, read_pictures(ws.pictures/'test', 0, others) if others else [], reconstruct(backend, read_pictures(ws.pictures/'val', n)), read_pictures(ws.pictures/'train', 10_000))
+    numbers = crowd_numbers(ClipFeatures(clip), drawn, asks, real, read_pictures(ws.pictures/'test', 0, others) if others else [], reconstruct(backend, read_pictures(ws.pictures/'val', n)), [ws.pictures/'train'/r['file_name'] for r in read_jsonl(ws.pictures/'train'/'metadata.jsonl')])
     return out | numbers, skipped
 
 # %% ../../nbs/stages/07_evaluate.ipynb #58649698
