@@ -141,3 +141,20 @@ def test_the_real_thing(tiny_workspace, cli):
     assert (tiny_workspace/'report'/'index.html').exists() and (tiny_workspace/'model'/'model_index.json').exists()
     p = cli('run', tiny_workspace)
     assert p.returncode == 0 and ran(p) == []
+
+def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path):
+    import subprocess, sys
+    root = shutil.copytree(tiny_workspace, tmp_path/'garden', symlinks=True)
+    command = ['run', str(root), '--only', 'train', '--set', 'train.epochs=150', '--set', 'tracking.enabled=false']
+    p = subprocess.Popen([sys.executable, '-P', '-m', 'flowerdiff.cli', *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    def step(): return max([0, *(json.loads(l).get('step', 0) for f in root.glob('work/train-*/events.jsonl') for l in f.read_text().splitlines() if l.endswith('}') and f.stat().st_mtime > begun)])
+    begun = time.time()
+    wait(lambda: step() > 20, 300)
+    os.killpg(p.pid, signal.SIGINT)
+    err = p.communicate(timeout=90)[1]
+    stopped = int(re.search(r'^stopped in train at step ([\d,]+); run the same command to go on$', err, re.M)[1].replace(',', ''))
+    assert p.returncode == 130 and stopped >= 20 and not processes(root)
+    p = cli(*command)
+    assert ran(p) == ['train'], p.stdout + p.stderr
+    train = json.loads((root/'train.json').read_text())
+    assert train['resumed_from'] == stopped and train['steps'] == 600
