@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['small_autoencoder', 'to_tensor', 'to_pictures', 'psnr', 'slopes', 'reconstruction_loss', 'encode_all', 'standardise',
-           'save_autoencoder', 'part_gradients', 'fast_bf16', 'train_autoencoder', 'garden_autoencoder']
+           'save_autoencoder', 'part_gradients', 'train_autoencoder', 'garden_autoencoder']
 
 # %% ../nbs/core/24_autoencoder.ipynb #e4c0bf84
 import copy, json, shutil, time
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from .components import fast_bf16
 
 # %% ../nbs/core/24_autoencoder.ipynb #18581398
 def small_autoencoder(
@@ -121,10 +122,6 @@ def part_gradients(
     return loss.item(), torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 # %% ../nbs/core/24_autoencoder.ipynb #354dbd4b
-def fast_bf16(device='cpu') -> bool:
-    "Whether bfloat16 saves time here."
-    return torch.cuda.is_bf16_supported() if str(device).startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
-
 def train_autoencoder(
     pictures: np.ndarray,    # [N, H, W, 3] uint8, in memory or mapped; sides divisible by 4
     out: Path,               # folder, in Diffusers' layout

@@ -191,7 +191,7 @@ def train_clip(
     progress=print,          # called with a line now and then
 ) -> tuple:                  # CLIPModel, CLIPTokenizer
     "Trains a CLIP and its tokenizer on captioned pictures."
-    from flowerdiff.autoencoder import fast_bf16
+    from flowerdiff.components import fast_bf16
     torch.manual_seed(seed); rng = np.random.default_rng(seed)
     unique = list(dict.fromkeys(c for cs in captions for c in cs)); number = {c: i for i, c in enumerate(unique)}
     tokenizer = train_tokenizer((c for cs in captions for c in cs), vocab_size, max_length)

@@ -6,7 +6,7 @@
 __all__ = ['HUB_ID', 'GARDEN', 'FILES', 'AUTOENCODERS', 'from_hub', 'part_folder', 'weights', 'find_component',
            'component_fingerprint', 'pil_to_tensor', 'tensor_to_pil', 'load_autoencoder', 'scale_factor',
            'encode_moments', 'decode', 'TextEncoder', 'load_text', 'save_text', 'save_tokenizer', 'save_components',
-           'build_denoiser', 'save_pipeline']
+           'fast_bf16', 'build_denoiser', 'save_pipeline']
 
 # %% ../nbs/core/20_components.ipynb #ee23b767
 import contextlib, hashlib, json, re, shutil
@@ -217,6 +217,11 @@ def save_components(
     if text.clip is not None:
         with _opening(folder): text.clip.save_pretrained(folder/'clip')
         save_tokenizer(text.tokenizer, folder/'clip')
+
+# %% ../nbs/core/20_components.ipynb #b0f16a02
+def fast_bf16(device='cpu') -> bool:
+    "Whether bfloat16 saves time here."
+    return torch.cuda.is_bf16_supported() if str(device).startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
 
 # %% ../nbs/core/20_components.ipynb #22ac2281
 def build_denoiser(

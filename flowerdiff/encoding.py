@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from .autoencoder import fast_bf16
-from .components import TextEncoder, encode_moments, pil_to_tensor, scale_factor
+from .components import fast_bf16, TextEncoder, encode_moments, pil_to_tensor, scale_factor
 from .shards import Shards, ShardWriter
 from .workspace import UserError
 

@@ -66,7 +66,7 @@ def outside(ws: Workspace) -> dict: # file in .flowerdiff/state -> fact
                 components=[_asset_state(s.components.autoencoder), _asset_state(s.components.text_encoder)],
                 storage=has_aws() if s.upload.destination.startswith('s3:') else 'local',
                 gpu=[gpus(), has_package('tensorrt'), has_package('tensorrt_rtx')],
-                hub=has_hub() if s.publish.destination == 'hub' else 'local')
+                hub=has_hub() if s.publish.destination.startswith('hub') else 'local')
 
 # %% ../nbs/core/69_graph.ipynb #359e44f5
 def _write_if_new(path: Path, text: str):

@@ -202,6 +202,6 @@ def demo_workspace(
         demo_workspace(STAGES[i - 1], new) if i else None
         importlib.import_module(f'flowerdiff.stages.{upto}').run(str(new), 'garden', DEMO)
         try: os.rename(new, path)
-        except OSError: shutil.rmtree(new) # another process was first
+        except OSError: shutil.rmtree(new, ignore_errors=True) # another process was first
     if copy_to: shutil.copytree(path, copy_to, dirs_exist_ok=True)
     return open_workspace(copy_to or path)
