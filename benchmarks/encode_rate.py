@@ -12,8 +12,7 @@ def main():
     ap = argparse.ArgumentParser()
     for name, n in (('pictures', 512), ('side', 64), ('batch', 64), ('rounds', 3), ('threads', 0)): ap.add_argument(f'--{name}', type=int, default=n)
     a = ap.parse_args()
-    from flowerdiff.autoencoder import fast_bf16
-    from flowerdiff.components import encode_moments, load_autoencoder, load_text, pil_to_tensor
+    from flowerdiff.components import encode_moments, fast_bf16, load_autoencoder, load_text, pil_to_tensor
     from flowerdiff.encoding import encode_captions, encode_pictures, read_pictures
     from flowerdiff.garden import caption, sample_attributes, draw
     import numpy as np
