@@ -6,7 +6,7 @@
 __all__ = ['lock', 'last_event', 'how_far', 'Stopped', 'StageFailed', 'run', 'status']
 
 # %% ../nbs/core/70_pipeline.ipynb #999c4b26
-import contextlib, fcntl, json, os, queue, signal, subprocess, sys, threading, time
+import contextlib, fcntl, json, os, queue, re, signal, subprocess, sys, threading, time
 from pathlib import Path
 from .execute import duration, stage_line, stop_tree
 from .graph import GRAPH, refresh
@@ -150,10 +150,18 @@ def run(
     if not ws.settings.prepare.source: raise UserError('prepare.source is empty; give --pictures DIR, a folder of pictures')
     with disk_errors(), lock(ws):
         ws.work.mkdir(exist_ok=True)
-        refresh(ws); _check_inputs(ws, stages)
+        refresh(ws); _check_inputs(ws, stages); _forget_the_dead(ws)
         if force: _start_over(ws, stages)
         (ws.root/'.flowerdiff'/'failure.json').unlink(missing_ok=True)
         with _as_ctrl_c(): return _follow(ws, stages, force, display)
+
+def _forget_the_dead(ws: Workspace): # a killed DVC that nobody has reaped is a zombie, which DVC's own lock takes for alive
+    import psutil
+    path = ws.root/'.dvc'/'tmp'/'rwlock'
+    def alive(pid):
+        try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess: return False
+    if path.exists() and not any(alive(int(p)) for p in set(re.findall(r'"pid": *(\d+)', path.read_text()))): path.unlink()
 
 def _start_over(ws: Workspace, stages: list): # forced: forget what was half done
     import shutil

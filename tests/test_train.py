@@ -172,7 +172,7 @@ def test_stage_tells_the_workers_one_line(toy):
 def test_interrupted_cell_leaves_a_checkpoint(toy):
     "Ctrl-C in the notebook: the run is asked to stop, its checkpoint is kept."
     ws = toy(train__epochs=200)
-    code = f'from flowerdiff.stages.train import run; run({str(ws.root)!r})'
+    code = f'import signal; signal.signal(signal.SIGINT, signal.default_int_handler) # a background shell has it ignored\nfrom flowerdiff.stages.train import run; run({str(ws.root)!r})'
     p = subprocess.Popen([sys.executable, '-c', code], env=ENV, stderr=subprocess.PIPE, text=True)
     end = time.time() + 200
     while not any(e['event'] == 'step' for e in events(ws)): assert p.poll() is None and time.time() < end; time.sleep(.05)
