@@ -27,7 +27,7 @@ def main():
     split.texts = split.texts[:, :1].expand(-1, length, -1).contiguous()
     make = lambda: build_denoiser(s, 4, width, a.size)
 
-    run = Trainer(s.train, 0, split, make, Engine('fp32', False)); folder = Path(tempfile.mkdtemp())
+    run = Trainer(s.train, 0, split, make, Engine('fp32')); folder = Path(tempfile.mkdtemp())
     def ours():
         start = time.perf_counter()
         for _ in range(a.steps): log_event(folder/'events.jsonl', 'step', step=run.step, loss=run.tell(force=True), **run.one())

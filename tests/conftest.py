@@ -82,7 +82,7 @@ def toy(tmp_path_factory):
         uses = TOY if s in ('encode', 'train') else TOY.replace('from flowerdiff.toolbox import helper\n', '')
         (package/'stages'/f'{s}.py').write_text(f'NAME = {s!r}\n' + uses)
         cells = [new_code_cell("workspace = '.'\nprofile = 'garden'\noverrides = []", metadata=dict(tags=['parameters'])),
-                 new_code_cell(f'from flowerdiff.stages.{s} import run\nresult = run(workspace, profile=profile, overrides=overrides)')]
+                 new_code_cell(f'#| eval: false\nfrom flowerdiff.stages.{s} import run\nresult = run(workspace, profile=profile, overrides=overrides)')]
         nbformat.write(new_notebook(cells=cells, metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3'))), package/'notebooks'/f'{i:02d}_{s}.ipynb')
     def call(*args, popen=False, **kwargs):
         env = {**os.environ, 'PYTHONPATH': str(site), 'PYTHONDONTWRITEBYTECODE': '1'}

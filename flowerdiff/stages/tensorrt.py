@@ -8,6 +8,7 @@ __all__ = ['FLAVOURS', 'gpu_name', 'package', 'why_not', 'to_half', 'profile_sha
 
 # %% ../../nbs/stages/09_tensorrt.ipynb #ce5c4ec5
 import importlib, shutil, subprocess
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..workspace import UserError, Workspace, atomic_dir, read_json, stage, write_json
@@ -27,10 +28,9 @@ def package(
 ):                         # the module, or None
     "The first TensorRT package that is installed and loads."
     for name in FLAVOURS[flavour]:
-        try:
+        with suppress(ImportError, OSError): # not installed, or a library of the driver is missing
             module = importlib.import_module(name)
-            if hasattr(module, 'Builder'): return module   # PyPI's `tensorrt` is a placeholder when its real wheel did not come
-        except Exception: pass
+            if hasattr(module, 'Builder'): return module # PyPI's `tensorrt` is a placeholder when its real wheel did not come
 
 # %% ../../nbs/stages/09_tensorrt.ipynb #138833b1
 def why_not(
