@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 
-def peak_memory(process: psutil.Process, every: float = .5) -> float:
+def peak_memory(process: psutil.Process, every: float = 2.) -> float:
     "Most memory (GB) held at once by the process and its descendants; shared pages are counted once (PSS)."
     peak = 0
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:

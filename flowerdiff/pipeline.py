@@ -109,11 +109,13 @@ def _follow(ws: Workspace, stages: list, force: bool, display: _Display) -> list
     if dvc.wait(): raise _failure(ws, tail)
     return ran
 
+# %% ../nbs/core/70_pipeline.ipynb #4a622a14
 def _stop(dvc: subprocess.Popen): # politely, then not
     with contextlib.suppress(ProcessLookupError): os.killpg(dvc.pid, signal.SIGINT)
     try: dvc.wait(30)
     except (KeyboardInterrupt, subprocess.TimeoutExpired): stop_tree(dvc.pid, patience=0); dvc.kill()
 
+# %% ../nbs/core/70_pipeline.ipynb #8d54b5cf
 class StageFailed(Exception):
     "An unexpected error in a stage: one line naming the executed notebook and the log."
 
@@ -124,6 +126,30 @@ def _failure(ws: Workspace, tail: list) -> Exception: # what to tell of a run th
         return (UserError if f['mistake'] else StageFailed)(f['message'])
     said = next((l for l in reversed(tail) if l.startswith('ERROR')), tail[-1] if tail else 'nothing')
     return StageFailed(f'DVC stopped: {said}; see {ws.work/"run.log"}')
+
+# %% ../nbs/core/70_pipeline.ipynb #8e2d3539
+@contextlib.contextmanager
+def _as_ctrl_c(): # SIGTERM and SIGHUP become KeyboardInterrupt
+    def stop(*_): raise KeyboardInterrupt
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    old = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try: yield
+    finally:
+        for s, h in old.items(): signal.signal(s, h)
+
+# %% ../nbs/core/70_pipeline.ipynb #7ad2a260
+def _start_over(ws: Workspace, stages: list): # forced: forget what was half done
+    import shutil
+    for s in set(stages) - {'promote'}:
+        for d in ws.work.glob(f'{s}-*'): shutil.rmtree(d, ignore_errors=True)
+
+def _forget_the_dead(ws: Workspace): # a killed DVC that nobody has reaped is a zombie, which DVC's own lock takes for alive
+    import psutil
+    path = ws.root/'.dvc'/'tmp'/'rwlock'
+    def alive(pid):
+        try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess: return False
+    if path.exists() and not any(alive(int(p)) for p in set(re.findall(r'"pid": *(\d+)', path.read_text()))): path.unlink()
 
 # %% ../nbs/core/70_pipeline.ipynb #c58843dd
 def run(
@@ -156,28 +182,6 @@ def run(
         if force: _start_over(ws, stages)
         (ws.root/'.flowerdiff'/'failure.json').unlink(missing_ok=True)
         with _as_ctrl_c(): return _follow(ws, stages, force, display)
-
-def _forget_the_dead(ws: Workspace): # a killed DVC that nobody has reaped is a zombie, which DVC's own lock takes for alive
-    import psutil
-    path = ws.root/'.dvc'/'tmp'/'rwlock'
-    def alive(pid):
-        try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess: return False
-    if path.exists() and not any(alive(int(p)) for p in set(re.findall(r'"pid": *(\d+)', path.read_text()))): path.unlink()
-
-def _start_over(ws: Workspace, stages: list): # forced: forget what was half done
-    import shutil
-    for s in set(stages) - {'promote'}:
-        for d in ws.work.glob(f'{s}-*'): shutil.rmtree(d, ignore_errors=True)
-
-@contextlib.contextmanager
-def _as_ctrl_c(): # a closed terminal and a polite kill are Ctrl-C too
-    def stop(*_): raise KeyboardInterrupt
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    old = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    try: yield
-    finally:
-        for s, h in old.items(): signal.signal(s, h)
 
 # %% ../nbs/core/70_pipeline.ipynb #83045bd5
 def _why(

@@ -97,6 +97,15 @@ class NoCredentials(UserError):
     "Nobody said who we are: a reason to skip an upload, not to stop a run."
     def __init__(self, url): super().__init__(f'{url}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE')
 
+# %% ../nbs/core/62_store.ipynb #722493e2
+class _PlainErrors:
+    "boto3's errors inside come out as one line."
+    def __init__(self, url): self.url = url
+    def __enter__(self): pass
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Exception) and type(error).__module__.split('.')[0] in ('boto3', 'botocore', 's3transfer'):
+            raise explain(self.url, error) from None
+
 # %% ../nbs/core/62_store.ipynb #3e3777da
 PART = 8 << 20 # bytes of a part of a big object
 
@@ -145,14 +154,6 @@ class S3Store:
 
     def write(self, key: str, data: bytes):
         with self._plain_errors(): self.s3.put_object(Body=data, **self._at(key))
-
-class _PlainErrors:
-    "boto3's errors inside come out as one line."
-    def __init__(self, url): self.url = url
-    def __enter__(self): pass
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, Exception) and type(error).__module__.split('.')[0] in ('boto3', 'botocore', 's3transfer'):
-            raise explain(self.url, error) from None
 
 # %% ../nbs/core/62_store.ipynb #b360f520
 def open_store(

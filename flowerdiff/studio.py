@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 import ipywidgets as w
+from fastcore.basics import patch
 
 from .painter import LIMITS, Painter, Wish, file_name, find_model, friendly, to_png
 from .workspace import UserError
@@ -117,95 +118,115 @@ class Studio:
         for chip in c['chips'].children: chip.on_click(lambda b: self._use(b.description))
         self._show()
 
-    def _show(self): # the panel and the gallery, or how to get a model
-        c, top = self.c, self.page.children[0]
-        if not self.painter.exists:
-            again = w.Button(description='Look again')
-            again.on_click(lambda _: self._look_again())
-            self.page.children = [top, w.HTML(no_model(self.painter.workspace)), classed(w.HBox([again]), 'fd-row', 'fd-center')]
-            return
-        row = lambda *x: classed(w.HBox(x), 'fd-row')
-        c['chips'].children = [*c['chips'].children[:3], c['surprise']]
-        ask = classed(w.VBox([c['prompt'], c['chips'], row(c['draw'], c['cancel']), c['bar'], c['say']]), 'fd-panel', 'fd-ask')
-        dials = classed(w.VBox([c['n'], c['steps'], c['guidance'], row(c['seed'], c['dice'], c['lock']), c['negative']]), 'fd-panel', 'fd-dials')
-        self.empty = w.HTML(note('Nothing drawn yet', '<p>Write a few words, or take an example, and press Draw.</p>'))
-        self.page.children = [top, classed(w.Box([ask, dials, classed(w.VBox([c['now'], self.empty, c['gallery']]), 'fd-right')]), 'fd-body')]
-        if not self.painter.ready.is_set(): self.say('Loading the model …'); threading.Thread(target=self._loaded, daemon=True).start()
+# %% ../nbs/apps/studio.ipynb #bb760052
+@patch
+def _show(self:Studio): # the panel and the gallery, or how to get a model
+    c, top = self.c, self.page.children[0]
+    if not self.painter.exists:
+        again = w.Button(description='Look again')
+        again.on_click(lambda _: self._look_again())
+        self.page.children = [top, w.HTML(no_model(self.painter.workspace)), classed(w.HBox([again]), 'fd-row', 'fd-center')]
+        return
+    row = lambda *x: classed(w.HBox(x), 'fd-row')
+    c['chips'].children = [*c['chips'].children[:3], c['surprise']]
+    ask = classed(w.VBox([c['prompt'], c['chips'], row(c['draw'], c['cancel']), c['bar'], c['say']]), 'fd-panel', 'fd-ask')
+    dials = classed(w.VBox([c['n'], c['steps'], c['guidance'], row(c['seed'], c['dice'], c['lock']), c['negative']]), 'fd-panel', 'fd-dials')
+    self.empty = w.HTML(note('Nothing drawn yet', '<p>Write a few words, or take an example, and press Draw.</p>'))
+    self.page.children = [top, classed(w.Box([ask, dials, classed(w.VBox([c['now'], self.empty, c['gallery']]), 'fd-right')]), 'fd-body')]
+    if not self.painter.ready.is_set(): self.say('Loading the model …'); threading.Thread(target=self._loaded, daemon=True).start()
 
-    def _loaded(self): # says when the model is there, or why it is not
-        self.painter.ready.wait()
-        if not self._busy(): self.say(self.painter.error or 'Ready.', bad=bool(self.painter.error))
+@patch
+def _look_again(self:Studio):
+    self.painter = Painter(self.painter.workspace)
+    self._show()
 
-    def _look_again(self):
-        self.painter = Painter(self.painter.workspace)
-        self._show()
+@patch
+def _loaded(self:Studio): # says when the model is there, or why it is not
+    self.painter.ready.wait()
+    if not self._busy(): self.say(self.painter.error or 'Ready.', bad=bool(self.painter.error))
 
-    def say(self, text: str, bad: bool = False):
-        "One line under the button, which a screen reader reads out."
-        self.c['say'].value = f'<div class="fd-say{" bad" if bad else ""}" role="status" aria-live="polite">{html.escape(text)}</div>'
+# %% ../nbs/apps/studio.ipynb #875da18f
+@patch(as_prop=True)
+def wish(self:Studio) -> Wish:
+    "What the controls say now; an empty prompt is its placeholder."
+    c = self.c
+    return Wish(c['prompt'].value.strip() or c['prompt'].placeholder, c['negative'].value.strip(), c['seed'].value, c['steps'].value, c['guidance'].value, c['n'].value)
 
-    def _use(self, words: str): self.c['prompt'].value = words
-    def _dice(self): self.c['seed'].value = random.randrange(10**6)
-    def _busy(self) -> bool: return self.thread is not None and self.thread.is_alive()
+@patch
+def _use(self:Studio, words: str): self.c['prompt'].value = words
 
-    @property
-    def wish(self) -> Wish:
-        "What the controls say now; an empty prompt is its placeholder."
-        c = self.c
-        return Wish(c['prompt'].value.strip() or c['prompt'].placeholder, c['negative'].value.strip(), c['seed'].value, c['steps'].value, c['guidance'].value, c['n'].value)
+@patch
+def _dice(self:Studio): self.c['seed'].value = random.randrange(10**6)
 
-    def _draw(self, _=None):
-        if self._busy(): return
-        try: wish = self.wish.check()
-        except UserError as e: return self.say(str(e), bad=True)
-        self.stop.clear(); self.c['draw'].disabled, self.c['cancel'].disabled = True, False
-        self.thread = threading.Thread(target=self._work, args=(wish,), daemon=True)
-        self.thread.start()
+@patch
+def say(self:Studio, text: str, bad: bool = False):
+    "One line under the button, which a screen reader reads out."
+    self.c['say'].value = f'<div class="fd-say{" bad" if bad else ""}" role="status" aria-live="polite">{html.escape(text)}</div>'
 
-    def _work(self, wish: Wish): # in the thread
-        start = self.told = time.monotonic()
-        self.say('Loading the model …' if not self.painter.ready.is_set() else 'Drawing …')
-        try:
-            pictures = self.painter.paint(wish, self._step)
-            self._add(wish, pictures)
-            self.say(f'{len(pictures)} picture{"s"*(len(pictures) > 1)} in {time.monotonic() - start:.1f} s.')
-            if not self.c['lock'].value: self._dice()
-        except Exception as e:
-            if type(e).__name__ == 'Cancelled': self.say('Cancelled.')
-            else: self.say(friendly(e), bad=True)
-        finally:
-            self.c['now'].value, self.c['bar'].value = '', 0
-            self.c['draw'].disabled, self.c['cancel'].disabled = False, True
+# %% ../nbs/apps/studio.ipynb #9725b85f
+@patch
+def _busy(self:Studio) -> bool: return self.thread is not None and self.thread.is_alive()
 
-    def _step(self, step) -> bool: # False: stop
-        now = time.monotonic()
-        if step.step == 1: self.began = now
-        elif now - self.told > .12 or step.step == step.steps:
-            left = (now - self.began)/(step.step - 1)*(step.steps - step.step)
-            self.c['bar'].value = step.step/step.steps
-            self.say(f'Step {step.step} of {step.steps}' + (f', {left:.0f} s left' if left >= 1 else ''))
-            self.c['now'].value = preview_html(step.preview(96)); self.told = now
-        return not self.stop.is_set()
+@patch
+def _draw(self:Studio, _=None):
+    if self._busy(): return
+    try: wish = self.wish.check()
+    except UserError as e: return self.say(str(e), bad=True)
+    self.stop.clear(); self.c['draw'].disabled, self.c['cancel'].disabled = True, False
+    self.thread = threading.Thread(target=self._work, args=(wish,), daemon=True)
+    self.thread.start()
 
-    def _add(self, wish: Wish, pictures: list): # newest first
-        self.empty.value = ''
-        cards = [self._card(replace(wish, seed=wish.seed + i, n=1), p) for i, p in enumerate(pictures)]
-        old = self.c['gallery'].children[self.shown - len(cards):]
-        self.c['gallery'].children = [*cards, *self.c['gallery'].children][:self.shown]
-        for card in old: close(card)
+# %% ../nbs/apps/studio.ipynb #1278aa98
+@patch
+def _work(self:Studio, wish: Wish): # in the thread
+    start = self.told = time.monotonic()
+    self.say('Loading the model …' if not self.painter.ready.is_set() else 'Drawing …')
+    try:
+        pictures = self.painter.paint(wish, self._step)
+        self._add(wish, pictures)
+        self.say(f'{len(pictures)} picture{"s"*(len(pictures) > 1)} in {time.monotonic() - start:.1f} s.')
+        if not self.c['lock'].value: self._dice()
+    except Exception as e:
+        if type(e).__name__ == 'Cancelled': self.say('Cancelled.')
+        else: self.say(friendly(e), bad=True)
+    finally:
+        self.c['now'].value, self.c['bar'].value = '', 0
+        self.c['draw'].disabled, self.c['cancel'].disabled = False, True
 
-    def _card(self, wish: Wish, picture) -> w.Widget:
-        png, again = to_png(picture, wish), w.Button(description='Use again', tooltip='put these settings into the panel')
-        again.on_click(lambda _: self._reuse(wish))
-        return classed(w.VBox([w.HTML(figure(wish, png, picture.size)), classed(w.HBox([again, w.HTML(download_link(wish, png))]), 'fd-acts')]), 'fd-card')
+@patch
+def _step(self:Studio, step) -> bool: # False: stop
+    now = time.monotonic()
+    if step.step == 1: self.began = now
+    elif now - self.told > .12 or step.step == step.steps:
+        left = (now - self.began)/(step.step - 1)*(step.steps - step.step)
+        self.c['bar'].value = step.step/step.steps
+        self.say(f'Step {step.step} of {step.steps}' + (f', {left:.0f} s left' if left >= 1 else ''))
+        self.c['now'].value = preview_html(step.preview(96)); self.told = now
+    return not self.stop.is_set()
 
-    def _reuse(self, wish: Wish):
-        for name, value in asdict(wish).items(): self.c[name].value = value
-        self.c['lock'].value = True
-
+# %% ../nbs/apps/studio.ipynb #8820b049
 def close(widget): # and all inside it: a kernel that draws all day does not grow
     for child in getattr(widget, 'children', ()): close(child)
     widget.close()
+
+@patch
+def _add(self:Studio, wish: Wish, pictures: list): # newest first
+    self.empty.value = ''
+    cards = [self._card(replace(wish, seed=wish.seed + i, n=1), p) for i, p in enumerate(pictures)]
+    old = self.c['gallery'].children[self.shown - len(cards):]
+    self.c['gallery'].children = [*cards, *self.c['gallery'].children][:self.shown]
+    for card in old: close(card)
+
+@patch
+def _card(self:Studio, wish: Wish, picture) -> w.Widget:
+    png, again = to_png(picture, wish), w.Button(description='Use again', tooltip='put these settings into the panel')
+    again.on_click(lambda _: self._reuse(wish))
+    return classed(w.VBox([w.HTML(figure(wish, png, picture.size)), classed(w.HBox([again, w.HTML(download_link(wish, png))]), 'fd-acts')]), 'fd-card')
+
+@patch
+def _reuse(self:Studio, wish: Wish):
+    for name, value in asdict(wish).items(): self.c[name].value = value
+    self.c['lock'].value = True
 
 # %% ../nbs/apps/studio.ipynb #40798b7c
 ENV = 'FLOWERDIFF_WORKSPACE'
