@@ -1,6 +1,6 @@
 """Training throughput against a bare loop of the same UNet: forward, backward, AdamW step on one ready batch in memory, both in one process, turn about.
 
-    python benchmarks/train_throughput.py [--channels 32,64,128] [--size 16] [--text 24,128] [--batch 64] [--steps 4] [--rounds 5] [--threads 0]
+    python benchmarks/train_throughput.py [--channels 64,64,96] [--size 16] [--text 24,128] [--batch 32] [--steps 4] [--rounds 5] [--threads 0]
 
 Ours makes its batch (order, caption choice, dropout, mirror, noise inside the autoencoder's distribution, timesteps), weighs the loss, clips, averages the weights and logs
 its events. Each round runs both sides for some steps, in changing order; the ratio is the median over the rounds.
@@ -11,8 +11,8 @@ import torch
 
 def main():
     ap = argparse.ArgumentParser()
-    ap.add_argument('--channels', default='32,64,128'); ap.add_argument('--size', type=int, default=16); ap.add_argument('--text', default='24,128')
-    for name, n in (('batch', 64), ('steps', 4), ('rounds', 5), ('threads', 0)): ap.add_argument(f'--{name}', type=int, default=n)
+    ap.add_argument('--channels', default='64,64,96'); ap.add_argument('--size', type=int, default=16); ap.add_argument('--text', default='24,128')
+    for name, n in (('batch', 32), ('steps', 4), ('rounds', 5), ('threads', 0)): ap.add_argument(f'--{name}', type=int, default=n)
     a = ap.parse_args()
     from flowerdiff.batches import toy_split
     from flowerdiff.components import build_denoiser

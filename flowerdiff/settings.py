@@ -86,7 +86,7 @@ class Train(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     lr_schedule: Literal['cosine', 'linear', 'linear_half', 'constant'] = 'linear_half' # after the warm-up; linear_half: level, then linear over the second half
     grad_clip: Rate = 1.          # longest gradient
-    channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=1)] = [32, 64, 128] # of the UNet's levels
+    channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=1)] = [64, 64, 96] # of the UNet's levels
     layers: Count = 1             # residual blocks a level
     attention: list[bool] = [False, True, True] # which levels read the caption
     attention_head_dim: Count = 16 # channels of an attention head
