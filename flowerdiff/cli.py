@@ -101,15 +101,6 @@ def _example(root: Path) -> str: # a prompt that suits the model
     except (UserError, LookupError, AttributeError): return 'a red rose under a blue sky'
 
 # %% ../nbs/core/80_cli.ipynb #7a6c4bdc
-def _status(a) -> int:
-    "Where each stage stands."
-    from flowerdiff.execute import duration
-    from flowerdiff.pipeline import status
-    for s in status(_here(a.workspace, 'garden')):
-        took = duration(s['seconds']) if s['state'] != 'never run' else ''
-        print(f"{s['stage']:<10}{s['state']:<11}{took:<13}{s['why'] if s['state'] in ('stale', 'skipped') else s['summary']}".rstrip())
-    return 0
-
 def _init(a) -> int:
     "Make a workspace with its params.yaml."
     from flowerdiff.workspace import open_workspace
@@ -117,6 +108,16 @@ def _init(a) -> int:
     new = not (root/'params.yaml').exists()
     open_workspace(root, a.profile or ('garden' if new else None), a.set)
     print(f'{_shown((root/"params.yaml").absolute())} {"made" if new else "is there already"}; edit it, then: flowerdiff run {_shown(root.absolute())}')
+    return 0
+
+# %% ../nbs/core/80_cli.ipynb #b827b673
+def _status(a) -> int:
+    "Where each stage stands."
+    from flowerdiff.execute import duration
+    from flowerdiff.pipeline import status
+    for s in status(_here(a.workspace, 'garden')):
+        took = duration(s['seconds']) if s['state'] != 'never run' else ''
+        print(f"{s['stage']:<10}{s['state']:<11}{took:<13}{s['why'] if s['state'] in ('stale', 'skipped') else s['summary']}".rstrip())
     return 0
 
 def _doctor(a) -> int:

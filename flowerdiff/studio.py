@@ -76,7 +76,7 @@ def make_controls(
         chips=classed(w.Box([classed(w.Button(description=x, tooltip='use these words'), 'fd-chip') for x in words[:3]]), 'fd-chips'),
         surprise=classed(w.Button(description='Surprise me', tooltip='other words from the data'), 'fd-chip'),
         n=w.IntSlider(value=1, min=1, max=LIMITS['n'], description='Pictures', **slide), steps=w.IntSlider(value=20, min=1, max=60, description='Steps', **slide),
-        guidance=w.FloatSlider(value=3, min=1, max=10, step=.5, readout_format='.1f', description='Guidance', **slide),
+        guidance=w.FloatSlider(value=4, min=1, max=10, step=.5, readout_format='.1f', description='Guidance', **slide),
         seed=w.BoundedIntText(value=7, min=0, max=2**32 - 1, description='Seed'), dice=w.Button(description='Dice', tooltip='another seed'),
         lock=w.ToggleButton(value=False, description='Lock', tooltip='the same seed for the next pictures'),
         draw=classed(w.Button(description='Draw'), 'fd-draw'), cancel=w.Button(description='Cancel', disabled=True),
