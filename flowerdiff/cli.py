@@ -49,6 +49,8 @@ def parser() -> Parser:
     c.add_argument('--only', metavar='STAGE', help='just this stage')
     c.add_argument('--force', action='store_true', help='run the chosen stages although they are fresh')
     command(_status, 'which stages are fresh, stale, never run, skipped and why')
+    c = command(_compare, 'what two runs did differently, and which is better', workspace=False)
+    c.add_argument('first', metavar='WORKSPACE'); c.add_argument('second', metavar='WORKSPACE')
     c = command(_generate, 'draw pictures from words', workspace=False)
     c.add_argument('prompt', help='what to draw')
     c.add_argument('-w', '--workspace', help='whose model (default: this folder if it is a workspace, else garden)')
@@ -124,6 +126,11 @@ def _doctor(a) -> int:
     "What this machine is, what it can run, and the one thing that would enable each stage that it cannot."
     from flowerdiff.machine import doctor
     print(doctor()); return 0
+
+def _compare(a) -> int:
+    "What two runs did differently, which is better, and what their curves say."
+    from flowerdiff.compare import told
+    print(told(a.first, a.second)); return 0
 
 # %% ../nbs/core/80_cli.ipynb #4f698eae
 def _generate(a) -> int:
