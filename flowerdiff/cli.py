@@ -49,6 +49,8 @@ def parser() -> Parser:
     c.add_argument('--only', metavar='STAGE', help='just this stage')
     c.add_argument('--force', action='store_true', help='run the chosen stages although they are fresh')
     command(_status, 'which stages are fresh, stale, never run, skipped and why')
+    c = command(_compare, 'what two runs did differently, and which is better', workspace=False)
+    c.add_argument('first', metavar='WORKSPACE'); c.add_argument('second', metavar='WORKSPACE')
     c = command(_generate, 'draw pictures from words', workspace=False)
     c.add_argument('prompt', help='what to draw')
     c.add_argument('-w', '--workspace', help='whose model (default: this folder if it is a workspace, else garden)')
@@ -101,15 +103,6 @@ def _example(root: Path) -> str: # a prompt that suits the model
     except (UserError, LookupError, AttributeError): return 'a red rose under a blue sky'
 
 # %% ../nbs/core/80_cli.ipynb #7a6c4bdc
-def _status(a) -> int:
-    "Where each stage stands."
-    from flowerdiff.execute import duration
-    from flowerdiff.pipeline import status
-    for s in status(_here(a.workspace, 'garden')):
-        took = duration(s['seconds']) if s['state'] != 'never run' else ''
-        print(f"{s['stage']:<10}{s['state']:<11}{took:<13}{s['why'] if s['state'] in ('stale', 'skipped') else s['summary']}".rstrip())
-    return 0
-
 def _init(a) -> int:
     "Make a workspace with its params.yaml."
     from flowerdiff.workspace import open_workspace
@@ -119,10 +112,25 @@ def _init(a) -> int:
     print(f'{_shown((root/"params.yaml").absolute())} {"made" if new else "is there already"}; edit it, then: flowerdiff run {_shown(root.absolute())}')
     return 0
 
+# %% ../nbs/core/80_cli.ipynb #b827b673
+def _status(a) -> int:
+    "Where each stage stands."
+    from flowerdiff.execute import duration
+    from flowerdiff.pipeline import status
+    for s in status(_here(a.workspace, 'garden')):
+        took = duration(s['seconds']) if s['state'] != 'never run' else ''
+        print(f"{s['stage']:<10}{s['state']:<11}{took:<13}{s['why'] if s['state'] in ('stale', 'skipped') else s['summary']}".rstrip())
+    return 0
+
 def _doctor(a) -> int:
     "What this machine is, what it can run, and the one thing that would enable each stage that it cannot."
     from flowerdiff.machine import doctor
     print(doctor()); return 0
+
+def _compare(a) -> int:
+    "What two runs did differently, which is better, and what their curves say."
+    from flowerdiff.compare import told
+    print(told(a.first, a.second)); return 0
 
 # %% ../nbs/core/80_cli.ipynb #4f698eae
 def _generate(a) -> int:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORD', 'RINGS', 'MEAN', 'STD', 'byte_letters', 'learn_merges', 'train_tokenizer', 'small_clip', 'waves', 'look_at',
            'see_neighbours', 'pixels', 'shifted', 'contrastive_loss', 'contradicts', 'as_numbers', 'attribute_loss',
-           'tokenize', 'train_clip', 'save_clip', 'zero_shot', 'garden_clip']
+           'tokenize', 'parts', 'train_clip', 'save_clip', 'zero_shot', 'garden_clip']
 
 # %% ../nbs/core/22_clip.ipynb #93c2dc25
 import json, shutil, time
@@ -170,6 +170,15 @@ def tokenize(tokenizer, sentences):
     "Token numbers of many sentences, padded to the tokenizer's length."
     return torch.cat([tokenizer(sentences[i:i+4096], padding='max_length', truncation=True, return_tensors='pt').input_ids for i in range(0, len(sentences), 4096)])
 
+# %% ../nbs/core/22_clip.ipynb #fbf7d663
+def parts(
+    minutes: float,    # how long
+    steps: int = None, # instead of minutes
+):                     # yields floats from 0 to 1
+    "How much of a training is done, before each of its steps."
+    start, step = time.time(), 0
+    while (part := step/steps if steps else (time.time() - start)/60/minutes) < 1: yield part; step += 1
+
 # %% ../nbs/core/22_clip.ipynb #81c4d85c
 def train_clip(
     pictures: np.ndarray,    # [N, H, W, 3] uint8, in memory or mapped
@@ -189,6 +198,7 @@ def train_clip(
     device: str = 'cpu',
     seed: int = 0,
     progress=print,          # called with a line now and then
+    watch=iter,              # goes through the steps, say with a bar
 ) -> tuple:                  # CLIPModel, CLIPTokenizer
     "Trains a CLIP and its tokenizer on captioned pictures."
     from flowerdiff.components import fast_bf16
@@ -202,7 +212,7 @@ def train_clip(
     params = [*model.parameters(), *heads.parameters()]
     opt = torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=.05, fused=True)
     start, step, mean, far = time.time(), 0, None, pictures.shape[1]//20
-    while (part := step/steps if steps else (time.time()-start)/60/minutes) < 1:
+    for part in watch(parts(minutes, steps)):
         for g in opt.param_groups: g['lr'] = lr*min(1, (step+1)/200)*(.5+.5*np.cos(np.pi*part))
         idx = np.sort(rng.integers(len(pictures), size=batch_size))
         k = [int(rng.integers(len(which[i]))) for i in idx]

@@ -23,7 +23,7 @@ class Wish:
     negative: str = ''   # what to stay away from
     seed: int = 0        # picture i is drawn from seed + i
     steps: int = 20
-    guidance: float = 3. # how strongly to follow the prompt
+    guidance: float = 4. # how strongly to follow the prompt
     n: int = 1           # pictures
 
     def check(self):

@@ -84,7 +84,7 @@ def curves(
     return line_chart({k: v for k, v in (('training loss', smooth(pairs(train.get('loss_curve')))), ('validation loss', pairs(train.get('validation_curve')))) if v}, 'steps')
 
 # %% ../nbs/core/52_report.ipynb #9bfe6513
-def percent(e) -> str: return f'{100*e.value:.0f} %'
+def percent(e) -> str: return f'{100*e.value:.1f}'.removesuffix('.0') + ' %'
 
 def interval(e, k: float = 1.) -> str:
     short = lambda x: f'{x:.0f}' if abs(x) >= 100 else f'{x:.1f}'

@@ -78,7 +78,7 @@ class Upload(Section):
 # %% ../nbs/core/00_settings.ipynb #0e30bba9
 class Train(Section):
     "The denoiser, what it learns, and how."
-    epochs: Rate = 14.            # passes over the training pictures
+    epochs: Rate = 12.            # passes over the training pictures
     batch_size: Count = 32        # samples a step, over all processes
     lr: Rate = 2e-3               # AdamW's highest learning rate
     weight_decay: Annotated[float, Field(ge=0)] = .01

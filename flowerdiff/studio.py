@@ -76,7 +76,7 @@ def make_controls(
         chips=classed(w.Box([classed(w.Button(description=x, tooltip='use these words'), 'fd-chip') for x in words[:3]]), 'fd-chips'),
         surprise=classed(w.Button(description='Surprise me', tooltip='other words from the data'), 'fd-chip'),
         n=w.IntSlider(value=1, min=1, max=LIMITS['n'], description='Pictures', **slide), steps=w.IntSlider(value=20, min=1, max=60, description='Steps', **slide),
-        guidance=w.FloatSlider(value=3, min=1, max=10, step=.5, readout_format='.1f', description='Guidance', **slide),
+        guidance=w.FloatSlider(value=4, min=1, max=10, step=.5, readout_format='.1f', description='Guidance', **slide),
         seed=w.BoundedIntText(value=7, min=0, max=2**32 - 1, description='Seed'), dice=w.Button(description='Dice', tooltip='another seed'),
         lock=w.ToggleButton(value=False, description='Lock', tooltip='the same seed for the next pictures'),
         draw=classed(w.Button(description='Draw'), 'fd-draw'), cancel=w.Button(description='Cancel', disabled=True),
@@ -134,12 +134,10 @@ def _show(self:Studio): # the panel and the gallery, or how to get a model
     self.empty = w.HTML(note('Nothing drawn yet', '<p>Write a few words, or take an example, and press Draw.</p>'))
     self.page.children = [top, classed(w.Box([ask, dials, classed(w.VBox([c['now'], self.empty, c['gallery']]), 'fd-right')]), 'fd-body')]
     if not self.painter.ready.is_set(): self.say('Loading the model …'); threading.Thread(target=self._loaded, daemon=True).start()
-
 @patch
 def _look_again(self:Studio):
     self.painter = Painter(self.painter.workspace)
     self._show()
-
 @patch
 def _loaded(self:Studio): # says when the model is there, or why it is not
     self.painter.ready.wait()
@@ -151,13 +149,10 @@ def wish(self:Studio) -> Wish:
     "What the controls say now; an empty prompt is its placeholder."
     c = self.c
     return Wish(c['prompt'].value.strip() or c['prompt'].placeholder, c['negative'].value.strip(), c['seed'].value, c['steps'].value, c['guidance'].value, c['n'].value)
-
 @patch
 def _use(self:Studio, words: str): self.c['prompt'].value = words
-
 @patch
 def _dice(self:Studio): self.c['seed'].value = random.randrange(10**6)
-
 @patch
 def say(self:Studio, text: str, bad: bool = False):
     "One line under the button, which a screen reader reads out."
@@ -166,7 +161,6 @@ def say(self:Studio, text: str, bad: bool = False):
 # %% ../nbs/apps/studio.ipynb #9725b85f
 @patch
 def _busy(self:Studio) -> bool: return self.thread is not None and self.thread.is_alive()
-
 @patch
 def _draw(self:Studio, _=None):
     if self._busy(): return
@@ -208,7 +202,6 @@ def _step(self:Studio, step) -> bool: # False: stop
 def close(widget): # and all inside it: a kernel that draws all day does not grow
     for child in getattr(widget, 'children', ()): close(child)
     widget.close()
-
 @patch
 def _add(self:Studio, wish: Wish, pictures: list): # newest first
     self.empty.value = ''
@@ -216,13 +209,11 @@ def _add(self:Studio, wish: Wish, pictures: list): # newest first
     old = self.c['gallery'].children[self.shown - len(cards):]
     self.c['gallery'].children = [*cards, *self.c['gallery'].children][:self.shown]
     for card in old: close(card)
-
 @patch
 def _card(self:Studio, wish: Wish, picture) -> w.Widget:
     png, again = to_png(picture, wish), w.Button(description='Use again', tooltip='put these settings into the panel')
     again.on_click(lambda _: self._reuse(wish))
     return classed(w.VBox([w.HTML(figure(wish, png, picture.size)), classed(w.HBox([again, w.HTML(download_link(wish, png))]), 'fd-acts')]), 'fd-card')
-
 @patch
 def _reuse(self:Studio, wish: Wish):
     for name, value in asdict(wish).items(): self.c[name].value = value

@@ -9,6 +9,7 @@ __all__ = ['SPLITS', 'show_latents', 'read_inputs', 'picture_fingerprint', 'capt
 # %% ../../nbs/stages/03_encode.ipynb #e98d2154
 import itertools, json, os, shutil, time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -80,7 +81,8 @@ def own_clip(
     if not (work/'done.json').exists():
         seen = np.lib.format.open_memmap(work/'pictures.npy', 'w+', np.uint8, (len(files), side, side, 3))
         for i, f in enumerate(progress(files, label='pictures for CLIP')): seen[i] = small_picture(ws.pictures/'train'/f, side)
-        train_clip(seen, captions, work/'clip', minutes=e.clip_minutes, seed=ws.settings.seed, max_length=caption_length([c for cs in captions for c in cs]), progress=lambda line: None)
+        train_clip(seen, captions, work/'clip', minutes=e.clip_minutes, seed=ws.settings.seed, max_length=caption_length([c for cs in captions for c in cs]),
+            progress=lambda line: None, watch=partial(progress, label='steps of CLIP'))
         (work/'pictures.npy').unlink(); write_json(work/'done.json', dict(minutes=e.clip_minutes))
     return work/'clip'
 
