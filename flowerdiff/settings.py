@@ -80,9 +80,11 @@ class Train(Section):
     "The denoiser, what it learns, and how."
     epochs: Rate = 12.            # passes over the training pictures
     batch_size: Count = 32        # samples a step, over all processes
-    lr: Rate = 2e-3               # AdamW's highest learning rate
+    accumulate: Count = 1         # parts that a batch goes through the network in: less memory, the same update
+    optimizer: Literal['adamw', 'muon', 'adamw8bit'] = 'adamw' # muon: for the matrices; adamw8bit: on a GPU, with the package bitsandbytes
+    lr: Rate = 2e-3               # highest learning rate
     weight_decay: Annotated[float, Field(ge=0)] = .01
-    beta2: Annotated[float, Field(gt=0, lt=1)] = .99 # how long AdamW remembers squared gradients
+    beta2: Annotated[float, Field(gt=0, lt=1)] = .99 # how long Adam remembers squared gradients
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     lr_schedule: Literal['cosine', 'linear', 'linear_half', 'constant'] = 'linear_half' # after the warm-up; linear_half: level, then linear over the second half
     grad_clip: Rate = 1.          # longest gradient; a longer one is shortened
@@ -91,21 +93,26 @@ class Train(Section):
     layers: Count = 1             # residual blocks a level
     attention: list[bool] = [False, True, True] # which levels read the caption
     attention_head_dim: Count = 16 # channels of an attention head
-    prediction_type: Literal['v_prediction', 'epsilon'] = 'v_prediction' # what the UNet is asked for
+    prediction_type: Literal['v_prediction', 'epsilon', 'flow_prediction'] = 'v_prediction' # what the UNet is asked for; flow_prediction: rectified flow, which reads no betas
+    flow_shift: Rate = 1.         # of rectified flow, towards more noise (Esser et al. 2024)
     timesteps: Count = 1000       # of the noise schedule
     beta_start: Rate = .00085     # noise added by the first timestep
     beta_end: Annotated[float, Field(gt=0, lt=1)] = .012 # and by the last
     beta_schedule: Literal['linear', 'scaled_linear', 'squaredcos_cap_v2'] = 'scaled_linear'
     zero_terminal_snr: bool = False # end in pure noise (Lin et al. 2023)
+    timestep_sampling: Literal['stratified', 'uniform', 'logit_normal'] = 'stratified' # how a batch's timesteps are drawn; logit_normal: most from the middle
+    offset_noise: Annotated[float, Field(ge=0)] = 0. # noise that shifts a whole channel; 0: none
     min_snr_gamma: Annotated[float, Field(ge=0)] = 5. # where a timestep's weight stops growing; 0: no weights
     caption_dropout: Share = .1   # share of samples that train without their caption, for guidance
     mirror: bool = True           # also learn from mirror images
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = .999 # of the averaged weights
+    ema_decays: list[Annotated[float, Field(ge=0, lt=1)]] = [] # of further averages; validation chooses among all
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the best that the device does well
     threads: Annotated[int, Field(ge=0)] = 0 # CPU threads; 0: all cores
     distributed: Literal['auto', 'single', 'ddp'] = 'auto' # how processes share the work
     num_processes: Count = 1      # processes on this machine
     gradient_checkpointing: bool = False # forget activations and make them again: less memory, a third slower
+    compile: bool = False         # let torch.compile fuse the network's operations
     checkpoint_minutes: Rate = 2. # between checkpoints
     keep_checkpoints: Count = 2   # the newest; the best by validation loss stays too
     samples_every: Count = 560    # steps between sample grids
@@ -115,6 +122,10 @@ class Train(Section):
     def _levels(self):
         if len(self.attention) != len(self.channels):
             raise ValueError(f'train.attention has {len(self.attention)} entries and train.channels {len(self.channels)}; give one a level')
+        if self.zero_terminal_snr and self.prediction_type == 'epsilon':
+            raise ValueError('train.zero_terminal_snr leaves nothing but noise to see and epsilon asks for it: nothing to learn; set train.prediction_type to v_prediction')
+        if self.batch_size < self.accumulate:
+            raise ValueError(f'train.accumulate is {self.accumulate} and train.batch_size {self.batch_size}; a part needs at least one sample')
         return self
 
 # %% ../nbs/core/00_settings.ipynb #8799654c
