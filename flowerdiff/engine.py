@@ -7,7 +7,8 @@ __all__ = ['SMALLEST', 'SEVERAL', 'learning_rate', 'MuonAdamW', 'adamw8bit', 'ma
            'load_optimizer', 'choose_precision', 'Engine']
 
 # %% ../nbs/core/36_engine.ipynb #5288ec84
-import math
+import math, os, shutil
+from contextlib import nullcontext
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -149,6 +150,22 @@ def step(self:Engine,
     self.scaler.update(); self.optimizer.zero_grad()
     if not finite and self.scaler.get_scale() < SMALLEST: self.scaler.update(SMALLEST)
     return norm
+
+# %% ../nbs/core/36_engine.ipynb #37d5a9b2
+@patch
+def part(self:Engine,
+    last: bool, # of the batch
+):
+    "The context for forward and backward of a part of a batch."
+    return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+# %% ../nbs/core/36_engine.ipynb #a24d00df
+@patch
+def compile(self:Engine):
+    "Have the model compiled at its first call. Raises `UserError` where there is no C++ compiler, which TorchInductor needs."
+    compiler = os.environ.get('CXX', 'g++')
+    if not shutil.which(compiler): raise UserError(f'train.compile: needs a C++ compiler and there is no {compiler}; install one, or set train.compile: false')
+    self.model = torch.compile(self.model)
 
 # %% ../nbs/core/36_engine.ipynb #f3c575f1
 @patch

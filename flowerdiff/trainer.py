@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .batches import Split, batch_pictures, make_batch
 from .checkpoints import Saver, load_checkpoint
-from .diffusion import add_noise, at, loss_per_sample, make_scheduler, min_snr_weight, sampling_scheduler, snr, target
+from .diffusion import add_noise, at, loss_per_sample, make_scheduler, min_snr_weight, noise_levels, sampling_scheduler, shown, snr, target
 from .ema import EMA, averaged, ema_state, load_ema
 from .engine import Engine, learning_rate, make_optimizer
 from .guards import MANY, MEMORY, out_of_memory, spike_limit, what_fits
@@ -32,7 +32,7 @@ def batch_loss(
     "What training makes small."
     a = at(abar, batch.timesteps, batch.latents)
     noisy = add_noise(batch.latents, batch.noise, a)
-    answer = model(noisy, batch.timesteps, encoder_hidden_states=batch.text).sample
+    answer = model(shown(noisy, a, train.prediction_type), batch.timesteps, encoder_hidden_states=batch.text).sample
     weight = min_snr_weight(snr(a.flatten()), train.min_snr_gamma, train.prediction_type)
     return weight*loss_per_sample(answer, target(batch.latents, batch.noise, a, train.prediction_type))
 
@@ -53,17 +53,20 @@ class Trainer:
         self.train, self.seed, self.split, self.engine, self.files = train, seed, split, engine or Engine(), files
         torch.manual_seed(seed); net = make_unet()
         if train.gradient_checkpointing: net.enable_gradient_checkpointing()
-        self.engine.prepare(net.train(), make_optimizer(net, train.lr, train.weight_decay, train.beta2))
-        self.ema, self.scheduler = EMA(self.engine.net, train.ema_decay), make_scheduler(train)
-        self.abar, self.total = self.scheduler.alphas_cumprod.to(self.engine.device), total_steps(len(split), train)
+        self.engine.prepare(net.train(), make_optimizer(net, train.lr, train.weight_decay, train.beta2, train.optimizer))
+        if train.compile: self.engine.compile()
+        self.averages = [EMA(self.engine.net, decay) for decay in (train.ema_decay, *train.ema_decays)]
+        self.ema, self.scheduler = self.averages[0], make_scheduler(train)
+        self.abar, self.total = noise_levels(self.scheduler).to(self.engine.device), total_steps(len(split), train)
         self.step, self.seconds, self.losses, self.validations = 0, 0., [], []  # losses: [step, mean since the last one]
         self.every, self.sum, self.summed = max(1, self.total//400), torch.zeros((), device=self.engine.device), 0  # losses since then, and how many
         self.norms, self.spikes = [], 0  # lengths of the last gradients; spikes in a row
 
     def batch(self, size: int): # a `Batch`, this process's share
         "The samples of the step that is next."
-        t, e = self.train, self.engine
-        return make_batch(self.split, self.step, self.seed, size, t.caption_dropout, t.mirror, t.timesteps, e.rank, e.world, e.device)
+        t, e, flow = self.train, self.engine, self.train.prediction_type == 'flow_prediction'
+        return make_batch(self.split, self.step, self.seed, size, t.caption_dropout, t.mirror, t.timesteps, e.rank, e.world, e.device,
+                          t.timestep_sampling, t.flow_shift if flow else 1., t.offset_noise)
 
     def tell(self, force=False) -> float | None:
         "The mean loss since the last time, every few steps."
@@ -72,14 +75,27 @@ class Trainer:
         mean = self.engine.mean(self.sum)/self.summed; self.sum.zero_(); self.summed = 0; self.losses.append([self.step, mean])
         return mean
 
+# %% ../nbs/core/64_trainer.ipynb #9a180325
+@patch
+def gradient(self:Trainer,
+    batch,     # a `Batch`
+) -> Tensor:   # [b] losses
+    "Gather the gradient of a batch's mean loss."
+    e, losses, parts = self.engine, [], batch.parts(self.train.accumulate)
+    for part in parts:
+        with e.part(part is parts[-1]):
+            with e.autocast(): losses.append(batch_loss(e.model, part, self.abar, self.train))
+            loss = losses[-1].sum()/len(batch); e.backward(loss*(1 + (loss - loss).detach()))
+        losses[-1] = losses[-1].detach()
+    return torch.cat(losses)
+
 # %% ../nbs/core/64_trainer.ipynb #9ab75274
 @patch
 def update(self:Trainer) -> dict: # what there is to tell of it; `skipped`: spike or overflow, when the weights stayed as they were
     "One step: a batch, its loss, an update of weights and average."
     t, e = self.train, self.engine
     lr, limit = learning_rate(self.step, self.total, t.lr, t.warmup_steps, t.lr_schedule), spike_limit(self.norms, t.spike_factor)
-    with e.autocast(): losses = batch_loss(e.model, self.batch(t.batch_size), self.abar, t)
-    loss = losses.mean(); e.backward(loss*(1 + (loss - loss).detach()))
+    losses = self.gradient(self.batch(t.batch_size))
     try: norm = e.step(lr, t.grad_clip, limit)
     except FloatingPointError: raise UserError(f'train: the loss is not a number at step {self.step + 1} (pictures {self.pictures(losses)}); lower train.lr, now {t.lr}, and run again') from None
     skipped = 'overflow' if not math.isfinite(norm) else 'spike' if norm > limit else None
@@ -88,7 +104,9 @@ def update(self:Trainer) -> dict: # what there is to tell of it; `skipped`: spik
     if self.spikes >= MANY: raise UserError(f'train: the gradient was more than {t.spike_factor:g} times longer than usual {MANY} times in a row, at step {self.step + 1} the last (pictures {self.pictures()}); '
         f'lower train.lr, now {t.lr}, or raise train.spike_factor, and run again')
     self.step += 1
-    if not skipped: self.ema.update(); self.sum += loss.detach(); self.summed += 1
+    if not skipped:
+        for average in self.averages: average.update()
+        self.sum += losses.mean(); self.summed += 1
     if not skipped and self.step > t.warmup_steps: self.norms = [*self.norms, norm][-MEMORY:]
     return told
 
@@ -114,7 +132,7 @@ def fits(self:Trainer,
     if batch < e.world: return False
     (e.net.enable_gradient_checkpointing if checkpointing else e.net.disable_gradient_checkpointing)()
     try:
-        with e.autocast(): batch_loss(e.net, self.batch(batch), self.abar, self.train).mean().backward()
+        with e.autocast(): batch_loss(e.net, max(self.batch(batch).parts(self.train.accumulate), key=len), self.abar, self.train).mean().backward()
         memory = [torch.zeros_like(p) for p in e.net.parameters() for _ in range(2) if not e.optimizer.state]  # AdamW's, which its first step makes
         return True
     except Exception as x:
@@ -147,7 +165,7 @@ def save_run(
     kept = {k: getattr(run, k) for k in KEPT}
     measured = run.validations[-1][1] if run.validations and run.validations[-1][0] == run.step else None
     plain = dict(numbers, **kept, updates=run.ema.updates, sum=e.gather(run.sum[None]).tolist(), seed=run.seed, score=measured, **more)
-    if e.main: saver.start(run.step, groups | dict(ema=ema_state(run.ema)), plain)
+    if e.main: saver.start(run.step, groups | {f'ema{i or ""}': ema_state(a) for i, a in enumerate(run.averages)}, plain)
 
 # %% ../nbs/core/64_trainer.ipynb #86c96650
 def load_run(
@@ -158,7 +176,8 @@ def load_run(
     "Put a run back to its newest whole checkpoint."
     if not (found := load_checkpoint(folder, log)): return 0
     (groups, s), e = found, run.engine
-    e.load_state(groups, s); load_ema(run.ema, groups['ema'], s['updates'])
+    e.load_state(groups, s)
+    for i, average in enumerate(run.averages): load_ema(average, groups[f'ema{i or ""}'], s['updates'])
     for k in ('step', *KEPT): setattr(run, k, s[k])
     run.sum.fill_(s['sum'][e.rank] if len(s['sum']) == e.world else sum(s['sum'])/len(s['sum']))
     return run.step
@@ -242,7 +261,10 @@ def final_validation(
     run: Trainer,
     val: Split,
 ) -> dict:
-    "Loss of the averaged weights: overall, by noise level, by picture."
-    grid = timestep_grid(run.abar)
-    with averaged(run.ema): losses = validation_losses(run.engine.net, val, run.abar.cpu(), grid, run.train.prediction_type, device=run.engine.device)
-    return dict(loss=float(losses.mean()), timesteps=grid.tolist(), levels=run.abar.cpu()[grid].tolist(), by_level=losses.mean(0).tolist(), by_picture=losses.mean(1).tolist())
+    "Loss of the averaged weights: overall, by noise level, by picture. Of several averages, the run's `ema` is the best from now on."
+    grid, measured = timestep_grid(run.abar), []
+    for average in run.averages:
+        with averaged(average): measured.append(validation_losses(run.engine.net, val, run.abar.cpu(), grid, run.train.prediction_type, device=run.engine.device))
+    best = min(range(len(measured)), key=lambda i: float(measured[i].mean()))
+    run.ema, losses = run.averages[best], measured[best]
+    return dict(loss=float(losses.mean()), ema_decay=run.ema.decay, timesteps=grid.tolist(), levels=run.abar.cpu()[grid].tolist(), by_level=losses.mean(0).tolist(), by_picture=losses.mean(1).tolist())

@@ -74,13 +74,14 @@ def measure_champion(
     "Validation losses of `model/` on the present data."
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
+    from flowerdiff.diffusion import noise_levels
     from flowerdiff.validation import nearest_timesteps, validation_losses
     unet = UNet2DConditionModel.from_pretrained(ws.model/'unet', use_safetensors=True)
     schedule = DDPMScheduler.from_pretrained(ws.model/'scheduler')
     val = load_split(ws.encoded, 'val')
     if component_fingerprint(ws.model/'text_encoder') != component_fingerprint(ws.encoded/'components'/'text_encoder'): val = own_texts(ws, val)
-    times = nearest_timesteps(schedule.alphas_cumprod, torch.tensor(levels))
-    return validation_losses(unet, val, schedule.alphas_cumprod, times, schedule.config.prediction_type).mean(1).tolist()
+    abar = noise_levels(schedule)
+    return validation_losses(unet, val, abar, nearest_timesteps(abar, torch.tensor(levels)), schedule.config.prediction_type).mean(1).tolist()
 
 # %% ../../nbs/stages/06_promote.ipynb #ed1071e7
 def decide(

@@ -24,7 +24,7 @@ from ..validation import timestep_grid, validation_losses
 from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, disk_errors, fingerprint, open_workspace, read_json, stage, write_json
 
 # %% ../../nbs/stages/05_train.ipynb #b77210ca
-WAY = {'threads', 'checkpoint_minutes', 'keep_checkpoints', 'gradient_checkpointing', 'samples_every', 'validate_every', 'num_processes', 'distributed'}
+WAY = {'threads', 'checkpoint_minutes', 'keep_checkpoints', 'gradient_checkpointing', 'accumulate', 'compile', 'samples_every', 'validate_every', 'num_processes', 'distributed'}
 
 def data_fingerprint(ws: Workspace) -> str:
     "What a model learns from, as the encode stage recorded it."
