@@ -85,7 +85,8 @@ class Train(Section):
     beta2: Annotated[float, Field(gt=0, lt=1)] = .99 # how long AdamW remembers squared gradients
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     lr_schedule: Literal['cosine', 'linear', 'linear_half', 'constant'] = 'linear_half' # after the warm-up; linear_half: level, then linear over the second half
-    grad_clip: Rate = 1.          # longest gradient
+    grad_clip: Rate = 1.          # longest gradient; a longer one is shortened
+    spike_factor: Annotated[float, Field(ge=0)] = 10. # a gradient this many times longer than usual updates nothing; 0: every one does
     channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=1)] = [64, 64, 96] # of the UNet's levels
     layers: Count = 1             # residual blocks a level
     attention: list[bool] = [False, True, True] # which levels read the caption
@@ -104,7 +105,9 @@ class Train(Section):
     threads: Annotated[int, Field(ge=0)] = 0 # CPU threads; 0: all cores
     distributed: Literal['auto', 'single', 'ddp'] = 'auto' # how processes share the work
     num_processes: Count = 1      # processes on this machine
+    gradient_checkpointing: bool = False # forget activations and make them again: less memory, a third slower
     checkpoint_minutes: Rate = 2. # between checkpoints
+    keep_checkpoints: Count = 2   # the newest; the best by validation loss stays too
     samples_every: Count = 560    # steps between sample grids
     validate_every: Count = 560   # steps between validations
 

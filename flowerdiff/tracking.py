@@ -7,23 +7,26 @@ __all__ = ['ENDS', 'log_event', 'read_events', 'curve', 'scalars', 'TensorBoard'
            'experiment_id', 'Mlflow', 'pass_on', 'is_alive', 'follow', 'start_follower', 'name_champion', 'new_version']
 
 # %% ../nbs/core/60_tracking.ipynb #a6d671f8
-import json, os, subprocess, sys, time
+import errno, json, os, subprocess, sys, time
 from pathlib import Path
 from .workspace import Workspace, open_workspace, read_json, write_json
 
 # %% ../nbs/core/60_tracking.ipynb #2090b0a8
 def log_event(
     path: Path,  # an events.jsonl
-    event: str,  # start, step, validation, samples, checkpoint, done, stopped, failed
+    event: str,  # start, step, spike, overflow, validation, samples, checkpoint, note, done, stopped, failed
     **fields,    # what JSON can say
 ):
-    "Append an event."
+    "Append an event; on a full disk it is printed instead."
     line = json.dumps(dict(event=event, time=round(time.time(), 3), **fields), default=str) + '\n'
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         end = os.lseek(fd, 0, os.SEEK_END)
         torn = end and os.pread(fd, 1, end - 1) != b'\n'
         os.write(fd, (('\n' if torn else '') + line).encode())
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        print(line, end='', flush=True)
     finally: os.close(fd)
 
 # %% ../nbs/core/60_tracking.ipynb #4ba70038

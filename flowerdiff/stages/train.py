@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAY', 'STOPPED', 'ROOMY', 'data_fingerprint', 'run_fingerprint', 'only_one', 'is_training', 'Stop', 'git_commit',
-           'write_result', 'first_pictures', 'start_run', 'work', 'rate_of', 'looker', 'launch', 'Watch', 'follow',
-           'Result', 'run']
+           'write_result', 'first_pictures', 'start_run', 'work', 'rate_of', 'looker', 'launch', 'said', 'Watch',
+           'follow', 'Result', 'run']
 
 # %% ../../nbs/stages/05_train.ipynb #644c9368
 import fcntl, math, os, signal, subprocess, sys, time
@@ -17,13 +17,14 @@ from ..batches import Split, load_split
 from ..diffusion import sampling_scheduler
 from ..ema import averaged
 from ..engine import Engine, choose_precision
+from ..guards import out_of_memory
 from ..tracking import curve, log_event, read_events, start_follower
 from ..trainer import Trainer, final_validation, load_run, sample_grid, train_loop
 from ..validation import timestep_grid, validation_losses
-from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, open_workspace, read_json, stage, write_json
+from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, disk_errors, fingerprint, open_workspace, read_json, stage, write_json
 
 # %% ../../nbs/stages/05_train.ipynb #b77210ca
-WAY = {'threads', 'checkpoint_minutes', 'samples_every', 'validate_every', 'num_processes', 'distributed'}
+WAY = {'threads', 'checkpoint_minutes', 'keep_checkpoints', 'gradient_checkpointing', 'samples_every', 'validate_every', 'num_processes', 'distributed'}
 
 def data_fingerprint(ws: Workspace) -> str:
     "What a model learns from, as the encode stage recorded it."
@@ -75,6 +76,7 @@ def git_commit() -> str:
     return done.stdout.strip() if done and done.returncode == 0 else ''
 
 # %% ../../nbs/stages/05_train.ipynb #00c11db3
+@disk_errors()
 def write_result(ws: Workspace, run: Trainer, val: Split,
     facts: dict, # about the run, for train.json
 ):
@@ -117,6 +119,7 @@ def work(
     stop, ws = Stop(), open_workspace(root)
     folder, main = Path(folder) if folder else ws.work_dir('train', run_fingerprint(ws)), os.environ.get('RANK', '0') == '0'
     events, lock = folder/'events.jsonl', ExitStack()
+    note = (lambda text: log_event(events, 'note', text=text)) if main else (lambda text: None)
     try: lock.enter_context(only_one(folder) if main else nullcontext())
     except UserError as e: print(e, file=sys.stderr); return 2
     try:
@@ -124,7 +127,8 @@ def work(
         if not len(split): raise UserError('train: there is no training picture; add pictures and run prepare again')
         if not len(val): val = first_pictures(split, 64)
         run, facts = start_run(ws, split)
-        facts |= dict(run_id=f'{folder.name[6:]}-s{ws.settings.seed}', resumed_from=load_run(run, folder/'checkpoints'))
+        run.files = read_json(ws.encoded/'train'/'files.json')
+        facts |= dict(run_id=f'{folder.name[6:]}-s{ws.settings.seed}', resumed_from=load_run(run, folder/'checkpoints', note))
         if main:
             params = {f'train.{k}': v for k, v in run.train.model_dump().items()} | {'seed': run.seed, 'profile': ws.settings.profile}
             log_event(events, 'start', step=run.step, total=run.total, params=params, **facts); start_follower(ws, folder)
@@ -139,7 +143,8 @@ def work(
         run.engine.wait(); run.engine.close()
         return 0 if done else STOPPED
     except Exception as e:
-        if main: log_event(events, 'failed', message=str(e), mistake=isinstance(e, UserError), kind=type(e).__name__)
+        if out_of_memory(e): e = UserError(f'train: not enough memory ({type(e).__name__}); lower train.channels, now {ws.settings.train.channels}, or train.batch_size, now {ws.settings.train.batch_size}')
+        if main or isinstance(e, UserError): log_event(events, 'failed', message=str(e), mistake=isinstance(e, UserError), kind=type(e).__name__)
         if isinstance(e, UserError): print(e, file=sys.stderr); return 2
         raise
     finally: lock.close()
@@ -180,6 +185,15 @@ def launch(
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(ws.settings.train.num_processes), '-m', 'flowerdiff.stages.train', str(ws.root), str(folder)]
     with open(folder/'train.log', 'a') as log: return subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ROOMY | os.environ, start_new_session=True)
 
+# %% ../../nbs/stages/05_train.ipynb #481e2d5b
+def said(
+    event: dict,
+) -> str: # '' for most
+    "The line that a person reads of an event at once: something was left out or went wrong, and training goes on."
+    if event['event'] == 'note': return f"train: {event['text']}"
+    if event['event'] == 'spike': return f"train: step {event['step']:,} updated nothing, its gradient was {event['grad_norm']:.3g} long and the limit {event['limit']:.3g} (pictures {event['pictures']})"
+    return ''
+
 # %% ../../nbs/stages/05_train.ipynb #adbe0f5f
 class Watch:
     "Shows a run's events: a bar and a curve where somebody looks, a line now and then in a log."
@@ -191,6 +205,8 @@ class Watch:
 
     def __call__(self, events: list[dict]):
         self.events += events
+        for e in events:
+            if line := said(e): print(line, flush=True) if self.bar is None else self.bar.write(line)
         e = next((e for e in reversed(events) if 'step' in e and 'total' in e), None)
         if not e: return
         if self.bar is not None: self.bar.total = e['total']*self.batch; self.bar.update(max(0, e['step']*self.batch - self.bar.n))
