@@ -106,7 +106,8 @@ def same_result(a, b):
     (ga, sa), (gb, sb) = last_checkpoint(a), last_checkpoint(b)
     for group in ('weights', 'ema', 'optimizer'):
         for k, v in ga[group].items(): assert (v == gb[group][k]).all(), (group, k)
-    for k in ('step', 'losses', 'updates', 'validations', 'sum'): assert sa[k] == sb[k], k
+    assert sa['files'] == sb['files']  # their checksums: bit for bit
+    for k in ('step', 'losses', 'updates', 'validations', 'sum', 'summed', 'norms', 'spikes', 'overflows', 'scaler'): assert sa[k] == sb[k], k
     assert (a.candidate/'unet'/'diffusion_pytorch_model.safetensors').read_bytes() == (b.candidate/'unet'/'diffusion_pytorch_model.safetensors').read_bytes()
     ta, tb = trained(a), trained(b)
     assert ta['validation'] == tb['validation'] and ta['loss_curve'] == tb['loss_curve'] and ta['validation_curve'] == tb['validation_curve']

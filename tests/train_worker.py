@@ -24,7 +24,9 @@ def suffer(kind='', *numbers):
     kill k: SIGKILL at the k-th change of the disk: before or after it, or in the middle of a write.
     full k: every k-th change finds the disk full.
     size n: the system kills the process in the write that makes a file longer than n bytes (in the middle of a file of tensors).
-    memory mb: so much more than now and no more."""
+    memory mb: so much more than now and no more.
+    stop n: asked to stop after n steps."""
+    if kind == 'stop': asked = iter([False]*(numbers[0] - 1) + [True]); flowerdiff.stages.train.Stop.__call__ = lambda self: next(asked)
     if kind in ('kill', 'full'): Changes(kind, *numbers).watch()
     if kind == 'size': signal.signal(signal.SIGXFSZ, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); resource.setrlimit(resource.RLIMIT_FSIZE, numbers*2)
     if kind == 'memory':
@@ -33,15 +35,13 @@ def suffer(kind='', *numbers):
 
 class Changes:
     "Counts what is done to the files of checkpoints, and fails there."
-    def __init__(self, kind, k, log=None): self.kind, self.k, self.log, self.seen = kind, k, log, 0
+    def __init__(self, kind, k): self.kind, self.k, self.seen = kind, k, 0
 
     def at(self, what, path):
         "One more moment at which to fail, if it is in a checkpoint."
         if isinstance(path, int): path = os.readlink(f'/proc/self/fd/{path}')
         if 'checkpoints' not in Path(os.fsdecode(path)).parts: return
         self.seen += 1
-        if self.log:
-            with open(self.log, 'a') as f: f.write(f'{what}\n')
         if self.kind == 'kill' and self.seen == self.k: os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == 'full' and not self.seen % self.k and what.startswith('before'): raise OSError(errno.ENOSPC, 'No space left on device', str(path))
 
