@@ -7,9 +7,11 @@ __all__ = ['learning_rate', 'make_optimizer', 'optimizer_tensors', 'load_optimiz
 
 # %% ../nbs/core/36_engine.ipynb #5288ec84
 import math
+from contextlib import contextmanager
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from .ema import EMA, averaged
 from .workspace import UserError
 
 # %% ../nbs/core/36_engine.ipynb #9eca5df5
@@ -120,6 +122,19 @@ def load_state(self:Engine, groups: dict, numbers: dict):
     "Go on from what `state` gave."
     self.net.load_state_dict(groups['weights']); load_optimizer(self.optimizer, groups['optimizer'])
     if numbers.get('scaler'): self.scaler.load_state_dict(numbers['scaler'])
+
+# %% ../nbs/core/36_engine.ipynb #aa9e8a67
+@patch(as_prop=True)
+def followed(self:Engine) -> nn.Module: return self.net                    # whose weights the optimiser moves here
+@patch
+def whole(self:Engine, parts: dict) -> dict: return parts                  # tensors by `followed`'s names -> by the model's, on the main process
+@patch
+def share(self:Engine, tensors: dict) -> dict: return tensors              # and back
+@patch
+@contextmanager
+def averaged_net(self:Engine, ema: EMA): # of `followed`; yields the averaged model, float32. Every process enters, the main one looks
+    "The model to validate, draw and publish with."
+    with averaged(ema): yield self.net
 
 # %% ../nbs/core/36_engine.ipynb #7f0c01aa
 @patch

@@ -13,7 +13,7 @@ from torch import Tensor
 from .batches import Split, make_batch
 from .checkpoints import load_checkpoint, save_checkpoint
 from .diffusion import add_noise, at, loss_per_sample, make_scheduler, min_snr_weight, sampling_scheduler, snr, target
-from .ema import EMA, averaged, ema_state, load_ema
+from .ema import EMA, ema_state, load_ema
 from .engine import Engine, learning_rate, make_optimizer
 from .tracking import log_event
 from .validation import sample_latents, timestep_grid, validation_losses
@@ -49,7 +49,7 @@ class Trainer:
         self.train, self.seed, self.split, self.engine = train, seed, split, engine or Engine()
         torch.manual_seed(seed); net = make_unet()
         self.engine.prepare(net.train(), make_optimizer(net, train.lr, train.weight_decay, train.beta2))
-        self.ema, self.scheduler = EMA(self.engine.net, train.ema_decay), make_scheduler(train)
+        self.ema, self.scheduler = EMA(self.engine.followed, train.ema_decay), make_scheduler(train)
         self.abar, self.total = self.scheduler.alphas_cumprod.to(self.engine.device), total_steps(len(split), train)
         self.step, self.seconds, self.losses, self.validations = 0, 0., [], []  # losses: [step, mean since the last one]
         self.every, self.sum = max(1, self.total//400), torch.zeros((), device=self.engine.device)
@@ -58,7 +58,7 @@ class Trainer:
         "One step: a batch, its loss, an update of weights and average."
         t, e, lr = self.train, self.engine, learning_rate(self.step, self.total, self.train.lr, self.train.warmup_steps, self.train.lr_schedule)
         batch = make_batch(self.split, self.step, self.seed, t.batch_size, t.caption_dropout, t.mirror, t.timesteps, e.rank, e.world, e.device)
-        with e.autocast(): loss = batch_loss(e.model, batch, self.abar, t).mean()
+        with e.autocast(): loss = batch_loss(e.model, batch, self.abar, t).sum()*e.world/t.batch_size # the mean over all ranks, also where they differ by a sample
         e.backward(loss)
         try: norm = e.step(lr, t.grad_clip)
         except FloatingPointError: raise UserError(f'train: the loss is not a number at step {self.step + 1} (pictures {", ".join(map(str, batch.pictures[:8]))}, ...); lower train.lr, now {t.lr}, and run again') from None
@@ -81,8 +81,9 @@ def save_run(
 ):
     "Checkpoint a run; only the first process writes."
     groups, numbers = run.engine.state()
-    plain = dict(numbers, updates=run.ema.updates, losses=run.losses, sum=float(run.sum), validations=run.validations, seconds=run.seconds, seed=run.seed, **more)
-    if run.engine.main: save_checkpoint(folder, run.step, groups | dict(ema=ema_state(run.ema)), plain, keep)
+    groups |= dict(ema=run.engine.whole(ema_state(run.ema)))
+    plain = dict(numbers, updates=run.ema.updates, losses=run.losses, sum=run.engine.mean(run.sum), validations=run.validations, seconds=run.seconds, seed=run.seed, **more)
+    if run.engine.main: save_checkpoint(folder, run.step, groups, plain, keep)
     run.engine.wait()
 
 # %% ../nbs/core/64_trainer.ipynb #86c96650
@@ -93,7 +94,7 @@ def load_run(
     "Put a run back to its newest whole checkpoint."
     if not (found := load_checkpoint(folder)): return 0
     groups, s = found
-    run.engine.load_state(groups, s); load_ema(run.ema, groups['ema'], s['updates'])
+    run.engine.load_state(groups, s); load_ema(run.ema, run.engine.share(groups['ema']), s['updates'])
     run.step, run.losses, run.validations, run.seconds = s['step'], s['losses'], s['validations'], s['seconds']
     run.sum.fill_(s['sum'])
     return run.step
@@ -101,6 +102,7 @@ def load_run(
 # %% ../nbs/core/64_trainer.ipynb #bee70343
 def sample_grid(
     run: Trainer,
+    net,              # its average: `run.engine.averaged_net(run.ema)`
     val: Split,
     decode,           # latents [n, C, H, W] -> pictures [n, 3, H, W] in [-1, 1]
     file: Path,       # a PNG to write
@@ -110,8 +112,7 @@ def sample_grid(
     from PIL import Image
     texts = [val.captions[i*len(val)//n][0] for i in range(min(n, len(val)))]
     device = run.engine.device
-    with averaged(run.ema):
-        z = sample_latents(run.engine.net, val.texts[texts].float().to(device), val.texts[0].float().to(device), sampling_scheduler(run.scheduler.config), val.shape, seed=run.seed)
+    z = sample_latents(net, val.texts[texts].float().to(device), val.texts[0].float().to(device), sampling_scheduler(run.scheduler.config), val.shape, seed=run.seed)
     pictures = ((decode(z).clamp(-1, 1) + 1)*127.5).round().byte().permute(0, 2, 3, 1).cpu()
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(torch.cat(list(pictures), 1).numpy()).save(file)
@@ -146,9 +147,10 @@ def train_loop(
 # %% ../nbs/core/64_trainer.ipynb #c4b89378
 def final_validation(
     run: Trainer,
+    net,          # its average
     val: Split,
 ) -> dict:
     "Loss of the averaged weights: overall, by noise level, by picture."
     grid = timestep_grid(run.abar)
-    with averaged(run.ema): losses = validation_losses(run.engine.net, val, run.abar.cpu(), grid, run.train.prediction_type, device=run.engine.device)
+    losses = validation_losses(net, val, run.abar.cpu(), grid, run.train.prediction_type, device=run.engine.device)
     return dict(loss=float(losses.mean()), timesteps=grid.tolist(), levels=run.abar.cpu()[grid].tolist(), by_level=losses.mean(0).tolist(), by_picture=losses.mean(1).tolist())
