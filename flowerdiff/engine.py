@@ -53,10 +53,11 @@ def load_optimizer(
     tensors: dict[str, Tensor], # from `optimizer_tensors`
 ):
     "Give an optimiser its memory back; its settings (rate, decay) stay as they are."
-    state = {}
+    state, params = {}, [p for g in optimizer.param_groups for p in g['params']]
     for name, v in tensors.items():
         i, k = name.split('.', 1)
-        state.setdefault(int(i), {})[k] = v.clone()
+        own = torch.empty_like(params[int(i)], dtype=v.dtype) if v.ndim else torch.empty_like(v)  # in the weight's own order: the fused step goes by position in memory
+        state.setdefault(int(i), {})[k] = own.copy_(v)
     optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()['param_groups']))
 
 # %% ../nbs/core/36_engine.ipynb #e4b36db1
@@ -132,8 +133,8 @@ def whole(self:Engine, parts: dict) -> dict: return parts                  # ten
 def share(self:Engine, tensors: dict) -> dict: return tensors              # and back
 @patch
 @contextmanager
-def averaged_net(self:Engine, ema: EMA): # of `followed`; yields the averaged model, float32. Every process enters, the main one looks
-    "The model to validate, draw and publish with."
+def averaged_net(self:Engine, ema: EMA):
+    "The averaged model, to validate, draw and publish with; every process must enter, the main one looks."
     with averaged(ema): yield self.net
 
 # %% ../nbs/core/36_engine.ipynb #7f0c01aa

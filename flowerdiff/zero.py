@@ -125,7 +125,7 @@ def load_state(self:ZeroEngine, groups: dict, numbers: dict):
     names = [n for g in self.groups for n, _ in g]
     for kind in {k.split('.', 1)[1] for k in groups['optimizer']}:
         full = {n: groups['optimizer'][f'{i}.{kind}'] for i, n in enumerate(names)}
-        parts = self.share(full) if full[names[0]].ndim else {str(i): full[g[0][0]].clone() for i, g in enumerate(self.groups)}
+        parts = self.share(full) if full[names[0]].ndim else {i: full[g[0][0]].to(m.device, copy=True) for (i, m), g in zip(self.masters().items(), self.groups)}
         for i, m in self.masters().items(): self.optimizer.state[m][kind] = parts[i]
     if numbers.get('scaler'): self.optimizer.loss_scaler.cur_scale = numbers['scaler']['scale']
 
