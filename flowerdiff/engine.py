@@ -8,9 +8,11 @@ __all__ = ['SMALLEST', 'SEVERAL', 'learning_rate', 'make_optimizer', 'optimizer_
 
 # %% ../nbs/core/36_engine.ipynb #5288ec84
 import math
+from contextlib import contextmanager
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from .ema import EMA, averaged
 from .workspace import UserError
 
 # %% ../nbs/core/36_engine.ipynb #9eca5df5
@@ -143,3 +145,16 @@ def wait(self:Engine): self.accelerator.wait_for_everyone()
 def close(self:Engine):
     "Let go of the other processes."
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
+# %% ../nbs/core/36_engine.ipynb #e05efd69
+@patch(as_prop=True)
+def followed(self:Engine) -> nn.Module: return self.net                    # whose weights the optimiser moves here
+@patch
+def whole(self:Engine, parts: dict) -> dict: return parts                  # tensors by `followed`'s names -> by the model's, on the main process
+@patch
+def share(self:Engine, tensors: dict) -> dict: return tensors              # and back
+@patch
+@contextmanager
+def averaged_net(self:Engine, ema: EMA):
+    "The averaged model, to validate, draw and publish with; every process must enter, the main one looks."
+    with averaged(ema): yield self.net

@@ -103,7 +103,7 @@ class Train(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = .999 # of the averaged weights
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the best that the device does well
     threads: Annotated[int, Field(ge=0)] = 0 # CPU threads; 0: all cores
-    distributed: Literal['auto', 'single', 'ddp'] = 'auto' # how processes share the work
+    distributed: Literal['auto', 'single', 'ddp', 'zero2'] = 'auto' # how processes share the work; auto: single or ddp; zero2: DeepSpeed deals weights and memory out
     num_processes: Count = 1      # processes on this machine
     gradient_checkpointing: bool = False # forget activations and make them again: less memory, a third slower
     checkpoint_minutes: Rate = 2. # between checkpoints

@@ -15,7 +15,7 @@ from torch import Tensor
 from .batches import Split, batch_pictures, make_batch
 from .checkpoints import Saver, load_checkpoint
 from .diffusion import add_noise, at, loss_per_sample, make_scheduler, min_snr_weight, sampling_scheduler, snr, target
-from .ema import EMA, averaged, ema_state, load_ema
+from .ema import EMA, ema_state, load_ema
 from .engine import Engine, learning_rate, make_optimizer
 from .guards import MANY, MEMORY, out_of_memory, spike_limit, what_fits
 from .tracking import log_event
@@ -54,7 +54,7 @@ class Trainer:
         torch.manual_seed(seed); net = make_unet()
         if train.gradient_checkpointing: net.enable_gradient_checkpointing()
         self.engine.prepare(net.train(), make_optimizer(net, train.lr, train.weight_decay, train.beta2))
-        self.ema, self.scheduler = EMA(self.engine.net, train.ema_decay), make_scheduler(train)
+        self.ema, self.scheduler = EMA(self.engine.followed, train.ema_decay), make_scheduler(train)
         self.abar, self.total = self.scheduler.alphas_cumprod.to(self.engine.device), total_steps(len(split), train)
         self.step, self.seconds, self.losses, self.validations = 0, 0., [], []  # losses: [step, mean since the last one]
         self.every, self.sum, self.summed = max(1, self.total//400), torch.zeros((), device=self.engine.device), 0  # losses since then, and how many
@@ -79,7 +79,8 @@ def update(self:Trainer) -> dict: # what there is to tell of it; `skipped`: spik
     t, e = self.train, self.engine
     lr, limit = learning_rate(self.step, self.total, t.lr, t.warmup_steps, t.lr_schedule), spike_limit(self.norms, t.spike_factor)
     with e.autocast(): losses = batch_loss(e.model, self.batch(t.batch_size), self.abar, t)
-    loss = losses.mean(); e.backward(loss*(1 + (loss - loss).detach()))
+    loss = losses.sum()*e.world/t.batch_size # the mean over all ranks, also where they differ by a sample
+    e.backward(loss*(1 + (loss - loss).detach()))
     try: norm = e.step(lr, t.grad_clip, limit)
     except FloatingPointError: raise UserError(f'train: the loss is not a number at step {self.step + 1} (pictures {self.pictures(losses)}); lower train.lr, now {t.lr}, and run again') from None
     skipped = 'overflow' if not math.isfinite(norm) else 'spike' if norm > limit else None
@@ -147,7 +148,8 @@ def save_run(
     kept = {k: getattr(run, k) for k in KEPT}
     measured = run.validations[-1][1] if run.validations and run.validations[-1][0] == run.step else None
     plain = dict(numbers, **kept, updates=run.ema.updates, sum=e.gather(run.sum[None]).tolist(), seed=run.seed, score=measured, **more)
-    if e.main: saver.start(run.step, groups | dict(ema=ema_state(run.ema)), plain)
+    groups |= dict(ema=e.whole(ema_state(run.ema)))
+    if e.main: saver.start(run.step, groups, plain)
 
 # %% ../nbs/core/64_trainer.ipynb #86c96650
 def load_run(
@@ -158,7 +160,7 @@ def load_run(
     "Put a run back to its newest whole checkpoint."
     if not (found := load_checkpoint(folder, log)): return 0
     (groups, s), e = found, run.engine
-    e.load_state(groups, s); load_ema(run.ema, groups['ema'], s['updates'])
+    e.load_state(groups, s); load_ema(run.ema, e.share(groups['ema']), s['updates'])
     for k in ('step', *KEPT): setattr(run, k, s[k])
     run.sum.fill_(s['sum'][e.rank] if len(s['sum']) == e.world else sum(s['sum'])/len(s['sum']))
     return run.step
@@ -166,6 +168,7 @@ def load_run(
 # %% ../nbs/core/64_trainer.ipynb #bee70343
 def sample_grid(
     run: Trainer,
+    net,              # its average: `run.engine.averaged_net(run.ema)`
     val: Split,
     decode,           # latents [n, C, H, W] -> pictures [n, 3, H, W] in [-1, 1]
     file: Path,       # a PNG to write
@@ -175,8 +178,7 @@ def sample_grid(
     from PIL import Image
     texts = [val.captions[i*len(val)//n][0] for i in range(min(n, len(val)))]
     device = run.engine.device
-    with averaged(run.ema):
-        z = sample_latents(run.engine.net, val.texts[texts].float().to(device), val.texts[0].float().to(device), sampling_scheduler(run.scheduler.config), val.shape, seed=run.seed)
+    z = sample_latents(net, val.texts[texts].float().to(device), val.texts[0].float().to(device), sampling_scheduler(run.scheduler.config), val.shape, seed=run.seed)
     pictures = ((decode(z).clamp(-1, 1) + 1)*127.5).round().byte().permute(0, 2, 3, 1).cpu()
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(torch.cat(list(pictures), 1).numpy()).save(file)
@@ -240,9 +242,10 @@ def train_loop(
 # %% ../nbs/core/64_trainer.ipynb #c4b89378
 def final_validation(
     run: Trainer,
+    net,          # its average
     val: Split,
 ) -> dict:
     "Loss of the averaged weights: overall, by noise level, by picture."
     grid = timestep_grid(run.abar)
-    with averaged(run.ema): losses = validation_losses(run.engine.net, val, run.abar.cpu(), grid, run.train.prediction_type, device=run.engine.device)
+    losses = validation_losses(net, val, run.abar.cpu(), grid, run.train.prediction_type, device=run.engine.device)
     return dict(loss=float(losses.mean()), timesteps=grid.tolist(), levels=run.abar.cpu()[grid].tolist(), by_level=losses.mean(0).tolist(), by_picture=losses.mean(1).tolist())

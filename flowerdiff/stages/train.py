@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from ..batches import Split, load_split
 from ..diffusion import sampling_scheduler
-from ..ema import averaged
 from ..engine import Engine, choose_precision
 from ..guards import out_of_memory
 from ..tracking import curve, log_event, read_events, start_follower
 from ..trainer import Trainer, final_validation, load_run, sample_grid, train_loop
 from ..validation import timestep_grid, validation_losses
 from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, disk_errors, fingerprint, open_workspace, read_json, stage, write_json
+from ..zero import ZeroEngine
 
 # %% ../../nbs/stages/05_train.ipynb #b77210ca
 WAY = {'threads', 'checkpoint_minutes', 'keep_checkpoints', 'gradient_checkpointing', 'samples_every', 'validate_every', 'num_processes', 'distributed'}
@@ -76,16 +76,15 @@ def git_commit() -> str:
     return done.stdout.strip() if done and done.returncode == 0 else ''
 
 # %% ../../nbs/stages/05_train.ipynb #00c11db3
-@disk_errors()
-def write_result(ws: Workspace, run: Trainer, val: Split,
+def write_result(ws: Workspace, run: Trainer, net, val: Split,
     facts: dict, # about the run, for train.json
 ):
     "Write `candidate/` and then `train.json`."
     from flowerdiff.components import save_pipeline
-    validation = final_validation(run, val)
+    validation = final_validation(run, net, val)
     if not math.isfinite(validation['loss']): raise UserError('train: the validation loss is not a number; lower train.lr and run again')
-    with atomic_dir(ws.candidate) as new, averaged(run.ema):
-        save_pipeline(new, run.engine.net.to(memory_format=torch.contiguous_format), ws.encoded/'components', sampling_scheduler(run.scheduler.config))
+    with atomic_dir(ws.candidate) as new:
+        save_pipeline(new, net.to(memory_format=torch.contiguous_format), ws.encoded/'components', sampling_scheduler(run.scheduler.config))
         write_json(new/'train_settings.json', dict(train=run.train.model_dump(), **{k: facts[k] for k in ('run_id', 'data', 'seed')}))
     write_json(ws.root/'train.json', dict(facts, steps=run.step, samples=run.step*run.train.batch_size, seconds=round(run.seconds, 1), validation=validation,
         loss_curve=run.losses, validation_curve=[*run.validations, [run.step, validation['loss']]]))
@@ -102,12 +101,14 @@ def start_run(ws: Workspace, split: Split
     import flowerdiff
     s, t, world = ws.settings, ws.settings.train, int(os.environ.get('WORLD_SIZE', 1))
     torch.set_num_threads(t.threads or max(1, len(os.sched_getaffinity(0))//world))
+    if t.distributed == 'single' and world > 1: raise UserError(f'train.distributed: single is for one process, and {world} were started; use auto, ddp or zero2')
+    if t.batch_size < world: raise UserError(f'train.batch_size: {t.batch_size} samples are too few for {world} processes; give each at least one')
     (c, h, _), width = split.shape, split.texts.shape[-1]
     make = lambda: build_denoiser(s, c, width, h)
     precision = choose_precision(t.precision)
-    run = Trainer(t, s.seed, split, make, Engine(precision))
+    run = Trainer(t, s.seed, split, make, (ZeroEngine if t.distributed == 'zero2' else Engine)(precision))
     facts = dict(seed=s.seed, data=data_fingerprint(ws), device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads', precision=precision,
-        processes=world, parameters=sum(p.numel() for p in run.engine.net.parameters()), version=flowerdiff.__version__, git=git_commit())
+        processes=world, distributed=t.distributed, parameters=sum(p.numel() for p in run.engine.net.parameters()), version=flowerdiff.__version__, git=git_commit())
     return run, facts
 
 # %% ../../nbs/stages/05_train.ipynb #d8bdd0b7
@@ -134,11 +135,13 @@ def work(
             log_event(events, 'start', step=run.step, total=run.total, params=params, **facts); start_follower(ws, folder)
         look = looker(ws, run, val, folder)
         done = train_loop(run, folder, stop, look)
-        if done and main:
-            facts['samples_per_second'] = round(rate_of(events), 1)
-            v = write_result(ws, run, val, facts)
-            log_event(events, 'validation', step=run.step, loss=v['loss'], levels=dict(zip(map(str, v['timesteps']), v['by_level'])))
-        if done: look(False, True)
+        if done:
+            with run.engine.averaged_net(run.ema) as net:
+                if main:
+                    facts['samples_per_second'] = round(rate_of(events), 1)
+                    v = write_result(ws, run, net, val, facts)
+                    log_event(events, 'validation', step=run.step, loss=v['loss'], levels=dict(zip(map(str, v['timesteps']), v['by_level'])))
+            look(False, True)
         if main: log_event(events, 'done' if done else 'stopped', step=run.step, total=run.total)
         run.engine.wait(); run.engine.close()
         return 0 if done else STOPPED
@@ -158,20 +161,24 @@ def rate_of(events: Path) -> float: # samples a second, the middle of what was t
 def looker(ws: Workspace, run: Trainer, val: Split, folder: Path):
     "What to do every so often: a short validation, a sample grid. A failing look never stops training."
     state = {}
-    def look(validate: bool, draw: bool):
-        if run.engine.main and validate and len(val):
-            with averaged(run.ema): losses = validation_losses(run.engine.net, val, run.abar.cpu(), timestep_grid(run.abar), run.train.prediction_type, range(min(64, len(val))), device=run.engine.device)
+    def main_look(net, validate: bool, draw: bool):
+        if validate and len(val):
+            losses = validation_losses(net, val, run.abar.cpu(), timestep_grid(run.abar), run.train.prediction_type, range(min(64, len(val))), device=run.engine.device)
             run.validations.append([run.step, float(losses.mean())])
             log_event(folder/'events.jsonl', 'validation', step=run.step, loss=run.validations[-1][1], levels=dict(zip(map(str, timestep_grid(run.abar).tolist()), losses.mean(0).tolist())))
-        if run.engine.main and draw and len(val):
+        if draw and len(val):
             try:
                 from flowerdiff.components import decode, load_autoencoder
                 state.setdefault('vae', None) or state.update(vae=load_autoencoder(str(ws.encoded/'components'/'vae')))
                 file = folder/'samples'/f'{run.step:08d}.png'
-                sample_grid(run, val, lambda z: decode(state['vae'], z.cpu()), file)
+                sample_grid(run, net, val, lambda z: decode(state['vae'], z.cpu()), file)
                 log_event(folder/'events.jsonl', 'samples', step=run.step, file=str(file))
             except Exception as e: log_event(folder/'events.jsonl', 'note', text=f'no sample grid at step {run.step}: {type(e).__name__}: {e}')
-        if validate or draw: run.engine.wait()
+    def look(validate: bool, draw: bool):
+        if validate or draw:
+            with run.engine.averaged_net(run.ema) as net:
+                if run.engine.main: main_look(net, validate, draw)
+            run.engine.wait()
     return look
 
 # %% ../../nbs/stages/05_train.ipynb #cf715a85
