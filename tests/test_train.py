@@ -154,6 +154,8 @@ def test_two_at_once(toy):
 
 # ---- the stage, with torchrun
 
+NEAR = 5e-4  # how far runs may be apart after 8 steps of 0.002 because their sums round in another order; a lost memory of Adam's is worth 17 times that
+
 @pytest.mark.parametrize('distributed', ['ddp', 'zero2'])
 def test_stage_starts_torchrun_and_two_ranks_do_the_work_of_one(toy, distributed):
     from diffusers import DiffusionPipeline
@@ -168,13 +170,14 @@ def test_stage_starts_torchrun_and_two_ranks_do_the_work_of_one(toy, distributed
 
 # ---- other numbers of processes
 
-NEAR = 2e-4  # how far weights, and Adam's mean gradients, may be apart after 8 steps of at most 0.002: what rounding in another order makes of them
-
 def apart(a, b):
-    "The farthest that two checkpoints' weights, averages and mean gradients are apart."
+    "The farthest that two checkpoints' weights and averages are apart, and Adam's memory, as a share of its largest."
     (ga, sa), (gb, sb) = [x if isinstance(x, tuple) else last_checkpoint(x) for x in (a, b)]
     assert sa['step'] == sb['step'] and {g: sorted(t) for g, t in ga.items()} == {g: sorted(t) for g, t in gb.items()}
-    return max(float((v - gb[g][k]).abs().max()) for g, t in ga.items() for k, v in t.items())
+    kind = lambda g, k: k.split('.')[1] if g == 'optimizer' else ''
+    largest = lambda what: max(float(v.abs().max()) for k, v in ga['optimizer'].items() if kind('optimizer', k) == what)
+    scale = {'': 1.} | {what: largest(what) for what in ('step', 'exp_avg', 'exp_avg_sq')}
+    return max(float((v - gb[g][k]).abs().max())/scale[kind(g, k)] for g, t in ga.items() for k, v in t.items())
 
 class Ranks:
     "A run made step by step, by any engine under any number of processes."
