@@ -113,6 +113,7 @@ def fits(self:Trainer,
     "Does a step go through in the memory there is? Nothing is updated; gradient checkpointing stays as it was tried."
     e = self.engine
     if batch < e.world: return False
+    torch.cuda.empty_cache()  # what the attempt before left in pieces; nothing on a CPU
     (e.net.enable_gradient_checkpointing if checkpointing else e.net.disable_gradient_checkpointing)()
     try:
         with e.autocast(): batch_loss(e.net, self.batch(batch), self.abar, self.train).mean().backward()

@@ -1,5 +1,5 @@
 "The training process for tests, forked from a server that has the heavy imports behind it: a start takes a tenth of a second. It can be made to suffer: see `suffer`."
-import errno, json, multiprocessing, os, resource, signal, socket, sys
+import ctypes, errno, json, multiprocessing, os, resource, signal, socket, sys
 from pathlib import Path
 import accelerate, deepspeed, diffusers, transformers
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -63,6 +63,7 @@ def suffer(kind='', *numbers):
     if kind in ('kill', 'full'): Changes(kind, *numbers).watch()
     if kind == 'size': signal.signal(signal.SIGXFSZ, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); resource.setrlimit(resource.RLIMIT_FSIZE, numbers*2)
     if kind == 'memory':
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back, so that the limit is on what is in use
         now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + (numbers[0] << 20),)*2)
 
