@@ -231,15 +231,6 @@ def test_a_batch_that_does_not_divide(toy):
     assert [len(f['pictures'][0]) for f in facts] == [3, 4]
     assert apart(a.checkpoint(), b.checkpoint()) < NEAR and np.allclose(facts[0]['losses'], one['losses'], rtol=1e-3)
 
-def test_too_many_processes(toy, monkeypatch):
-    from flowerdiff.batches import load_split
-    from flowerdiff.stages.train import start_run
-    from flowerdiff.workspace import UserError
-    monkeypatch.setenv('WORLD_SIZE', '9')
-    for setting, said in (({}, 'too few for 9'), ({'train__distributed': 'single'}, 'is for one process')):
-        ws = toy(**setting)
-        with pytest.raises(UserError, match=said): start_run(ws, load_split(ws.encoded, 'train'))
-
 def test_stage_tells_the_workers_one_line(toy):
     from flowerdiff.stages.train import run
     from flowerdiff.workspace import UserError

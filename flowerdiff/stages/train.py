@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAY', 'STOPPED', 'ROOMY', 'data_fingerprint', 'run_fingerprint', 'only_one', 'is_training', 'Stop', 'git_commit',
-           'write_result', 'first_pictures', 'start_run', 'work', 'rate_of', 'looker', 'launch', 'said', 'Watch',
-           'follow', 'Result', 'run']
+           'write_result', 'start_run', 'work', 'rate_of', 'looker', 'launch', 'said', 'Watch', 'follow', 'Result',
+           'run']
 
 # %% ../../nbs/stages/05_train.ipynb #644c9368
 import fcntl, math, os, signal, subprocess, sys, time
@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 from ..batches import Split, load_split
 from ..diffusion import sampling_scheduler
-from ..engine import Engine, choose_precision
 from ..guards import out_of_memory
 from ..tracking import curve, log_event, read_events, start_follower
 from ..trainer import Trainer, final_validation, load_run, sample_grid, train_loop
 from ..validation import timestep_grid, validation_losses
 from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, disk_errors, fingerprint, open_workspace, read_json, stage, write_json
-from ..zero import ZeroEngine
+from ..zero import make_engine
 
 # %% ../../nbs/stages/05_train.ipynb #b77210ca
 WAY = {'threads', 'checkpoint_minutes', 'keep_checkpoints', 'gradient_checkpointing', 'samples_every', 'validate_every', 'num_processes', 'distributed'}
@@ -91,9 +90,6 @@ def write_result(ws: Workspace, run: Trainer, net, val: Split,
     return validation
 
 # %% ../../nbs/stages/05_train.ipynb #e25c9507
-def first_pictures(split: Split, n: int) -> Split: # to validate on, where no picture was kept for that
-    return Split(split.mean[:n], split.std[:n], split.texts, split.captions[:n])
-
 def start_run(ws: Workspace, split: Split
 ) -> tuple[Trainer, dict]: # the run, put back to its checkpoint; facts about it
     "Make the run that the settings ask for."
@@ -101,13 +97,10 @@ def start_run(ws: Workspace, split: Split
     import flowerdiff
     s, t, world = ws.settings, ws.settings.train, int(os.environ.get('WORLD_SIZE', 1))
     torch.set_num_threads(t.threads or max(1, len(os.sched_getaffinity(0))//world))
-    if t.distributed == 'single' and world > 1: raise UserError(f'train.distributed: single is for one process, and {world} were started; use auto, ddp or zero2')
-    if t.batch_size < world: raise UserError(f'train.batch_size: {t.batch_size} samples are too few for {world} processes; give each at least one')
     (c, h, _), width = split.shape, split.texts.shape[-1]
     make = lambda: build_denoiser(s, c, width, h)
-    precision = choose_precision(t.precision)
-    run = Trainer(t, s.seed, split, make, (ZeroEngine if t.distributed == 'zero2' else Engine)(precision))
-    facts = dict(seed=s.seed, data=data_fingerprint(ws), device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads', precision=precision,
+    run = Trainer(t, s.seed, split, make, make_engine(t, world))
+    facts = dict(seed=s.seed, data=data_fingerprint(ws), device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads', precision=run.engine.precision,
         processes=world, distributed=t.distributed, parameters=sum(p.numel() for p in run.engine.net.parameters()), version=flowerdiff.__version__, git=git_commit())
     return run, facts
 
@@ -126,7 +119,7 @@ def work(
     try:
         split, val = load_split(ws.encoded, 'train'), load_split(ws.encoded, 'val')
         if not len(split): raise UserError('train: there is no training picture; add pictures and run prepare again')
-        if not len(val): val = first_pictures(split, 64)
+        if not len(val): val = Split(split.mean[:64], split.std[:64], split.texts, split.captions[:64])  # no picture was kept for it
         run, facts = start_run(ws, split)
         run.files = read_json(ws.encoded/'train'/'files.json')
         facts |= dict(run_id=f'{folder.name[6:]}-s{ws.settings.seed}', resumed_from=load_run(run, folder/'checkpoints', note))
@@ -138,8 +131,7 @@ def work(
         if done:
             with run.engine.averaged_net(run.ema) as net:
                 if main:
-                    facts['samples_per_second'] = round(rate_of(events), 1)
-                    v = write_result(ws, run, net, val, facts)
+                    v = write_result(ws, run, net, val, facts | dict(samples_per_second=round(rate_of(events), 1)))
                     log_event(events, 'validation', step=run.step, loss=v['loss'], levels=dict(zip(map(str, v['timesteps']), v['by_level'])))
             look(False, True)
         if main: log_event(events, 'done' if done else 'stopped', step=run.step, total=run.total)
