@@ -142,7 +142,8 @@ KEPT = ('losses', 'validations', 'seconds', 'summed', 'norms', 'spikes')  # of a
 def save_run(
     run: Trainer,
     saver: Saver,
-    **more,       # plain values to keep with it
+    copy: bool = True, # False: nothing changes before it is written
+    **more,            # plain values to keep with it
 ):
     "Begin a checkpoint of a run, see `Saver`; only the first process writes."
     e, (groups, numbers) = run.engine, run.engine.state()
@@ -150,7 +151,7 @@ def save_run(
     measured = run.validations[-1][1] if run.validations and run.validations[-1][0] == run.step else None
     plain = dict(numbers, **kept, updates=run.ema.updates, sum=e.gather(run.sum[None]).tolist(), seed=run.seed, score=measured, **more)
     groups |= dict(ema=e.whole(ema_state(run.ema)))
-    if e.main: saver.start(run.step, groups, plain)
+    if e.main: saver.start(run.step, groups, plain, copy)
 
 # %% ../nbs/core/64_trainer.ipynb #86c96650
 def load_run(
@@ -232,7 +233,7 @@ def train_loop(
             best = not leave and not done and look_now(run, look)
             last, due = leave or done, now - saved > 60*t.checkpoint_minutes and not saver.writing
             if last or e.any(e.main and (best or due)):
-                tell_saved(saver, events, wait=True); save_run(run, saver, rate=rate); saved = time.monotonic()
+                tell_saved(saver, events, wait=True); save_run(run, saver, copy=not last, rate=rate); saved = time.monotonic()
             tell_saved(saver, events, wait=last)
             if last: e.wait()  # or the launcher, seeing another process leave, would end the one that writes
             away += time.monotonic() - now
