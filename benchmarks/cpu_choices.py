@@ -33,7 +33,7 @@ def main():
     for name, n in (('rounds', 5), ('steps', 40), ('batch', 32)): parser.add_argument(f'--{name}', type=int, default=n)
     a = parser.parse_args()
     if os.environ.get('CHOICE'): print(measure(a.steps, a.batch)); return
-    from flowerdiff.stages.train import ROOMY
+    from flowerdiff.processes import ROOMY
     rates = {k: [] for k in CHOICES}
     for i in range(a.rounds):
         for name in list(CHOICES)[i % len(CHOICES):] + list(CHOICES)[:i % len(CHOICES)]:

@@ -105,12 +105,14 @@ class Saver:
     ):
         self.folder, self.keep, self.writing, self.step = Path(folder), keep, None, 0
 
-    def start(self, step: int, groups: dict, state: dict):
+    def start(self, step: int, groups: dict, state: dict,
+        copy: bool = True, # False: the tensors do not change before it is written
+    ):
         "Copy everything and begin to write it; see `save_checkpoint`."
         assert not self.writing, 'ask `finish` what became of the one before'
-        copies = {name: {k: torch.empty(v.shape, dtype=v.dtype).copy_(v.detach()) for k, v in tensors.items()} for name, tensors in groups.items()}
+        if copy: groups = {name: {k: torch.empty(v.shape, dtype=v.dtype).copy_(v.detach()) for k, v in tensors.items()} for name, tensors in groups.items()}
         pool, self.step = ThreadPoolExecutor(1, 'checkpoint'), step
-        self.writing = pool.submit(save_checkpoint, self.folder, step, copies, json.loads(json.dumps(state)), self.keep)
+        self.writing = pool.submit(save_checkpoint, self.folder, step, groups, json.loads(json.dumps(state)), self.keep)
         pool.shutdown(wait=False)  # its thread ends with the work
 
 # %% ../nbs/core/38_checkpoints.ipynb #e2c3bfbd

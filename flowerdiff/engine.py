@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'SEVERAL', 'learning_rate', 'MuonAdamW', 'adamw8bit', 'make_optimizer', 'optimizer_tensors',
-           'load_optimizer', 'choose_precision', 'Engine']
+           'load_optimizer', 'choose_precision', 'Engine', 'need_compiler']
 
 # %% ../nbs/core/36_engine.ipynb #5288ec84
 import math, os, shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from .ema import EMA, averaged
 from .workspace import UserError
 
 # %% ../nbs/core/36_engine.ipynb #9eca5df5
@@ -160,12 +161,15 @@ def part(self:Engine,
     return nullcontext() if last else self.accelerator.no_sync(self.model)
 
 # %% ../nbs/core/36_engine.ipynb #a24d00df
-@patch
-def compile(self:Engine):
-    "Have the model compiled at its first call. Raises `UserError` where there is no C++ compiler, which TorchInductor needs."
+def need_compiler():
+    "Raises `UserError` where there is no C++ compiler, which TorchInductor needs."
     compiler = os.environ.get('CXX', 'g++')
     if not shutil.which(compiler): raise UserError(f'train.compile: needs a C++ compiler and there is no {compiler}; install one, or set train.compile: false')
-    self.model = torch.compile(self.model)
+
+@patch
+def compile(self:Engine):
+    "Have the model compiled at its first call."
+    need_compiler(); self.model = torch.compile(self.model)
 
 # %% ../nbs/core/36_engine.ipynb #f3c575f1
 @patch
@@ -193,3 +197,16 @@ def wait(self:Engine): self.accelerator.wait_for_everyone()
 def close(self:Engine):
     "Let go of the other processes."
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
+# %% ../nbs/core/36_engine.ipynb #e05efd69
+@patch(as_prop=True)
+def followed(self:Engine) -> nn.Module: return self.net                    # whose weights the optimiser moves here
+@patch
+def whole(self:Engine, parts: dict) -> dict: return parts                  # tensors by `followed`'s names -> by the model's, on the main process
+@patch
+def share(self:Engine, tensors: dict) -> dict: return tensors              # and back
+@patch
+@contextmanager
+def averaged_net(self:Engine, ema: EMA):
+    "The averaged model, to validate, draw and publish with; every process must enter, the main one looks."
+    with averaged(ema): yield self.net

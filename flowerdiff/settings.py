@@ -109,7 +109,7 @@ class Train(Section):
     ema_decays: list[Annotated[float, Field(ge=0, lt=1)]] = [] # of further averages; validation chooses among all
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the best that the device does well
     threads: Annotated[int, Field(ge=0)] = 0 # CPU threads; 0: all cores
-    distributed: Literal['auto', 'single', 'ddp'] = 'auto' # how processes share the work
+    distributed: Literal['auto', 'single', 'ddp', 'zero2'] = 'auto' # how processes share the work; auto: single or ddp; zero2: DeepSpeed deals weights and memory out
     num_processes: Count = 1      # processes on this machine
     gradient_checkpointing: bool = False # forget activations and make them again: less memory, a third slower
     compile: bool = False         # let torch.compile fuse the network's operations
@@ -124,6 +124,8 @@ class Train(Section):
             raise ValueError(f'train.attention has {len(self.attention)} entries and train.channels {len(self.channels)}; give one a level')
         if self.zero_terminal_snr and self.prediction_type == 'epsilon':
             raise ValueError('train.zero_terminal_snr leaves nothing but noise to see and epsilon asks for it: nothing to learn; set train.prediction_type to v_prediction')
+        if self.distributed == 'zero2' and self.optimizer != 'adamw':
+            raise ValueError(f'train.optimizer: {self.optimizer} needs whole matrices, and train.distributed: zero2 deals them out in slices; use adamw, or ddp')
         if self.batch_size < self.accumulate:
             raise ValueError(f'train.accumulate is {self.accumulate} and train.batch_size {self.batch_size}; a part needs at least one sample')
         return self

@@ -15,7 +15,7 @@ from torch import Tensor
 from .batches import Split, batch_pictures, make_batch
 from .checkpoints import Saver, load_checkpoint
 from .diffusion import add_noise, at, loss_per_sample, make_scheduler, min_snr_weight, noise_levels, sampling_scheduler, shown, snr, target
-from .ema import EMA, averaged, ema_state, load_ema
+from .ema import EMA, ema_state, load_ema
 from .engine import Engine, learning_rate, make_optimizer
 from .guards import MANY, MEMORY, out_of_memory, spike_limit, what_fits
 from .tracking import log_event
@@ -55,7 +55,7 @@ class Trainer:
         if train.gradient_checkpointing: net.enable_gradient_checkpointing()
         self.engine.prepare(net.train(), make_optimizer(net, train.lr, train.weight_decay, train.beta2, train.optimizer))
         if train.compile: self.engine.compile()
-        self.averages = [EMA(self.engine.net, decay) for decay in (train.ema_decay, *train.ema_decays)]
+        self.averages = [EMA(self.engine.followed, decay) for decay in (train.ema_decay, *train.ema_decays)]
         self.ema, self.scheduler = self.averages[0], make_scheduler(train)
         self.abar, self.total = noise_levels(self.scheduler).to(self.engine.device), total_steps(len(split), train)
         self.step, self.seconds, self.losses, self.validations = 0, 0., [], []  # losses: [step, mean since the last one]
@@ -85,7 +85,8 @@ def gradient(self:Trainer,
     for part in parts:
         with e.part(part is parts[-1]):
             with e.autocast(): losses.append(batch_loss(e.model, part, self.abar, self.train))
-            loss = losses[-1].sum()/len(batch); e.backward(loss*(1 + (loss - loss).detach()))
+            loss = losses[-1].sum()*e.world/self.train.batch_size # the mean over all ranks, also where they differ by a sample
+            e.backward(loss*(1 + (loss - loss).detach()))
         losses[-1] = losses[-1].detach()
     return torch.cat(losses)
 
@@ -106,7 +107,7 @@ def update(self:Trainer) -> dict: # what there is to tell of it; `skipped`: spik
     self.step += 1
     if not skipped:
         for average in self.averages: average.update()
-        self.sum += losses.mean(); self.summed += 1
+        self.sum += losses.sum()*e.world/t.batch_size; self.summed += 1
     if not skipped and self.step > t.warmup_steps: self.norms = [*self.norms, norm][-MEMORY:]
     return told
 
@@ -117,7 +118,10 @@ def pictures(self:Trainer,
 ) -> str:                  # a few files, or numbers where files are not known
     "The pictures of the step that is next, over all processes; only those whose loss is not finite, when there are any."
     found = batch_pictures(self.step, self.train.batch_size, len(self.split), self.seed)
-    if losses is not None and (bad := ~torch.isfinite(self.engine.gather(losses.detach())).cpu().numpy()).any(): found = found[bad]
+    if losses is not None:
+        e, n = self.engine, len(found); flags = torch.zeros(1, n, device=e.device)
+        flags[0, e.rank*n//e.world:(e.rank + 1)*n//e.world] = (~torch.isfinite(losses.detach())).float()
+        if (bad := e.gather(flags).any(0).cpu().numpy()).any(): found = found[bad]
     names = [self.files[i] if self.files else str(i) for i in found]
     return ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
 
@@ -130,6 +134,7 @@ def fits(self:Trainer,
     "Does a step go through in the memory there is? Nothing is updated; gradient checkpointing stays as it was tried."
     e = self.engine
     if batch < e.world: return False
+    torch.cuda.empty_cache()  # what the attempt before left in pieces; nothing on a CPU
     (e.net.enable_gradient_checkpointing if checkpointing else e.net.disable_gradient_checkpointing)()
     try:
         with e.autocast(): batch_loss(e.net, max(self.batch(batch).parts(self.train.accumulate), key=len), self.abar, self.train).mean().backward()
@@ -158,14 +163,16 @@ KEPT = ('losses', 'validations', 'seconds', 'summed', 'norms', 'spikes')  # of a
 def save_run(
     run: Trainer,
     saver: Saver,
-    **more,       # plain values to keep with it
+    copy: bool = True, # False: nothing changes before it is written
+    **more,            # plain values to keep with it
 ):
     "Begin a checkpoint of a run, see `Saver`; only the first process writes."
     e, (groups, numbers) = run.engine, run.engine.state()
     kept = {k: getattr(run, k) for k in KEPT}
     measured = run.validations[-1][1] if run.validations and run.validations[-1][0] == run.step else None
     plain = dict(numbers, **kept, updates=run.ema.updates, sum=e.gather(run.sum[None]).tolist(), seed=run.seed, score=measured, **more)
-    if e.main: saver.start(run.step, groups | {f'ema{i or ""}': ema_state(a) for i, a in enumerate(run.averages)}, plain)
+    groups |= {f'ema{i or ""}': e.whole(ema_state(a)) for i, a in enumerate(run.averages)}
+    if e.main: saver.start(run.step, groups, plain, copy)
 
 # %% ../nbs/core/64_trainer.ipynb #86c96650
 def load_run(
@@ -177,7 +184,7 @@ def load_run(
     if not (found := load_checkpoint(folder, log)): return 0
     (groups, s), e = found, run.engine
     e.load_state(groups, s)
-    for i, average in enumerate(run.averages): load_ema(average, groups[f'ema{i or ""}'], s['updates'])
+    for i, average in enumerate(run.averages): load_ema(average, e.share(groups[f'ema{i or ""}']), s['updates'])
     for k in ('step', *KEPT): setattr(run, k, s[k])
     run.sum.fill_(s['sum'][e.rank] if len(s['sum']) == e.world else sum(s['sum'])/len(s['sum']))
     return run.step
@@ -185,6 +192,7 @@ def load_run(
 # %% ../nbs/core/64_trainer.ipynb #bee70343
 def sample_grid(
     run: Trainer,
+    net,              # its average: `run.engine.averaged_net(run.ema)`
     val: Split,
     decode,           # latents [n, C, H, W] -> pictures [n, 3, H, W] in [-1, 1]
     file: Path,       # a PNG to write
@@ -194,8 +202,7 @@ def sample_grid(
     from PIL import Image
     texts = [val.captions[i*len(val)//n][0] for i in range(min(n, len(val)))]
     device = run.engine.device
-    with averaged(run.ema):
-        z = sample_latents(run.engine.net, val.texts[texts].float().to(device), val.texts[0].float().to(device), sampling_scheduler(run.scheduler.config), val.shape, seed=run.seed)
+    z = sample_latents(net, val.texts[texts].float().to(device), val.texts[0].float().to(device), sampling_scheduler(run.scheduler.config), val.shape, seed=run.seed)
     pictures = ((decode(z).clamp(-1, 1) + 1)*127.5).round().byte().permute(0, 2, 3, 1).cpu()
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(torch.cat(list(pictures), 1).numpy()).save(file)
@@ -248,7 +255,7 @@ def train_loop(
             best = not leave and not done and look_now(run, look)
             last, due = leave or done, now - saved > 60*t.checkpoint_minutes and not saver.writing
             if last or e.any(e.main and (best or due)):
-                tell_saved(saver, events, wait=True); save_run(run, saver, rate=rate); saved = time.monotonic()
+                tell_saved(saver, events, wait=True); save_run(run, saver, copy=not last, rate=rate); saved = time.monotonic()
             tell_saved(saver, events, wait=last)
             if last: e.wait()  # or the launcher, seeing another process leave, would end the one that writes
             away += time.monotonic() - now
@@ -260,11 +267,14 @@ def train_loop(
 def final_validation(
     run: Trainer,
     val: Split,
-) -> dict:
-    "Loss of the averaged weights: overall, by noise level, by picture. Of several averages, the run's `ema` is the best from now on."
-    grid, measured = timestep_grid(run.abar), []
+) -> dict: # {} but on the first process
+    "Loss of the averaged weights: overall, by noise level, by picture. Of several averages, `run.ema` is the best from now on. Every process must call it."
+    e, grid, measured = run.engine, timestep_grid(run.abar), []
     for average in run.averages:
-        with averaged(average): measured.append(validation_losses(run.engine.net, val, run.abar.cpu(), grid, run.train.prediction_type, device=run.engine.device))
-    best = min(range(len(measured)), key=lambda i: float(measured[i].mean()))
-    run.ema, losses = run.averages[best], measured[best]
+        with e.averaged_net(average) as net:
+            if e.main: measured.append(validation_losses(net, val, run.abar.cpu(), grid, run.train.prediction_type, device=e.device))
+    best = min(range(len(measured)), key=lambda i: float(measured[i].mean()), default=0)
+    run.ema = run.averages[int(e.gather(torch.tensor([best], device=e.device))[0])]
+    if not e.main: return {}
+    losses = measured[best]
     return dict(loss=float(losses.mean()), ema_decay=run.ema.decay, timesteps=grid.tolist(), levels=run.abar.cpu()[grid].tolist(), by_level=losses.mean(0).tolist(), by_picture=losses.mean(1).tolist())
