@@ -81,7 +81,7 @@ class TensorBoard:
         for e in events:
             for tag, v in scalars(e).items(): self.add(e['step'], e['time'], tag=tag, simple_value=v)
             if e['event'] == 'samples' and Path(e['file']).exists():
-                self.add(e['step'], e['time'], tag='samples', image=Summary.Image(encoded_image_string=Path(e['file']).read_bytes()))
+                self.add(e['step'], e['time'], tag=e.get('kind', 'samples'), image=Summary.Image(encoded_image_string=Path(e['file']).read_bytes()))
         self.writer.flush()
 
     def close(self, status: str): self.writer.close()
@@ -136,7 +136,7 @@ class Mlflow:
         metrics = [Metric(k, float(v), int(e['time']*1000), e['step']) for e in events for k, v in scalars(e).items()]
         for i in range(0, len(metrics), 900): self.client.log_batch(run, metrics=metrics[i:i + 900])
         for e in events:
-            if e['event'] == 'samples' and Path(e['file']).exists(): self.client.log_artifact(run, e['file'], 'samples')
+            if e['event'] == 'samples' and Path(e['file']).exists(): self.client.log_artifact(run, e['file'], e.get('kind', 'samples'))
 
     def close(self, status: str):
         if run := self.state.get('mlflow_run'): self.client.update_run(run, status)

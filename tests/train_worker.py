@@ -63,7 +63,9 @@ def suffer(kind='', *numbers):
     if kind in ('kill', 'full'): Changes(kind, *numbers).watch()
     if kind == 'size': signal.signal(signal.SIGXFSZ, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); resource.setrlimit(resource.RLIMIT_FSIZE, numbers*2)
     if kind == 'memory':
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back, so that the limit is on what is in use
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back, so that the limit is on what is in use
+        mallopt(-8, 1)        # M_ARENA_MAX: no thread reserves addresses of its own
         now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + (numbers[0] << 20),)*2)
 

@@ -17,8 +17,8 @@ from ..diffusion import sampling_scheduler
 from ..guards import out_of_memory
 from ..processes import STOPPED, Stop, Watch, follow, is_training, launch, only_one
 from ..tracking import log_event, read_events, start_follower
-from ..trainer import Trainer, final_validation, load_run, sample_grid, train_loop
-from ..validation import timestep_grid, validation_losses
+from ..trainer import Trainer, final_validation, load_run, train_loop
+from ..validation import guesses, sample_grid, save_strip, timestep_grid, validation_losses
 from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, disk_errors, fingerprint, open_workspace, read_json, stage, write_json
 from ..zero import make_engine
 
@@ -128,9 +128,10 @@ def looker(ws: Workspace, run: Trainer, val: Split, folder: Path):
             try:
                 from flowerdiff.components import decode, load_autoencoder
                 state.setdefault('vae', None) or state.update(vae=load_autoencoder(str(ws.encoded/'components'/'vae')))
-                file = folder/'samples'/f'{run.step:08d}.png'
-                sample_grid(run, net, val, lambda z: decode(state['vae'], z.cpu()), file)
-                log_event(folder/'events.jsonl', 'samples', step=run.step, file=str(file))
+                files, see = [folder/kind/f'{run.step:08d}.png' for kind in ('samples', 'guesses')], lambda z: decode(state['vae'], z.cpu())
+                sample_grid(net, val, run.scheduler.config, see, files[0], run.seed, device=run.engine.device)
+                save_strip([torch.cat([see(x) for x in level]) for level in guesses(net, val, run.abar, run.train.prediction_type, range(min(4, len(val))), run.engine.device)], files[1])
+                for file in files: log_event(folder/'events.jsonl', 'samples', step=run.step, kind=file.parent.name, file=str(file))
             except Exception as e: log_event(folder/'events.jsonl', 'note', text=f'no sample grid at step {run.step}: {type(e).__name__}: {e}')
     def look(validate: bool, draw: bool):
         if validate or draw:
