@@ -51,6 +51,7 @@ def parser() -> Parser:
     command(_status, 'which stages are fresh, stale, never run, skipped and why')
     c = command(_compare, 'what two runs did differently, and which is better', workspace=False)
     c.add_argument('first', metavar='WORKSPACE'); c.add_argument('second', metavar='WORKSPACE')
+    command(_rollback, 'make the champion before the present one the champion again')
     c = command(_generate, 'draw pictures from words', workspace=False)
     c.add_argument('prompt', help='what to draw')
     c.add_argument('-w', '--workspace', help='whose model (default: this folder if it is a workspace, else garden)')
@@ -131,6 +132,13 @@ def _compare(a) -> int:
     "What two runs did differently, which is better, and what their curves say."
     from flowerdiff.compare import told
     print(told(a.first, a.second)); return 0
+
+def _rollback(a) -> int:
+    "Make the champion before the present one the champion again; once more, and it is undone."
+    from flowerdiff.stages.promote import roll_back
+    workspace = _here(a.workspace, 'garden')
+    record = roll_back(workspace)
+    print(f"{_shown(Path(workspace).absolute()/'model')} is again the model of {record.get('promoted', 'an unknown date')} (run {record.get('run_id', 'unknown')}); flowerdiff run brings report and builds in line"); return 0
 
 # %% ../nbs/core/80_cli.ipynb #4f698eae
 def _generate(a) -> int:

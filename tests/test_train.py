@@ -339,6 +339,48 @@ def test_champion_of_another_autoencoder_or_architecture(gate):
     config = gate.model/'unet'/'config.json'; config.write_text('{}'); another(gate, 1.5, 'again')
     r, said = promote(gate); assert r.promoted and 'cannot be asked' in said['reason']
 
+@pytest.fixture
+def two_champions(gate):
+    promote(gate); first = weights(gate.model)
+    another(gate, .9, 'better'); promote(gate)
+    return gate, first, weights(gate.model)
+
+def test_roll_back_and_forth(two_champions):
+    from flowerdiff.stages.promote import roll_back
+    ws, first, second = two_champions
+    roll_back(ws.root); assert weights(ws.model) == first and weights(ws.work/'previous') == second
+    r, said = promote(ws); assert not r.promoted and 'rolled back' in said['reason'] and weights(ws.model) == first
+    roll_back(ws.root); assert weights(ws.model) == second and weights(ws.work/'previous') == first
+    r, said = promote(ws); assert not r.promoted and 'champion already' in said['reason']
+
+@pytest.mark.parametrize('k', range(1, 8))
+def test_roll_back_is_killed(two_champions, monkeypatch, k):
+    "Before and after each exchange of folders; the same command goes on, and has rolled back once."
+    from contextlib import contextmanager
+    from flowerdiff.stages import promote as module
+    ws, first, second = two_champions
+    moments, real = iter(range(1, 100)), module.atomic_dir
+    def moment():
+        if next(moments) == k: raise KeyboardInterrupt
+    @contextmanager
+    def killed(path):
+        moment()
+        with real(path) as new: yield new
+        moment()
+    with monkeypatch.context() as m:
+        m.setattr(module, 'atomic_dir', killed)
+        if k < 7:
+            with pytest.raises(KeyboardInterrupt): module.roll_back(ws.root)
+        else: module.roll_back(ws.root)  # there are six such moments
+    assert weights(ws.model) in (first, second)
+    if k < 7: module.roll_back(ws.root)
+    assert weights(ws.model) == first and weights(ws.work/'previous') == second and not (ws.work/'rolling-back').exists()
+
+def test_roll_back_where_there_is_nothing(gate, tmp_path):
+    for root, said in ((tmp_path/'none', 'is not a workspace'), (gate.root, 'no champion before')):
+        done = subprocess.run([sys.executable, '-m', 'flowerdiff.cli', 'rollback', str(root)], capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count('\n') == 1 and not (tmp_path/'none').exists(), done
+
 def test_promote_needs_a_candidate(toy):
     from flowerdiff.workspace import UserError
     with pytest.raises(UserError, match='run train first'): promote(toy())
