@@ -197,6 +197,12 @@ def wait(self:Engine): self.accelerator.wait_for_everyone()
 def close(self:Engine):
     "Let go of the other processes."
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+@patch(as_prop=True)
+def memory_gb(self:Engine) -> float:
+    "Memory in use: of the GPU the most so far, else of this process."
+    if self.device.type == 'cuda': return torch.cuda.max_memory_allocated()/1e9
+    import psutil
+    return psutil.Process().memory_info().rss/1e9
 
 # %% ../nbs/core/36_engine.ipynb #e05efd69
 @patch(as_prop=True)

@@ -7,7 +7,7 @@ __all__ = ['ENDS', 'log_event', 'read_events', 'curve', 'scalars', 'TensorBoard'
            'experiment_id', 'Mlflow', 'pass_on', 'is_alive', 'follow', 'start_follower', 'name_champion', 'new_version']
 
 # %% ../nbs/core/60_tracking.ipynb #a6d671f8
-import errno, json, os, subprocess, sys, time
+import errno, fcntl, json, os, subprocess, sys, time
 from pathlib import Path
 from .workspace import Workspace, open_workspace, read_json, write_json
 
@@ -153,18 +153,21 @@ def pass_on(
     "Send each destination what it has not seen yet."
     makers = makers or dict(tensorboard=lambda ws, folder, s: TensorBoard(ws.root/'tensorboard'/folder.name, s), mlflow=lambda ws, folder, s: Mlflow(ws, s))
     file, failed = folder/'tracked.json', {}
-    state = read_json(file) if file.exists() else {}
-    for name, make in makers.items():
-        mine = state.setdefault(name, dict(offset=0))
-        events, end = read_events(folder/'events.jsonl', mine['offset'])
-        if not events: continue
-        try:
-            if name not in sinks: sinks[name] = make(ws, folder, mine)
-            sinks[name].state = mine; sinks[name].send(events)
-            if events[-1]['event'] in ENDS: sinks.pop(name).close(ENDS[events[-1]['event']])
-            mine['offset'] = end
-        except Exception as e: failed[name] = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300]
-        write_json(file, state)
+    with open(folder/'tracked.lock', 'a') as lock:
+        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError: return dict(lock='another process is sending')
+        state = read_json(file) if file.exists() else {}
+        for name, make in makers.items():
+            mine = state.setdefault(name, dict(offset=0))
+            events, end = read_events(folder/'events.jsonl', mine['offset'])
+            if not events: continue
+            try:
+                if name not in sinks: sinks[name] = make(ws, folder, mine)
+                sinks[name].state = mine; sinks[name].send(events)
+                if events[-1]['event'] in ENDS: sinks.pop(name).close(ENDS[events[-1]['event']])
+                mine['offset'] = end
+            except Exception as e: failed[name] = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300]
+            write_json(file, state)
     return failed
 
 # %% ../nbs/core/60_tracking.ipynb #451e5d38

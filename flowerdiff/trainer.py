@@ -235,7 +235,7 @@ def train_loop(
             rate = (run.step - first[1])*t.batch_size/max(1e-9, now - first[0] - away)
             loss = run.tell(force=run.step == run.total)
             if e.main and (kind := numbers.pop('skipped', None)): log_event(events, kind, step=run.step, **numbers)
-            elif e.main and loss is not None: log_event(events, 'step', step=run.step, total=run.total, loss=loss, samples_per_second=round(rate, 2), **numbers)
+            elif e.main and loss is not None: log_event(events, 'step', step=run.step, total=run.total, loss=loss, samples_per_second=round(rate, 2), memory_gb=round(e.memory_gb, 3), **numbers)
             elif e.main and now - told > 2: log_event(events, 'progress', step=run.step, total=run.total, samples_per_second=round(rate, 2))
             if now - told > 2: told = now
             leave, done = e.any(stop()), run.step == run.total
