@@ -91,7 +91,7 @@ def mlflow_client(
     root: Path,       # of the workspace
 ):                    # an MlflowClient
     "MLflow at `MLFLOW_TRACKING_URI`, else in the workspace."
-    for k, v in dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES=1, MLFLOW_HTTP_REQUEST_TIMEOUT=10, MLFLOW_DISABLE_TELEMETRY='true', DO_NOT_TRACK='true', GIT_PYTHON_REFRESH='quiet').items(): os.environ.setdefault(k, str(v))
+    for k, v in dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES=0, MLFLOW_HTTP_REQUEST_TIMEOUT=10, MLFLOW_DISABLE_TELEMETRY='true', DO_NOT_TRACK='true', GIT_PYTHON_REFRESH='quiet').items(): os.environ.setdefault(k, str(v))
     import logging
     for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.ERROR)
     from mlflow import MlflowClient
@@ -122,11 +122,12 @@ class Mlflow:
     def open(self, start: dict):
         "The run to write to, made by the first event."
         if not self.state.get('mlflow_run'):
-            made = self.client.create_run(experiment_id(self.client, self.ws), run_name=start.get('run_id'),
-                                          tags={k: str(start[k]) for k in ('run_id', 'git', 'data', 'version') if start.get(k)})
-            self.state['mlflow_run'] = made.info.run_id
+            where, tags = experiment_id(self.client, self.ws), {k: str(start[k]) for k in ('run_id', 'git', 'data', 'version') if start.get(k)}
+            lost = [r for r in self.client.search_runs([where], f"attributes.status = 'RUNNING' and tags.run_id = '{start.get('run_id')}'") if not r.data.metrics]
+            made = lost[0] if lost else self.client.create_run(where, run_name=start.get('run_id'), tags=tags)  # lost: made by a request whose answer came too late
             from mlflow.entities import Param
             self.client.log_batch(made.info.run_id, params=[Param(k, str(v)[:500]) for k, v in start.get('params', {}).items()])
+            self.state['mlflow_run'] = made.info.run_id
         return self.state['mlflow_run']
 
     def send(self, events: list[dict]):

@@ -258,9 +258,9 @@ def test_tracking_in_the_workspace(toy, monkeypatch):
     from flowerdiff.tracking import experiment_name, mlflow_client
     ws = toy(tracking__enabled=True, train__epochs=1)
     assert worker(ws).exitcode == 0
+    from test_tracking import sent
     folder = next(ws.work.glob('train-*')); end = time.time() + 120
-    done = lambda: (folder/'tracked.json').exists() and all(v['offset'] == (folder/'events.jsonl').stat().st_size for v in json.loads((folder/'tracked.json').read_text()).values())
-    while not done(): assert time.time() < end, (folder/'tracking.log').read_text(); time.sleep(.2)
+    while not sent(ws): assert time.time() < end, (folder/'tracking.log').read_text(); time.sleep(.2)
     client = mlflow_client(ws.root); exp = client.get_experiment_by_name(experiment_name(ws)); found, = client.search_runs([exp.experiment_id])
     assert found.info.status == 'FINISHED' and found.data.params['train.lr'] == '0.002' and found.data.tags['data'] == 'toy 64 False'
     steps = client.get_metric_history(found.info.run_id, 'train/loss')
