@@ -105,6 +105,8 @@ class Train(Section):
     min_snr_gamma: Annotated[float, Field(ge=0)] = 5. # where a timestep's weight stops growing; 0: no weights
     caption_dropout: Share = .1   # share of samples that train without their caption, for guidance
     mirror: bool = True           # also learn from mirror images
+    stream: Annotated[int, Field(ge=0)] = 0 # shards of latents in memory at a time; 0: all of them, on the GPU where they fit
+    stream_from: str = ''         # a store that has the shards which are not here, such as s3://bucket/prefix
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = .999 # of the averaged weights
     ema_decays: list[Annotated[float, Field(ge=0, lt=1)]] = [] # of further averages; validation chooses among all
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the best that the device does well

@@ -93,11 +93,13 @@ class Shards:
     def __init__(self,
         folder: str | Path,
         name: str,     # such as 'latents'
+        partial: bool = False, # some of the files may be elsewhere; `shard` and `gather` want theirs
     ):
         self.folder, self.name = Path(folder), name
         where = self.folder/f'{name}.json'
         m, self.shards = finished(self.folder, name, {})
         if not m: raise UserError(f'{where}: is not there; run the stage encode')
+        if partial: self.shards = m['shards']
         if not m['complete'] or len(self.shards) < len(m['shards']):
             missing = shard_path(self.folder, name, len(self.shards)) if len(self.shards) < len(m['shards']) else where
             raise UserError(f'{missing}: is missing or not all there; run the stage encode again')

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .batches import Split, batch_pictures, make_batch
+from .batches import Split, make_batch
 from .checkpoints import Saver, load_checkpoint
 from .diffusion import add_noise, at, loss_per_sample, make_scheduler, min_snr_weight, noise_levels, shown, snr, target
 from .ema import EMA, ema_state, load_ema
@@ -118,7 +118,7 @@ def pictures(self:Trainer,
     losses: Tensor = None, # [b] of this process
 ) -> str:                  # a few files, or numbers where files are not known
     "The pictures of the step that is next, over all processes; only those whose loss is not finite, when there are any."
-    found = batch_pictures(self.step, self.train.batch_size, len(self.split), self.seed)
+    found = self.split.pictures(self.step, self.train.batch_size, self.seed)
     if losses is not None:
         e, n = self.engine, len(found); flags = torch.zeros(1, n, device=e.device)
         flags[0, e.rank*n//e.world:(e.rank + 1)*n//e.world] = (~torch.isfinite(losses.detach())).float()

@@ -250,6 +250,29 @@ def test_interrupted_cell_leaves_a_checkpoint(toy):
     assert 'KeyboardInterrupt' in p.stderr.read()
     assert events(ws)[-1]['event'] == 'stopped' and last_checkpoint(ws)[1]['step'] > 0
 
+# ---- more pictures than memory
+
+def test_streamed_from_a_store(toy, tmp_path):
+    "Windows of shards from the disk, or fetched from a store when they are not there: the same run, also when it is killed halfway; and not the run that has everything in memory."
+    from flowerdiff.shards import Shards, ShardWriter
+    from flowerdiff.store import LocalStore, push
+    def cut(ws):
+        latents = Shards(ws.encoded/'train', 'latents').load()
+        for f in (ws.encoded/'train').glob('latents*'): f.unlink()
+        with ShardWriter(ws.encoded/'train', 'latents', {k: (v.shape[1:], str(v.dtype)) for k, v in latents.items()}, shard_records=8) as w: w.append(**latents)
+    near, far, whole = (toy(name, train__stream=stream) for name, stream in (('near', 2), ('far', 2), ('whole', 0)))
+    for ws in (near, far): cut(ws)
+    push(far.root, LocalStore(tmp_path/'store'), ('encoded',))
+    for f in (far.encoded/'train').glob('*.bin'): f.unlink()
+    for ws in (near, whole): assert worker(ws).exitcode == 0
+    p = worker(far); assert p.exitcode == 2 and 'missing or not all there' in events(far)[-1]['message']
+    from flowerdiff.workspace import open_workspace
+    far = open_workspace(far.root, overrides={'train.stream_from': str(tmp_path/'store')})
+    p = worker(far, wait=lambda es: any(e['event'] == 'step' and e['step'] >= 9 for e in es)); tell(p, signal.SIGTERM)
+    assert worker(far).exitcode == 0
+    same_result(far, near)
+    assert trained(whole)['validation'] != trained(near)['validation'] and not list((far.encoded/'train').glob('*.bin')) and not [f for f in far.work.glob('shards-*/**/*') if f.is_file()]
+
 # ---- tracking
 
 def test_tracking_in_the_workspace(toy, monkeypatch):
