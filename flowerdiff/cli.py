@@ -51,6 +51,8 @@ def parser() -> Parser:
     command(_status, 'which stages are fresh, stale, never run, skipped and why')
     c = command(_compare, 'what two runs did differently, and which is better', workspace=False)
     c.add_argument('first', metavar='WORKSPACE'); c.add_argument('second', metavar='WORKSPACE')
+    c = command(_sweep, 'run a grid of settings, such as --set train.lr=1e-4,2e-4'); settings(c)
+    c.add_argument('--limit', type=_whole(1), default=64, metavar='N', help='runs at most (64)')
     command(_rollback, 'make the champion before the present one the champion again')
     c = command(_generate, 'draw pictures from words', workspace=False)
     c.add_argument('prompt', help='what to draw')
@@ -139,6 +141,11 @@ def _rollback(a) -> int:
     workspace = _here(a.workspace, 'garden')
     record = roll_back(workspace)
     print(f"{_shown(Path(workspace).absolute()/'model')} is again the model of {record.get('promoted', 'an unknown date')} (run {record.get('run_id', 'unknown')}); flowerdiff run brings report and builds in line"); return 0
+
+def _sweep(a) -> int:
+    "Run every combination of settings that have several values, each as a workspace of its own, and end in one table and one plot. The parent's model stays."
+    from flowerdiff.sweep import sweep
+    return 0 if any('loss' in r for r in sweep(_here(a.workspace, Path(a.profile or 'garden').stem), a.set, a.profile, a.limit)) else 1
 
 # %% ../nbs/core/80_cli.ipynb #4f698eae
 def _generate(a) -> int:
