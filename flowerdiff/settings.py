@@ -107,7 +107,7 @@ class Train(Section):
     mirror: bool = True           # also learn from mirror images
     distill: Literal[0, 1, 2, 4] = 0 # steps of a student of the champion, which draws without guidance; 0: train a model of its own
     distill_guidance: Annotated[float, Field(ge=0)] = 4. # the student's, folded into its answers
-    distill_epochs: Rate = 1.     # of the student; a sample costs it two to six times as much
+    distill_epochs: Rate = 2.     # of the student; a sample costs it two to six times as much
     distill_lr: Rate = 5e-4       # of the student
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = .999 # of the averaged weights
     ema_decays: list[Annotated[float, Field(ge=0, lt=1)]] = [] # of further averages; validation chooses among all
@@ -139,7 +139,7 @@ class Promote(Section):
     "How much better a candidate must be."
     margin: Annotated[float, Field(ge=0)] = 0. # least improvement of the validation loss, as a share
     confidence: Annotated[float, Field(gt=.5, lt=1)] = .99 # of its being better at all
-    distill_prompts: Count = 200 # held-out prompts that a student is examined with
+    distill_prompts: Count = 300 # held-out prompts that a student is examined with
     distill_loss: Share = .05    # adherence that a student may lose against its teacher (CLIP score where no judge applies, as a share)
     distill_kid: Annotated[float, Field(ge=0)] = .1 # and the KID that it may gain
 

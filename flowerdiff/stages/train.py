@@ -95,8 +95,9 @@ def work(
     folder: str = '', # of the run; '': the one that the settings ask for
 ) -> int:             # exit code: 0 done, 2 a person's mistake, 75 stopped and can go on
     "Train in this process: one of the ranks that torchrun started."
-    stop, ws = Stop(), open_workspace(root)
-    folder, main = Path(folder) if folder else ws.work_dir('train', run_fingerprint(ws)), os.environ.get('RANK', '0') == '0'
+    stop, ws, main = Stop(), open_workspace(root), os.environ.get('RANK', '0') == '0'
+    try: folder = Path(folder) if folder else ws.work_dir('train', run_fingerprint(ws))
+    except UserError as e: print(e, file=sys.stderr); return 2
     events, lock = folder/'events.jsonl', ExitStack()
     note = (lambda text: log_event(events, 'note', text=text)) if main else (lambda text: None)
     try: lock.enter_context(only_one(folder) if main else nullcontext())
