@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HUB_ID', 'HUB_FILES', 'PIPELINES', 'BACKENDS', 'from_hub', 'find_model', 'readable', 'read_config',
-           'scheduler_config', 'left_out', 'Backend', 'load_part', 'TorchBackend', 'onnx_session', 'OnnxBackend',
-           'weights_fingerprint', 'onnx_beside', 'load_backend']
+           'scheduler_config', 'left_out', 'student_steps', 'Backend', 'load_part', 'TorchBackend', 'onnx_session',
+           'OnnxBackend', 'weights_fingerprint', 'onnx_beside', 'load_backend']
 
 # %% ../nbs/core/42_backends.ipynb #eeb4f671
 import hashlib, re, threading, warnings
@@ -86,10 +86,19 @@ def left_out(
     ids = tokenizer(prompt, verbose=False).input_ids
     return tokenizer.decode(ids[tokenizer.model_max_length-1:-1]).strip()
 
+# %% ../nbs/core/42_backends.ipynb #0215ad59
+def student_steps(
+    folder: Path, # model folder
+) -> int:
+    "Steps that a distilled model draws in, without guidance; 0 for any other model."
+    path = folder/'train_settings.json'
+    if not path.is_file(): return 0
+    with readable(path): return int(read_json(path).get('train', {}).get('distill', 0))
+
 # %% ../nbs/core/42_backends.ipynb #4053dce2
 class Backend:
     "What every backend knows from a model's configuration; subclasses add `text`, `denoise` and `decode`."
-    name, device = '', 'cpu'
+    name, device, steps, guidance = '', 'cpu', 20, 4. # the last two: how it draws unless it is told
     def __init__(self,
         folder: Path, # folder with `model_index.json`
     ):
@@ -100,6 +109,7 @@ class Backend:
         self.unet_config, self.vae_config = read_config(self.folder, 'unet'), read_config(self.folder, 'vae', 'vae_decoder')
         self.scheduler_config = scheduler_config(self.folder)
         with _opening(self.folder/'tokenizer'): self.tokenizer = AutoTokenizer.from_pretrained(self.folder/'tokenizer')
+        if (n := student_steps(self.folder)): self.steps, self.guidance = n, 1.
         self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, read_config(self.folder, 'text_encoder')['max_position_embeddings'])
         self.scale = 2**(len(self.vae_config['block_out_channels'])-1)   # pixels a latent
         self.channels, self.size = self.unet_config['in_channels'], self.unet_config['sample_size']*self.scale

@@ -17,7 +17,7 @@ GRAPH = dict( # stage -> what it reads, which settings it uses, what it writes
     caption  =(['pictures'], ['caption', 'components.text_encoder', 'seed'], ['captions']),
     encode   =(['pictures', 'captions', '.flowerdiff/state/components.json'], ['encode', 'components', 'seed'], ['encoded']),
     upload   =(['encoded', '.flowerdiff/state/storage.json'], ['upload'], ['upload.json']),
-    train    =(['encoded'], ['train', 'seed'], ['candidate', 'train.json']),
+    train    =(['encoded', '.flowerdiff/state/teacher.json'], ['train', 'seed'], ['candidate', 'train.json']),
     promote  =(['candidate', 'train.json', 'encoded'], ['promote'], ['model', 'promote.json']),
     evaluate =(['model', 'pictures', 'captions'], ['evaluate', 'seed'], ['report']),
     onnx     =(['model'], ['onnx'], ['onnx']),
@@ -65,6 +65,7 @@ def outside(ws: Workspace) -> dict: # file in .flowerdiff/state -> fact
     return dict(source='garden' if source == 'garden' else folder_state(ws.root/Path(source).expanduser()) if source else '',
                 components=[_asset_state(s.components.autoencoder), _asset_state(s.components.text_encoder)],
                 storage=has_aws() if s.upload.destination.startswith('s3:') else 'local',
+                teacher=_asset_state(str(ws.model/'unet')) if s.train.distill else '',
                 gpu=[gpus(), has_package('tensorrt'), has_package('tensorrt_rtx')],
                 hub=has_hub() if s.publish.destination.startswith('hub') else 'local')
 

@@ -206,8 +206,8 @@ class Generator:
         prompt: str | list,       # what to draw; of a list, each
         n: int = 1,               # pictures of each prompt
         seed: int = 0,            # picture i is drawn from seed + i
-        steps: int = 20,
-        guidance: float = 4.,     # how strongly to follow the prompt; 1 is not at all stronger
+        steps: int | None = None, # None: 20, or as many as the model was distilled for
+        guidance: float | None = None, # how strongly to follow the prompt; 1 is not at all stronger; None: 4, or 1 for a distilled model
         negative: str = '',       # what to stay away from
         callback: Callable | None = None, # called with a `Step`; returning False cancels
         scheduler: str | None = None,     # one of `SCHEDULERS`; None is the model's own
@@ -215,6 +215,7 @@ class Generator:
     ) -> list:                    # of PIL.Image, all of the first prompt first
         "Draw `n` pictures of each prompt. Raises `Cancelled` if the callback returns False."
         prompts = check_prompts(prompt)
+        steps, guidance = self.backend.steps if steps is None else steps, self.backend.guidance if guidance is None else guidance
         for name, value, low, high in (('n', n, 1, MAX_PICTURES//len(prompts)), ('seed', seed, 0, 2**63-MAX_PICTURES), ('steps', steps, 1, 1000)): check_number(name, value, low, high)
         check_number('guidance', guidance, 0, 100, whole=False)
         backend, shape, steps = self.backend, latent_shape(size, self.backend), int(steps)

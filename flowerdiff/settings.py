@@ -107,6 +107,10 @@ class Train(Section):
     mirror: bool = True           # also learn from mirror images
     stream: Annotated[int, Field(ge=0)] = 0 # shards of latents in memory at a time; 0: all of them, on the GPU where they fit
     stream_from: str = ''         # a store that has the shards which are not here, such as s3://bucket/prefix
+    distill: Literal[0, 1, 2, 4] = 0 # steps of a student of the champion, which draws without guidance; 0: train a model of its own
+    distill_guidance: Annotated[float, Field(ge=0)] = 4. # the student's, folded into its answers
+    distill_epochs: Rate = 2.     # of the student; a sample costs it two to six times as much
+    distill_lr: Rate = 5e-4       # of the student
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = .999 # of the averaged weights
     ema_decays: list[Annotated[float, Field(ge=0, lt=1)]] = [] # of further averages; validation chooses among all
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the best that the device does well
@@ -137,6 +141,9 @@ class Promote(Section):
     "How much better a candidate must be."
     margin: Annotated[float, Field(ge=0)] = .0135 # least improvement of the validation loss, as a share; what another seed alone brings, 99 times in 100
     confidence: Annotated[float, Field(gt=.5, lt=1)] = .99 # of its being better at all
+    distill_prompts: Count = 300 # held-out prompts that a student is examined with
+    distill_loss: Share = .05    # adherence that a student may lose against its teacher (CLIP score where no judge applies, as a share)
+    distill_kid: Annotated[float, Field(ge=0)] = .1 # and the KID that it may gain
 
 # %% ../nbs/core/00_settings.ipynb #050c0ad0
 class Evaluate(Section):

@@ -15,7 +15,7 @@ from pathlib import Path
 import ipywidgets as w
 from fastcore.basics import patch
 
-from .painter import LIMITS, Painter, Wish, file_name, find_model, friendly, to_png
+from .painter import LIMITS, Painter, Wish, file_name, find_model, friendly, to_png, usual
 from .workspace import UserError
 
 # %% ../nbs/apps/studio.ipynb #63b84570
@@ -112,6 +112,7 @@ class Studio:
     def __init__(self, painter: Painter):
         self.painter, self.words, self.stop, self.thread = painter, examples(painter.workspace), threading.Event(), None
         self.c = c = make_controls(self.words)
+        c['steps'].value, c['guidance'].value = usual(painter.workspace)
         self.page = classed(w.VBox([w.HTML(style() + head(painter.workspace))]), 'fd')
         c['draw'].on_click(self._draw); c['cancel'].on_click(lambda _: self.stop.set())
         c['dice'].on_click(lambda _: self._dice()); c['surprise'].on_click(lambda _: self._use(random.choice(self.words)))

@@ -50,8 +50,10 @@ class Trainer:
         make_unet,     # () -> the denoiser, fresh
         engine: Engine = None,
         files: list[str] = None, # of the pictures, for messages; None: their numbers
+        teacher=None,  # a `Teacher`, of whom to become a student; None: learn from the pictures
     ):
-        self.train, self.seed, self.split, self.engine, self.files = train, seed, split, engine or Engine(), files
+        self.train, self.seed, self.split, self.engine, self.files, self.teacher = train, seed, split, engine or Engine(), files, teacher
+        self.loss = teacher.loss if teacher else batch_loss
         torch.manual_seed(seed); net = make_unet()
         if train.gradient_checkpointing: net.enable_gradient_checkpointing()
         self.engine.prepare(net.train(), make_optimizer(net, train.lr, train.weight_decay, train.beta2, train.optimizer))
@@ -69,6 +71,14 @@ class Trainer:
         return make_batch(self.split, self.step, self.seed, size, t.caption_dropout, t.mirror, t.timesteps, e.rank, e.world, e.device,
                           t.timestep_sampling, t.flow_shift if flow else 1., t.offset_noise)
 
+    def measure(self, net, val: Split, pictures=None) -> Tensor: # [N, n], n levels
+        "Validation losses, see `validation_losses`; a student's tell how far from its teacher it lands."
+        if self.teacher: return self.teacher.measure(net, val, pictures)
+        return validation_losses(net, val, self.abar.cpu(), timestep_grid(self.abar), self.train.prediction_type, pictures, device=self.engine.device)
+
+    @property
+    def grid(self) -> Tensor: return self.teacher.times[::self.teacher.stride].cpu() if self.teacher else timestep_grid(self.abar) # [n] timesteps of `measure`
+
     def tell(self, force=False) -> float | None:
         "The mean loss since the last time, every few steps."
         since = self.step - (self.losses[-1][0] if self.losses else 0)
@@ -85,7 +95,7 @@ def gradient(self:Trainer,
     e, losses, parts = self.engine, [], batch.parts(self.train.accumulate)
     for part in parts:
         with e.part(part is parts[-1]):
-            with e.autocast(): losses.append(batch_loss(e.model, part, self.abar, self.train))
+            with e.autocast(): losses.append(self.loss(e.model, part, self.abar, self.train))
             loss = losses[-1].sum()*e.world/self.train.batch_size # the mean over all ranks, also where they differ by a sample
             e.backward(loss*(1 + (loss - loss).detach()))
         losses[-1] = losses[-1].detach()
@@ -138,7 +148,7 @@ def fits(self:Trainer,
     torch.cuda.empty_cache()  # what the attempt before left in pieces; nothing on a CPU
     (e.net.enable_gradient_checkpointing if checkpointing else e.net.disable_gradient_checkpointing)()
     def backward(batch):
-        with e.autocast(): batch_loss(e.net, batch, self.abar, self.train).mean().backward()
+        with e.autocast(): self.loss(e.net, batch, self.abar, self.train).mean().backward()
     try:
         part = max(self.batch(batch).parts(self.train.accumulate), key=len)
         with suppress(Exception): backward(part.parts(len(part))[0])  # oneDNN holds on to a backward pass that failed until one goes through
@@ -256,10 +266,10 @@ def final_validation(
     val: Split,
 ) -> dict: # {} but on the first process
     "Loss of the averaged weights: overall, by noise level, by picture. Of several averages, `run.ema` is the best from now on. Every process must call it."
-    e, grid, measured = run.engine, timestep_grid(run.abar), []
+    e, grid, measured = run.engine, run.grid, []
     for average in run.averages:
         with e.averaged_net(average) as net:
-            if e.main: measured.append(validation_losses(net, val, run.abar.cpu(), grid, run.train.prediction_type, device=e.device))
+            if e.main: measured.append(run.measure(net, val))
     best = min(range(len(measured)), key=lambda i: float(measured[i].mean()), default=0)
     run.ema = run.averages[int(e.gather(torch.tensor([best], device=e.device))[0])]
     if not e.main: return {}

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .batches import Split, chance, JUDGE, FIRST
-from .diffusion import add_noise, alpha_bar, as_velocity, betas, loss_per_sample, sampling_scheduler, shown, velocity
+from .diffusion import add_noise, alpha_bar, as_velocity, betas, loss_per_sample, shown, velocity
 
 # %% ../nbs/core/39_validation.ipynb #723b4521
 def nearest_timesteps(
@@ -104,16 +104,17 @@ def save_strip(
 def sample_grid(
     unet,
     val: Split,
-    config,        # of the training scheduler
+    scheduler,     # from `diffusion.sampling_scheduler`, this call's own
     decode,        # latents [n, C, H, W] -> pictures [n, 3, H, W] in [-1, 1]
     file: Path,    # a PNG to write
     seed: int = 0,
     n: int = 8,
     device='cpu',
+    **how,         # steps and guidance, see `sample_latents`
 ):
     "Draw a few captions and save them side by side."
     texts = [val.captions[i*len(val)//n][0] for i in range(min(n, len(val)))]
-    z = sample_latents(unet, val.texts[texts].float().to(device), val.texts[0].float().to(device), sampling_scheduler(config), val.shape, seed=seed)
+    z = sample_latents(unet, val.texts[texts].float().to(device), val.texts[0].float().to(device), scheduler, val.shape, seed=seed, **how)
     save_strip([decode(z)], file)
 
 # %% ../nbs/core/39_validation.ipynb #2d77b67c

@@ -100,7 +100,7 @@ class Workspace:
     root: Path         # absolute
     settings: Settings # what params.yaml says
 
-    def __getattr__(self, name): # pictures, captions, encoded, candidate, model, report, onnx, tensorrt, work, notebooks: folders of these names
+    def __getattr__(self, name): # pictures, captions, encoded, candidate, model, student, report, onnx, tensorrt, work, notebooks: folders of these names
         if name in _PLACES: return self.root/name
         raise AttributeError(name)
 
@@ -109,7 +109,7 @@ class Workspace:
         path = self.work/f'{stage}-{fingerprint[:12]}'; path.mkdir(parents=True, exist_ok=True)
         return path
 
-_PLACES = {'pictures', 'captions', 'encoded', 'candidate', 'model', 'report', 'onnx', 'tensorrt', 'work', 'notebooks'}
+_PLACES = {'pictures', 'captions', 'encoded', 'candidate', 'model', 'student', 'report', 'onnx', 'tensorrt', 'work', 'notebooks'}
 
 # %% ../nbs/core/02_workspace.ipynb #595c07d1
 def open_workspace(

@@ -407,3 +407,58 @@ def test_roll_back_where_there_is_nothing(gate, tmp_path):
 def test_promote_needs_a_candidate(toy):
     from flowerdiff.workspace import UserError
     with pytest.raises(UserError, match='run train first'): promote(toy())
+
+# ---- a student
+
+@pytest.fixture(scope='module')
+def taught(toy):
+    "A workspace with a champion, asked for a student."
+    from flowerdiff.workspace import open_workspace
+    ws = toy('teacher', train__epochs=2); assert worker(ws).exitcode == 0
+    shutil.copytree(ws.candidate, ws.model)
+    def make(name):
+        root = ws.root.parent/name; shutil.copytree(ws.root, root, ignore=shutil.ignore_patterns('work', 'candidate', 'train.json'))
+        return open_workspace(root, overrides={'train.distill': 2, 'train.distill_epochs': 2, 'train.distill_lr': 1e-3, 'train.checkpoint_minutes': 1e-4})
+    return make
+
+def test_a_killed_student_is_the_same_student(taught):
+    whole, killed = taught('student'), taught('killed')
+    assert worker(whole).exitcode == 0
+    p = worker(killed, wait=lambda es: any(e['event'] == 'checkpoint' and e['step'] >= 5 for e in es)); tell(p, signal.SIGKILL)
+    assert worker(killed).exitcode == 0 and trained(killed)['resumed_from'] >= 5
+    same_result(killed, whole)
+    assert trained(whole)['validation']['timesteps'] == [999, 499] and len(trained(whole)['validation']['by_picture']) == 16
+    assert weights(whole.model) == weights(killed.model)
+    teacher, student = (whole.model/'unet'/'diffusion_pytorch_model.safetensors', whole.candidate/'unet'/'diffusion_pytorch_model.safetensors')
+    assert teacher.read_bytes() != student.read_bytes()
+
+def test_a_student_is_drawn_with_as_it_was_taught(taught):
+    from diffusers import DiffusionPipeline
+    from flowerdiff.sampler import Generator
+    ws = taught('drawn'); assert worker(ws).exitcode == 0
+    g, told = Generator.from_pretrained(ws.candidate), []
+    mine = g('a rose', seed=3, callback=lambda s: told.append(s.steps))[0]
+    assert told == [2, 2] and (Generator.from_pretrained(ws.model).backend.steps, Generator.from_pretrained(ws.model).backend.guidance) == (20, 4.)
+    pipe = DiffusionPipeline.from_pretrained(ws.candidate); pipe.set_progress_bar_config(disable=True)
+    import torch
+    stock = pipe('a rose', num_inference_steps=2, guidance_scale=1., generator=torch.Generator().manual_seed(3)).images[0]
+    assert np.abs(np.asarray(mine, int) - np.asarray(stock, int)).max() <= 1
+
+def test_no_student_without_a_champion(toy):
+    from flowerdiff.stages.train import run
+    from flowerdiff.workspace import UserError
+    ws = toy('alone', train__distill=4)
+    with pytest.raises(UserError, match='there is no champion to learn from; train one first') as e: run(str(ws.root))
+    assert '\n' not in str(e.value)
+    assert worker(ws).exitcode == 2
+    shutil.copytree(ws.encoded/'components'/'vae', ws.model/'vae'); shutil.copytree(ws.encoded/'components'/'text_encoder', ws.model/'text_encoder')
+    (ws.model/'model_index.json').write_text('{}'); (ws.model/'text_encoder'/'config.json').write_text('{"another": 1}')
+    with pytest.raises(UserError, match='the champion has another text_encoder than the encoded data'): run(str(ws.root))
+
+def test_two_ranks_make_the_student_that_one_makes(taught, tmp_path):
+    from train_worker import ranks, some_steps
+    ws = taught('ranks')
+    for n in (1, 2): ranks(some_steps, str(ws.root), str(tmp_path/f'n{n}'), 4, n=n)
+    from flowerdiff.checkpoints import load_checkpoint
+    a, b = (load_checkpoint(tmp_path/f'n{n}')[0]['weights'] for n in (1, 2))
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..backends import TorchBackend, weights_fingerprint
+from ..backends import TorchBackend, student_steps, weights_fingerprint
 from ..metrics import ClipFeatures, Estimate, adherence, bootstrap, clip_scores, confusion, copies, directions, kid, nearest, shuffled
 from ..report import Ask, adherence_section, curves, headlines, percent, render
 from ..sampler import Generator, montage, to_pil
@@ -213,6 +213,7 @@ def measure(ws: Workspace, asks: list, drawn: list, backend: TorchBackend) -> tu
 def run(ws: Workspace) -> Result:
     "Measure `model/` and write `report/`: index.html, metrics.json, grid.png."
     start, s, backend = time.time(), ws.settings, TorchBackend(ws.model)
+    if student_steps(ws.model): s.evaluate.steps, s.evaluate.guidance = backend.steps, backend.guidance # a student has its own, and no others
     generator, asks = Generator(backend, batch=s.evaluate.batch_size), questions(ws, s.evaluate.prompts)
     prompts = grid_prompts(asks, s.evaluate.grid)
     drawn = draw_all(generator, asks, s.evaluate, s.seed)

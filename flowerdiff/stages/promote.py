@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['luck', 'Verdict', 'compare', 'own_texts', 'measure_champion', 'rolled_back', 'decide', 'same_parts', 'read_record',
-           'crown', 'Result', 'run', 'roll_back']
+           'crown', 'graduate', 'Result', 'run', 'roll_back']
 
 # %% ../../nbs/stages/06_promote.ipynb #74e3ad22
 import shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from ..backends import TorchBackend, student_steps
 from ..batches import chance, load_split
 from ..components import component_fingerprint
+from ..exam import Grade, exam
+from ..sampler import Generator
 from ..tracking import log_event, name_champion
 from ..workspace import UserError, Workspace, atomic_dir, open_workspace, read_json, stage, write_json
 
@@ -132,6 +135,23 @@ def crown(
         write_json(new/'record.json', record)
     return record
 
+# %% ../../nbs/stages/06_promote.ipynb #4be17c69
+def graduate(
+    ws: Workspace,
+    trained: dict, # train.json
+    steps: int,    # the student's
+):                 # a `Grade`
+    "Examine the student in `candidate/`; passed, it becomes `student/`."
+    if not np.isfinite(trained['validation']['by_picture']).all(): return Grade(False, 'the student has losses that are not numbers')
+    if not (ws.model/'model_index.json').exists(): return Grade(False, 'the student has no teacher to be compared with in model/')
+    g = exam(ws, *(Generator(TorchBackend(folder), batch=ws.settings.evaluate.batch_size) for folder in (ws.model, ws.candidate)))
+    if g.passed:
+        with atomic_dir(ws.student) as new:
+            shutil.copytree(ws.candidate, new, dirs_exist_ok=True)
+            write_json(new/'record.json', dict(g.numbers, run_id=trained['run_id'], steps=steps, teacher=component_fingerprint(ws.model/'unet'), fingerprint=component_fingerprint(ws.candidate/'unet'),
+                promoted=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), reason=g.reason))
+    return g
+
 # %% ../../nbs/stages/06_promote.ipynb #4e0a95a7
 @dataclass
 class Result:
@@ -158,13 +178,16 @@ def run(ws: Workspace) -> Result:
     "Make the candidate the champion if it is better; then bring the registry in line with `model/`."
     if not (ws.candidate/'model_index.json').exists() or not (ws.root/'train.json').exists(): raise UserError(f'{ws.candidate}: there is no trained model; run train first')
     trained, before = read_json(ws.root/'train.json'), read_record(ws) if ws.model.exists() else {}
-    verdict = decide(ws, trained)
+    if steps := student_steps(ws.candidate):
+        g = graduate(ws, trained, steps); verdict, done = Verdict(False, 0., 0., g.reason), 'the student passed: it is in student/ and model/ stays' if g.passed else 'the student did not pass'
+    else: g, verdict = None, decide(ws, trained); done = 'promoted' if verdict.better else 'not promoted'
     record = crown(ws, trained, verdict) if verdict.better else before
     registry = name_champion(ws, record) if record.get('run_id') else 'the champion has no record to register'
     ws.work.mkdir(exist_ok=True); log_event(ws.work/'decisions.jsonl', 'promote', run_id=trained['run_id'], promoted=verdict.better, reason=verdict.reason)
-    write_json(ws.root/'promote.json', dict(promoted=verdict.better, reason=verdict.reason, mean_difference=verdict.gain, confidence=verdict.confidence, candidate=trained['run_id'],
+    if g: log_event(ws.work/'decisions.jsonl', 'student', run_id=trained['run_id'], passed=g.passed, reason=g.reason)
+    write_json(ws.root/'promote.json', dict(student=dict(g.numbers, passed=g.passed) if g else None, promoted=verdict.better, reason=verdict.reason, mean_difference=verdict.gain, confidence=verdict.confidence, candidate=trained['run_id'],
                                             champion=record.get('run_id', ''), before=before.get('run_id', ''), validation=trained['validation']['loss'], registry=registry))
-    return Result(f"{'promoted' if verdict.better else 'not promoted'}, {verdict.reason}", verdict.better, verdict, before.get('by_picture', []), trained['validation']['by_picture'])
+    return Result(f"{done}, {verdict.reason}", verdict.better, verdict, [] if g else before.get('by_picture', []), trained['validation']['by_picture'])
 
 # %% ../../nbs/stages/06_promote.ipynb #93c33c6e
 def roll_back(
