@@ -1,10 +1,11 @@
 """Training throughput against two peers that train the same UNet: same batch, same resolution, float32, turn about, step by step.
 
-    taskset -c 0 python benchmarks/peers.py --diffusers DIR [--channels 192,384,576] [--resolution 128] [--batch 8] [--rounds 5] [--threads 1]
+    taskset -c 0 python benchmarks/peers.py --diffusers DIR [--channels 192,384,576] [--resolution 128] [--batch 8] [--rounds 5] [--threads 1] [--kept]
 
 The reference loop does what aniketpoojari/Text-To-Image-Diffusion (c3f8ebb) does each step, on a CPU in place of a GPU: picture from JPEG, encode, CLIP embedding from its .pt file,
-one coin for the batch's captions, AdamW with clipping, a shadow copy of the weights moved, loss read. Stock diffusers is its own train script as fetched, unchanged, in a process of its own
-that waits while the others have their turn. Every side keeps freed memory. DIR is a clone of huggingface/diffusers, its git directory, or the script; without it only the first peer runs.
+one coin for the batch's captions, AdamW with clipping, a shadow copy of the weights moved, loss read. Stock diffusers is its own train script as fetched, unchanged. Each peer is a
+process of its own that waits while the others have their turn; ours keeps freed memory as `flowerdiff run` does, the peers with --kept. DIR is a clone of huggingface/diffusers, its git
+directory, or the script; without it only the first peer runs.
 The autoencoder has Stable Diffusion's shape and the text encoder that of CLIP ViT-L/14, both of random weights. Nothing is downloaded.
 """
 import argparse, json, os, statistics, subprocess, sys, tempfile, time, types
@@ -13,7 +14,7 @@ from pathlib import Path
 SCRIPT, LENGTH, WIDTH = 'examples/text_to_image/train_text_to_image.py', 77, 768  # tokens and width of CLIP ViT-L/14
 MIRRORED, EPOCHS = 2, 75  # encodings a picture of ours; epochs of the reference's recipe
 
-# ---- the process of stock diffusers
+# ---- the processes of the peers
 
 def transforms():
     "The part of torchvision.transforms that the script names, on PIL pictures: no torchvision fits CPU torch."
@@ -42,20 +43,52 @@ def timed(kind, method, spent, name): # adds the seconds of a class's method to 
         finally: spent[name] += time.perf_counter() - start
     setattr(kind, method, f)
 
-def drive(script, args, threads):
-    "Run the script; at the end of each of its steps tell what it took and wait for a line."
-    import accelerate, datasets, diffusers, importlib.util, runpy, torch, transformers
-    if not importlib.util.find_spec('torchvision'): sys.modules['torchvision'] = types.SimpleNamespace(transforms=transforms())
-    torch.set_num_threads(threads); spent, cpu, told = dict(autoencoder=0., text=0.), [0.], os.fdopen(os.dup(1), 'w'); os.dup2(2, 1)
-    timed(diffusers.AutoencoderKL, 'encode', spent, 'autoencoder'); timed(transformers.CLIPTextModel, 'forward', spent, 'text')
-    log = accelerate.Accelerator.log
-    def step(self, values, *a, **kw):
-        log(self, values, *a, **kw)
-        print(json.dumps(spent | dict(cpu=time.process_time() - cpu[0], loss=values['train_loss'])), file=told, flush=True)
+def teller():
+    "What a peer calls at the end of a step: it tells what the step took and waits for its next turn."
+    told, since = os.fdopen(os.dup(1), 'w'), [time.process_time()]; os.dup2(2, 1)
+    def tell(spent):
+        print(json.dumps(spent | dict(cpu=time.process_time() - since[0])), file=told, flush=True)
         if not sys.stdin.readline(): os._exit(0)
-        cpu[0] = time.process_time(); spent.update(autoencoder=0., text=0.)
+        since[0] = time.process_time(); spent.update(dict.fromkeys(spent, 0.))
+    return tell
+
+def drive_stock(script, args):
+    "Run the script, unchanged; `Accelerator.log` is the last thing but one that it does in a step."
+    import accelerate, datasets, diffusers, importlib.util, runpy, transformers
+    if not importlib.util.find_spec('torchvision'): sys.modules['torchvision'] = types.SimpleNamespace(transforms=transforms())
+    spent, tell, log = dict(autoencoder=0., text=0.), teller(), accelerate.Accelerator.log
+    timed(diffusers.AutoencoderKL, 'encode', spent, 'autoencoder'); timed(transformers.CLIPTextModel, 'forward', spent, 'text')
+    def step(self, *a, **kw): log(self, *a, **kw); tell(spent)
     accelerate.Accelerator.log = step
     sys.argv = [script, *args]; runpy.run_path(script, run_name='__main__')
+
+def drive_reference(folder, batch):
+    import torch
+    import torch.nn.functional as F
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from PIL import Image
+    names, null, spent, tell = sorted(p.stem for p in (folder/'pictures').glob('*.jpg')), torch.load(folder/'embeddings/null.pt', weights_only=True), dict(autoencoder=0.), teller()
+    vae, noise_scheduler = AutoencoderKL.from_pretrained(folder/'model/vae').eval(), DDPMScheduler.from_pretrained(folder/'model/scheduler')
+    net = UNet2DConditionModel.from_pretrained(folder/'model/unet').train(); opt = torch.optim.AdamW(net.parameters(), 2e-4, weight_decay=.01, fused=True)
+    side, t = 8*net.config.sample_size, transforms()
+    change = t.Compose([t.Resize(side, Image.BILINEAR), t.RandomHorizontalFlip(), t.ToTensor(), t.Normalize([.5]*3, [.5]*3)])
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self): return len(names)
+        def __getitem__(self, i): return change(Image.open(folder/f'pictures/{names[i]}.jpg').convert('RGB')), torch.load(folder/f'embeddings/{names[i]}.pt', weights_only=True)
+    loader, weights = torch.utils.data.DataLoader(Pictures(), batch, shuffle=True), dict(net.named_parameters())
+    shadow = {k: p.data.clone() for k, p in weights.items()}
+    timed(AutoencoderKL, 'encode', spent, 'autoencoder')
+    while True:
+        for pictures, text in loader:
+            with torch.no_grad(): latents = vae.encode(pictures).latent_dist.sample()*.18215
+            ts, noise = torch.randint(0, 1000, (batch,)), torch.randn_like(latents)
+            if torch.rand(1).item() < .15: text = null.unsqueeze(0).expand(batch, -1, -1)
+            loss = F.mse_loss(net(noise_scheduler.add_noise(latents, noise, ts), ts, encoder_hidden_states=text, return_dict=False)[0], noise)
+            loss.backward(); torch.nn.utils.clip_grad_norm_(net.parameters(), 1.); opt.step(); opt.zero_grad()
+            with torch.no_grad():
+                copied = {k: p.data.cpu().float() for k, p in weights.items()}  # a copy where the weights are on a GPU, nothing here
+                for k in shadow: shadow[k].mul_(.9999).add_(copied[k], alpha=1 - .9999)
+            loss.item(); tell(spent)
 
 def fetched(where, folder):
     "The script's text: from itself, from a clone, or from the newest release in a git directory that the installed diffusers is not older than."
@@ -91,9 +124,8 @@ def write_parts(folder, unet, a):
             Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).resize((a.resolution,)*2, Image.BICUBIC).save(folder/f'pictures/{i:04d}.jpg', quality=90)
             torch.save(torch.randn(LENGTH, WIDTH), folder/f'embeddings/{i:04d}.pt'); f.write(json.dumps(dict(file_name=f'{i:04d}.jpg', text='a red rose under a blue sky')) + '\n')
     torch.save(torch.randn(LENGTH, WIDTH), folder/'embeddings/null.pt')
-    return vae.eval().requires_grad_(False)
 
-# ---- the sides: each a function that makes one step and returns its parts, in seconds
+# ---- the sides: each a function that makes one step and returns what it knows of its parts, in seconds
 
 def ours(s, make, size, folder):
     from flowerdiff.batches import toy_split
@@ -103,97 +135,70 @@ def ours(s, make, size, folder):
     split = toy_split(512, kinds=64, size=size, width=WIDTH); split.texts = split.texts[:, :1].expand(-1, LENGTH, -1).contiguous()
     run = Trainer(s.train, 0, split, make, Engine('fp32'))
     def step():
-        numbers = run.one(); log_event(folder/'events.jsonl', 'step', step=run.step, loss=run.tell(force=True), **numbers)
-        return {}
+        start, numbers = time.process_time(), run.one(); log_event(folder/'events.jsonl', 'step', step=run.step, loss=run.tell(force=True), **numbers)
+        return dict(cpu=time.process_time() - start)
     return step
 
-def reference(make, vae, batch, folder):
-    import torch, torch.nn.functional as F
-    from diffusers import DDPMScheduler
-    from PIL import Image
-    t, names, spent = transforms(), sorted(p.stem for p in (folder/'pictures').glob('*.jpg')), dict(autoencoder=0.)
-    side = Image.open(folder/f'pictures/{names[0]}.jpg').width
-    change = t.Compose([t.Resize(side, Image.BILINEAR), t.RandomHorizontalFlip(), t.ToTensor(), t.Normalize([.5]*3, [.5]*3)])
-    class Pictures(torch.utils.data.Dataset):
-        def __len__(self): return len(names)
-        def __getitem__(self, i): return change(Image.open(folder/f'pictures/{names[i]}.jpg').convert('RGB')), torch.load(folder/f'embeddings/{names[i]}.pt', weights_only=True)
-    def batches():
-        while True: yield from torch.utils.data.DataLoader(Pictures(), batch, shuffle=True)
-    net = make().train(); weights = dict(net.named_parameters()); shadow = {k: p.data.clone() for k, p in weights.items()}
-    opt, loader, null = torch.optim.AdamW(net.parameters(), 2e-4, weight_decay=.01, fused=True), batches(), torch.load(folder/'embeddings/null.pt', weights_only=True)
-    noise_scheduler = DDPMScheduler.from_pretrained(folder/'model/scheduler')
-    timed(type(vae), 'encode', spent, 'autoencoder')
-    def step():
-        spent['autoencoder'] = 0.; pictures, text = next(loader)
-        with torch.no_grad(): latents = vae.encode(pictures).latent_dist.sample()*.18215
-        ts, noise = torch.randint(0, 1000, (batch,)), torch.randn_like(latents)
-        if torch.rand(1).item() < .15: text = null.unsqueeze(0).expand(batch, -1, -1)
-        loss = F.mse_loss(net(noise_scheduler.add_noise(latents, noise, ts), ts, encoder_hidden_states=text, return_dict=False)[0], noise)
-        loss.backward(); torch.nn.utils.clip_grad_norm_(net.parameters(), 1.); opt.step(); opt.zero_grad()
-        with torch.no_grad():
-            copied = {k: p.data.cpu().float() for k, p in weights.items()}  # a copy where the weights are on a GPU, nothing here
-            for k in shadow: shadow[k].mul_(.9999).add_(copied[k], alpha=1 - .9999)
-        loss.item()
-        return dict(spent)
-    return step
-
-def stock(script, a, folder):
-    given = ['--pretrained_model_name_or_path', folder/'model', '--train_data_dir', folder/'pictures', '--output_dir', folder/'out', '--cache_dir', folder/'cache', '--resolution', a.resolution,
-             '--train_batch_size', a.batch, '--max_train_steps', 10000, '--center_crop', '--random_flip', '--use_ema', '--foreach_ema', '--max_grad_norm', 1, '--lr_scheduler', 'constant']
-    env = os.environ | dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HOME=str(folder/'hf'), TOKENIZERS_PARALLELISM='false')
-    child = subprocess.Popen([sys.executable, __file__, '--drive', script, str(a.threads), *map(str, given)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(folder/'stock.log', 'w'), text=True, env=env)
+def peer(name, args, folder, kept):
+    env = {k: v for k, v in os.environ.items() if kept or not k.startswith('MALLOC_')} | dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HOME=str(folder/'hf'), TOKENIZERS_PARALLELISM='false')
+    log = folder/f'{name}.log'
+    child = subprocess.Popen([sys.executable, __file__, '--drive', name, *map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open('w'), text=True, env=env)
     def told():
-        if not (line := child.stdout.readline()): sys.exit('peers: stock diffusers stopped:\n' + (folder/'stock.log').read_text()[-2000:])
+        if not (line := child.stdout.readline()): sys.exit(f'peers: {name} stopped:\n{log.read_text()[-2000:]}')
         return json.loads(line)
     told()  # its first step, with everything that it loads
     def step(): child.stdin.write('\n'); child.stdin.flush(); return told()
     return step, child
 
+def stock_arguments(a, folder): # as in the script's own README, without its gradient checkpointing, with the faster average
+    return ['--pretrained_model_name_or_path', folder/'model', '--train_data_dir', folder/'pictures', '--output_dir', folder/'out', '--cache_dir', folder/'cache', '--resolution', a.resolution,
+            '--train_batch_size', a.batch, '--max_train_steps', 10000, '--center_crop', '--random_flip', '--use_ema', '--foreach_ema', '--max_grad_norm', 1, '--lr_scheduler', 'constant']
+
 def main():
     ap = argparse.ArgumentParser()
-    ap.add_argument('--diffusers'); ap.add_argument('--channels', default='192,384,576')
+    ap.add_argument('--diffusers'); ap.add_argument('--channels', default='192,384,576'); ap.add_argument('--kept', action='store_true')
     for name, n in (('resolution', 128), ('layers', 2), ('batch', 8), ('rounds', 5), ('threads', 1)): ap.add_argument(f'--{name}', type=int, default=n)
     a = ap.parse_args()
     from flowerdiff.processes import ROOMY
-    if not ROOMY.items() <= os.environ.items(): os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ROOMY)
-    import torch
+    env = os.environ | ROOMY | dict(OMP_NUM_THREADS=str(a.threads))
+    if env != os.environ: os.execve(sys.executable, [sys.executable, *sys.argv], env)
+    import torch, transformers
     from flowerdiff.components import build_denoiser
     from flowerdiff.config import load_profile
-    torch.set_num_threads(a.threads); channels, size = [int(c) for c in a.channels.split(',')], a.resolution//8
+    torch.set_num_threads(a.threads); transformers.utils.logging.disable_progress_bar(); channels = [int(c) for c in a.channels.split(',')]
     s = load_profile('garden', {'train.channels': channels, 'train.layers': a.layers, 'train.attention': [False] + [True]*(len(channels) - 1), 'train.attention_head_dim': 48 if channels[0] % 48 == 0 else 16,
                                 'train.batch_size': a.batch, 'train.epochs': 1000.})
-    make = lambda: build_denoiser(s, 4, WIDTH, size)
+    make, children, tag = lambda: build_denoiser(s, 4, WIDTH, a.resolution//8), [], ''
     with tempfile.TemporaryDirectory() as folder:
-        folder, child, tag = Path(folder), None, ''
-        script, tag = fetched(a.diffusers, folder) if a.diffusers else (None, '')
-        net = make(); weights = sum(p.numel() for p in net.parameters()); vae = write_parts(folder, net, a); del net
-        sides = {'ours': ours(s, make, size, folder), 'reference loop': reference(make, vae, a.batch, folder)}
+        folder = Path(folder); runs = {'reference loop': ('reference', [folder, a.batch])}
+        if a.diffusers: script, tag = fetched(a.diffusers, folder); runs['stock diffusers'] = 'stock', [script, *stock_arguments(a, folder)]
+        net = make(); weights = sum(p.numel() for p in net.parameters()); write_parts(folder, net, a); del net
+        sides = {'ours': ours(s, make, a.resolution//8, folder)}; sides['ours']()
         try:
-            if script: sides['stock diffusers'], child = stock(script, a, folder)
-            for f in sides.values(): f()
-            rows = {k: [] for k in sides}  # seconds, processor seconds, parts
+            for k, (name, args) in runs.items(): sides[k], child = peer(name, args, folder, a.kept); children.append(child); sides[k]()
+            rows = {k: [] for k in sides}  # of each round: seconds, what the side knows
             for i in range(a.rounds):
-                for k in list(sides)[::1 if i % 2 else -1]:
-                    wall, cpu = time.perf_counter(), time.process_time(); parts = sides[k]()
-                    rows[k].append((time.perf_counter() - wall, parts.pop('cpu', time.process_time() - cpu), parts))
-                    print('\r' + ' '.join(f'{n} {len(r)}' for n, r in rows.items()), end='', file=sys.stderr, flush=True)
+                for k in list(sides)[::1 if i % 2 else -1]: start = time.perf_counter(); parts = sides[k](); rows[k].append((time.perf_counter() - start, parts))
+                print(f'round {i + 1} of {a.rounds}: ' + ', '.join(f'{k} {r[-1][0]:.1f} s' for k, r in rows.items()), file=sys.stderr, flush=True)
         finally:
-            if child: child.stdin.close(); child.wait()
-    report(rows, a, f'{weights/1e6:.1f}M weights, channels {channels}, {a.resolution} px, batch {a.batch}, {a.threads} thread{"s"*(a.threads > 1)}, fp32, {a.rounds} rounds' + (f'; diffusers {tag}' if tag else ''))
+            for child in children: child.stdin.close(); child.wait()
+    report(rows, a, f'{weights/1e6:.1f}M weights, channels {channels}, {a.resolution} px, batch {a.batch}, {a.threads} thread{"s"*(a.threads > 1)}, fp32, {a.rounds} rounds, peers\' malloc '
+           + ('keeps memory as ours does' if a.kept else 'as it comes') + (f', diffusers {tag}' if tag else ''))
 
 def report(rows, a, what):
-    median = statistics.median
+    median, mine = statistics.median, rows['ours']
+    rate = lambda k: a.batch/median(wall for wall, _ in rows[k])
     print(f'\n{what}\n\n| peer | ours, samples/s | peer, samples/s | ratio (range) | of processor time | autoencoder | text encoder |\n|---|---|---|---|---|---|---|')
-    rate, mine = lambda k: a.batch/median(r[0] for r in rows[k]), rows['ours']
     for k in [*rows][1:]:
-        ratios, work = ([p[j]/o[j] for p, o in zip(rows[k], mine)] for j in (0, 1))
-        share = lambda part: f'{median(r[2].get(part, 0)/r[0] for r in rows[k]):.0%}'
+        ratios, work = [p[0]/o[0] for p, o in zip(rows[k], mine)], [p[1]['cpu']/o[1]['cpu'] for p, o in zip(rows[k], mine)]
+        share = lambda part: f'{median(parts.get(part, 0)/wall for wall, parts in rows[k]):.0%}'
         print(f'| {k} | {rate("ours"):.2f} | {rate(k):.2f} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {median(work):.2f} | {share("autoencoder")} | {share("text")} |')
-    once = MIRRORED*median(r[2]['autoencoder'] for r in rows['reference loop'])/EPOCHS
-    together = a.batch/(median(r[0] for r in mine) + once)
+    once = MIRRORED*median(parts['autoencoder'] for _, parts in rows['reference loop'])/EPOCHS
+    together = a.batch/(median(wall for wall, _ in mine) + once)
     print(f'\nOurs with its encoding, {MIRRORED} a picture, spread over {EPOCHS} epochs: {together:.2f} samples/s, {together/rate("reference loop"):.2f} times the reference loop')
     if len(rows) < 3: print('Stock diffusers was not run: fetch https://github.com/huggingface/diffusers and give its folder with --diffusers')
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--drive']: drive(sys.argv[2], sys.argv[4:], int(sys.argv[3]))
-    else: main()
+    if sys.argv[1:2] != ['--drive']: main()
+    elif sys.argv[2] == 'stock': drive_stock(sys.argv[3], sys.argv[4:])
+    else: drive_reference(Path(sys.argv[3]), int(sys.argv[4]))
