@@ -1,6 +1,6 @@
 """Training throughput against two peers that train the same UNet: same batch, same resolution, float32, turn about, step by step.
 
-    taskset -c 0 python benchmarks/peers.py --diffusers DIR [--channels 192,384,576] [--resolution 128] [--batch 8] [--rounds 5] [--threads 1] [--kept]
+    taskset -c 0 python benchmarks/peers.py --diffusers DIR [--channels 192,384,576] [--resolution 128] [--batch 16] [--rounds 3] [--threads 1] [--kept]
 
 The reference loop does what aniketpoojari/Text-To-Image-Diffusion (c3f8ebb) does each step, on a CPU in place of a GPU: picture from JPEG, encode, CLIP embedding from its .pt file,
 one coin for the batch's captions, AdamW with clipping, a shadow copy of the weights moved, loss read. Stock diffusers is its own train script as fetched, unchanged. Each peer is a
@@ -157,7 +157,7 @@ def stock_arguments(a, folder): # as in the script's own README, without its gra
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument('--diffusers'); ap.add_argument('--channels', default='192,384,576'); ap.add_argument('--kept', action='store_true')
-    for name, n in (('resolution', 128), ('layers', 2), ('batch', 8), ('rounds', 5), ('threads', 1)): ap.add_argument(f'--{name}', type=int, default=n)
+    for name, n in (('resolution', 128), ('layers', 2), ('batch', 16), ('rounds', 3), ('threads', 1)): ap.add_argument(f'--{name}', type=int, default=n)
     a = ap.parse_args()
     from flowerdiff.processes import ROOMY
     env = os.environ | ROOMY | dict(OMP_NUM_THREADS=str(a.threads))
@@ -194,8 +194,8 @@ def report(rows, a, what):
         share = lambda part: f'{median(parts.get(part, 0)/wall for wall, parts in rows[k]):.0%}'
         print(f'| {k} | {rate("ours"):.2f} | {rate(k):.2f} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {median(work):.2f} | {share("autoencoder")} | {share("text")} |')
     once = MIRRORED*median(parts['autoencoder'] for _, parts in rows['reference loop'])/EPOCHS
-    together = a.batch/(median(wall for wall, _ in mine) + once)
-    print(f'\nOurs with its encoding, {MIRRORED} a picture, spread over {EPOCHS} epochs: {together:.2f} samples/s, {together/rate("reference loop"):.2f} times the reference loop')
+    together = median(p[0]/(o[0] + once) for p, o in zip(rows['reference loop'], mine))
+    print(f'\nOurs with its encoding, {MIRRORED} a picture, spread over {EPOCHS} epochs: {together:.2f} times the reference loop')
     if len(rows) < 3: print('Stock diffusers was not run: fetch https://github.com/huggingface/diffusers and give its folder with --diffusers')
 
 if __name__ == '__main__':
