@@ -58,6 +58,8 @@ def _alive(left: Path) -> bool: # is the process that made this folder still the
     pid = left.name.rpartition('-')[2]
     if not pid.isdigit(): return True
     if int(pid) == os.getpid(): return False # in a container the next process often has the number of the one that was killed
+    with contextlib.suppress(OSError):
+        if Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] == 'Z': return False # dead, and nobody has reaped it
     try: os.kill(int(pid), 0); return True
     except ProcessLookupError: return False
     except PermissionError: return True
