@@ -35,8 +35,7 @@ CHOICES = {
     'bfloat16': {'precision': 'bf16'},
 }
 SAME = {'batch in 2 parts': {'accumulate': 2}, 'gradient checkpointing': {'gradient_checkpointing': True}, 'torch.compile': {'compile': True}}  # the same updates, another speed
-KEYS = sorted({k for c in (CHOICES | SAME).values() for k in c})
-DEFAULTS = {k: getattr(load_profile('garden').train, k) for k in KEYS}
+DEFAULTS = {k: getattr(load_profile('garden').train, k) for c in (CHOICES | SAME).values() for k in c}  # what a choice before may have changed
 
 
 def speeds(folder: Path, choice: dict, rounds: int = 5, steps: int = 4) -> float: # of the default's
@@ -56,7 +55,7 @@ def speeds(folder: Path, choice: dict, rounds: int = 5, steps: int = 4) -> float
 def measure(folder: Path, name: str, choice: dict, epochs: float) -> dict:
     speed = 1. if not choice else speeds(folder, choice)
     if name in SAME: return dict(speed=speed)
-    overrides = {f'train.{k}': v for k, v in (DEFAULTS | choice).items()} | {'train.epochs': round(epochs * speed, 3), 'tracking.enabled': False, 'train.validate_every': 10**6, 'train.samples_every': 10**6}
+    overrides = {f'train.{k}': v for k, v in (DEFAULTS | choice).items()} | {'seed': 0, 'train.epochs': round(epochs * speed, 3), 'tracking.enabled': False, 'train.validate_every': 10**6, 'train.samples_every': 10**6}
     ws = open_workspace(folder, overrides=overrides)
     subprocess.run([sys.executable, '-m', 'flowerdiff.stages.train', str(folder)], check=True, env=ROOMY | os.environ)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
