@@ -10,8 +10,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .batches import Split
-from .diffusion import add_noise, as_velocity, at, loss_per_sample, shown
-from .validation import fixed_noise
+from .diffusion import add_noise, at, loss_per_sample
+from .validation import answer, by_picture
 
 # %% ../nbs/core/41_distill.ipynb #705ed2cd
 def few_steps(
@@ -59,9 +59,7 @@ class Teacher:
 
     def ask(self, unet, x: Tensor, rung: Tensor, text: Tensor) -> Tensor: # [B, C, H, W] latents, [B] their rungs, [B, L, D] -> [B, C, H, W]
         "A network's answer as a velocity."
-        a = at(self.levels, rung, x)
-        answer = unet(shown(x, a, self.prediction), self.times[rung], encoder_hidden_states=text).sample
-        return as_velocity(answer.float(), x, a, self.prediction)
+        return answer(unet, x, self.times[rung], at(self.levels, rung, x), text, self.prediction)
 
     @torch.no_grad()
     def walk(self, x: Tensor, rung: Tensor, text: Tensor) -> Tensor: # [B, C, H, W] latents, [B] their rungs, [B, L, D] -> [B, C, H, W]
@@ -80,17 +78,17 @@ class Teacher:
 # %% ../nbs/core/41_distill.ipynb #10dd830c
 @patch
 def loss(self:Teacher,
-    model,        # the student
-    batch,        # a `Batch`
-    abar: Tensor, # [T] the schedule
-    train,        # settings.train; not read
-) -> Tensor:      # [b] squared errors
-    "What distillation makes small; takes the place of `batch_loss`."
-    rung = (self.steps - 1 - batch.timesteps*self.steps//len(abar))*self.stride
+    model,     # the student
+    batch,     # a `Batch`
+) -> Tensor:   # [b] squared errors
+    "What distillation makes small."
+    rung = (self.steps - 1 - batch.timesteps*self.steps//self.config['num_train_timesteps'])*self.stride
     return self.error(model, batch.latents, batch.noise, rung, batch.text)
 
+@patch(as_prop=True)
+def grid(self:Teacher) -> Tensor: return self.times[::self.stride].cpu() # [steps] timesteps of `measure`
+
 @patch
-@torch.no_grad()
 def measure(self:Teacher,
     unet,          # the student, with the weights to be measured
     val: Split,    # the validation pictures
@@ -98,15 +96,14 @@ def measure(self:Teacher,
     batch: int = 64,
 ) -> Tensor:       # [N, steps] squared errors, float64
     "The same on validation pictures with fixed noise, for each step of the student."
-    pictures, n, training = list(range(len(val)) if pictures is None else pictures), self.steps, unet.training
-    unet.eval(); out, many = [], max(1, batch//n)
-    for part in (pictures[i:i + many] for i in range(0, len(pictures), many)):
-        each = lambda x: x.float().repeat_interleave(n, 0).to(self.device)
-        noise = torch.cat([fixed_noise(i, n, val.shape) for i in part]).to(self.device)
-        rung = (torch.arange(n, device=self.device)*self.stride).repeat(len(part))
-        out.append(self.error(unet, each(val.mean[part, 0]), noise, rung, each(val.texts[[val.captions[i][0] for i in part]])).double().cpu().view(-1, n))
-    unet.train(training)
-    return torch.cat(out) if out else torch.zeros(0, n, dtype=torch.float64)
+    rungs = torch.arange(self.steps, device=self.device)*self.stride
+    return by_picture(unet, val, self.steps, lambda x0, noise, text: self.error(unet, x0, noise, rungs.repeat(len(x0)//self.steps), text), pictures, batch, self.device)
+
+@patch
+def sampler(self:Teacher): return few_steps(self.config) # a fresh scheduler to draw the student with
+
+@patch(as_prop=True)
+def drawing(self:Teacher) -> dict: return dict(steps=self.steps, guidance=1.) # and how
 
 # %% ../nbs/core/41_distill.ipynb #3fba8847
 def student_settings(

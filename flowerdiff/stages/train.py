@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from ..batches import Split, load_split
-from ..diffusion import sampling_scheduler
-from ..distill import Teacher, few_steps, student_settings
+from ..distill import Teacher, student_settings
 from ..guards import out_of_memory
 from ..processes import STOPPED, Stop, Watch, follow, is_training, launch, only_one
 from ..shards import Shards
@@ -62,7 +61,7 @@ def write_result(ws: Workspace, run: Trainer, net, validation: dict,
     from flowerdiff.components import save_pipeline
     if not math.isfinite(validation['loss']): raise UserError('train: the validation loss is not a number; lower train.lr and run again')
     with atomic_dir(ws.candidate) as new:
-        save_pipeline(new, net.to(memory_format=torch.contiguous_format), ws.encoded/'components', (few_steps if run.teacher else sampling_scheduler)(run.scheduler.config))
+        save_pipeline(new, net.to(memory_format=torch.contiguous_format), ws.encoded/'components', run.objective.sampler())
         write_json(new/'train_settings.json', dict(train=run.train.model_dump(), **{k: facts[k] for k in ('run_id', 'data', 'seed')}))
     write_json(ws.root/'train.json', dict(facts, steps=run.step, samples=run.step*run.train.batch_size, seconds=round(run.seconds, 1), validation=validation,
         loss_curve=run.losses, validation_curve=[*run.validations, [run.step, validation['loss']]]))
@@ -86,9 +85,8 @@ def bringer(ws: Workspace, address: str): # (file name) -> Path of a shard, fetc
 def apprentice(ws: Workspace, split: Split, device
 ) -> tuple: # settings of the run, () -> the student, the `Teacher`
     "What a run needs whose model is to become a student of the champion."
-    import json
     from diffusers import UNet2DConditionModel
-    config, t = json.loads((ws.model/'scheduler'/'scheduler_config.json').read_text()), ws.settings.train
+    config, t = read_json(ws.model/'scheduler'/'scheduler_config.json'), ws.settings.train
     make = lambda: UNet2DConditionModel.from_pretrained(ws.model/'unet', use_safetensors=True)
     return student_settings(t, config), make, Teacher(make(), config, split.texts[0], t.distill, t.distill_guidance, device=device)
 
@@ -102,7 +100,7 @@ def start_run(ws: Workspace, split: Split
     (c, h, _), width = split.shape, split.texts.shape[-1]
     make, engine, teacher = lambda: build_denoiser(s, c, width, h), make_engine(t, world), None
     if t.distill: t, make, teacher = apprentice(ws, split, engine.device)
-    run = Trainer(t, s.seed, split, make, engine, teacher=teacher)
+    run = Trainer(t, s.seed, split, make, engine, objective=teacher)
     facts = dict(seed=s.seed, data=data_fingerprint(ws), device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads', precision=run.engine.precision,
         processes=world, distributed=t.distributed, parameters=sum(p.numel() for p in run.engine.net.parameters()), version=flowerdiff.__version__, git=git_commit())
     return run, facts
@@ -160,18 +158,18 @@ def looker(ws: Workspace, run: Trainer, val: Split, folder: Path):
     state = {}
     def main_look(net, validate: bool, draw: bool):
         if validate and len(val):
-            losses = run.measure(net, val, range(min(64, len(val))))
+            losses = run.objective.measure(net, val, range(min(64, len(val))))
             run.validations.append([run.step, float(losses.mean())])
-            log_event(folder/'events.jsonl', 'validation', step=run.step, loss=run.validations[-1][1], levels=dict(zip(map(str, run.grid.tolist()), losses.mean(0).tolist())))
+            log_event(folder/'events.jsonl', 'validation', step=run.step, loss=run.validations[-1][1], levels=dict(zip(map(str, run.objective.grid.tolist()), losses.mean(0).tolist())))
         if draw and len(val):
             try:
                 from flowerdiff.components import decode, load_autoencoder
                 state.setdefault('vae', None) or state.update(vae=load_autoencoder(str(ws.encoded/'components'/'vae')))
-                scheduler, how = (few_steps, dict(steps=run.teacher.steps, guidance=1.)) if run.teacher else (sampling_scheduler, {})
-                files, see = [folder/kind/f'{run.step:08d}.png' for kind in ('samples', 'guesses')], lambda z: decode(state['vae'], z.cpu())
-                sample_grid(net, val, scheduler(run.scheduler.config), see, files[0], run.seed, device=run.engine.device, **how)
-                if not run.teacher: save_strip([torch.cat([see(x) for x in level]) for level in guesses(net, val, run.abar, run.train.prediction_type, range(min(4, len(val))), run.engine.device)], files[1])
-                for file in filter(Path.is_file, files): log_event(folder/'events.jsonl', 'samples', step=run.step, kind=file.parent.name, file=str(file))
+                o, files, see = run.objective, [folder/kind/f'{run.step:08d}.png' for kind in ('samples', 'guesses')], lambda z: decode(state['vae'], z.cpu())
+                sample_grid(net, val, o.sampler(), see, files[0], run.seed, device=run.engine.device, **o.drawing)
+                times = o.grid[((torch.arange(3) + .5)*len(o.grid)/3).long().unique()]
+                save_strip([torch.cat([see(x) for x in level]) for level in guesses(net, val, run.abar, times, run.train.prediction_type, range(min(4, len(val))), run.engine.device)], files[1])
+                for file in files: log_event(folder/'events.jsonl', 'samples', step=run.step, kind=file.parent.name, file=str(file))
             except Exception as e: log_event(folder/'events.jsonl', 'note', text=f'no sample grid at step {run.step}: {type(e).__name__}: {e}')
     def look(validate: bool, draw: bool):
         if validate or draw:
