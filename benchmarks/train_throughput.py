@@ -30,7 +30,7 @@ def main():
     run = Trainer(s.train, 0, split, make, Engine('fp32')); folder = Path(tempfile.mkdtemp())
     def ours():
         start = time.perf_counter()
-        for _ in range(a.steps): log_event(folder/'events.jsonl', 'step', step=run.step, loss=run.tell(force=True), **run.one())
+        for _ in range(a.steps): log_event(folder/'events.jsonl', 'step', step=run.step, **run.tell(force=True), **run.one())
         return (time.perf_counter() - start)/a.steps
 
     torch.manual_seed(0); net = make(); opt = torch.optim.AdamW(net.parameters(), 1e-3, fused=True)

@@ -188,7 +188,7 @@ def load_state(self:Engine, groups: dict, numbers: dict):
 @patch
 def gather(self:Engine, x: Tensor) -> Tensor: return self.accelerator.gather(x)  # [n, ...] of each rank -> [n*world, ...]
 @patch
-def mean(self:Engine, x: Tensor) -> float: return float(self.accelerator.reduce(x.detach().clone(), 'mean'))
+def mean(self:Engine, x: Tensor) -> Tensor: return self.accelerator.reduce(x.detach().clone(), 'mean')  # over the ranks
 @patch
 def any(self:Engine, flag: bool) -> bool: return flag if self.world == 1 else bool(self.gather(torch.tensor([float(flag)], device=self.device)).any())
 @patch

@@ -59,9 +59,10 @@ def scalars(
     event: dict,
 ) -> dict[str, float]: # chart -> value
     "The numbers of an event, by the chart they belong to."
-    if event['event'] == 'step': return {f'train/{k}': event[k] for k in ('loss', 'lr', 'grad_norm', 'samples_per_second', 'memory_gb') if event.get(k) is not None}
-    if event['event'] == 'validation': return {'validation/loss': event['loss']} | {f'validation/t{int(t):04d}': v for t, v in event.get('levels', {}).items()}
-    return {}
+    kind = dict(step='train', validation='validation').get(event['event'])
+    numbers = {k: event[k] for k in ('loss', 'lr', 'grad_norm', 'samples_per_second', 'memory_gb') if event.get(k) is not None}
+    levels = {f't{int(t):04d}': v for t, v in event.get('levels', {}).items()}  # losses by timestep
+    return {f'{kind}/{k}': v for k, v in {**numbers, **levels}.items()} if kind else {}
 
 # %% ../nbs/core/60_tracking.ipynb #7637a232
 class TensorBoard:

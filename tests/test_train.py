@@ -107,7 +107,7 @@ def same_result(a, b):
     for group in ('weights', 'ema', 'optimizer'):
         for k, v in ga[group].items(): assert (v == gb[group][k]).all(), (group, k)
     assert sa['files'] == sb['files']  # their checksums: bit for bit
-    for k in ('step', 'losses', 'updates', 'validations', 'sum', 'summed', 'norms', 'spikes', 'overflows', 'scaler'): assert sa[k] == sb[k], k
+    for k in ('step', 'losses', 'updates', 'validations', 'sums', 'norms', 'spikes', 'overflows', 'scaler'): assert sa[k] == sb[k], k
     assert (a.candidate/'unet'/'diffusion_pytorch_model.safetensors').read_bytes() == (b.candidate/'unet'/'diffusion_pytorch_model.safetensors').read_bytes()
     ta, tb = trained(a), trained(b)
     assert ta['validation'] == tb['validation'] and ta['loss_curve'] == tb['loss_curve'] and ta['validation_curve'] == tb['validation_curve']

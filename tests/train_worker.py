@@ -30,7 +30,7 @@ def some_steps(root, folder, upto, env):
     ws = open_workspace(root)
     run, _ = flowerdiff.stages.train.start_run(ws, load_split(ws.encoded, 'train'))
     begun, losses = trainer.load_run(run, Path(folder)), []
-    while run.step < upto: run.one(); losses.append(run.engine.mean(run.sum))
+    while run.step < upto: run.one(); sums, n = run.engine.mean(run.sums).tolist(); losses.append(sum(sums)/sum(n))
     saver = flowerdiff.checkpoints.Saver(Path(folder)); trainer.save_run(run, saver); saver.finish(wait=True); run.engine.wait()
     held = run.engine.masters() if hasattr(run.engine, 'masters') else dict(run.engine.net.named_parameters())
     memory = [v for s in run.engine.optimizer.state.values() for k, v in s.items() if k == 'exp_avg']
