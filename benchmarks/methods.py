@@ -12,6 +12,7 @@ import torch
 from flowerdiff.batches import load_split
 from flowerdiff.config import load_profile
 from flowerdiff.processes import ROOMY
+from flowerdiff.questions import draw_all, questions
 from flowerdiff.stages import evaluate, train
 from flowerdiff.workspace import open_workspace
 
@@ -59,8 +60,8 @@ def measure(folder: Path, name: str, choice: dict, epochs: float) -> dict:
     ws = open_workspace(folder, overrides=overrides)
     subprocess.run([sys.executable, '-m', 'flowerdiff.stages.train', str(folder)], check=True, env=ROOMY | os.environ)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    generator, asks = evaluate.Generator.from_pretrained(ws.candidate, batch=50), evaluate.questions(ws, 200)
-    numbers = evaluate.attribute_numbers(evaluate.draw_all(generator, asks, ws.settings.evaluate), asks)['adherence']
+    generator, asks = evaluate.Generator.from_pretrained(ws.candidate, batch=50), questions(ws, 200)
+    numbers = evaluate.attribute_numbers(draw_all(generator, asks, 50, steps=ws.settings.evaluate.steps, guidance=ws.settings.evaluate.guidance), asks)['adherence']
     t = json.loads((ws.root / 'train.json').read_text())
     return dict(speed=speed, epochs=epochs * speed, loss=t['validation']['loss'], average=t['validation'].get('ema_decay'), **{k: numbers[k].value for k in ('species', 'color', 'background', 'all')})
 

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'CSS', 'PAGE', 'png', 'ticks', 'smooth', 'line_chart', 'bar', 'curves', 'percent', 'interval', 'headlines',
-           'Ask', 'adherence_section', 'render']
+           'adherence_section', 'render']
 
 # %% ../nbs/core/52_report.ipynb #eb724052
 import base64, html, io, math
-from dataclasses import dataclass, field
 
 # %% ../nbs/core/52_report.ipynb #ec07276e
 def png(
@@ -103,15 +102,6 @@ def headlines(numbers: dict) -> list:
         out.append(dict(name='KID × 1000', value=f"{1000*k['drawn'].value:.1f}", note=f"{interval(k['drawn'], 1000)}; the autoencoder alone {1000*k['autoencoder'].value:.1f}; 0 is perfect"))
         out.append(dict(name='Near copies', value=percent(numbers['copies']), note='drawn pictures nearer to a training picture than 99 % of test pictures are; 1 % is innocent'))
     return out
-
-# %% ../nbs/core/52_report.ipynb #1c39f92f
-@dataclass
-class Ask:
-    "A prompt, and what is known of a good answer."
-    prompt: str
-    wanted: dict = field(default_factory=dict) # attribute -> value, when known
-    file: str = ''                             # the test picture it was made from
-    new: bool = False                          # a combination that training never saw
 
 # %% ../nbs/core/52_report.ipynb #44e13bee
 NAMES = dict(species='species', color='colour', background='background', all='all three at once')
