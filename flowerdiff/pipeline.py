@@ -67,9 +67,10 @@ class _Display: # lines for good, and in a terminal one that changes
 
 # %% ../nbs/core/70_pipeline.ipynb #e28571f0
 def _chosen(from_stage, only) -> list: # the stages of a run
-    for s in (from_stage, only):
+    only = [only] if isinstance(only, str) else list(only or [])
+    for s in (from_stage, *only):
         if s and s not in STAGES: raise UserError(f'{s} is not a stage; there are {", ".join(STAGES)}')
-    return [only] if only else list(STAGES[STAGES.index(from_stage or STAGES[0]):])
+    return [s for s in STAGES if s in only] if only else list(STAGES[STAGES.index(from_stage or STAGES[0]):])
 
 def _check_inputs(ws: Workspace, stages: list): # what the chosen stages read has to be there
     made = set()
@@ -158,7 +159,7 @@ def run(
     overrides=None,          # settings to change, written to params.yaml
     pictures: str = None,    # a folder of pictures, becomes prepare.source
     from_stage: str = None,  # leave the stages before it alone
-    only: str = None,        # just this stage
+    only=None,               # just this stage, or a list of them
     force: bool = False,     # run the chosen stages although they are fresh
     out=None,                # where lines go; None: standard output
 ) -> list:                   # names of the stages that ran
