@@ -8,7 +8,7 @@ __all__ = ['WAY', 'data_fingerprint', 'teacher_fingerprint', 'run_fingerprint', 
 
 # %% ../../nbs/stages/05_train.ipynb #644c9368
 import math, os, subprocess, sys
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -112,12 +112,12 @@ def work(
 ) -> int:             # exit code: 0 done, 2 a person's mistake, 75 stopped and can go on
     "Train in this process: one of the ranks that torchrun started."
     stop, ws, main = Stop(), open_workspace(root), os.environ.get('RANK', '0') == '0'
-    try: folder = Path(folder) if folder else ws.work_dir('train', run_fingerprint(ws))
+    try:
+        folder, lock = Path(folder) if folder else ws.work_dir('train', run_fingerprint(ws)), ExitStack()
+        if main: lock.enter_context(only_one(folder))
     except UserError as e: print(e, file=sys.stderr); return 2
-    events, lock = folder/'events.jsonl', ExitStack()
+    events = folder/'events.jsonl'
     note = (lambda text: log_event(events, 'note', text=text)) if main else (lambda text: None)
-    try: lock.enter_context(only_one(folder) if main else nullcontext())
-    except UserError as e: print(e, file=sys.stderr); return 2
     try:
         split, val = load_training(ws), load_split(ws.encoded, 'val')
         if not len(split): raise UserError('train: there is no training picture; add pictures and run prepare again')
