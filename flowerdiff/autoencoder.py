@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['small_autoencoder', 'to_tensor', 'to_pictures', 'psnr', 'slopes', 'reconstruction_loss', 'encode_all', 'standardise',
-           'save_autoencoder', 'part_gradients', 'train_autoencoder', 'garden_autoencoder']
+           'save_autoencoder', 'part_gradients', 'update', 'rest_encoder', 'train_autoencoder', 'garden_autoencoder']
 
 # %% ../nbs/core/24_autoencoder.ipynb #e4c0bf84
 import copy, json, shutil, time
@@ -121,6 +121,31 @@ def part_gradients(
     if free: loss = loss + .02*(z.float().mean((0, 2, 3)).pow(2) + (z.float().std((0, 2, 3))-1).pow(2)).mean()
     return loss.item(), torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
+# %% ../nbs/core/24_autoencoder.ipynb #b974d61a
+def update(
+    model, opt,
+    pool: ThreadPoolExecutor,
+    parts: list,         # (pixels, latents or None) of each part of the batch
+    noise: float = .05,  # see `part_gradients`
+    bf16: bool = False,
+) -> float:              # mean loss of the parts
+    "One step of the optimiser."
+    done = list(pool.map(lambda p: part_gradients(model, *p, noise, bf16), parts))
+    opt.zero_grad()   # also what the encoder's last step left behind
+    for p, *g in zip((p for p in model.parameters() if p.requires_grad), *(g for _, g in done)): p.grad = sum(g)/len(done)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    opt.step()
+    return sum(l for l, _ in done)/len(done)
+
+# %% ../nbs/core/24_autoencoder.ipynb #f35d82f4
+def rest_encoder(
+    model, ema,        # the network that learns, its average
+    train: np.ndarray, # [N, H, W, 3] uint8
+) -> Tensor:           # [N, C, h, w] fp16, the latents of `train`
+    "Ends the encoder's learning: both networks get the average's weights with standard latents."
+    standardise(ema, train[:4096]); model.load_state_dict(ema.state_dict()); model.encoder.requires_grad_(False)
+    return encode_all(ema, train).half()
+
 # %% ../nbs/core/24_autoencoder.ipynb #354dbd4b
 def train_autoencoder(
     pictures: np.ndarray,    # [N, H, W, 3] uint8, in memory or mapped; sides divisible by 4
@@ -150,22 +175,15 @@ def train_autoencoder(
     start = saved = time.time()
     step, latents, mean = 0, None, None
     while (part := step/steps if steps else (time.time()-start)/60/minutes) < 1:
-        if part > 1-frozen_part and latents is None:
-            standardise(ema, train[:4096]); model.load_state_dict(ema.state_dict()); model.encoder.requires_grad_(False)
-            latents = encode_all(ema, train).half()
+        if part > 1-frozen_part and latents is None: latents = rest_encoder(model, ema, train)
         for g in opt.param_groups: g['lr'] = lr*min(1, (step+1)/300)*(1-part)
         idx = rng.integers(len(train), size=batch_size)
         x = to_tensor(train[idx])
         if latents is None and step % 4 == 0: x = x.flip(-1)
         x = x.to(device, memory_format=torch.channels_last)
         z = [None]*threads if latents is None else latents[idx].float().chunk(threads)
-        parts = list(pool.map(lambda a: part_gradients(model, *a, noise, bf16), zip(x.chunk(threads), z)))
-        opt.zero_grad()   # also what the encoder's last step left behind
-        for p, *g in zip((p for p in model.parameters() if p.requires_grad), *(g for _, g in parts)): p.grad = sum(g)/len(parts)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        opt.step(); step += 1
+        loss = update(model, opt, pool, list(zip(x.chunk(threads), z)), noise, bf16); step += 1
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(.999, (1+step)/(10+step)))
-        loss = sum(l for l, _ in parts)/len(parts)
         mean = loss if mean is None else .99*mean + .01*loss
         if step % 500 == 0: progress(f'{time.time()-start:.0f} s, step {step}, loss {mean:.4f}, {step*batch_size/(time.time()-start):.0f} pictures/s')
         if (time.time()-saved)/60 > save_every:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORD', 'RINGS', 'MEAN', 'STD', 'byte_letters', 'learn_merges', 'train_tokenizer', 'small_clip', 'waves', 'look_at',
-           'see_neighbours', 'pixels', 'shifted', 'contrastive_loss', 'contradicts', 'as_numbers', 'attribute_loss',
-           'tokenize', 'parts', 'train_clip', 'save_clip', 'zero_shot', 'garden_clip']
+           'see_neighbours', 'pixels', 'shifted', 'draw_batch', 'contrastive_loss', 'contradicts', 'as_numbers',
+           'attribute_loss', 'tokenize', 'sentences', 'parts', 'train_clip', 'save_clip', 'zero_shot', 'garden_clip']
 
 # %% ../nbs/core/22_clip.ipynb #93c2dc25
 import json, shutil, time
@@ -76,14 +76,14 @@ def waves(
     y, x = torch.meshgrid(torch.arange(n).float(), torch.arange(n).float(), indexing='ij')
     return torch.cat([g(p.flatten()[:, None]*w) for p in (x, y) for g in (torch.cos, torch.sin)], 1), w
 
+# %% ../nbs/core/22_clip.ipynb #4c0a9e91
 def look_at(
     offset: tuple, # (dx, dy) in patches
     w: Tensor,     # [f] frequencies
     rows: int,     # width of a head
 ) -> tuple:        # queries and keys: [rows, 4 f] each
     "Projections whose product is greatest where a key lies `offset` from the query."
-    f = len(w)
-    q, k = torch.zeros(rows, 4*f), torch.zeros(rows, 4*f)
+    f = len(w); q, k = torch.zeros(rows, 4*f), torch.zeros(rows, 4*f)
     for r, (axis, i) in enumerate((a, i) for a in (0, 1) for i in torch.linspace(0, f-1, rows//4).round().long().tolist()):
         c, s = 2*f*axis + i, 2*f*axis + f + i
         co, si = torch.cos(w[i]*offset[axis]), torch.sin(w[i]*offset[axis])
@@ -129,6 +129,18 @@ def shifted(x: Tensor, rng, far: int) -> Tensor:
     a, b = rng.integers(0, 2*far+1, 2)
     return F.pad(x, (far,)*4, mode='replicate')[..., a:a+x.shape[-2], b:b+x.shape[-1]]
 
+# %% ../nbs/core/22_clip.ipynb #82d49642
+def draw_batch(
+    rng,                  # numpy's
+    pictures: np.ndarray, # [N, H, W, 3] uint8
+    captions: list,       # [N] lists, a caption each
+    batch_size: int,
+) -> tuple:               # picture numbers [B], the number of a caption of each [B], pixels [B, 3, H, W]
+    "What a step of training looks at."
+    idx = np.sort(rng.integers(len(pictures), size=batch_size))
+    k = [int(rng.integers(len(captions[i]))) for i in idx]
+    return idx, k, torch.cat([shifted(c, rng, pictures.shape[1]//20) for c in pixels(pictures[idx]).chunk(8)])
+
 # %% ../nbs/core/22_clip.ipynb #a7148904
 def contrastive_loss(
     logits: Tensor, # [B, B] similarity of caption i and picture j
@@ -166,9 +178,18 @@ def attribute_loss(heads, out, facts, values, late):
         if known.any(): loss = loss + .1*F.cross_entropy(say(read[known]), facts[:, a][:, None].expand(-1, late.shape[1])[known])
     return loss
 
+# %% ../nbs/core/22_clip.ipynb #d6c698e8
 def tokenize(tokenizer, sentences):
     "Token numbers of many sentences, padded to the tokenizer's length."
     return torch.cat([tokenizer(sentences[i:i+4096], padding='max_length', truncation=True, return_tensors='pt').input_ids for i in range(0, len(sentences), 4096)])
+
+def sentences(
+    tokenizer,
+    captions: list, # [N] lists of sentences
+) -> tuple:         # tokens [U, L] of the unique sentences, and for each picture the numbers of its own
+    "Each sentence once, as tokens."
+    unique = list(dict.fromkeys(c for cs in captions for c in cs)); number = {c: i for i, c in enumerate(unique)}
+    return tokenize(tokenizer, unique), [[number[c] for c in cs] for cs in captions]
 
 # %% ../nbs/core/22_clip.ipynb #fbf7d663
 def parts(
@@ -203,21 +224,18 @@ def train_clip(
     "Trains a CLIP and its tokenizer on captioned pictures."
     from flowerdiff.components import fast_bf16
     torch.manual_seed(seed); rng = np.random.default_rng(seed)
-    unique = list(dict.fromkeys(c for cs in captions for c in cs)); number = {c: i for i, c in enumerate(unique)}
     tokenizer = train_tokenizer((c for cs in captions for c in cs), vocab_size, max_length)
-    ids, which = tokenize(tokenizer, unique), [[number[c] for c in cs] for cs in captions]
+    ids, which = sentences(tokenizer, captions)
     model, bf16 = small_clip(tokenizer, pictures.shape[1], width, layers).to(device).train(), fast_bf16(device)
     facts, values = truths or (None, None)
     heads = nn.ModuleList(nn.ModuleList([nn.Linear(width, n), nn.Linear(width, n)]) for n in ((values.max(0).values+1).tolist() if truths else ())).to(device)
     params = [*model.parameters(), *heads.parameters()]
     opt = torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=.05, fused=True)
-    start, step, mean, far = time.time(), 0, None, pictures.shape[1]//20
+    start, step, mean = time.time(), 0, None
     for part in watch(parts(minutes, steps)):
         for g in opt.param_groups: g['lr'] = lr*min(1, (step+1)/200)*(.5+.5*np.cos(np.pi*part))
-        idx = np.sort(rng.integers(len(pictures), size=batch_size))
-        k = [int(rng.integers(len(which[i]))) for i in idx]
-        text = torch.tensor([which[i][j] for i, j in zip(idx, k)])
-        x = torch.cat([shifted(c, rng, far) for c in pixels(pictures[idx]).chunk(8)]).to(device)
+        idx, k, x = draw_batch(rng, pictures, which, batch_size)
+        text, x = torch.tensor([which[i][j] for i, j in zip(idx, k)]), x.to(device)
         looking = truths and part < look_first
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             o = model.vision_model(pixel_values=x) if looking else model(input_ids=ids[text].to(device), pixel_values=x)

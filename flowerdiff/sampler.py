@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .diffusion import noise_levels
 from .workspace import UserError
@@ -187,50 +188,60 @@ class Generator:
         batch: int = 8, # pictures drawn at once
     ): self.backend, self.batch, self._rgb = backend, batch, None
 
-    @classmethod
-    def from_pretrained(cls,
-        folder: str | Path,     # a workspace, a model folder or a hub id `org/name@commit`
-        backend: str = 'auto',  # 'auto', 'torch' or 'onnx'
-        batch: int = 8,
-    ):
-        "Open a model; a UserError says what is wrong with the folder."
-        from flowerdiff.backends import load_backend
-        return cls(load_backend(folder, backend), batch)
+@patch(cls_method=True)
+def from_pretrained(cls: Generator,
+    folder: str | Path,     # a workspace, a model folder or a hub id `org/name@commit`
+    backend: str = 'auto',  # 'auto', 'torch' or 'onnx'
+    batch: int = 8,
+):
+    "Open a model; a UserError says what is wrong with the folder."
+    from flowerdiff.backends import load_backend
+    return cls(load_backend(folder, backend), batch)
 
-    @property
-    def rgb(self) -> Tensor:
-        if self._rgb is None: self._rgb = fit_preview(self.backend.decode, self.backend.channels)
-        return self._rgb
+# %% ../nbs/core/43_sampler.ipynb #0585051b
+@patch(as_prop=True)
+def rgb(self: Generator) -> Tensor: # [C+1, 3] from `fit_preview`
+    "The map from this model's latents to colours."
+    if self._rgb is None: self._rgb = fit_preview(self.backend.decode, self.backend.channels)
+    return self._rgb
 
-    def __call__(self,
-        prompt: str | list,       # what to draw; of a list, each
-        n: int = 1,               # pictures of each prompt
-        seed: int = 0,            # picture i is drawn from seed + i
-        steps: int | None = None, # None: 20, or as many as the model was distilled for
-        guidance: float | None = None, # how strongly to follow the prompt; 1 is not at all stronger; None: 4, or 1 for a distilled model
-        negative: str = '',       # what to stay away from
-        callback: Callable | None = None, # called with a `Step`; returning False cancels
-        scheduler: str | None = None,     # one of `SCHEDULERS`; None is the model's own
-        size=None,                # pixels, or (width, height); None is the model's own
-    ) -> list:                    # of PIL.Image, all of the first prompt first
-        "Draw `n` pictures of each prompt. Raises `Cancelled` if the callback returns False."
-        prompts = check_prompts(prompt)
-        steps, guidance = self.backend.steps if steps is None else steps, self.backend.guidance if guidance is None else guidance
-        for name, value, low, high in (('n', n, 1, MAX_PICTURES//len(prompts)), ('seed', seed, 0, 2**63-MAX_PICTURES), ('steps', steps, 1, 1000)): check_number(name, value, low, high)
-        check_number('guidance', guidance, 0, 100, whole=False)
-        backend, shape, steps = self.backend, latent_shape(size, self.backend), int(steps)
-        make_scheduler(backend.scheduler_config, scheduler)
-        unique = list(dict.fromkeys([negative, *prompts]))
-        known = dict(zip(unique, backend.encode(unique)))
-        todo, done, pictures = [p for p in prompts for _ in range(int(n))], 0, []
-        total = steps*math.ceil(len(todo)/self.batch)
-        for start in range(0, len(todo), self.batch):
-            some = todo[start:start+self.batch]
-            def on_step(i, guess): return callback(Step(done+i+1, total, guess, self.rgb))
-            latents = sample(backend, torch.stack([known[p] for p in some]), torch.stack([known[negative]]*len(some)), generators(int(seed)+start, len(some)),
-                make_scheduler(backend.scheduler_config, scheduler), steps, guidance, shape, on_step if callback else None)
-            pictures += to_pil(backend.decode(latents)); done += steps
-        return pictures
+# %% ../nbs/core/43_sampler.ipynb #eaa85868
+@patch
+def _settled(self: Generator, prompts, n, seed, steps, guidance, size, scheduler) -> tuple: # see `__call__` -> (steps, guidance, shape of latents)
+    steps, guidance = self.backend.steps if steps is None else steps, self.backend.guidance if guidance is None else guidance
+    for name, value, low, high in (('n', n, 1, MAX_PICTURES//len(prompts)), ('seed', seed, 0, 2**63-MAX_PICTURES), ('steps', steps, 1, 1000)): check_number(name, value, low, high)
+    check_number('guidance', guidance, 0, 100, whole=False)
+    shape = latent_shape(size, self.backend)
+    make_scheduler(self.backend.scheduler_config, scheduler)
+    return int(steps), guidance, shape
+
+# %% ../nbs/core/43_sampler.ipynb #d9ba9211
+@patch
+def __call__(self: Generator,
+    prompt: str | list,       # what to draw; of a list, each
+    n: int = 1,               # pictures of each prompt
+    seed: int = 0,            # picture i is drawn from seed + i
+    steps: int | None = None, # None: 20, or as many as the model was distilled for
+    guidance: float | None = None, # how strongly to follow the prompt; 1 is not at all stronger; None: 4, or 1 for a distilled model
+    negative: str = '',       # what to stay away from
+    callback: Callable | None = None, # called with a `Step`; returning False cancels
+    scheduler: str | None = None,     # one of `SCHEDULERS`; None is the model's own
+    size=None,                # pixels, or (width, height); None is the model's own
+) -> list:                      # of PIL.Image, all of the first prompt first
+    "Draw `n` pictures of each prompt. Raises `Cancelled` if the callback returns False."
+    prompts, backend = check_prompts(prompt), self.backend
+    steps, guidance, shape = self._settled(prompts, n, seed, steps, guidance, size, scheduler)
+    unique = list(dict.fromkeys([negative, *prompts]))
+    known = dict(zip(unique, backend.encode(unique)))
+    todo, done, pictures = [p for p in prompts for _ in range(int(n))], 0, []
+    total = steps*math.ceil(len(todo)/self.batch)
+    for start in range(0, len(todo), self.batch):
+        some = todo[start:start+self.batch]
+        def on_step(i, guess): return callback(Step(done+i+1, total, guess, self.rgb))
+        latents = sample(backend, torch.stack([known[p] for p in some]), torch.stack([known[negative]]*len(some)), generators(int(seed)+start, len(some)),
+            make_scheduler(backend.scheduler_config, scheduler), steps, guidance, shape, on_step if callback else None)
+        pictures += to_pil(backend.decode(latents)); done += steps
+    return pictures
 
 # %% ../nbs/core/43_sampler.ipynb #cb9cfe06
 def montage(

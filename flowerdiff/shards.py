@@ -9,6 +9,7 @@ __all__ = ['record_type', 'shard_path', 'finished', 'ShardWriter', 'Shards']
 import hashlib, os
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 from .workspace import UserError, read_json, write_json
 
 # %% ../nbs/core/34_shards.ipynb #41265dda
@@ -61,31 +62,45 @@ class ShardWriter:
     def __len__(self): # records so far; at first those of the finished shards: go on with this one
         return sum(s['records'] for s in self.shards) + self.waiting
 
-    def append(self, **arrays): # one [n, ...] a field
-        records = np.empty(len(next(iter(arrays.values()))), self.dtype)
-        for k in self.dtype.names: records[k] = arrays[k]
-        while len(records):
-            if not self.file: self.file = open(shard_path(self.folder, self.name, len(self.shards)).with_suffix('.bin.part'), 'wb')
-            now, records = np.split(records, [self.layout['shard_records'] - self.waiting])
-            data = now.tobytes(); self.file.write(data); self.hash.update(data); self.waiting += len(now)
-            if self.waiting == self.layout['shard_records']: self._finish()
+# %% ../nbs/core/34_shards.ipynb #4bdc9df0
+@patch
+def append(self: ShardWriter,
+    **arrays, # one [n, ...] a field
+):
+    "Add `n` records."
+    records = np.empty(len(next(iter(arrays.values()))), self.dtype)
+    for k in self.dtype.names: records[k] = arrays[k]
+    while len(records):
+        if not self.file: self.file = open(shard_path(self.folder, self.name, len(self.shards)).with_suffix('.bin.part'), 'wb')
+        now, records = np.split(records, [self.layout['shard_records'] - self.waiting])
+        data = now.tobytes(); self.file.write(data); self.hash.update(data); self.waiting += len(now)
+        if self.waiting == self.layout['shard_records']: self._finish()
 
-    def _finish(self): # the shard gets its name, and the manifest tells of it
-        self.file.flush(); os.fsync(self.file.fileno()); self.file.close()
-        os.replace(self.file.name, shard_path(self.folder, self.name, len(self.shards)))
-        self.shards.append(dict(records=self.waiting, sha256=self.hash.hexdigest()))
-        self._begin(); self._tell()
+# %% ../nbs/core/34_shards.ipynb #034ba05e
+@patch
+def _finish(self: ShardWriter): # the shard gets its name, and the manifest tells of it
+    self.file.flush(); os.fsync(self.file.fileno()); self.file.close()
+    os.replace(self.file.name, shard_path(self.folder, self.name, len(self.shards)))
+    self.shards.append(dict(records=self.waiting, sha256=self.hash.hexdigest()))
+    self._begin(); self._tell()
 
-    def _tell(self): write_json(self.folder/f'{self.name}.json', self.layout | dict(complete=self.complete, shards=self.shards))
+@patch
+def _tell(self: ShardWriter): write_json(self.folder/f'{self.name}.json', self.layout | dict(complete=self.complete, shards=self.shards))
 
-    def close(self): # finish the last, shorter shard
-        if self.file: self._finish()
-        self.complete = True; self._tell()
+# %% ../nbs/core/34_shards.ipynb #90c06a77
+@patch
+def close(self: ShardWriter):
+    "Finish the last, shorter shard; the set is complete."
+    if self.file: self._finish()
+    self.complete = True; self._tell()
 
-    def __enter__(self): return self
-    def __exit__(self, kind, *_):
-        if not kind: self.close()
-        elif self.file: self.file.close()
+@patch
+def __enter__(self: ShardWriter): return self
+
+@patch
+def __exit__(self: ShardWriter, kind, *_):
+    if not kind: self.close()
+    elif self.file: self.file.close()
 
 # %% ../nbs/core/34_shards.ipynb #d3526424
 class Shards:
@@ -108,29 +123,43 @@ class Shards:
 
     def __len__(self): return sum(s['records'] for s in self.shards)
 
-    def shard(self, i: int) -> np.ndarray: # records of one shard, mapped
-        if i not in self._maps: self._maps[i] = np.memmap(shard_path(self.folder, self.name, i), self.dtype, 'r')
-        return self._maps[i]
+# %% ../nbs/core/34_shards.ipynb #f94d89af
+@patch
+def shard(self: Shards,
+    i: int,     # its number
+) -> np.ndarray: # [records] of `dtype`, mapped
+    "One shard."
+    if i not in self._maps: self._maps[i] = np.memmap(shard_path(self.folder, self.name, i), self.dtype, 'r')
+    return self._maps[i]
 
-    def gather(self,
-        indices,   # [n] record numbers, in any order
-    ) -> dict:     # field -> [n, ...]
-        indices = np.asarray(indices, np.int64)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self): raise IndexError(f'{self.name} has {len(self)} records')
-        out = np.empty(len(indices), self.dtype)
-        for s in np.unique(indices//self.per_shard):
-            here = indices//self.per_shard == s
-            out[here] = self.shard(int(s))[indices[here] % self.per_shard]
-        return {k: out[k] for k in self.dtype.names}
+# %% ../nbs/core/34_shards.ipynb #b0ed768c
+@patch
+def gather(self: Shards,
+    indices,   # [n] record numbers, in any order
+) -> dict:     # field -> [n, ...]
+    "Records by their numbers. Raises IndexError for one that is not there."
+    indices = np.asarray(indices, np.int64)
+    if len(indices) and not 0 <= indices.min() <= indices.max() < len(self): raise IndexError(f'{self.name} has {len(self)} records')
+    out = np.empty(len(indices), self.dtype)
+    for s in np.unique(indices//self.per_shard):
+        here = indices//self.per_shard == s
+        out[here] = self.shard(int(s))[indices[here] % self.per_shard]
+    return {k: out[k] for k in self.dtype.names}
 
-    def load(self) -> dict: # field -> [records, ...], all in memory
-        out = {k: np.empty((len(self), *self.dtype[k].shape), self.dtype[k].base) for k in self.dtype.names}
-        for i in range(len(self.shards)):
-            for k, v in out.items(): v[i*self.per_shard:(i + 1)*self.per_shard] = self.shard(i)[k]
-        return out
+# %% ../nbs/core/34_shards.ipynb #6cf05427
+@patch
+def load(self: Shards) -> dict: # field -> [records, ...]
+    "All records, in memory."
+    out = {k: np.empty((len(self), *self.dtype[k].shape), self.dtype[k].base) for k in self.dtype.names}
+    for i in range(len(self.shards)):
+        for k, v in out.items(): v[i*self.per_shard:(i + 1)*self.per_shard] = self.shard(i)[k]
+    return out
 
-    def verify(self): # every byte
-        for i, s in enumerate(self.shards):
-            path = shard_path(self.folder, self.name, i)
-            with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
-            if found != s['sha256']: raise UserError(f'{path}: is damaged (its checksum differs); delete it and run the stage encode again')
+# %% ../nbs/core/34_shards.ipynb #e605bc03
+@patch
+def verify(self: Shards):
+    "Compare every byte with the checksums. Raises `UserError` naming the damaged file."
+    for i, s in enumerate(self.shards):
+        path = shard_path(self.folder, self.name, i)
+        with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
+        if found != s['sha256']: raise UserError(f'{path}: is damaged (its checksum differs); delete it and run the stage encode again')

@@ -11,7 +11,7 @@ import base64, hashlib, json, os, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterable, Protocol
-
+from fastcore.basics import patch
 from .workspace import UserError, atomic_write, file_sha256
 
 # %% ../nbs/core/62_store.ipynb #90513809
@@ -130,30 +130,37 @@ class S3Store:
     def _plain_errors(self): return _PlainErrors(self.url)
     def _at(self, key): return dict(Bucket=self.bucket, Key=self.prefix + key)
 
-    def sizes(self) -> dict[str, int]:
-        with self._plain_errors():
-            pages = self.s3.get_paginator('list_objects_v2').paginate(Bucket=self.bucket, Prefix=self.prefix + 'objects/')
-            return {o['Key'][len(self.prefix):]: o['Size'] for page in pages for o in page.get('Contents', [])}
+# %% ../nbs/core/62_store.ipynb #a69e4e40
+@patch
+def sizes(self: S3Store) -> dict[str, int]:
+    with self._plain_errors():
+        pages = self.s3.get_paginator('list_objects_v2').paginate(Bucket=self.bucket, Prefix=self.prefix + 'objects/')
+        return {o['Key'][len(self.prefix):]: o['Size'] for page in pages for o in page.get('Contents', [])}
 
-    def put(self, file: Path, key: str, sha256: str):
-        with self._plain_errors():
-            if os.path.getsize(file) < PART:
-                return self.s3.put_object(Body=Path(file).read_bytes(), ChecksumSHA256=base64.b64encode(bytes.fromhex(sha256)).decode(), **self._at(key))
-            self.s3.upload_file(str(file), *self._at(key).values(), Config=self.transfer,
-                                ExtraArgs=dict(ChecksumAlgorithm='SHA256', Metadata=dict(sha256=sha256)))
-        if file_sha256(file) != sha256: # a part's checksum covers the wire, not an edit meanwhile
-            self.s3.delete_object(**self._at(key)); raise UserError(f'{file}: changed while it was sent; run again')
+# %% ../nbs/core/62_store.ipynb #68da2a61
+@patch
+def put(self: S3Store, file: Path, key: str, sha256: str):
+    with self._plain_errors():
+        if os.path.getsize(file) < PART:
+            return self.s3.put_object(Body=Path(file).read_bytes(), ChecksumSHA256=base64.b64encode(bytes.fromhex(sha256)).decode(), **self._at(key))
+        self.s3.upload_file(str(file), *self._at(key).values(), Config=self.transfer,
+                            ExtraArgs=dict(ChecksumAlgorithm='SHA256', Metadata=dict(sha256=sha256)))
+    if file_sha256(file) != sha256: self.s3.delete_object(**self._at(key)); raise UserError(f'{file}: changed while it was sent; run again')
 
-    def get(self, key: str, file: Path):
-        with self._plain_errors(): self.s3.download_file(*self._at(key).values(), str(file), Config=self.transfer)
+# %% ../nbs/core/62_store.ipynb #26dd9d36
+@patch
+def get(self: S3Store, key: str, file: Path):
+    with self._plain_errors(): self.s3.download_file(*self._at(key).values(), str(file), Config=self.transfer)
 
-    def read(self, key: str) -> bytes | None:
-        with self._plain_errors():
-            try: return self.s3.get_object(**self._at(key))['Body'].read()
-            except self.s3.exceptions.NoSuchKey: return None
+@patch
+def read(self: S3Store, key: str) -> bytes | None:
+    with self._plain_errors():
+        try: return self.s3.get_object(**self._at(key))['Body'].read()
+        except self.s3.exceptions.NoSuchKey: return None
 
-    def write(self, key: str, data: bytes):
-        with self._plain_errors(): self.s3.put_object(Body=data, **self._at(key))
+@patch
+def write(self: S3Store, key: str, data: bytes):
+    with self._plain_errors(): self.s3.put_object(Body=data, **self._at(key))
 
 # %% ../nbs/core/62_store.ipynb #b360f520
 def open_store(
