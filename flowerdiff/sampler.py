@@ -35,7 +35,7 @@ def starting_noise(
     return torch.cat([torch.randn((1, *shape), generator=g) for g in gens])
 
 # %% ../nbs/core/43_sampler.ipynb #13a20ef7
-SCHEDULERS = dict(ddim='DDIMScheduler', ddpm='DDPMScheduler', dpm='DPMSolverMultistepScheduler', unipc='UniPCMultistepScheduler', euler='EulerDiscreteScheduler')
+SCHEDULERS = dict(ddim='DDIMScheduler', ddpm='DDPMScheduler', dpm='DPMSolverMultistepScheduler', unipc='UniPCMultistepScheduler', euler='EulerDiscreteScheduler', lcm='LCMScheduler')
 FLOWING = ('dpm', 'unipc') # of them, those that can follow straight lines
 def make_scheduler(
     config: dict,            # the model's `scheduler_config.json`
@@ -120,27 +120,28 @@ class Step:
 # %% ../nbs/core/43_sampler.ipynb #f0e68ac4
 @torch.inference_mode()
 def sample(
-    backend,                   # with `denoise(latents, t, text)`
+    backend,                   # with `condition(text)` and `denoise(latents, t, text)`
     text: Tensor,              # [B, L, D] embeddings of the prompts
     negative: Tensor | None,   # [B, L, D] of what to walk away from; None only without guidance
     gens: list,                # a torch.Generator a picture
     scheduler,                 # fresh
     steps: int = 20,
     guidance: float = 4.,
+    interval: tuple = (0., 1.), # guide from this share of the steps to that
     shape: tuple = (4, 16, 16), # of one picture's latents
     on_step: Callable | None = None, # called with (i, guess of the clean latents); stops the loop by returning False
 ) -> Tensor:                   # [B, C, h, w] clean latents, scaled
     "Draw latents: noise in, `steps` times denoised under guidance."
     scheduler.set_timesteps(steps)
-    guided = guidance > 1
-    if guided: text = torch.cat([negative, text])
     x = starting_noise(gens, shape).to(backend.device)*scheduler.init_noise_sigma
     extra = dict(generator=gens) if 'generator' in inspect.signature(scheduler.step).parameters else {}
-    levels = noise_levels(scheduler)
+    levels, n = noise_levels(scheduler), len(scheduler.timesteps)
+    guided = [guidance > 1 and interval[0] <= i/n < interval[1] for i in range(n)]
+    texts = {g: backend.condition(torch.cat([negative, text]) if g else text) for g in set(guided)}
     for i, t in enumerate(scheduler.timesteps):
         x_in = scheduler.scale_model_input(x, t)
-        out = backend.denoise(torch.cat([x_in, x_in]) if guided else x_in, t, text)
-        if guided: out = guide(*out.chunk(2), guidance)
+        out = backend.denoise(torch.cat([x_in, x_in]) if guided[i] else x_in, t, texts[guided[i]])
+        if guided[i]: out = guide(*out.chunk(2), guidance)
         x = scheduler.step(out, t, x, **extra).prev_sample
         if on_step and on_step(i, clean_guess(x_in, out, levels[int(t)].item(), scheduler.config.prediction_type)) is False: raise Cancelled()
     return x
@@ -191,7 +192,7 @@ class Generator:
 @patch(cls_method=True)
 def from_pretrained(cls: Generator,
     folder: str | Path,     # a workspace, a model folder or a hub id `org/name@commit`
-    backend: str = 'auto',  # 'auto', 'torch' or 'onnx'
+    backend: str = 'auto',  # 'auto', or one of `flowerdiff.backends.BACKENDS`
     batch: int = 8,
 ):
     "Open a model; a UserError says what is wrong with the folder."
@@ -207,12 +208,15 @@ def rgb(self: Generator) -> Tensor: # [C+1, 3] from `fit_preview`
 
 # %% ../nbs/core/43_sampler.ipynb #eaa85868
 @patch
-def _settled(self: Generator, prompts, n, seed, steps, guidance, size, scheduler) -> tuple: # see `__call__` -> (steps, guidance, shape of latents)
+def _settled(self: Generator, prompts, n, seed, steps, guidance, size, scheduler, interval) -> tuple: # see `__call__` -> (steps, guidance, shape of latents)
     steps, guidance = self.backend.steps if steps is None else steps, self.backend.guidance if guidance is None else guidance
     for name, value, low, high in (('n', n, 1, MAX_PICTURES//len(prompts)), ('seed', seed, 0, 2**63-MAX_PICTURES), ('steps', steps, 1, 1000)): check_number(name, value, low, high)
     check_number('guidance', guidance, 0, 100, whole=False)
+    if not (isinstance(interval, (tuple, list)) and len(interval) == 2): raise UserError(f'interval: {interval} is not two shares of the steps, such as (0, 0.8)')
+    check_number('interval', interval[0], 0, 1, whole=False); check_number('interval', interval[1], interval[0], 1, whole=False)
     shape = latent_shape(size, self.backend)
-    make_scheduler(self.backend.scheduler_config, scheduler)
+    try: make_scheduler(self.backend.scheduler_config, scheduler).set_timesteps(int(steps))
+    except ValueError as e: raise UserError(f"scheduler: {scheduler or 'this one'} does not do {int(steps)} steps ({str(e).splitlines()[0][:160]})") from None
     return int(steps), guidance, shape
 
 # %% ../nbs/core/43_sampler.ipynb #d9ba9211
@@ -226,11 +230,12 @@ def __call__(self: Generator,
     negative: str = '',       # what to stay away from
     callback: Callable | None = None, # called with a `Step`; returning False cancels
     scheduler: str | None = None,     # one of `SCHEDULERS`; None is the model's own
+    interval: tuple = (0., 1.), # the part of the steps that is guided, the first is 0; the others cost half, Kynkäänniemi et al. 2024 (arXiv 2404.07724)
     size=None,                # pixels, or (width, height); None is the model's own
 ) -> list:                      # of PIL.Image, all of the first prompt first
     "Draw `n` pictures of each prompt. Raises `Cancelled` if the callback returns False."
     prompts, backend = check_prompts(prompt), self.backend
-    steps, guidance, shape = self._settled(prompts, n, seed, steps, guidance, size, scheduler)
+    steps, guidance, shape = self._settled(prompts, n, seed, steps, guidance, size, scheduler, interval)
     unique = list(dict.fromkeys([negative, *prompts]))
     known = dict(zip(unique, backend.encode(unique)))
     todo, done, pictures = [p for p in prompts for _ in range(int(n))], 0, []
@@ -239,7 +244,7 @@ def __call__(self: Generator,
         some = todo[start:start+self.batch]
         def on_step(i, guess): return callback(Step(done+i+1, total, guess, self.rgb))
         latents = sample(backend, torch.stack([known[p] for p in some]), torch.stack([known[negative]]*len(some)), generators(int(seed)+start, len(some)),
-            make_scheduler(backend.scheduler_config, scheduler), steps, guidance, shape, on_step if callback else None)
+            make_scheduler(backend.scheduler_config, scheduler), steps, guidance, interval, shape, on_step if callback else None)
         pictures += to_pil(backend.decode(latents)); done += steps
     return pictures
 

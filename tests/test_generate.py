@@ -52,7 +52,7 @@ def test_draws_what_diffusers_draws(models, stock, kind, guidance):
     theirs = stock(kind, prompts, 5, num_inference_steps=6, guidance_scale=guidance, negative_prompt=['blue']*3)
     assert pixels(ours).std() > 5 and same(ours, theirs)
 
-@pytest.mark.parametrize('name', ['ddim', 'ddpm', 'unipc', 'euler', 'dpm'])
+@pytest.mark.parametrize('name', ['ddim', 'ddpm', 'unipc', 'euler', 'dpm', 'lcm'])
 def test_every_scheduler_draws_what_diffusers_draws(generator, stock, name):
     ours = generator(['a red rose', 'the sky'], steps=5, scheduler=name, guidance=3.)
     assert same(ours, stock('kl', ['a red rose', 'the sky'], num_inference_steps=5, guidance_scale=3., scheduler=sampler.SCHEDULERS[name]))
@@ -92,6 +92,8 @@ def test_one_text_pass_two_halves_a_step_one_decode(generator):
     assert calls == [('encode', 3)] + [('denoise', 8)]*3 + [('decode', 4)]
     calls.clear(); Generator(Counting())('the sky', steps=3, guidance=1.)
     assert [c for c in calls if c[0] == 'denoise'] == [('denoise', 1)]*3
+    calls.clear(); Generator(Counting())('the sky', steps=4, interval=(.25, .75))
+    assert [n for c, n in calls if c == 'denoise'] == [1, 2, 2, 1]
 
 def test_steps_are_told_previews_shown_and_false_stops(generator):
     seen = []
@@ -120,7 +122,7 @@ def test_other_sizes(generator):
 @pytest.mark.parametrize('wish, line', [
     (dict(steps=0), 'steps: 0 is not'), (dict(steps=10**9), 'steps: '), (dict(steps='many'), 'steps: many'), (dict(n=0), 'n: 0'), (dict(n=10**7), 'n: '), (dict(seed=-1), 'seed: -1'), (dict(seed=1.5), 'seed: 1.5'),
     (dict(guidance=-1), 'guidance: -1'), (dict(guidance=float('nan')), 'guidance: nan'), (dict(size=33), 'width: 33 is not a multiple of 4'), (dict(size=10**6), 'width: '), (dict(size=(32, 0)), 'height: 0'),
-    (dict(scheduler='magic'), 'scheduler: '), (dict(prompt=[]), 'prompt: the list is empty'), (dict(prompt=' '), 'prompt: is empty'), (dict(prompt=None), 'prompt: '), (dict(prompt='rose '*10**5), 'prompt: has 500,000 characters'),
+    (dict(scheduler='magic'), 'scheduler: '), (dict(scheduler='lcm', steps=60), 'scheduler: lcm does not do 60 steps'), (dict(interval=(0, 2)), 'interval: 2'), (dict(interval='all'), 'interval: all is not two shares'), (dict(prompt=[]), 'prompt: the list is empty'), (dict(prompt=' '), 'prompt: is empty'), (dict(prompt=None), 'prompt: '), (dict(prompt='rose '*10**5), 'prompt: has 500,000 characters'),
     (dict(prompt='\x89PNG\x00\x1a'), 'prompt: holds bytes'), (dict(prompt=b'rose'), 'prompt: ')])
 def test_bad_wishes_get_one_line(generator, wish, line):
     with pytest.raises(UserError) as e: generator(**dict(prompt='a rose') | wish)
