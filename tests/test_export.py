@@ -1,11 +1,12 @@
 "Exports: the ONNX folder is the same model, opens where Optimum's do, and TensorRT says what it can and cannot."
-import json, os, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from tiny import tiny_model
 from test_generate import same, with_tiny_autoencoder
-from flowerdiff.backends import OnnxBackend, TorchBackend, load_backend, onnx_session
+from flowerdiff import backends
+from flowerdiff.backends import BACKENDS, OnnxBackend, OpenVinoBackend, TorchBackend, load_backend, onnx_session, open_backend
 from flowerdiff.sampler import Generator
 from flowerdiff.stages import onnx as export, tensorrt
 from flowerdiff.workspace import UserError, open_workspace, read_json, write_json
@@ -32,23 +33,55 @@ def test_the_folder_is_optimums(ws):
     assert list(ins('text_encoder')) == ['input_ids'] and outs('text_encoder') == ['last_hidden_state', 'pooler_output']
     assert list(ins('vae_decoder')) == ['latent_sample'] and outs('vae_decoder') == ['sample'] and outs('vae_encoder') == ['latent_parameters']
 
+@pytest.mark.parametrize('name', ['onnx', 'openvino'])
 @pytest.mark.parametrize('n, size', [(1, None), (3, None), (2, 48)])
-def test_any_batch_and_size_draws_the_same(ws, n, size):
-    both = [Generator.from_pretrained(ws.root, backend=b)('a red rose', n=n, size=size, steps=4, negative='blue') for b in ('torch', 'onnx')]
-    assert same(*both)
+def test_any_batch_and_size_draws_the_same(ws, n, size, name):
+    both = [Generator.from_pretrained(ws.root, backend=b)(['a red rose', 'the sky'], n=n, size=size, steps=4, negative='blue') for b in ('torch', name)]
+    assert same(*both) and not same(both[1][:n], both[1][n:])
+
+def test_openvino_multiplies_the_text_once_and_keeps_few_shapes(ws):
+    g = Generator.from_pretrained(ws.root, backend='openvino'); b, asked = g.backend, []
+    products = b.products; b.products = lambda feed: asked.append(len(feed['encoder_hidden_states'])) or products(feed)
+    first = g('a red rose', steps=5)
+    assert asked == [2] and len(products({'encoder_hidden_states': np.zeros((1, 16, 32), np.float32)})) == 2*sum('attn2.to_k' in k for k, _ in TorchBackend(ws.model, 'cpu').unet.named_parameters())
+    for size in (16, 24, 40, 48): g('a red rose', steps=1, size=size)
+    assert len(b.unet.made) == 3 and same(first, g('a red rose', steps=5))
+
+def test_openvino_in_threads(ws):
+    g = Generator.from_pretrained(ws.root, backend='openvino')
+    alone, seen = [g('a red rose', seed=i, steps=4) for i in range(3)], {}
+    def visit(i): seen[i] = g('a red rose', seed=i, steps=4)
+    threads = [threading.Thread(target=visit, args=(i,)) for i in range(3)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert all(same(alone[i], seen[i]) for i in range(3)) and not same(alone[0], alone[1])
+
+@pytest.mark.parametrize('name, least', [('onnx-fp16', 45), ('onnx-int8', 30), ('openvino-bf16', 30)])
+def test_what_saves_bits_draws_nearly_the_same(ws, name, least):
+    if reason := backends.why_not(name): pytest.skip(reason)
+    full, small = (Generator(open_backend(k, ws.onnx))(['a red rose', 'the sky'], steps=4) for k in ('onnx', name))
+    d = export.picture_difference(full, small)
+    assert least < d['psnr'] < 100, d
 
 def test_an_autoencoder_tiny_is_exported_too(tmp_path):
     ws = make(tmp_path/'ws', 'tiny')
     assert [o.name for o in onnx_session(ws.onnx/'vae_encoder'/'model.onnx').get_outputs()] == ['latent_sample']
     assert same(*[Generator.from_pretrained(ws.root, backend=b)('a red rose', n=2, steps=4) for b in ('torch', 'onnx')])
 
-def test_parity_is_written_and_auto_takes_the_faster(copy):
-    parity = read_json(copy.onnx/'parity.json')
-    assert parity['passed'] and parity['picture']['within_1'] >= .999 and all(p['difference'] < 1e-3 for p in parity['parts'].values()) and min(parity['milliseconds'].values()) > 0
-    for faster in ('torch', 'onnx'):
-        write_json(copy.onnx/'parity.json', parity | dict(milliseconds={'torch': 2., 'onnx': 2., faster: 1.}))
-        assert load_backend(copy.root).name == faster
-    assert load_backend(copy.onnx).name == 'onnx' and load_backend(copy.root, 'onnx').name == 'onnx' and load_backend(copy.root, 'torch').name == 'torch'
+def test_parity_is_written_and_auto_takes_the_fastest_that_is_good(copy, monkeypatch):
+    parity = read_json(copy.onnx/'parity.json'); b = parity['backends']
+    assert parity['passed'] and all(p['difference'] < 1e-3 for p in parity['parts'].values()) and set(b) == {k for k in BACKENDS if not backends.why_not(k)}
+    assert all(b[k]['keeps'] and b[k]['within_1'] >= .999 for k in ('torch', 'onnx', 'openvino')) and min(v['milliseconds'] for v in b.values()) > 0
+    assert all(p['fp16'] < p['bytes'] for p in parity['parts'].values())
+    def auto(where=copy.root, bad=(), **ms):
+        write_json(copy.onnx/'parity.json', parity | dict(backends={k: v | dict(milliseconds=ms.get(k, 9.), keeps=k not in bad) for k, v in b.items()}))
+        return load_backend(where).name
+    assert [auto(**{k: 1.}) for k in ('torch', 'onnx', 'openvino')] == ['torch', 'onnx', 'openvino']
+    assert auto(openvino=1., onnx=2., bad=('openvino',)) == 'onnx' and auto(copy.onnx, torch=1., onnx=2.) == 'onnx'
+    monkeypatch.setattr(backends, 'why_not_openvino', lambda precision='f32': 'not installed')
+    assert auto(openvino=1., onnx=2.) == 'onnx'
+    with pytest.raises(UserError, match='backend openvino: not installed'): load_backend(copy.root, 'openvino')
+    assert load_backend(copy.root, 'onnx').name == 'onnx' and load_backend(copy.root, 'torch').name == 'torch'
     with pytest.raises(UserError, match='ONNX files only'): load_backend(copy.onnx, 'torch')
 
 def test_an_export_of_other_weights_is_not_used(copy):
@@ -70,17 +103,18 @@ def test_the_stage_fails_and_keeps_the_old_when_it_is_not_the_same(copy, monkeyp
                 part = export.Part(Shifted(), part.inputs, part.outputs, part.axes)
             return right(part, folder, opset)
         monkeypatch.setattr(export, 'export_part', wrong)
-    else: monkeypatch.setattr(export.OnnxBackend, 'decode', lambda self, z, f=OnnxBackend.decode: f(self, z) + .1)
+    else: monkeypatch.setattr(OnnxBackend, 'decode', lambda self, z, f=OnnxBackend.decode: f(self, z) + .1)
     with pytest.raises(UserError, match='vae_encoder differs by' if what == 'wrong part' else 'the picture has'): export.run(str(copy.root))
     assert before == {p: p.read_bytes() for p in copy.onnx.rglob('*') if p.is_file()}
     assert not [p for p in copy.root.iterdir() if 'tmp' in p.name]
 
+@pytest.mark.parametrize('kind', [OnnxBackend, OpenVinoBackend])
 @pytest.mark.parametrize('part', ['unet', 'text_encoder', 'vae_decoder'])
-def test_a_broken_export_gets_one_line(copy, part):
+def test_a_broken_export_gets_one_line(copy, part, kind):
     path = copy.onnx/part/'model.onnx'
     for bad in (b'', path.read_bytes()[:2000], None):
         path.unlink() if bad is None else path.write_bytes(bad)
-        with pytest.raises(UserError) as e: OnnxBackend(copy.onnx)
+        with pytest.raises(UserError) as e: kind(copy.onnx)
         assert '\n' not in str(e.value) and str(path.parent) in str(e.value)
 
 def test_big_weights_travel_in_one_file(ws, tmp_path):

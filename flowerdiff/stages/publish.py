@@ -201,7 +201,7 @@ def assemble(
     "Fill `folder` with the model, its ONNX files when they are of these very weights, samples and the card."
     from flowerdiff.backends import onnx_beside
     if not (ws.model/'model_index.json').exists(): raise UserError(f'{ws.model}: no model yet; flowerdiff run {ws.root} trains one')
-    onnx = onnx_beside(ws.model, faster=False)
+    onnx = onnx_beside(ws.model)
     for source, target, files in ((ws.model, folder, model_files(ws.model)), *([(onnx, folder/'onnx', list_files(onnx))] if onnx else [])):
         for f in files:
             to = target/f.relative_to(source); to.parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(f, to)
