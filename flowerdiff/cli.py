@@ -24,37 +24,32 @@ class Parser(argparse.ArgumentParser):
     "Tells a mistake in one line."
     def error(self, message): self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
 
-# %% ../nbs/core/80_cli.ipynb #99e6fde0
 def _whole(least): # a whole number that is at least so much
     def whole(text):
         if not re.fullmatch(r'\d+', text) or int(text) < least: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least {least}')
         return int(text)
     return whole
 
-def parser() -> Parser:
-    "All commands and their options."
-    p = Parser('flowerdiff', description='From a folder of pictures to a text-to-image model of your own.', epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--version', action='store_true', help='print the version')
-    sub = p.add_subparsers(dest='command', metavar='COMMAND', parser_class=Parser)
-    def command(f, help, workspace=True):
-        c = sub.add_parser(f.__name__.strip('_'), help=help, description=(f.__doc__ or help)); c.set_defaults(function=f)
-        if workspace: c.add_argument('workspace', nargs='?', metavar='WORKSPACE', help="the folder (default: this one if it is a workspace, else the profile's name)")
-        return c
-    def settings(c):
-        c.add_argument('--profile', help='where the settings of a new workspace come from: garden (default), folder, or a .yaml file')
-        c.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='change a setting, such as train.epochs=3; may be repeated')
-    c = command(_run, 'run what has to run, from pictures to a published model'); settings(c)
+# %% ../nbs/core/80_cli.ipynb #49465463
+def _settings(c):
+    c.add_argument('--profile', help='where the settings of a new workspace come from: garden (default), folder, or a .yaml file')
+    c.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='change a setting, such as train.epochs=3; may be repeated')
+
+def _run_options(c):
+    _settings(c)
     c.add_argument('--pictures', metavar='DIR', help='a folder of pictures')
     c.add_argument('--from', dest='from_stage', metavar='STAGE', help='leave the stages before this one alone')
     c.add_argument('--only', metavar='STAGE', help='just this stage')
     c.add_argument('--force', action='store_true', help='run the chosen stages although they are fresh')
-    command(_status, 'which stages are fresh, stale, never run, skipped and why')
-    c = command(_compare, 'what two runs did differently, and which is better', workspace=False)
-    c.add_argument('first', metavar='WORKSPACE'); c.add_argument('second', metavar='WORKSPACE')
-    c = command(_sweep, 'run a grid of settings, such as --set train.lr=1e-4,2e-4'); settings(c)
+
+def _sweep_options(c):
+    _settings(c)
     c.add_argument('--limit', type=_whole(1), default=64, metavar='N', help='runs at most (64)')
-    command(_rollback, 'make the champion before the present one the champion again')
-    c = command(_generate, 'draw pictures from words', workspace=False)
+
+# %% ../nbs/core/80_cli.ipynb #beed6f21
+def _compare_options(c): c.add_argument('first', metavar='WORKSPACE'); c.add_argument('second', metavar='WORKSPACE')
+
+def _generate_options(c):
     c.add_argument('prompt', help='what to draw')
     c.add_argument('-w', '--workspace', help='whose model (default: this folder if it is a workspace, else garden)')
     c.add_argument('-m', '--model', help='or a folder with a Diffusers model')
@@ -65,9 +60,27 @@ def parser() -> Parser:
     c.add_argument('--negative', default='', help='what not to draw')
     c.add_argument('--backend', default='auto', help='auto, torch, onnx')
     c.add_argument('-o', '--output', help='file to write (default: from the prompt); several are numbered')
-    c = command(_studio, 'a page in the browser to play with the model')
-    c.add_argument('--port', type=_whole(1), default=8866, help='(8866)')
-    c = command(_init, 'make a workspace with its params.yaml, run nothing'); settings(c)
+
+def _studio_options(c): c.add_argument('--port', type=_whole(1), default=8866, help='(8866)')
+
+# %% ../nbs/core/80_cli.ipynb #99e6fde0
+def parser() -> Parser:
+    "All commands and their options."
+    p = Parser('flowerdiff', description='From a folder of pictures to a text-to-image model of your own.', epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--version', action='store_true', help='print the version')
+    sub = p.add_subparsers(dest='command', metavar='COMMAND', parser_class=Parser)
+    def command(f, help, options=None, workspace=True):
+        c = sub.add_parser(f.__name__.strip('_'), help=help, description=(f.__doc__ or help)); c.set_defaults(function=f)
+        if workspace: c.add_argument('workspace', nargs='?', metavar='WORKSPACE', help="the folder (default: this one if it is a workspace, else the profile's name)")
+        if options: options(c)
+    command(_run, 'run what has to run, from pictures to a published model', _run_options)
+    command(_status, 'which stages are fresh, stale, never run, skipped and why')
+    command(_compare, 'what two runs did differently, and which is better', _compare_options, workspace=False)
+    command(_sweep, 'run a grid of settings, such as --set train.lr=1e-4,2e-4', _sweep_options)
+    command(_rollback, 'make the champion before the present one the champion again')
+    command(_generate, 'draw pictures from words', _generate_options, workspace=False)
+    command(_studio, 'a page in the browser to play with the model', _studio_options)
+    command(_init, 'make a workspace with its params.yaml, run nothing', _settings)
     command(_doctor, 'what this machine can run, and what would enable the rest', workspace=False)
     return p
 
@@ -125,6 +138,7 @@ def _status(a) -> int:
         print(f"{s['stage']:<10}{s['state']:<11}{took:<13}{s['why'] if s['state'] in ('stale', 'skipped') else s['summary']}".rstrip())
     return 0
 
+# %% ../nbs/core/80_cli.ipynb #440ccb7e
 def _doctor(a) -> int:
     "What this machine is, what it can run, and the one thing that would enable each stage that it cannot."
     from flowerdiff.machine import doctor
@@ -135,6 +149,7 @@ def _compare(a) -> int:
     from flowerdiff.compare import told
     print(told(a.first, a.second)); return 0
 
+# %% ../nbs/core/80_cli.ipynb #2a70e035
 def _rollback(a) -> int:
     "Make the champion before the present one the champion again; once more, and it is undone."
     from flowerdiff.stages.promote import roll_back

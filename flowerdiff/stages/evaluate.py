@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRID', 'GUIDANCES', 'grid_prompts', 'read_pictures', 'reconstruct', 'psnr', 'crowd_numbers', 'attribute_numbers',
-           'guidance_strip', 'parameters_line', 'provenance', 'Result', 'plain', 'summarise', 'measure', 'run']
+           'real_strip', 'nearest_strip', 'guidance_strip', 'parameters_line', 'provenance', 'Result', 'plain',
+           'summarise', 'measure', 'run']
 
 # %% ../../nbs/stages/07_evaluate.ipynb #3ef5694a
 import platform, time
@@ -93,6 +94,27 @@ def attribute_numbers(
     if new: out['never seen together'] = adherence([asks[i].wanted for i in new], [seen[i] for i in new])['all']
     return dict(adherence=out, seen=seen, confusion={k: confusion([a.wanted[k] for a in asks], [s[k] for s in seen]) for k in ('species', 'color', 'background')})
 
+# %% ../../nbs/stages/07_evaluate.ipynb #e5f0df4d
+def real_strip(
+    real: list,    # test pictures
+    rebuilt: list, # the same through the autoencoder
+    drawn: list,   # pictures drawn from their captions
+) -> dict:         # a strip of `flowerdiff.report.render`
+    "Pictures that training never saw, beside what comes nearest to them."
+    return dict(title='Real and drawn', note='Pictures that training never saw, what the autoencoder alone keeps of them, and what the model draws from their captions. They should be alike in kind, not in detail.', columns=len(real),
+        rows=[dict(label='real', pictures=real), dict(label='through the autoencoder', pictures=rebuilt), dict(label='drawn from the caption', pictures=drawn)])
+
+# %% ../../nbs/stages/07_evaluate.ipynb #54debefb
+def nearest_strip(
+    pairs: list,  # (drawn picture, training picture, distance) from `crowd_numbers`
+    drawn: list,
+    folder: Path, # the training split
+) -> dict:        # a strip of `flowerdiff.report.render`
+    "The drawn pictures that are nearest to training pictures, and those."
+    rows = read_jsonl(folder/'metadata.jsonl')
+    return dict(title='Nearest training pictures', note='The drawn pictures that come nearest to a training picture by the CLIP, and below each that training picture. The same flower is expected, the same picture would be a copy.', columns=len(pairs),
+        rows=[dict(label='drawn', pictures=[drawn[i] for i, _, _ in pairs]), dict(label='nearest in training', pictures=read_pictures(folder, 0, [rows[j]['file_name'] for _, j, _ in pairs]))])
+
 # %% ../../nbs/stages/07_evaluate.ipynb #e9a75095
 GUIDANCES = (1, 2, 3, 5, 8)
 
@@ -180,17 +202,14 @@ def run(ws: Workspace) -> Result:
     numbers, skipped = measure(ws, asks, drawn, backend)
     train = read_json(ws.root/'train.json') if (ws.root/'train.json').is_file() else {}
     k = min(8, len(asks)); real = read_pictures(ws.pictures/'test', 0, [a.file for a in asks[:k]])
-    strips = [dict(title='Real and drawn', note='Pictures that training never saw, what the autoencoder alone keeps of them, and what the model draws from their captions. They should be alike in kind, not in detail.', columns=k,
-        rows=[dict(label='real', pictures=real), dict(label='through the autoencoder', pictures=reconstruct(backend, real)), dict(label='drawn from the caption', pictures=drawn[:k])]), guidance_strip(generator, prompts[:2], s.evaluate.steps, s.seed)]
-    if 'nearest' in numbers:
-        rows = read_jsonl(ws.pictures/'train'/'metadata.jsonl'); pairs = numbers['nearest']
-        strips.append(dict(title='Nearest training pictures', note='The drawn pictures that come nearest to a training picture by the CLIP, and below each that training picture. The same flower is expected, the same picture would be a copy.', columns=len(pairs),
-            rows=[dict(label='drawn', pictures=[drawn[i] for i, _, _ in pairs]), dict(label='nearest in training', pictures=read_pictures(ws.pictures/'train', 0, [rows[j]['file_name'] for _, j, _ in pairs]))]))
+    rebuilt = reconstruct(backend, real)
+    strips = [real_strip(real, rebuilt, drawn[:k]), guidance_strip(generator, prompts[:2], s.evaluate.steps, s.seed)]
+    if 'nearest' in numbers: strips.append(nearest_strip(numbers['nearest'], drawn, ws.pictures/'train'))
     seconds = time.time()-start
     page = render(f'What {ws.root.name} learned to draw', f"{parameters_line(ws)} trained from pictures and their captions; evaluated on {time.strftime('%-d %B %Y')}.", [dict(prompt=p, pictures=grid[4*i:4*i+4]) for i, p in enumerate(prompts)],
         headlines(numbers), adherence_section(numbers, asks, drawn) if 'adherence' in numbers else None, strips, curves(train), 'The training loss over what was learned, and the loss on held-out pictures with averaged weights, always the same noise.',
         provenance(ws, train, asks, seconds) | ({'Left out': skipped} if skipped else {}), [dict(name='metrics.json', href='metrics.json'), dict(name='grid.png', href='grid.png')])
-    metrics = plain({k: v for k, v in numbers.items() if k not in ('seen', 'confusion', 'nearest')}) | dict(psnr=psnr(real, strips[0]['rows'][1]['pictures']), prompts=len(asks), model=weights_fingerprint(ws.model), seconds=round(seconds, 1), skipped=skipped, **how)
+    metrics = plain({k: v for k, v in numbers.items() if k not in ('seen', 'confusion', 'nearest')}) | dict(psnr=psnr(real, rebuilt), prompts=len(asks), model=weights_fingerprint(ws.model), seconds=round(seconds, 1), skipped=skipped, **how)
     sheet = montage([grid[4*i] for i in range(len(prompts))], min(4, len(prompts)), 192)
     with atomic_dir(ws.report) as folder:
         (folder/'index.html').write_text(page, encoding='utf-8'); write_json(folder/'metrics.json', metrics); sheet.save(folder/'grid.png')
