@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['INSIDE', 'GOOD', 'PROMPTS', 'Part', 'Traced', 'encode_part', 'parts_of', 'save_whole', 'keep_whole', 'export_part',
            'fresh_inputs', 'to_half', 'to_int8', 'part_difference', 'picture_difference', 'same_picture',
-           'check_parity', 'race', 'compare_backends', 'Result', 'best', 'describe_parity', 'copy_configs', 'run']
+           'check_parity', 'compare_backends', 'Result', 'best', 'describe_parity', 'copy_configs', 'run']
 
 # %% ../../nbs/stages/08_onnx.ipynb #a3dc1296
-import shutil, time, warnings
+import shutil, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..backends import BACKENDS, EXACT, TorchBackend, onnx_session, open_backend, weights_fingerprint, why_not
+from ..bench import race
 from ..sampler import Generator, montage
 from ..workspace import UserError, Workspace, atomic_dir, stage, write_json
 
@@ -175,20 +176,6 @@ def check_parity(
     if bad: raise UserError(f"onnx: the export does not draw what PyTorch draws: {'; '.join(bad)}; try another onnx.opset")
 
 # %% ../../nbs/stages/08_onnx.ipynb #3dc8c8c5
-def race(
-    generators: dict, # name -> Generator
-    prompt: str,
-    steps: int = 20,
-    rounds: int = 3,
-) -> dict:            # name -> milliseconds of one picture, the best round
-    "Time one picture in turns."
-    best = dict.fromkeys(generators, float('inf'))
-    for r in range(rounds + 1):
-        for name, g in generators.items():
-            t = time.perf_counter(); g(prompt, steps=steps, seed=r)
-            if r: best[name] = min(best[name], 1000*(time.perf_counter()-t))
-    return {k: round(v, 1) for k, v in best.items()}
-
 def compare_backends(
     torch_backend: TorchBackend,
     folder: Path,   # of the export
@@ -198,10 +185,10 @@ def compare_backends(
     "What every backend of this machine draws, and how fast."
     generators = {'torch': Generator(torch_backend)} | {name: Generator(open_backend(name, folder)) for name in BACKENDS if name != 'torch' and not why_not(name)}
     drawn = {k: g(prompts, **how) for k, g in generators.items()}
-    ms, out = race(generators, prompts[0], how['steps']), {}
+    ms, out = race({k: lambda g=g: g(prompts[0], **how) for k, g in generators.items()}), {}
     for k, pictures in drawn.items():
         d = picture_difference(drawn['torch'], pictures)
-        out[k] = dict(milliseconds=ms[k], **d, keeps=same_picture(d) if k in EXACT else d['psnr'] >= GOOD)
+        out[k] = dict(milliseconds=round(ms[k], 1), **d, keeps=same_picture(d) if k in EXACT else d['psnr'] >= GOOD)
     return out, drawn
 
 # %% ../../nbs/stages/08_onnx.ipynb #9e20d42d
