@@ -58,8 +58,16 @@ def _generate_options(c):
     c.add_argument('--steps', type=_whole(1), help='sampling steps (20; of a distilled model, its own)')
     c.add_argument('--guidance', type=float, help='how strongly the words pull (4; of a distilled model, 1)')
     c.add_argument('--negative', default='', help='what not to draw')
-    c.add_argument('--backend', default='auto', help='auto, torch, onnx')
+    c.add_argument('--backend', default='auto', help='auto, torch, onnx, onnx-fp16, onnx-int8, openvino, openvino-bf16')
     c.add_argument('-o', '--output', help='file to write (default: from the prompt); several are numbered')
+
+def _steps(text): # whole numbers at commas
+    return sorted({_whole(1)(t.strip()) for t in text.split(',')})
+
+def _bench_options(c):
+    c.add_argument('--steps', type=_steps, default=[4, 10, 20], metavar='N,N,...', help='steps of a picture (4,10,20)')
+    c.add_argument('--rounds', type=_whole(1), default=5, metavar='N', help='the fastest of so many counts (5)')
+    c.add_argument('--backend', action='append', metavar='NAME', help='only this one; may be repeated')
 
 def _studio_options(c): c.add_argument('--port', type=_whole(1), default=8866, help='(8866)')
 
@@ -79,6 +87,7 @@ def parser() -> Parser:
     command(_sweep, 'run a grid of settings, such as --set train.lr=1e-4,2e-4', _sweep_options)
     command(_rollback, 'make the champion before the present one the champion again')
     command(_generate, 'draw pictures from words', _generate_options, workspace=False)
+    command(_bench, 'how fast the model draws here, with each backend', _bench_options)
     command(_studio, 'a page in the browser to play with the model', _studio_options)
     command(_init, 'make a workspace with its params.yaml, run nothing', _settings)
     command(_doctor, 'what this machine can run, and what would enable the rest', workspace=False)
@@ -179,6 +188,12 @@ def _generate(a) -> int:
         with disk_errors(): p.save(path)
         print(path)
     return 0
+
+def _bench(a) -> int:
+    "Measure a picture's milliseconds and memory with each backend that runs here; a table, and bench/ in the workspace."
+    from flowerdiff.bench import bench_to
+    workspace = Path(_here(a.workspace, 'garden'))
+    print(bench_to(workspace, workspace/'bench', steps=a.steps, rounds=a.rounds, names=a.backend)); return 0
 
 def _studio(a) -> int:
     "Serve a page where the model can be played with; Ctrl-C ends it."
