@@ -8,7 +8,7 @@ __all__ = ['Marks', 'mark', 'kid_gain', 'Grade', 'grade', 'exam']
 # %% ../nbs/core/56_exam.ipynb #1d5f2dee
 from dataclasses import dataclass, field
 import numpy as np
-from .metrics import ClipFeatures, Estimate, bootstrap, clip_scores, cubic, directions, mmd2
+from .metrics import ClipFeatures, Estimate, bootstrap, by_halves, clip_scores, cubic, directions, mmd2
 from .questions import draw_all, questions
 from .workspace import Workspace, read_jsonl
 
@@ -43,12 +43,9 @@ def kid_gain(
     subsets: int = 100,
 ) -> Estimate:
     "How much further from real pictures the student's are than the teacher's, by KID; the interval by halves, as in `kid`."
-    within, yy, rng = [(cubic(x, x), cubic(x, real)) for x in (student, teacher)], cubic(real, real), np.random.default_rng(0)
+    within, yy = [(cubic(x, x), cubic(x, real)) for x in (student, teacher)], cubic(real, real)
     def gain(i, j): return float(np.subtract(*[mmd2(xx[np.ix_(i, i)], yy[np.ix_(j, j)], xy[np.ix_(i, j)]) for xx, xy in within]))
-    n, m = len(student), len(real)
-    halves = [gain(rng.choice(n, n//2, replace=False), rng.choice(m, m//2, replace=False)) for _ in range(subsets)]
-    value, spread = gain(np.arange(n), np.arange(m)), 1.96*np.std(halves)
-    return Estimate(value, value - spread, value + spread, n)
+    return by_halves(gain, len(student), len(real), subsets)
 
 # %% ../nbs/core/56_exam.ipynb #10fed024
 @dataclass

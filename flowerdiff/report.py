@@ -100,6 +100,7 @@ def headlines(numbers: dict) -> list:
         c, k = numbers['clip_score'], numbers['kid']
         out.append(dict(name='CLIP score', value=f"{c['drawn'].value:.1f}", note=f"real pictures {c['real'].value:.1f}, with wrong captions {c['shuffled'].value:.1f}"))
         out.append(dict(name='KID × 1000', value=f"{1000*k['drawn'].value:.1f}", note=f"{interval(k['drawn'], 1000)}; the autoencoder alone {1000*k['autoencoder'].value:.1f}; 0 is perfect"))
+        out.append(dict(name='Precision, recall', value=f"{percent(numbers['precision']['drawn'])}, {percent(numbers['recall']['drawn'])}", note=f"of the drawn that look like real ones, of the real that could be drawn; the autoencoder alone {percent(numbers['precision']['autoencoder'])}, {percent(numbers['recall']['autoencoder'])}"))
         out.append(dict(name='Near copies', value=percent(numbers['copies']), note='drawn pictures nearer to a training picture than 99 % of test pictures are; 1 % is innocent'))
     return out
 

@@ -83,7 +83,7 @@ def card_data(
     "The header of the card, as `huggingface_hub.ModelCardData`."
     from huggingface_hub import EvalResult, ModelCardData
     data = 'flowerdiff garden (drawn flowers)' if ws.settings.prepare.source == 'garden' else Path(ws.settings.prepare.source).name
-    kind = lambda k: 'accuracy' if k.startswith('adherence') else 'kid' if k.startswith('kid') else k.replace(' ', '_')
+    kind = lambda k: 'accuracy' if k.startswith('adherence') else k.removesuffix(' drawn').replace(' ', '_')
     results = {k: v for k, v in results.items() if not k.endswith((' real', ' autoencoder'))} # those are what the model's own numbers are read against
     return ModelCardData(
         model_name=name, license=ws.settings.publish.license, language='en', library_name='diffusers', pipeline_tag='text-to-image', tags=['text-to-image', 'diffusers', 'stable-diffusion', 'latent-diffusion', 'flowerdiff'],
