@@ -9,7 +9,8 @@ __all__ = ['race', 'network_parts', 'overhead', 'peak_so_far', 'peak_memory', 'b
 import resource, subprocess, sys, time
 from pathlib import Path
 import torch
-from .backends import BACKENDS, find_model, onnx_beside, open_backend, why_not
+from .backends import BACKENDS, onnx_beside, open_backend, why_not
+from .models import find_model
 from .sampler import Generator
 from .workspace import UserError, write_json
 

@@ -181,7 +181,7 @@ class ClipFeatures:
         folder: str | Path, # with the model's, and the tokenizer's, files
     ):
         from transformers import AutoTokenizer, CLIPModel
-        from flowerdiff.backends import load_part, readable
+        from flowerdiff.models import load_part, readable
         self.model = load_part(CLIPModel, Path(folder))
         with readable(Path(folder)): self.tokenizer = AutoTokenizer.from_pretrained(folder)
         how = read_json(Path(folder)/'preprocessor_config.json') if (Path(folder)/'preprocessor_config.json').is_file() else {}

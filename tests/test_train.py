@@ -315,7 +315,7 @@ def another(ws, factor=None, run_id='another', unet=True, **fields):
     t = trained(ws); t['run_id'] = run_id; t |= fields
     if factor: t['validation']['by_picture'] = [factor*x*(1 + .001*(i % 3)) for i, x in enumerate(t['validation']['by_picture'])]
     (ws.root/'train.json').write_text(json.dumps(t))
-    if unet: c = ws.candidate/'unet'/'config.json'; c.write_text(c.read_text() + ' ')
+    if unet: c = ws.candidate/'unet'/'config.json'; c.write_text(json.dumps(json.loads(c.read_text()) | dict(another=json.loads(c.read_text()).get('another', 0) + 1)))
 
 def promote(ws):
     from flowerdiff.stages.promote import run

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..backends import TorchBackend, student_steps, weights_fingerprint
+from ..backends import TorchBackend
 from ..metrics import ClipFeatures, Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, directions, fid, inception_score, kid, nearest, shuffled, within
+from ..models import student_steps, weights_fingerprint
 from ..questions import draw_all, questions
 from ..report import adherence_section, curves, headlines, percent, render
 from ..sampler import Generator, montage, to_pil

@@ -15,8 +15,9 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..backends import BACKENDS, EXACT, TorchBackend, onnx_session, open_backend, weights_fingerprint, why_not
+from ..backends import BACKENDS, EXACT, TorchBackend, onnx_session, open_backend, why_not
 from ..bench import race
+from ..models import weights_fingerprint
 from ..sampler import Generator, montage
 from ..workspace import UserError, Workspace, atomic_dir, stage, write_json
 

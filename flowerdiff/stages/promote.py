@@ -11,7 +11,8 @@ import shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..backends import TorchBackend, student_steps
+from ..backends import TorchBackend
+from ..models import student_steps
 from ..batches import chance, load_split
 from ..components import component_fingerprint
 from ..exam import Grade, exam
