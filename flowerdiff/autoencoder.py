@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from .components import fast_bf16
+from .components import fast_bf16, save_part
 
 # %% ../nbs/core/24_autoencoder.ipynb #18581398
 def small_autoencoder(
@@ -96,7 +96,7 @@ def save_autoencoder(
     out = Path(out)
     fresh, old = out.with_name(out.name + '.fresh'), out.with_name(out.name + '.old')
     for d in (fresh, old): shutil.rmtree(d, ignore_errors=True)
-    model.save_pretrained(fresh)
+    save_part(model, fresh)
     config = json.loads((fresh/'config.json').read_text())
     config.pop('block_out_channels', None)  # derived: read back, it would only cause a warning
     (fresh/'config.json').write_text(json.dumps(config, indent=2))
