@@ -18,13 +18,15 @@ from .workspace import UserError, write_json
 def race(
     drawers: dict, # name -> () -> None, or anything that can be called
     rounds: int = 3,
-) -> dict:         # name -> milliseconds of a call, the best round; a first one warms up and does not count
+    row: int = 2,  # calls in a turn
+) -> dict:         # name -> milliseconds of a call, the fastest; a first round warms up and does not count
     "Time calls in turns."
     best = dict.fromkeys(drawers, float('inf'))
     for r in range(rounds + 1):
         for name, f in drawers.items():
-            t = time.perf_counter(); f()
-            if r: best[name] = min(best[name], 1000*(time.perf_counter() - t))
+            for _ in range(row):
+                t = time.perf_counter(); f()
+                if r: best[name] = min(best[name], 1000*(time.perf_counter() - t))
     return best
 
 # %% ../nbs/core/45_bench.ipynb #d13c3bad
@@ -88,7 +90,7 @@ def bench(
     for n in steps:
         for name, ms in race({k: lambda g=g: g(prompt, steps=n, guidance=4.) for k, g in opened.items()}, rounds).items(): out[name]['milliseconds'][n] = round(ms, 2)
     parts = {name: network_parts(g.backend) for name, g in opened.items()}
-    alone = race({(name, part): f for name, p in parts.items() for part, f in p.items()}, 3*rounds)
+    alone = race({(name, part): f for name, p in parts.items() for part, f in p.items()}, rounds, row=8)
     for name in opened:
         own = {part: alone[name, part] for part in ('unet', 'decode')}; n = max(steps)
         out[name] |= {k: round(v, 2) for k, v in own.items()} | dict(overhead=round(overhead(out[name]['milliseconds'][n], n, own), 4), memory_mb=round(peak_memory(name, folders[name], min(steps))))
