@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'SEVERAL', 'learning_rate', 'MuonAdamW', 'adamw8bit', 'make_optimizer', 'optimizer_tensors',
-           'load_optimizer', 'choose_precision', 'Engine', 'need_compiler']
+           'load_optimizer', 'choose_precision', 'Engine', 'compile_how']
 
 # %% ../nbs/core/36_engine.ipynb #5288ec84
 import math, os, shutil
@@ -161,15 +161,22 @@ def part(self:Engine,
     return nullcontext() if last else self.accelerator.no_sync(self.model)
 
 # %% ../nbs/core/36_engine.ipynb #a24d00df
-def need_compiler():
-    "Raises `UserError` where there is no C++ compiler, which TorchInductor needs."
+def compile_how(
+    device: torch.device,
+    graphs: bool, # replay CUDA graphs?
+) -> dict:        # keywords of torch.compile
+    "Raises `UserError` where there is no C++ compiler, which TorchInductor needs, or no GPU for graphs."
     compiler = os.environ.get('CXX', 'g++')
     if not shutil.which(compiler): raise UserError(f'train.compile: needs a C++ compiler and there is no {compiler}; install one, or set train.compile: false')
+    if graphs and device.type != 'cuda': raise UserError('train.cuda_graphs: they are for an NVIDIA GPU and there is none; set it to false')
+    return dict(dynamic=False, mode='reduce-overhead' if graphs else None)
 
 @patch
-def compile(self:Engine):
+def compile(self:Engine,
+    graphs: bool = False, # replay CUDA graphs?
+):
     "Have the model compiled at its first call."
-    need_compiler(); self.model = torch.compile(self.model)
+    self.model = torch.compile(self.model, **compile_how(self.device, graphs))
 
 # %% ../nbs/core/36_engine.ipynb #f3c575f1
 @patch

@@ -134,6 +134,7 @@ class Train(Section):
     num_processes: Count = 1      # processes on this machine
     gradient_checkpointing: bool = False # forget activations and make them again: less memory, a third slower
     compile: bool = False         # let torch.compile fuse the network's operations
+    cuda_graphs: bool = False     # and replay them as CUDA graphs, on a GPU
 
     # what is written down, and when
     checkpoint_minutes: Rate = 2. # between checkpoints

@@ -44,7 +44,7 @@ class Trainer:
         torch.manual_seed(seed); net = make_unet()
         if train.gradient_checkpointing: net.enable_gradient_checkpointing()
         self.engine.prepare(net.train(), make_optimizer(net, train.lr, train.weight_decay, train.beta2, train.optimizer))
-        if train.compile: self.engine.compile()
+        if train.compile or train.cuda_graphs: self.engine.compile(train.cuda_graphs)
         self.averages = [EMA(self.engine.followed, decay) for decay in (train.ema_decay, *train.ema_decays)]
         self.ema, self.scheduler = self.averages[0], make_scheduler(train)
         self.objective = objective or Denoising(train, self.scheduler, self.engine.device)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .ema import EMA, ema_state
-from .engine import SEVERAL, SMALLEST, Engine, choose_precision, need_compiler
+from .engine import SEVERAL, SMALLEST, Engine, choose_precision, compile_how
 from .workspace import UserError
 
 # %% ../nbs/core/40_zero.ipynb #4cecae9d
@@ -94,9 +94,9 @@ def part(self:ZeroEngine,
     yield
 
 @patch
-def compile(self:ZeroEngine):
+def compile(self:ZeroEngine, graphs: bool = False): # replay CUDA graphs?
     "Have the model compiled at its first call."
-    need_compiler(); self.zero.compile()
+    self.zero.compile(compile_kwargs=compile_how(self.device, graphs))
 
 # %% ../nbs/core/40_zero.ipynb #6c0dd7f6
 @patch

@@ -26,7 +26,7 @@ from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, disk
 from ..zero import make_engine
 
 # %% ../../nbs/stages/05_train.ipynb #b77210ca
-WAY = {'threads', 'checkpoint_minutes', 'keep_checkpoints', 'gradient_checkpointing', 'accumulate', 'compile', 'samples_every', 'validate_every', 'stream_from', 'num_processes', 'distributed'}
+WAY = {'threads', 'checkpoint_minutes', 'keep_checkpoints', 'gradient_checkpointing', 'accumulate', 'compile', 'cuda_graphs', 'samples_every', 'validate_every', 'stream_from', 'num_processes', 'distributed'}
 
 def data_fingerprint(ws: Workspace) -> str:
     "What a model learns from, as the encode stage recorded it."
