@@ -111,9 +111,8 @@ def table(
 
 def plot(seen: dict, file: Path):
     "Milliseconds over steps, a line for each backend."
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6, 3)); FigureCanvasAgg(fig); ax = fig.subplots()
+    fig = Figure(figsize=(6, 3)); ax = fig.subplots()
     for name, b in sorted(seen['backends'].items(), key=lambda kv: -kv[1]['milliseconds'][max(seen['steps'])]): ax.plot(seen['steps'], [b['milliseconds'][n] for n in seen['steps']], 'o-', label=name)
     ax.set(xlabel='steps', ylabel='milliseconds a picture', xticks=seen['steps'], ylim=(0, None)); ax.legend(fontsize=7); fig.tight_layout(); fig.savefig(file, dpi=110)
 

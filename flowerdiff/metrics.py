@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'Estimate', 'bootstrap', 'share', 'cubic', 'mmd2', 'by_halves', 'mmd', 'kid', 'unit',
-           'gaussian', 'cmmd', 'frechet', 'fid', 'within', 'inception_score', 'clip_scores', 'shuffled', 'directions',
-           'ClipFeatures', 'adherence', 'confusion', 'nearest', 'copies']
+           'gaussian', 'cmmd', 'frechet', 'fid', 'within', 'inception_score', 'psnr', 'clip_scores', 'shuffled',
+           'directions', 'ClipFeatures', 'adherence', 'confusion', 'nearest', 'copies']
 
 # %% ../nbs/core/50_metrics.ipynb #a3d8fa37
 import math
@@ -146,6 +146,14 @@ def inception_score(
     "Exponential of the mean divergence from the average belief, Salimans et al. 2016 (arXiv 1606.03498), eq. 1."
     each = (p*(np.log(p.clip(1e-12)) - np.log(p.mean(0).clip(1e-12)))).sum(1); e = bootstrap(each)
     return Estimate(*np.exp([e.value, e.low, e.high]).tolist(), len(p))
+
+# %% ../nbs/core/50_metrics.ipynb #17b743ec
+def psnr(
+    a: list, # of PIL.Image
+    b: list, # the same, changed
+) -> float:  # decibels
+    "Peak signal-to-noise ratio of pictures, averaged."
+    return float(np.mean([10*np.log10(255**2/max(1e-9, np.square(np.asarray(x, float)-np.asarray(y, float)).mean())) for x, y in zip(a, b)]))
 
 # %% ../nbs/core/50_metrics.ipynb #5aedcbba
 def clip_scores(

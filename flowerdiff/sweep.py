@@ -117,10 +117,9 @@ def table(
 
 def plot(rows: list[dict], file: Path):
     "Validation curves of all points, and the loss over each swept setting."
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     done = [r for r in rows if 'loss' in r]; keys = list(done[0]['settings'])
-    fig = Figure(figsize=(3.4*(1 + len(keys)), 2.8)); FigureCanvasAgg(fig); a, *others = fig.subplots(1, 1 + len(keys), squeeze=False)[0]
+    fig = Figure(figsize=(3.4*(1 + len(keys)), 2.8)); a, *others = fig.subplots(1, 1 + len(keys), squeeze=False)[0]
     for r in done: a.plot(*zip(*r['losses']), '.-', lw=.8, label=', '.join(r['settings'].values()))
     a.set(xlabel='step', ylabel='validation loss')
     if len(done) <= 8: a.legend(fontsize=6)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from ..backends import BACKENDS, EXACT, TorchBackend, onnx_session, open_backend, why_not
 from ..bench import race
+from ..metrics import psnr
 from ..models import weights_fingerprint
 from ..sampler import Generator, montage
 from ..workspace import UserError, Workspace, atomic_dir, stage, write_json
@@ -160,7 +161,7 @@ def picture_difference(
 ) -> dict:   # within_1: share of pixel values; worst: of 255; psnr: decibels, at most 100
     "How far two drawings of the same pictures are apart."
     d = np.abs(np.stack([np.asarray(p, int) for p in a]) - np.stack([np.asarray(p, int) for p in b]))
-    return dict(within_1=float((d <= 1).mean()), worst=int(d.max()), psnr=round(min(100., float(10*np.log10(255**2/max(1e-9, np.square(d).mean())))), 1))
+    return dict(within_1=float((d <= 1).mean()), worst=int(d.max()), psnr=round(min(100., psnr(a, b)), 1))
 
 # %% ../../nbs/stages/08_onnx.ipynb #fe9e2b93
 def same_picture(d: dict) -> bool: return d['within_1'] >= .999 and d['worst'] <= 4 # from `picture_difference`
