@@ -65,10 +65,6 @@ def peak_memory(
     if done.returncode: raise UserError(f'{name}: {(done.stderr.strip().splitlines() or ["it was killed; is there enough memory?"])[-1]}')
     return float(done.stdout.split()[-1])
 
-if __name__ == '__main__' and '__file__' in globals(): # that process
-    Generator(open_backend(sys.argv[1], Path(sys.argv[2])))('a red rose', steps=int(sys.argv[3]))
-    print(peak_so_far())
-
 # %% ../nbs/core/45_bench.ipynb #652a91c0
 def bench(
     where: str | Path,       # a workspace or a model folder
@@ -77,7 +73,7 @@ def bench(
     names=None,              # of `BACKENDS`; None: all that run here
     prompt: str = 'a red rose under a blue sky',
 ) -> dict:                   # size, threads, backends: name -> {milliseconds: {steps: ms}, unet, decode, overhead, memory_mb}, left_out: name -> why
-    "Measure one picture with guidance."
+    "Measure one picture, with guidance unless the model was distilled not to need it."
     model = find_model(where); onnx, left_out = onnx_beside(model), {}
     for name in names or ():
         if name not in BACKENDS: raise UserError(f"backend: '{name}' is not one of {', '.join(BACKENDS)}")
@@ -88,8 +84,8 @@ def bench(
     opened = {name: Generator(open_backend(name, folder)) for name, folder in folders.items()}
     out = {name: dict(milliseconds={}) for name in opened}
     for n in steps:
-        for name, ms in race({k: lambda g=g: g(prompt, steps=n, guidance=4.) for k, g in opened.items()}, rounds).items(): out[name]['milliseconds'][n] = round(ms, 2)
-    parts = {name: network_parts(g.backend) for name, g in opened.items()}
+        for name, ms in race({k: lambda g=g: g(prompt, steps=n) for k, g in opened.items()}, rounds).items(): out[name]['milliseconds'][n] = round(ms, 2)
+    parts = {name: network_parts(g.backend, g.backend.guidance > 1) for name, g in opened.items()}
     alone = race({(name, part): f for name, p in parts.items() for part, f in p.items()}, rounds, row=8)
     for name in opened:
         own = {part: alone[name, part] for part in ('unet', 'decode')}; n = max(steps)
@@ -107,7 +103,7 @@ def table(
     rows += [[name, *(f"{b['milliseconds'][n]:.0f} ms" for n in seen['steps']), f"{b['unet']:.1f} ms", f"{b['decode']:.1f} ms", f"{b['overhead']:.1%}", f"{b['memory_mb']:,.0f} MB"] for name, b in order]
     width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ['  '.join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(r, width))) for r in rows]
-    return '\n'.join([f"one picture of {seen['size']} pixels with guidance, {seen['threads']} threads ({seen['machine']})", *lines, *(f'{k}: {v}' for k, v in seen['left_out'].items())])
+    return '\n'.join([f"one picture of {seen['size']} pixels, {seen['threads']} threads ({seen['machine']})", *lines, *(f'{k}: {v}' for k, v in seen['left_out'].items())])
 
 def plot(seen: dict, file: Path):
     "Milliseconds over steps, a line for each backend."
@@ -125,3 +121,8 @@ def bench_to(
     seen = bench(where, **how); folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     write_json(folder/'bench.json', seen); plot(seen, folder/'bench.png')
     return f"{table(seen)}\n\n{folder/'bench.png'}"
+
+# %% ../nbs/core/45_bench.ipynb #a1590615
+if __name__ == '__main__' and '__file__' in globals(): # that process
+    Generator(open_backend(sys.argv[1], Path(sys.argv[2])))('a red rose', steps=int(sys.argv[3]))
+    print(peak_so_far())

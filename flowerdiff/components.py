@@ -9,7 +9,7 @@ __all__ = ['HUB_ID', 'GARDEN', 'FILES', 'ORIGIN', 'PASSING', 'AUTOENCODERS', 'fr
            'save_components', 'fast_bf16', 'build_denoiser', 'save_pipeline']
 
 # %% ../nbs/core/20_components.ipynb #ee23b767
-import contextlib, hashlib, json, re, shutil
+import contextlib, json, re, shutil
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path

@@ -6,7 +6,6 @@
 __all__ = ['Denoising']
 
 # %% ../nbs/core/61_objective.ipynb #01861ed8
-import torch
 from torch import Tensor
 from .batches import Split
 from .diffusion import add_noise, at, loss_per_sample, min_snr_weight, noise_levels, sampling_scheduler, shown, snr, target

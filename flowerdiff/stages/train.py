@@ -22,7 +22,7 @@ from ..streaming import StreamedSplit
 from ..tracking import log_event, read_events, start_follower
 from ..trainer import Trainer, final_validation, load_run, train_loop
 from ..validation import guesses, sample_grid, save_strip
-from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, disk_errors, fingerprint, open_workspace, read_json, stage, write_json
+from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, open_workspace, read_json, stage, write_json
 from ..zero import make_engine
 
 # %% ../../nbs/stages/05_train.ipynb #b77210ca
