@@ -25,7 +25,7 @@ def out_of_memory(
     e: BaseException,
 ) -> bool:
     "Was it memory that an error is about?"
-    said = ("can't allocate memory", 'could not create a primitive', 'could not create a memory object', 'CUBLAS_STATUS_ALLOC_FAILED')
+    said = ("can't allocate memory", 'Cannot allocate memory', 'could not create a primitive', 'could not create a memory object', 'CUBLAS_STATUS_ALLOC_FAILED')
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e, RuntimeError) and any(s in str(e) for s in said)
 
 # %% ../nbs/core/63_guards.ipynb #77b8b997

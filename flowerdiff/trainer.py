@@ -8,7 +8,6 @@ __all__ = ['TENTHS', 'KEPT', 'total_steps', 'Trainer', 'save_run', 'load_run', '
 
 # %% ../nbs/core/64_trainer.ipynb #dcef240b
 import math, time
-from contextlib import suppress
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -132,8 +131,7 @@ def fits(self:Trainer,
         with e.autocast(): self.objective.loss(e.net, batch).mean().backward()
     try:
         part = max(self.batch(batch).parts(self.train.accumulate), key=len)
-        with suppress(Exception): backward(part.parts(len(part))[0])  # oneDNN holds on to a backward pass that failed until one goes through
-        backward(part)
+        with torch.backends.mkldnn.flags(enabled=False): backward(part)  # oneDNN keeps a primitive that failed, and goes on failing
         memory = [torch.zeros_like(p) for p in e.net.parameters() for _ in range(2) if not e.optimizer.state]  # AdamW's, which its first step makes
         return True
     except Exception as x:
