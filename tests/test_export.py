@@ -130,16 +130,21 @@ def test_big_weights_travel_in_one_file(ws, tmp_path):
     export.keep_whole(tmp_path/'moved'/'model.onnx')
     assert [p.name for p in (tmp_path/'moved').iterdir()] == ['model.onnx'] and export.part_difference(part, tmp_path/'moved'/'model.onnx') < 1e-3
 
-@pytest.mark.skipif('FLOWERDIFF_OPTIMUM_PYTHON' not in os.environ, reason='FLOWERDIFF_OPTIMUM_PYTHON names the python of an environment with Optimum')
-def test_optimum_draws_the_same(ws, tmp_path):
-    "In an environment of its own, because Optimum needs older transformers."
-    code = '''import sys, torch
+OTHERS = """import sys, torch
+from diffusers import StableDiffusionPipeline
 from optimum.onnxruntime import ORTDiffusionPipeline
-pipe = ORTDiffusionPipeline.from_pretrained(sys.argv[1]); pipe.set_progress_bar_config(disable=True)
-for i, p in enumerate(pipe(["a red rose"]*2, num_inference_steps=4, guidance_scale=4., height=32, width=32, generator=[torch.Generator().manual_seed(s) for s in (3, 4)]).images): p.save(f"{sys.argv[2]}/{i}.png")'''
-    subprocess.run([os.environ['FLOWERDIFF_OPTIMUM_PYTHON'], '-c', code, str(ws.onnx), str(tmp_path)], check=True)
+for name, cls, folder in (('torch', StableDiffusionPipeline, sys.argv[1]), ('onnx', ORTDiffusionPipeline, sys.argv[2])):
+    pipe = cls.from_pretrained(folder); pipe.set_progress_bar_config(disable=True); size = int(sys.argv[4])
+    made = pipe(["a red rose"]*2, num_inference_steps=4, guidance_scale=4., height=size, width=size, generator=[torch.Generator().manual_seed(s) for s in (3, 4)]).images
+    for i, p in enumerate(made): p.save(f"{sys.argv[3]}/{name}{i}.png")"""
+
+@pytest.mark.skipif('FLOWERDIFF_OPTIMUM_PYTHON' not in os.environ, reason='FLOWERDIFF_OPTIMUM_PYTHON names the python of an environment with Optimum, and so transformers 4')
+def test_diffusers_with_transformers_4_and_optimum_draw_the_same(ws, tmp_path):
     from PIL import Image
-    assert same([Image.open(tmp_path/f'{i}.png') for i in (0, 1)], Generator.from_pretrained(ws.root, 'torch')('a red rose', n=2, seed=3, steps=4))
+    subprocess.run([os.environ['FLOWERDIFF_OPTIMUM_PYTHON'], '-c', OTHERS, str(ws.model), str(ws.onnx), str(tmp_path), '32'], check=True)
+    ours = Generator.from_pretrained(ws.root, 'torch')('a red rose', n=2, seed=3, steps=4)
+    assert not same(ours[:1], ours[1:])
+    for name in ('torch', 'onnx'): assert same([Image.open(tmp_path/f'{name}{i}.png') for i in (0, 1)], ours), name
 
 def test_tensorrt_says_what_is_missing(copy, monkeypatch):
     monkeypatch.setattr(tensorrt, 'gpu_name', lambda: '')

@@ -17,8 +17,9 @@ def tiny_tokenizer(length=16):
 
 def tiny_model(folder, size=32):
     "Write a pipeline that draws `size` pixels; different words give different pictures."
-    import torch
-    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    import tempfile, torch
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+    from flowerdiff.components import TextEncoder, save_components, save_pipeline
     from transformers import CLIPTextConfig, CLIPTextModel
     torch.manual_seed(0)
     tok = tiny_tokenizer()
@@ -27,7 +28,9 @@ def tiny_model(folder, size=32):
                                 cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8)
     vae = AutoencoderKL(block_out_channels=(8, 16), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, latent_channels=4, norm_num_groups=4, sample_size=size)
     scheduler = DPMSolverMultistepScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', prediction_type='v_prediction', steps_offset=1)
-    StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tok, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder, safe_serialization=True)
+    with tempfile.TemporaryDirectory() as parts:
+        save_components(parts, vae, TextEncoder(tok, text))
+        save_pipeline(folder, unet, parts, scheduler)
     return Path(folder)
 
 if __name__ == '__main__': print(tiny_model(sys.argv[1]))
