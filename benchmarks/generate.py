@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from flowerdiff.backends import BACKENDS, onnx_beside, open_backend, why_not
 from flowerdiff.bench import network_parts, overhead
+from flowerdiff.components import TextEncoder, save_components, save_pipeline
 from flowerdiff.models import find_model, weights_fingerprint
 from flowerdiff.sampler import Generator
 from flowerdiff.stages import onnx as export
@@ -24,7 +25,7 @@ for line in sys.stdin:
 
 
 def full_size(folder: Path): # a model with random weights, exported
-    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     torch.manual_seed(0)
     assets = Path(sys.modules['flowerdiff'].__file__).parent / 'assets/garden/clip'
@@ -34,7 +35,7 @@ def full_size(folder: Path): # a model with random weights, exported
         up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'), cross_attention_dim=768)
     vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4, latent_channels=4, layers_per_block=2, sample_size=128)
     scheduler = DPMSolverMultistepScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1)
-    StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder / 'model', safe_serialization=True)
+    save_components(folder / 'parts', vae, TextEncoder(tokenizer, text)); save_pipeline(folder / 'model', unet, folder / 'parts', scheduler)
     backend, out = open_backend('torch', folder / 'model'), folder / 'onnx'
     for name, part in export.parts_of(backend).items():
         path = export.export_part(part, out / name)

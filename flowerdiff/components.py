@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HUB_ID', 'GARDEN', 'FILES', 'ORIGIN', 'PASSING', 'AUTOENCODERS', 'from_hub', 'part_folder', 'weights',
-           'find_component', 'component_fingerprint', 'save_part', 'pil_to_tensor', 'tensor_to_pil', 'load_autoencoder',
-           'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'load_text', 'save_text', 'save_tokenizer',
-           'save_components', 'fast_bf16', 'build_denoiser', 'save_pipeline']
+           'find_component', 'component_fingerprint', 'save_part', 'opening', 'pil_to_tensor', 'tensor_to_pil',
+           'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'load_text', 'save_text',
+           'save_tokenizer', 'save_components', 'fast_bf16', 'build_denoiser', 'save_pipeline']
 
 # %% ../nbs/core/20_components.ipynb #ee23b767
 import contextlib, json, re, shutil
@@ -84,7 +84,7 @@ def save_part(
 
 # %% ../nbs/core/20_components.ipynb #b831652f
 @contextlib.contextmanager
-def _opening(folder: Path): # whatever a library raises while it reads a folder becomes one line; its bars and reports stay out
+def opening(folder: Path): # whatever a library raises while it reads a folder becomes one line; its bars and reports stay out
     from diffusers.utils import logging as d
     from transformers.utils import logging as t
     levels, bars = (t.get_verbosity(), d.get_verbosity()), t.is_progress_bar_enabled()
@@ -131,7 +131,7 @@ def load_autoencoder(
     folder = find_component(spec, 'vae', base)
     kind = read_json(folder/'config.json').get('_class_name')
     if kind not in AUTOENCODERS: raise UserError(f'{folder}: is a {kind}; only {" and ".join(AUTOENCODERS)} fit a Stable Diffusion pipeline')
-    with _opening(folder):
+    with opening(folder):
         return _whole(folder, getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32, low_cpu_mem_usage=False))
 
 # %% ../nbs/core/20_components.ipynb #0f3f039b
@@ -185,7 +185,7 @@ def load_text(
     if kind not in ('clip', 'clip_text_model'): raise UserError(f'{folder}: is a {kind}; only CLIP\'s text model fits a Stable Diffusion pipeline')
     words = next((d for d in (folder, folder.parent/'tokenizer') if (d/'tokenizer.json').is_file() or (d/'vocab.json').is_file()), None)
     if not words: raise UserError(f'{folder}: has no tokenizer beside it (tokenizer.json, or vocab.json and merges.txt); copy it there')
-    with _opening(folder):
+    with opening(folder):
         model = _whole(folder, (CLIPModel if kind == 'clip' else CLIPTextModel).from_pretrained(folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32))
         tokenizer = CLIPTokenizer.from_pretrained(words)
     text = model.text_model if kind == 'clip' else model
@@ -227,7 +227,7 @@ def save_components(
     save_part(vae, folder/'vae')
     save_text(text.model, folder/'text_encoder'); save_tokenizer(text.tokenizer, folder/'tokenizer')
     if text.clip is not None:
-        with _opening(folder): save_part(text.clip, folder/'clip')
+        with opening(folder): save_part(text.clip, folder/'clip')
         save_tokenizer(text.tokenizer, folder/'clip')
 
 # %% ../nbs/core/20_components.ipynb #b0f16a02

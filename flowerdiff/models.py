@@ -11,7 +11,7 @@ import hashlib, re
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from .components import _opening
+from .components import opening
 from .workspace import UserError, read_json
 
 # %% ../nbs/core/28_models.ipynb #8d1f6f87
@@ -90,7 +90,7 @@ def load_part(
     device: str = 'cpu',
 ):
     "One part of a model, for inference; every weight must be there."
-    with _opening(folder): part, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    with opening(folder): part, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     missing = [k for k in info.get('missing_keys', ()) if not k.endswith('position_ids')]
     if missing: raise UserError(f'{folder}: half a model, {len(missing)} weights are missing (such as {sorted(missing)[0]}); copy or make it again')
     if part.dtype != torch.float32: part = part.float()

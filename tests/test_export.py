@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import numpy as np, pytest, torch
 from tiny import tiny_model
 from test_generate import same, with_tiny_autoencoder
-from flowerdiff import backends
-from flowerdiff.backends import BACKENDS, OnnxBackend, OpenVinoBackend, TorchBackend, load_backend, onnx_session, open_backend
+from flowerdiff import backends, runtimes
+from flowerdiff.backends import BACKENDS, load_backend, open_backend
+from flowerdiff.networks import TorchBackend
+from flowerdiff.runtimes import OnnxBackend, OpenVinoBackend, onnx_session
 from flowerdiff.sampler import Generator
 from flowerdiff.stages import onnx as export, tensorrt
 from flowerdiff.workspace import UserError, open_workspace, read_json, write_json
@@ -78,7 +80,7 @@ def test_parity_is_written_and_auto_takes_the_fastest_that_is_good(copy, monkeyp
         return load_backend(where).name
     assert [auto(**{k: 1.}) for k in ('torch', 'onnx', 'openvino')] == ['torch', 'onnx', 'openvino']
     assert auto(openvino=1., onnx=2., bad=('openvino',)) == 'onnx' and auto(copy.onnx, torch=1., onnx=2.) == 'onnx'
-    monkeypatch.setattr(backends, 'why_not_openvino', lambda precision='f32': 'not installed')
+    for module in (backends, runtimes): monkeypatch.setattr(module, 'why_not_openvino', lambda precision='f32': 'not installed')
     assert auto(openvino=1., onnx=2.) == 'onnx'
     with pytest.raises(UserError, match='backend openvino: not installed'): load_backend(copy.root, 'openvino')
     assert load_backend(copy.root, 'onnx').name == 'onnx' and load_backend(copy.root, 'torch').name == 'torch'

@@ -6,7 +6,8 @@ from tiny import tiny_model
 from flowerdiff.workspace import UserError
 import flowerdiff.sampler as sampler
 from flowerdiff.sampler import Cancelled, Generator
-from flowerdiff.backends import TorchBackend, load_backend
+from flowerdiff.backends import load_backend
+from flowerdiff.networks import TorchBackend
 
 def pixels(pictures): return np.stack([np.asarray(p, int) for p in pictures])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..backends import TorchBackend
+from ..networks import TorchBackend
 from ..metrics import ClipFeatures, Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, directions, fid, inception_score, kid, nearest, psnr, shuffled, within
 from ..models import student_steps, weights_fingerprint
 from ..questions import draw_all, questions

@@ -15,10 +15,12 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..backends import BACKENDS, EXACT, TorchBackend, onnx_session, open_backend, why_not
+from ..backends import BACKENDS, EXACT, open_backend, why_not
 from ..bench import race
 from ..metrics import psnr
 from ..models import weights_fingerprint
+from ..networks import TorchBackend
+from ..runtimes import onnx_session
 from ..sampler import Generator, montage
 from ..workspace import UserError, Workspace, atomic_dir, stage, write_json
 

@@ -11,7 +11,7 @@ import shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..backends import TorchBackend
+from ..networks import TorchBackend
 from ..models import student_steps
 from ..batches import chance, load_split
 from ..components import component_fingerprint
