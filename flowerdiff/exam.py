@@ -8,7 +8,8 @@ __all__ = ['Marks', 'mark', 'kid_gain', 'Grade', 'grade', 'exam']
 # %% ../nbs/core/56_exam.ipynb #1d5f2dee
 from dataclasses import dataclass, field
 import numpy as np
-from .metrics import ClipFeatures, Estimate, bootstrap, by_halves, clip_scores, cubic, directions, mmd2
+from .features import ClipFeatures
+from .metrics import Estimate, bootstrap, by_halves, clip_scores, cubic, directions, mmd2
 from .questions import draw_all, questions
 from .workspace import Workspace, read_jsonl
 

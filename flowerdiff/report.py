@@ -92,16 +92,19 @@ def interval(e, k: float = 1.) -> str:
 # %% ../nbs/core/52_report.ipynb #d1c75f3b
 def headlines(numbers: dict) -> list:
     "The cards under the grid: name, value, and what to compare it with."
-    out = []
+    out, by = [], f" ({numbers['features']})" if 'features' in numbers and not numbers['features'].startswith('CLIP') else ''
     if 'adherence' in numbers:
         a = numbers['adherence']
         out += [dict(name=f'Right {n}', value=percent(a[k]), note=f'{interval(a[k], 100)} %, by the judge') for k, n in (('color', 'colour'), ('background', 'background'), ('species', 'species'))]
     if 'clip_score' in numbers:
-        c, k = numbers['clip_score'], numbers['kid']
+        c = numbers['clip_score']
         out.append(dict(name='CLIP score', value=f"{c['drawn'].value:.1f}", note=f"real pictures {c['real'].value:.1f}, with wrong captions {c['shuffled'].value:.1f}"))
-        out.append(dict(name='KID × 1000', value=f"{1000*k['drawn'].value:.1f}", note=f"{interval(k['drawn'], 1000)}; the autoencoder alone {1000*k['autoencoder'].value:.1f}; 0 is perfect"))
-        out.append(dict(name='Precision, recall', value=f"{percent(numbers['precision']['drawn'])}, {percent(numbers['recall']['drawn'])}", note=f"of the drawn that look like real ones, of the real that could be drawn; the autoencoder alone {percent(numbers['precision']['autoencoder'])}, {percent(numbers['recall']['autoencoder'])}"))
-        out.append(dict(name='Near copies', value=percent(numbers['copies']), note='drawn pictures nearer to a training picture than 99 % of test pictures are; 1 % is innocent'))
+    if 'kid' in numbers:
+        k, f, p, r = (numbers[n] for n in ('kid', 'fid', 'precision', 'recall'))
+        out.append(dict(name='KID × 1000', value=f"{1000*k['drawn'].value:.1f}", note=f"{interval(k['drawn'], 1000)}; the autoencoder alone {1000*k['autoencoder'].value:.1f}; 0 is perfect{by}"))
+        if by: out.append(dict(name='FID', value=f"{f['drawn'].value:.1f}", note=f"{interval(f['drawn'])}; the autoencoder alone {f['autoencoder'].value:.1f}, from as many pictures{by}"))
+        out.append(dict(name='Precision, recall', value=f"{percent(p['drawn'])}, {percent(r['drawn'])}", note=f"of the drawn that look like real ones, of the real that could be drawn; the autoencoder alone {percent(p['autoencoder'])}, {percent(r['autoencoder'])}"))
+    if 'copies' in numbers: out.append(dict(name='Near copies', value=percent(numbers['copies']), note='drawn pictures nearer to a training picture than 99 % of test pictures are; 1 % is innocent'))
     return out
 
 # %% ../nbs/core/52_report.ipynb #44e13bee
@@ -145,6 +148,7 @@ PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 {% for name, t in adherence.confusion.items() %}<details><summary>{{ name }}: asked (rows) and seen (columns)</summary><div class="scroll"><table class="heat"><tr><th></th>{% for c in t.names %}<th>{{ c }}</th>{% endfor %}</tr>{% for c in t.names %}{% set row = t.table[loop.index0] %}<tr><th>{{ c }}</th>{% for v in row %}<td style="background:color-mix(in srgb,var(--accent) {{ (85*v/([row|sum,1]|max))|round|int }}%,transparent)">{{ v or '' }}</td>{% endfor %}</tr>{% endfor %}</table></div></details>{% endfor %}
 {% if adherence.wrong %}<p class="label">Not what was asked, by the judge:</p><section class="grid">{% for g in adherence.wrong %}<figure>{{ png(g.picture, g.prompt)|safe }}<figcaption>{{ g.prompt }}<br><i>{{ g.note }}</i></figcaption></figure>{% endfor %}</section>{% endif %}{% endif %}
 {% for s in strips %}<h2>{{ s.title }}</h2><p>{{ s.note }}</p>{% for r in s.rows %}<p class="label">{{ r.label }}</p><div class="strip" style="grid-template-columns:repeat({{ s.columns }},minmax(0,150px))">{% for p in r.pictures %}{{ png(p, r.label)|safe }}{% endfor %}</div>{% endfor %}{% endfor %}
+{% for t in tables %}<h2>{{ t.title }}</h2><p>{{ t.note }}</p><div class="scroll"><table><tr>{% for c in t.columns %}<th>{{ c }}</th>{% endfor %}</tr>{% for row in t.rows %}<tr>{% for v in row %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}
 {% if chart %}<h2>How it learned</h2><p>{{ chart_note }}</p>{{ chart|safe }}{% endif %}
 <h2>How this was made</h2>{% for name, d in details.items() %}<details{% if loop.first %} open{% endif %}><summary>{{ name }}</summary><dl>{% for k, v in d.items() if v or v == 0 %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></details>{% endfor %}
 {% if links %}<p class="soft">{% for l in links %}<a href="{{ l.href }}">{{ l.name }}</a>{{ '' if loop.last else ' · ' }}{% endfor %}</p>{% endif %}
@@ -158,6 +162,7 @@ def render(
     headlines: list = (),   # of dicts: name, value, note
     adherence: dict = None, # note, rows (name, value, interval, bar, n), confusion, wrong
     strips: list = (),      # of dicts: title, note, columns, rows (label, pictures)
+    tables: list = (),      # of dicts: title, note, columns, rows (lists of texts)
     chart: str = '',        # SVG of the curves
     chart_note: str = '',
     details: dict = None,   # heading -> {name: value}
@@ -166,4 +171,4 @@ def render(
     "The report: nothing in it is fetched from elsewhere; whatever a person wrote is escaped."
     from jinja2 import Environment
     page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    return page.render(css=CSS, png=png, title=title, subtitle=subtitle, grid=grid, headlines=headlines, adherence=adherence, strips=strips, chart=chart, chart_note=chart_note, details=details or {}, links=links)
+    return page.render(css=CSS, png=png, title=title, subtitle=subtitle, grid=grid, headlines=headlines, adherence=adherence, strips=strips, tables=tables, chart=chart, chart_note=chart_note, details=details or {}, links=links)

@@ -170,6 +170,8 @@ class Evaluate(Section):
     steps: Count = 20           # sampling steps
     guidance: Annotated[float, Field(ge=0)] = 4. # how strongly the prompt pulls
     kid_pictures: Count = 300   # pictures a side of the distance to real ones
+    features: str = 'clip'      # whose KID, FID, precision and recall: clip (the run's own), or a file: a TorchScript Inception (.pt) or a SqueezeNet (.safetensors)
+    baseline: str = ''          # a model to beat by FID: a folder, a hub id, or previous (the champion before)
     grid: Count = 8             # prompts of the sample grid
     batch_size: Count = 50      # drawn at a time
 
