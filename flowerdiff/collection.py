@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GENERIC', 'OFFICIAL', 'walk', 'Metadata', 'each_row', 'given_captions', 'label_of', 'hash_pairs', 'spread',
-           'split_names', 'official_split', 'look_through', 'still_true', 'make_squares', 'choose']
+           'split_names', 'stratified', 'official_split', 'look_through', 'still_true', 'make_squares', 'choose']
 
 # %% ../nbs/core/14_collection.ipynb #9224a2c7
 import hashlib, json, os, stat, unicodedata
@@ -154,6 +154,23 @@ def split_names(
     for i in held: out[i] = 'test' if i in tests else 'val'
     return out
 
+# %% ../nbs/core/14_collection.ipynb #e675f169
+def stratified(
+    labels: list, # [n] class of each picture
+    keys: list,   # [n] hash of its content
+    val: float,   # share
+    test: float,  # share
+    twins=(),     # indices that stay in training
+) -> list:        # [n] 'train', 'val' or 'test'
+    "Each class split by content, on its own: its shares to the nearest whole picture, one at least in each split; a class of fewer than three trains."
+    classes, out = {}, ['train']*len(keys)
+    for i, label in enumerate(labels): classes.setdefault(label, []).append(i)
+    for each in classes.values():
+        if len(each) < 3 or len(each) - len(set(each) & set(twins)) < 2: continue
+        own = split_names([''] * len(each), [keys[i] for i in each], val, test, [k for k, i in enumerate(each) if i in twins])
+        for i, s in zip(each, own): out[i] = s
+    return out
+
 # %% ../nbs/core/14_collection.ipynb #10182b7e
 OFFICIAL = dict(train='train', training='train', trn='train', val='val', valid='val', validation='val', dev='val', test='test', tst='test')
 
@@ -209,12 +226,13 @@ def make_squares(
     names: list, # of files in it
     side: int,   # pixels
     work: Path,  # where the squares go, with rows.jsonl: a row a file, in order
+    crop: str = 'center', # or 'random'
 ):
     "Every file becomes a square, or a reason. Goes on where a stopped run was."
     done = still_true(work/'rows.jsonl', source, names)
     if done: print(f'{done} of {len(names)} files are done already')
     todo = names[done:]
-    jobs = ((source/n, work/fingerprint(shown(n))[:20], side) for n in todo)
+    jobs = ((source/n, work/fingerprint(shown(n))[:20], side, crop) for n in todo)
     results = in_order(prepare_picture, jobs, 1 if len(todo) < 50 else None)
     with open(work/'rows.jsonl', 'a', encoding='utf-8') as f:
         for name, row in zip(todo, progress(results, len(todo), 'pictures')):
@@ -244,6 +262,10 @@ def _splits(keys, labels, says, twins, settings) -> list:
     if settings.split == 'content':
         if len(keys) - len(twins) < 2: twins = () # all are alike
         return split_names(labels, keys, settings.val, settings.test, twins)
+    if settings.split == 'stratified':
+        out = stratified(labels, keys, settings.val, settings.test, twins)
+        if 'val' not in out: raise UserError('prepare.split: is stratified, but no class has three pictures that differ; use content')
+        return out
     out = ['train' if i in twins else s or 'train' for i, s in enumerate(says)]
     if missing := [s for s in ('train', 'val', 'test') if s not in out]: raise UserError(f'prepare.split: is official, but no picture is said to be in {" or ".join(missing)}; use content')
     return out

@@ -61,7 +61,7 @@ def _asset_state(spec: str) -> object: # what a component is made of
 def outside(ws: Workspace) -> dict: # file in .flowerdiff/state -> fact
     "What the stages depend on that is not in the workspace."
     s = ws.settings
-    source = s.prepare.source
+    source = s.prepare.files or s.prepare.source # of a known data set its official files are looked at
     return dict(source='garden' if source == 'garden' else folder_state(ws.root/Path(source).expanduser()) if source else '',
                 components=[_asset_state(s.components.autoencoder), _asset_state(s.components.text_encoder)],
                 storage=has_aws() if s.upload.destination.startswith('s3:') else 'local',

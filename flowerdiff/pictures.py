@@ -62,13 +62,14 @@ def upright(
 def load_picture(
     path: str | Path, # a file
     side: int,        # of the square wanted, pixels
+    crop: str = 'center', # or 'random'
 ) -> tuple:           # (RGB picture side x side, facts: width and height as found, a note, `plain`: nothing had to be changed)
     "Open a picture. Raises `BadPicture` with the reason for a file that can not be used."
     try:
         if not os.path.getsize(path): raise BadPicture('is empty (0 bytes)')
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            with Image.open(path, formats=_formats()) as im: return _square(im, side)
+            with Image.open(path, formats=_formats()) as im: return _square(im, side, crop)
     except BadPicture: raise
     except UnidentifiedImageError: raise BadPicture('is not a picture that can be read') from None
     except Image.DecompressionBombError: raise BadPicture(_too_large) from None
@@ -77,7 +78,7 @@ def load_picture(
 
 _too_large = f'has more than {MAX_PIXELS//10**6} million pixels; shrink it'
 
-def _square(im, side: int):
+def _square(im, side: int, crop: str):
     w, h = im.size
     if w*h > MAX_PIXELS: raise BadPicture(_too_large)
     if 2*min(w, h) < side: raise BadPicture(f'is {w}x{h} pixels, less than half of prepare.resolution ({side})')
@@ -87,7 +88,9 @@ def _square(im, side: int):
     im.draft(None, (2*side, 2*side)); im.load()
     turned = upright(im)
     if turned.height/turned.width != im.height/im.width: w, h = h, w
-    return ImageOps.fit(to_rgb(turned), (side, side), Image.Resampling.LANCZOS), dict(width=w, height=h, note=note, plain=plain)
+    rgb = to_rgb(turned)
+    where = (.5, .5) if crop == 'center' else np.random.default_rng(perceptual_hash(rgb)).random(2)
+    return ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS, centering=tuple(where)), dict(width=w, height=h, note=note, plain=plain)
 
 # %% ../nbs/core/12_pictures.ipynb #4cc1447d
 def pixel_sha256(
@@ -146,11 +149,11 @@ def in_order(
 
 # %% ../nbs/core/12_pictures.ipynb #ae8f9613
 def prepare_picture(
-    task: tuple, # (file, where to write without the ending, side in pixels)
+    task: tuple, # (file, where to write without the ending, side in pixels, and perhaps the crop)
 ) -> dict:       # facts of the picture written, or `reason`
     "Read a file and write the square; a bad file is a result too, a full disk is an error."
-    source, out, side = task
-    try: im, facts = load_picture(source, side)
+    source, out, *how = task
+    try: im, facts = load_picture(source, *how)
     except BadPicture as e: return dict(reason=str(e))
     ending = '.jpg' if open(source, 'rb').read(3) == b'\xff\xd8\xff' else '.png'
     if facts.pop('plain'): shutil.copyfile(source, f'{out}{ending}')

@@ -171,8 +171,8 @@ def run(
         folder = Path(pictures).expanduser().absolute()
         if not folder.is_dir(): raise UserError(f'{folder}: is not a folder; give --pictures a folder of pictures')
         overrides['prepare.source'] = str(folder)
-    for key in ('components.autoencoder', 'components.text_encoder'): # folders as the caller sees them
-        if overrides.get(key, 'garden') not in ('garden', 'train') and Path(str(overrides[key])).expanduser().is_dir(): overrides[key] = str(Path(str(overrides[key])).expanduser().absolute())
+    for key in ('components.autoencoder', 'components.text_encoder', 'prepare.files'): # folders as the caller sees them
+        if overrides.get(key, '') not in ('', 'garden', 'train') and Path(str(overrides[key])).expanduser().is_dir(): overrides[key] = str(Path(str(overrides[key])).expanduser().absolute())
     root = Path(workspace or profile and Path(profile).stem or ('folder' if pictures else 'garden'))
     if not (root/'params.yaml').exists(): profile = profile or ('folder' if pictures else 'garden')
     ws = open_workspace(root, profile, overrides)

@@ -37,7 +37,7 @@ def _kinds(annotation) -> set: # the plain types inside an annotation
 # %% ../nbs/core/00_settings.ipynb #6813276a
 class Components(Section):
     "Which networks stand around the denoiser."
-    autoencoder: str = 'garden'  # 'garden', a Diffusers folder, or a hub id `org/name@commit`
+    autoencoder: str = 'garden'  # 'garden', 'train' (one of the run's own, with a KL term), a Diffusers folder, or a hub id `org/name@commit`
     text_encoder: str = 'garden' # 'garden', 'train' (a small CLIP of the run's own), a folder, or a hub id `org/name@commit`
 
     @field_validator('autoencoder', 'text_encoder')
@@ -50,12 +50,14 @@ class Components(Section):
 # %% ../nbs/core/00_settings.ipynb #b36be47c
 class Prepare(Section):
     "Pictures in, splits out."
-    source: str = 'garden' # 'garden' (the library draws them) or a folder of pictures
+    source: str = 'garden' # 'garden' (the library draws them), 'oxford102', 'celeba', or a folder of pictures
+    files: str = ''        # folder with the official files of oxford102 or celeba; '': the cache, downloaded where that can be done
     count: Count = 6000    # how many pictures the garden draws; of a folder, at most so many
     resolution: Annotated[int, Field(ge=16, le=2048, multiple_of=8)] = 64 # side of a picture, pixels
     val: Annotated[float, Field(gt=0, lt=.5)] = .05  # share of pictures that decides which model is better
     test: Annotated[float, Field(gt=0, lt=.5)] = .05 # share that nothing sees before the report
-    split: Literal['content', 'official'] = 'content' # content: by the pictures themselves; official: as metadata.jsonl or the folders say
+    split: Literal['content', 'stratified', 'official'] = 'content' # content: by the pictures themselves; stratified: the same within each class; official: as metadata.jsonl or the folders say
+    crop: Literal['center', 'random'] = 'center' # which square of a picture that is wider or taller; random: by the picture's own hash, the same in each run
 
 # %% ../nbs/core/00_settings.ipynb #dac80265
 class Caption(Section):
@@ -69,6 +71,9 @@ class Encode(Section):
     batch_size: Count = 64       # pictures at a time
     shard_records: Count = 1024  # records in one file
     clip_minutes: Rate = 4.      # time for the run's own CLIP, where components.text_encoder is 'train'
+    vae_minutes: Rate = 30.      # time for the run's own autoencoder, where components.autoencoder is 'train'
+    vae_factor: Literal[2, 4, 8] = 2 # how many times smaller a side its latents are
+    vae_features: str = ''       # a SqueezeNet (.safetensors) whose features its pictures should share as well: the perceptual term; '': none
 
 # %% ../nbs/core/00_settings.ipynb #716fedbb
 class Upload(Section):

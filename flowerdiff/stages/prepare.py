@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from ..collection import choose, each_row, given_captions, label_of, look_through, make_squares
+from ..datasets import DATASETS, lay_out
 from ..garden import BACKGROUNDS, COLORS, SPECIES, draw, sample_attributes
 from ..pictures import in_order, pixel_sha256, shown
 from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, progress, read_json, read_jsonl, stage, write_json, write_jsonl
@@ -97,15 +98,19 @@ def grow(
 def source_folder(
     ws: Workspace,
 ) -> Path:
-    "The folder that `prepare.source` names, relative to the workspace or to here. Raises `UserError` when it is none."
-    given = ws.settings.prepare.source
+    "The folder that `prepare.source` names, or one of a known data set. Raises `UserError` when it is none."
+    given, files = ws.settings.prepare.source, ws.settings.prepare.files
+    if given in DATASETS: return lay_out(given, ws.work_dir('prepare-official', fingerprint([given, files])), _there(ws, files) or Path(files) if files else None)
+    if files: raise UserError(f'prepare.files: is {files}, and only {" and ".join(DATASETS)} have official files; set prepare.source to one of them, or prepare.files to nothing')
     if not given: raise UserError('prepare.source: names no folder of pictures; give one, such as --pictures my/photos')
-    path = next((p for p in (ws.root/given, Path(given).expanduser()) if p.exists()), None)
-    if path is None: raise UserError(f'{given}: is not there; give a folder of pictures (prepare.source, or --pictures)')
+    if (path := _there(ws, given)) is None: raise UserError(f'{given}: is not there; give a folder of pictures (prepare.source, or --pictures)')
     if not path.is_dir(): raise UserError(f'{given}: is a file; give a folder of pictures, and unpack an archive first (prepare.source, or --pictures)')
     path, root = path.resolve(), ws.root.resolve()
     if path == root or root in path.parents: raise UserError(f'{given}: is inside the workspace, which the stages write; keep the pictures elsewhere')
     return path
+
+def _there(ws: Workspace, given: str): # a path as the settings name it, relative to the workspace or to here; None: it is not there
+    return next((p for p in (ws.root/given, Path(given).expanduser()) if p.exists()), None)
 
 # %% ../../nbs/stages/01_prepare.ipynb #382dfee5
 KNOWN = set('file_name width height source sha256 label label_name class class_name captions caption text official_split split attributes note id url'.split())
@@ -145,8 +150,8 @@ def gather(
     "Pictures of a folder, as squares, in splits."
     p, source = ws.settings.prepare, source_folder(ws)
     names, told, left = look_through(source, p.count, [ws.root])
-    work = ws.work_dir('prepare', fingerprint([str(source), p.resolution, code_fingerprint('flowerdiff.pictures')]))
-    make_squares(source, names, p.resolution, work)
+    work = ws.work_dir('prepare', fingerprint([str(source), p.resolution, p.crop, code_fingerprint('flowerdiff.pictures')]))
+    make_squares(source, names, p.resolution, work, p.crop)
     rows, twins, more = choose(work, names, told, p)
     left += more
     if len(rows) < 3: raise UserError(f'{p.source}: has {len(rows)} {"picture" if len(rows) == 1 else "pictures"} that can be used, a run needs at least 3' + _because(left))

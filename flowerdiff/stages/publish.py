@@ -138,10 +138,11 @@ def card_words(
     s, garden = ws.settings, ws.settings.prepare.source == 'garden'
     info = read_json(ws.pictures/'info.json') if (ws.pictures/'info.json').exists() else {}
     n = (info.get('counts') or {}).get('train', 'some')
+    source = dict(oxford102='the Oxford 102 flowers (Nilsback and Zisserman 2008)', celeba='CelebA (Liu et al. 2015)').get(s.prepare.source, f'a folder named `{Path(s.prepare.source).name}`')
     size = f'{s.prepare.resolution}x{s.prepare.resolution}'
     what = f'A small latent-diffusion model that draws {"flowers" if garden else "pictures"} of {size} pixels from English words. Made with [flowerdiff](https://github.com/flowerdiff/flowerdiff), which trains such a model from a folder of pictures.'
     data = (f'Trained on {n} pictures of flowers that the library itself draws, with captions made from their known attributes.' if garden
-            else f'Trained on {n} pictures from a folder named `{Path(s.prepare.source).name}`, captioned by the captioner `{s.caption.captioner}`.')
+            else f'Trained on {n} pictures from {source}, captioned by the captioner `{s.caption.captioner}`.')
     judged = 'Adherence: of pictures drawn for held-out prompts, the share that shows what was asked, by a classifier that took no part in training.' if garden else 'Measured on pictures and captions that were held out from training.'
     limits = [f'It draws at {size} pixels and was not trained for other sizes.',
               'It knows the flowers, colours and backgrounds of its data, and nothing else: other words are ignored or misread.' if garden else 'It knows what its pictures showed and what their captions named, with the bias of both; other words are ignored or misread.',
