@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from ..celeba import describe_face, is_celeba
 from ..collection import each_row
 from ..garden import describe
 from ..workspace import UserError, Workspace, atomic_dir, progress, read_json, stage, write_json
@@ -48,7 +49,8 @@ def properties(
 def attributes(row: dict, rng, n: int) -> list:
     "Sentences made of what is known: the garden's attributes, or the columns of a table."
     if 'species' in row and 'petals' in row: return distinct(lambda: describe(row, rng), n)
-    have, label = properties(row.get('attributes', {})), row.get('label', '')
+    if is_celeba(known := row.get('attributes', {})): return distinct(lambda: describe_face(known, rng), n)
+    have, label = properties(known), row.get('label', '')
     if not have: return []
     def say():
         some = [have[i] for i in rng.permutation(len(have)) if rng.random() < .8] or have[:1]
