@@ -89,8 +89,9 @@ def standardise(
 
 # %% ../nbs/core/24_autoencoder.ipynb #f7201469
 def save_autoencoder(
-    model,     # AutoencoderTiny
-    out: Path, # folder
+    model,              # AutoencoderTiny or AutoencoderKL
+    out: Path,          # folder
+    spent: dict = None, # kept beside it, in `spent.json`
 ):
     "Writes `model` in Diffusers' layout; an older one at `out` is replaced in one move."
     out = Path(out)
@@ -98,8 +99,9 @@ def save_autoencoder(
     for d in (fresh, old): shutil.rmtree(d, ignore_errors=True)
     save_part(model, fresh)
     config = json.loads((fresh/'config.json').read_text())
-    config.pop('block_out_channels', None)  # derived: read back, it would only cause a warning
+    if config['_class_name'] == 'AutoencoderTiny': config.pop('block_out_channels', None) # derived: read back, it would only cause a warning
     (fresh/'config.json').write_text(json.dumps(config, indent=2))
+    if spent: (fresh/'spent.json').write_text(json.dumps(spent))
     if out.exists(): out.rename(old)
     fresh.rename(out)
     shutil.rmtree(old, ignore_errors=True)
