@@ -185,7 +185,7 @@ def train_autoencoder(
         x = x.to(device, memory_format=torch.channels_last)
         z = [None]*threads if latents is None else latents[idx].float().chunk(threads)
         loss = update(model, opt, pool, list(zip(x.chunk(threads), z)), noise, bf16); step += 1
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(.999, (1+step)/(10+step)))
+        with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(.999, (1+step)/(10+step)))
         mean = loss if mean is None else .99*mean + .01*loss
         if step % 500 == 0: progress(f'{time.time()-start:.0f} s, step {step}, loss {mean:.4f}, {step*batch_size/(time.time()-start):.0f} pictures/s')
         if (time.time()-saved)/60 > save_every:

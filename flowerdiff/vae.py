@@ -122,7 +122,7 @@ def train_vae(
         if step % 2: x = x.flip(-1)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16): loss = vae_loss(model, x, kl, look)
         opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step()
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(.999, (1 + step)/(10 + step)))
+        with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(.999, (1 + step)/(10 + step)))
         if part*left - saved > save_every: saved = part*left; _keep(ema, out, some, spent + saved)
     _keep(ema, out, some, minutes)
     return ema.eval().cpu()

@@ -1,5 +1,5 @@
 "Oxford 102 and CelebA: their official files, whole and broken, from the disk and from a server, become pictures, splits and captions."
-import hashlib, http.server, io, itertools, json, os, re, shutil, signal, subprocess, sys, tarfile, textwrap, threading, zipfile
+import hashlib, http.server, io, itertools, re, shutil, signal, subprocess, sys, tarfile, threading, zipfile
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -7,7 +7,7 @@ from scipy.io import savemat
 from flowerdiff import datasets, fetch
 from flowerdiff.celeba import describe_face
 from flowerdiff.datasets import CELEBA, DATASETS, FLOWERS, attribute_rows
-from flowerdiff.stages import caption, encode, prepare
+from flowerdiff.stages import caption, encode, prepare, train
 from flowerdiff.workspace import UserError, read_json, read_jsonl
 
 SHARED = Path(__file__).parents[2]/'shared'/'data'
@@ -307,15 +307,18 @@ def test_the_head_of_the_real_table():
 
 # ---- an autoencoder of the run's own, and the command line
 
-def test_own_autoencoder_of_factor_two(tmp_path):
-    prepared(tmp_path, 'celeba', celeba(tmp_path/'files', 24)); caption.run(tmp_path/'ws')
-    over = {'components.text_encoder': 'garden', 'encode.vae_minutes': .03, 'encode.batch_size': 8}
-    out = encode.run(tmp_path/'ws', overrides=over); m = read_json(out.folder/'manifest.json')
-    assert m['shapes']['mean'] == [2, 4, 16, 16] and m['scaling_factor'] != .18215 # its own, not Stable Diffusion's
-    assert read_json(out.folder/'components'/'vae'/'config.json')['_class_name'] == 'AutoencoderKL' and min(m['latent_std']) > 0
-    assert 'as encoded before' in encode.run(tmp_path/'ws').summary # trained once
+def test_miniature_of_the_celeba_profile_trains(tmp_path):
+    "Every setting of the profile but the sizes: an autoencoder of its own, accumulation, checkpointing, latents in a window."
+    prepared(tmp_path, 'celeba', celeba(tmp_path/'files', 40)); caption.run(tmp_path/'ws')
+    out = encode.run(tmp_path/'ws', overrides={'components.text_encoder': 'garden', 'encode.vae_minutes': .02, 'encode.shard_records': 16})
+    m, vae = read_json(out.folder/'manifest.json'), read_json(out.folder/'components'/'vae'/'config.json')
+    assert m['shapes']['mean'] == [2, 4, 16, 16] and vae['_class_name'] == 'AutoencoderKL' and m['scaling_factor'] == vae['scaling_factor'] != .18215 # not Stable Diffusion's
+    trained = next((tmp_path/'ws'/'work').glob('vae-*'))/'vae'/'diffusion_pytorch_model.safetensors'; when = trained.stat().st_mtime_ns
+    assert 'as encoded before' in encode.run(tmp_path/'ws').summary and trained.stat().st_mtime_ns == when # trained once
     with pytest.raises(UserError) as e: encode.run(tmp_path/'ws', overrides={'encode.vae_features': 'nowhere.safetensors'})
     one_line(e, 'encode.vae_features', 'is not there')
+    train.run(tmp_path/'ws', overrides={'encode.vae_features': '', 'train.channels': [8, 8, 16], 'train.attention_head_dim': 8, 'train.epochs': 2, 'train.stream': 2, 'train.warmup_steps': 1, 'train.threads': 1})
+    assert read_json(tmp_path/'ws'/'candidate'/'unet'/'config.json')['sample_size'] == 16 and read_json(tmp_path/'ws'/'candidate'/'vae'/'config.json')['scaling_factor'] == vae['scaling_factor']
 
 def test_command_line(tmp_path):
     oxford(tmp_path/'files'); command = [sys.executable, '-P', '-c', 'import sys; from flowerdiff.cli import main; sys.exit(main())']
