@@ -125,9 +125,9 @@ def test_download_once_for_all_workspaces(server, tmp_path):
     b = prepared(tmp_path/'b', 'flowers102'); assert server.sent == total and a.info['fingerprint'] == b.info['fingerprint']
 
 def test_broken_off_downloads_go_on(server, tmp_path):
-    server.cut = 4000 # of each answer
+    server.cut = 1000 # of each answer
     prepared(tmp_path, 'flowers102')
-    assert server.sent == sum(map(len, server.files.values())) and server.asked.count('/102flowers.tgz') > 2
+    assert server.sent == sum(map(len, server.files.values())) and server.asked.count("/102flowers.tgz") > 6
 
 def test_a_dead_network_keeps_what_came(server, tmp_path):
     whole, server.cut = server.files['/102flowers.tgz'], 0
