@@ -21,7 +21,7 @@ from ..metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusi
 from ..models import student_steps, weights_fingerprint
 from ..networks import TorchBackend
 from ..questions import draw_all, questions
-from ..report import adherence_section, curves, headlines, percent, render
+from ..report import adherence_section, by_timestep, curves, headlines, percent, render
 from ..sampler import Generator, montage
 from ..scores import beside, former
 from ..strips import agreement_strip, dial_strips, nearest_strip, read_pictures, real_strip, reconstruct
@@ -198,7 +198,7 @@ def run(ws: Workspace) -> Result:
     metrics = plain({k: v for k, v in numbers.items() if k not in ('seen', 'confusion', 'nearest', 'order', 'real', 'features')}) | dict(psnr=psnr(real, rebuilt), latency=latency(ws.model, prompts[0], **how), model=model, protocol=protocol, skipped=skipped, former=former(ws.report, model, protocol))
     rows, train, seconds = strips(ws, numbers, asks, drawn, generator, real, rebuilt), read_json(ws.root/'train.json') if (ws.root/'train.json').is_file() else {}, time.time() - start
     page = render(f'What {ws.root.name} learned to draw', f"{parameters_line(ws)} trained from pictures and their captions; evaluated on {time.strftime('%-d %B %Y')}.", [dict(prompt=p, pictures=grid[4*i:4*i+4]) for i, p in enumerate(prompts)],
-        headlines(numbers), adherence_section(numbers, asks, drawn) if 'adherence' in numbers else None, rows, tables(metrics), curves(train), 'The training loss over what was learned, and the loss on held-out pictures with averaged weights, always the same noise.',
+        headlines(numbers), adherence_section(numbers, asks, drawn) if 'adherence' in numbers else None, rows, tables(metrics), curves(train) + by_timestep(train), 'The training loss over what was learned, and the loss on held-out pictures with averaged weights, always the same noise. Below, the latter by the timestep that was asked: little noise on the left, nothing but noise on the right.',
         provenance(ws, train, protocol, asks, seconds) | ({'Left out': skipped} if skipped else {}), [dict(name='metrics.json', href='metrics.json'), dict(name='grid.png', href='grid.png')])
     sheet = montage([grid[4*i] for i in range(len(prompts))], min(4, len(prompts)), 192)
     with atomic_dir(ws.report) as folder:
