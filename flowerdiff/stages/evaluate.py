@@ -192,7 +192,9 @@ def run(ws: Workspace) -> Result:
     drawn, prompts = draw_all(generator, asks, e.batch_size, s.seed, **how), grid_prompts(asks, e.grid)
     grid = generator(prompts, n=4, seed=s.seed, **how)
     numbers, skipped = measure(ws, asks, drawn, backend, see)
-    if e.baseline: numbers['baseline'] = beside_baseline(ws, generator, grid_prompts(asks, 10), see or ClipFeatures(ws.encoded/'components'/'clip'))
+    clip = ws.encoded/'components'/'clip'
+    if e.baseline and (see or clip.is_dir()): numbers['baseline'] = beside_baseline(ws, generator, grid_prompts(asks, 10), see or ClipFeatures(clip))
+    elif e.baseline: skipped['baseline'] = 'FID needs features: the text encoder came without its picture half, and evaluate.features names no network'
     real = read_pictures(ws.pictures/'test', 0, [a.file for a in asks[:8]]); rebuilt = reconstruct(backend, real)
     protocol = dict(prompts=len(asks), real=numbers.get('real', 0), seed=s.seed, features=numbers.get('features', 'none'), data=str(read_json(ws.pictures/'info.json').get('fingerprint', '')), **how)
     metrics = plain({k: v for k, v in numbers.items() if k not in ('seen', 'confusion', 'nearest', 'order', 'real', 'features')}) | dict(psnr=psnr(real, rebuilt), latency=latency(ws.model, prompts[0], **how), model=model, protocol=protocol, skipped=skipped, former=former(ws.report, model, protocol))
