@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from .engines import Engine, engine_difference, trt_log, trt_words
 from .fingerprints import file_sha256, fingerprint
+from .models import readable
 from .workspace import UserError, progress, read_json
 
 # %% ../nbs/core/45_builder.ipynb #5d64319f
@@ -60,7 +61,8 @@ def to_brain(
     "A half-precision file with every fp16 turned into bf16."
     import onnx
     from onnx import TensorProto, numpy_helper
-    half, brain, model = TensorProto.FLOAT16, TensorProto.BFLOAT16, onnx.load(source)
+    half, brain = TensorProto.FLOAT16, TensorProto.BFLOAT16
+    with readable(source): model = onnx.load(source)
     nodes, values = model.graph.node, (*model.graph.value_info, *model.graph.input, *model.graph.output)
     for t in (*model.graph.initializer, *(a.t for n in nodes for a in n.attribute if a.type == a.TENSOR)):
         if t.data_type == half:
@@ -137,7 +139,7 @@ def graph_fingerprint(
 ) -> str:
     "What a network computes, whatever its weights are."
     import onnx
-    model = onnx.load(path, load_external_data=False)
+    with readable(path): model = onnx.load(path, load_external_data=False)
     for t in model.graph.initializer:
         if t.data_type in (t.FLOAT, t.FLOAT16, t.BFLOAT16) and np.prod(t.dims) > 1:
             for f in ('raw_data', 'float_data', 'int32_data', 'external_data', 'data_location'): t.ClearField(f)

@@ -102,7 +102,7 @@ class Engine:
         return {n: torch.randn(s, generator=g) if self.inputs[n].is_floating_point else ids(s) for n, s in self.shapes.items()}
 
     def __call__(self, **feed) -> dict: # name -> Tensor; Tensors
-        "Queue the engine's work; a UserError for a size that it was not built for."
+        "Queue the engine's work. Raises a UserError for a size that it was not built for."
         feed = {n: feed[n].to(self.device, k).contiguous() for n, k in self.inputs.items()}
         for n, (low, _, high) in self.ranges.items():
             if not all(a <= s <= b for a, s, b in zip(low[1:], feed[n].shape[1:], high[1:], strict=True)):
@@ -112,7 +112,7 @@ class Engine:
         return {k: torch.cat([m[k] for m in made]) for k in self.outputs} if len(made) > 1 else made[0]
 
     def _run(self, feed: dict) -> dict:
-        c = self.context
+        c, feed = self.context, {n: x.clone() if x.data_ptr() % 256 else x for n, x in feed.items()} # TensorRT wants aligned memory, a piece of a tensor may begin anywhere
         with self.lock: # a context has one set of addresses
             for n in self.ranges: c.set_input_shape(n, tuple(feed[n].shape))
             out = {n: torch.empty(tuple(c.get_tensor_shape(n)), dtype=k, device=self.device) for n, k in self.outputs.items()}
