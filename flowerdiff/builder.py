@@ -25,7 +25,7 @@ def why_not_build(
     targets: list, # architectures to build for ahead of time, such as ['SM86']
 ) -> str:
     "What keeps this machine from building engines and what would enable it, '' when nothing does; raises a UserError for wrong targets."
-    ahead = trt is not None and hasattr(trt, 'ComputeCapability') and targets
+    ahead = trt is not None and trt.__name__ == 'tensorrt_rtx' and targets
     if not name and not ahead: return 'no NVIDIA GPU here; run this stage on a machine with one (or install tensorrt_rtx and set tensorrt.targets=[SM86] to build ahead of time)'
     if trt is None: return 'the package tensorrt is not installed; `pip install flowerdiff[tensorrt]` brings it'
     if targets and not ahead: raise UserError(f'tensorrt.targets: {trt.__name__} builds for the GPU that is here; set tensorrt.flavour=rtx, or tensorrt.targets=[]')
@@ -71,7 +71,7 @@ def to_brain(
     for v in values:
         if v.type.tensor_type.elem_type == half: v.type.tensor_type.elem_type = brain
     for a in (a for n in nodes if n.op_type == 'Cast' for a in n.attribute if a.i == half): a.i = brain
-    onnx.save(model, target, save_as_external_data=model.ByteSize() > 1_500_000_000, location=f'{target.name}_data')
+    onnx.save(model, target, save_as_external_data=sum(len(t.raw_data) for t in model.graph.initializer) > 1_500_000_000, location=f'{target.name}_data')
     return target
 
 def half_file(

@@ -76,7 +76,7 @@ class Engine:
     ):
         path, self.trt, self.device, self.lock, self.runtime = Path(path), trt, device, threading.Lock(), trt.Runtime(trt_log(trt))
         if not path.is_file(): raise UserError(f'{path}: this engine is missing; run the stage `tensorrt` again')
-        self.engine = e = self.runtime.deserialize_cuda_engine(path.read_bytes())
+        trt_log(trt).said.clear(); self.engine = e = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if e is None: raise UserError(f'{path}: TensorRT cannot open this engine ({trt_words(trt)}); run the stage `tensorrt` again')
         names = [e.get_tensor_name(i) for i in range(e.num_io_tensors)]
         kinds, shapes = {n: TYPES[e.get_tensor_dtype(n).name] for n in names}, {n: tuple(e.get_tensor_shape(n)) for n in names}
@@ -126,12 +126,10 @@ def engine_difference(
     engine: Engine,
     path: Path,     # model.onnx, in 32 bits
 ) -> float:
-    "Largest difference between an engine and ONNX Runtime, relative to the largest value."
-    feed, worst = engine.example(), 0.
-    got = engine(**feed)
-    for n, want in zip(engine.outputs, onnx_session(path).run(list(engine.outputs), {n: x.numpy() for n, x in feed.items()})):
-        worst = max(worst, float(np.abs(got[n].float().cpu().numpy() - want).max()/max(np.abs(want).max(), 1e-9)))
-    return worst
+    "Largest difference between an engine and ONNX Runtime, relative to the largest value; NaN where the engine says so."
+    feed = engine.example(); got = engine(**feed)
+    want = dict(zip(engine.outputs, onnx_session(path).run(list(engine.outputs), {n: x.numpy() for n, x in feed.items()})))
+    return float(np.max([np.abs(got[n].float().cpu().numpy() - w).max()/max(np.abs(w).max(), 1e-9) for n, w in want.items()])) # NaN stays NaN
 
 # %% ../nbs/core/44_engines.ipynb #efa3143d
 def find_engines(
