@@ -37,8 +37,8 @@ def network_parts(
     "The network's share of a picture: one step of the denoiser, and the decoder."
     n, shape = 1 + guided, (backend.channels,) + (backend.unet_config['sample_size'],)*2
     text = backend.condition(backend.encode(['a red rose', ''][:n]))
-    x, t = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(backend.device), torch.tensor(500)
-    return dict(unet=lambda: backend.denoise(x, t, text), decode=lambda: backend.decode(x[:1]))
+    x, t = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(backend.device), torch.tensor(500, device=backend.device)
+    return dict(unet=lambda: backend.denoise(x, t, text).cpu(), decode=lambda: backend.decode(x[:1]).cpu()) # a GPU is done when its answer is here
 
 def overhead(
     milliseconds: float, # of a picture
@@ -78,7 +78,7 @@ def bench(
     for name in names or ():
         if name not in BACKENDS: raise UserError(f"backend: '{name}' is not one of {', '.join(BACKENDS)}")
     for name in names or BACKENDS:
-        if reason := why_not(name) or ('' if name == 'torch' or onnx else f'{model}: has no ONNX files made from these weights beside it; the stage `onnx` makes them'): left_out[name] = reason
+        if reason := why_not(name, onnx) or ('' if name == 'torch' or onnx else f'{model}: has no ONNX files made from these weights beside it; the stage `onnx` makes them'): left_out[name] = reason
     folders = {name: model if name == 'torch' else onnx for name in names or BACKENDS if name not in left_out}
     if not folders: raise UserError('bench: ' + '; '.join(f'{k}: {v}' for k, v in left_out.items()))
     opened = {name: Generator(open_backend(name, folder)) for name, folder in folders.items()}

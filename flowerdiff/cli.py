@@ -58,7 +58,7 @@ def _generate_options(c):
     c.add_argument('--steps', type=_whole(1), help='sampling steps (20; of a distilled model, its own)')
     c.add_argument('--guidance', type=float, help='how strongly the words pull (4; of a distilled model, 1)')
     c.add_argument('--negative', default='', help='what not to draw')
-    c.add_argument('--backend', default='auto', help='auto, torch, onnx, onnx-fp16, onnx-int8, openvino, openvino-bf16')
+    c.add_argument('--backend', default='auto', help='auto, torch, onnx, onnx-fp16, onnx-int8, openvino, openvino-bf16, tensorrt')
     c.add_argument('-o', '--output', help='file to write (default: from the prompt); several are numbered')
 
 def _steps(text): # whole numbers at commas

@@ -138,9 +138,10 @@ def sample(
     levels, n = noise_levels(scheduler), len(scheduler.timesteps)
     guided = [guidance > 1 and interval[0] <= i/n < interval[1] for i in range(n)]
     texts = {g: backend.condition(torch.cat([negative, text]) if g else text) for g in set(guided)}
+    on_device = scheduler.timesteps.to(backend.device) # once: a copy at every step would wait for the GPU
     for i, t in enumerate(scheduler.timesteps):
         x_in = scheduler.scale_model_input(x, t)
-        out = backend.denoise(torch.cat([x_in, x_in]) if guided[i] else x_in, t, texts[guided[i]])
+        out = backend.denoise(torch.cat([x_in, x_in]) if guided[i] else x_in, on_device[i], texts[guided[i]])
         if guided[i]: out = guide(*out.chunk(2), guidance)
         x = scheduler.step(out, t, x, **extra).prev_sample
         if on_step and on_step(i, clean_guess(x_in, out, levels[int(t)].item(), scheduler.config.prediction_type)) is False: raise Cancelled()
@@ -203,7 +204,7 @@ def from_pretrained(cls: Generator,
 @patch(as_prop=True)
 def rgb(self: Generator) -> Tensor: # [C+1, 3] from `fit_preview`
     "The map from this model's latents to colours."
-    if self._rgb is None: self._rgb = fit_preview(self.backend.decode, self.backend.channels)
+    if self._rgb is None: self._rgb = fit_preview(lambda z: self.backend.decode(z.to(self.backend.device)), self.backend.channels)
     return self._rgb
 
 # %% ../nbs/core/46_sampler.ipynb #eaa85868

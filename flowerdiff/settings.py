@@ -200,6 +200,7 @@ class Onnx(Section):
 class Tensorrt(Section):
     "The model for NVIDIA's runtime."
     flavour: Literal['auto', 'rtx', 'classic'] = 'auto' # rtx can build without a GPU
+    precision: Literal['fp16', 'bf16'] = 'fp16' # bf16 needs a GPU from Ampere on
     max_batch: Count = 8     # pictures at once
     targets: list[str] = []  # architectures to build for ahead of time (rtx), such as [SM86]; none: this machine's GPU
 

@@ -1,7 +1,6 @@
-"Exports: the ONNX folder is the same model, opens where Optimum's do, and TensorRT says what it can and cannot."
+"Exports: the ONNX folder is the same model and opens where Optimum's do."
 import json, os, shutil, subprocess, sys, threading
 from pathlib import Path
-from types import SimpleNamespace
 import numpy as np, pytest, torch
 from tiny import tiny_model
 from test_generate import same, with_tiny_autoencoder
@@ -10,7 +9,7 @@ from flowerdiff.backends import BACKENDS, load_backend, open_backend
 from flowerdiff.networks import TorchBackend
 from flowerdiff.runtimes import OnnxBackend, OpenVinoBackend, onnx_session
 from flowerdiff.sampler import Generator
-from flowerdiff.stages import onnx as export, tensorrt
+from flowerdiff.stages import onnx as export
 from flowerdiff.workspace import UserError, open_workspace, read_json, write_json
 
 def make(root, autoencoder):
@@ -147,31 +146,3 @@ def test_diffusers_with_transformers_4_and_optimum_draw_the_same(ws, tmp_path):
     ours = Generator.from_pretrained(ws.root, 'torch')('a red rose', n=2, seed=3, steps=4)
     assert not same(ours[:1], ours[1:])
     for name in ('torch', 'onnx'): assert same([Image.open(tmp_path/f'{name}{i}.png') for i in (0, 1)], ours), name
-
-def test_tensorrt_says_what_is_missing(copy, monkeypatch):
-    monkeypatch.setattr(tensorrt, 'gpu_name', lambda: '')
-    result = tensorrt.run(str(copy.root))
-    status = read_json(copy.tensorrt/'status.json')
-    assert not status['built'] and status['reason'] == result.skipped and 'GPU' in result.skipped and '\n' not in result.skipped
-    assert read_json(copy.work/'records'/'tensorrt.json')['status'] == 'skipped'
-    monkeypatch.setattr(tensorrt, 'gpu_name', lambda: 'NVIDIA T4'); monkeypatch.setattr(tensorrt, 'package', lambda f: None)
-    assert 'pip install flowerdiff[tensorrt]' in tensorrt.run(str(copy.root)).skipped
-
-def test_tensorrt_builds_an_engine_a_part(copy, monkeypatch):
-    package, built = SimpleNamespace(__name__='tensorrt', __version__='11.4'), {}
-    monkeypatch.setattr(tensorrt, 'gpu_name', lambda: 'NVIDIA T4'); monkeypatch.setattr(tensorrt, 'package', lambda f: package)
-    def build(trt, path, shapes, targets):
-        import onnx
-        built[path.parent.name] = {t.data_type for t in onnx.load(path).graph.initializer}, shapes
-        return b'engine of ' + path.parent.name.encode()
-    monkeypatch.setattr(tensorrt, 'build_engine', build)
-    result = tensorrt.run(str(copy.root), overrides={'tensorrt.max_batch': 4})
-    folder = copy.tensorrt/'NVIDIA_T4-tensorrt-11.4'
-    assert sorted(p.name for p in folder.iterdir()) == [f'{p}.engine' for p in ('text_encoder', 'unet', 'vae_decoder', 'vae_encoder')] and (folder/'unet.engine').read_bytes() == b'engine of unet'
-    assert 10 in built['unet'][0] and built['unet'][1]['sample'][0][0] == 1 and built['unet'][1]['sample'][2][0] == 8 and built['vae_decoder'][1]['latent_sample'][2][0] == 4  # 10: fp16
-    assert not result.skipped and read_json(copy.tensorrt/'status.json')['built']
-
-def test_tensorrt_rtx_builds_without_a_gpu(copy):
-    pytest.importorskip('tensorrt_rtx')
-    result = tensorrt.run(str(copy.root), overrides={'tensorrt.flavour': 'rtx', 'tensorrt.targets': ['SM86']})
-    assert not result.skipped and len(result.status['engines']) == 4 and min(result.status['engines'].values()) > 10_000

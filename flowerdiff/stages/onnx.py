@@ -187,7 +187,7 @@ def compare_backends(
     how: dict,      # seed, steps, guidance
 ) -> tuple:         # name -> milliseconds, MB and `picture_difference`, and whether it `keeps` quality; name -> pictures
     "What every backend of this machine draws, and how fast."
-    generators = {'torch': Generator(torch_backend)} | {name: Generator(open_backend(name, folder)) for name in BACKENDS if name != 'torch' and not why_not(name)}
+    generators = {'torch': Generator(torch_backend)} | {name: Generator(open_backend(name, folder)) for name in BACKENDS if name != 'torch' and not why_not(name, folder)}
     drawn = {k: g(prompts, **how) for k, g in generators.items()}
     ms, out = race({k: lambda g=g: g(prompts[0], **how) for k, g in generators.items()}), {}
     for k, pictures in drawn.items():
