@@ -52,7 +52,7 @@ def main():
     model = find_model(args.model); onnx = onnx_beside(model)
     from diffusers import StableDiffusionPipeline
     stock = StableDiffusionPipeline.from_pretrained(model); stock.set_progress_bar_config(disable=True)
-    ours = {k: Generator(open_backend(k, model if k == 'torch' else onnx)) for k in BACKENDS if not why_not(k) and (k == 'torch' or onnx)}
+    ours = {k: Generator(open_backend(k, model if k == 'torch' else onnx)) for k in BACKENDS if k == 'torch' or onnx and not why_not(k, onnx)}
     size = ours['torch'].backend.size
     calls = {k: lambda g=g: g(PROMPT, steps=args.steps, guidance=4.) for k, g in ours.items()}
     calls['StableDiffusionPipeline'] = lambda: stock(PROMPT, num_inference_steps=args.steps, guidance_scale=4., height=size, width=size)

@@ -162,7 +162,7 @@ def latency(
 ) -> dict:       # backend -> milliseconds of one picture
     "One picture with each backend, in turns."
     onnx = onnx_beside(model)
-    drawers = {k: Generator(open_backend(k, model if k == 'torch' else onnx)) for k in BACKENDS if not why_not(k) and (k == 'torch' or onnx)}
+    drawers = {k: Generator(open_backend(k, model if k == 'torch' else onnx)) for k in BACKENDS if k == 'torch' or onnx and not why_not(k, onnx)}
     return race({k: lambda g=g: g(prompt, **how) for k, g in drawers.items()}, rounds=2, row=1)
 
 # %% ../../nbs/stages/07_evaluate.ipynb #9c48024b
