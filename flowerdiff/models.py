@@ -71,7 +71,11 @@ def scheduler_config(
     folder: Path, # model folder
 ) -> dict:
     "The schedule as StableDiffusionPipeline would use it."
+    import diffusers
     config = read_config(folder, 'scheduler')
+    with readable(folder/'scheduler'):
+        if not hasattr(cls := getattr(diffusers, str(config['_class_name']), None), 'set_timesteps'): raise ValueError(f"{config['_class_name']} is no scheduler of Diffusers")
+        cls.from_config({k: v for k, v in config.items() if k != '_class_name'})
     if config.get('steps_offset', 1) != 1: config['steps_offset'] = 1
     if config.get('clip_sample', False): config['clip_sample'] = False
     return config

@@ -179,7 +179,9 @@ class OpenVinoBackend(Backend):
         def read(part):
             path = self.folder/part/'model.onnx'
             if not path.is_file(): raise UserError(f'{path}: this part of the model is missing; run the stage `onnx` again')
-            with readable(path): return core.read_model(path)
+            with readable(path):
+                if path.open('rb').read(1) != b'\x08': raise ValueError('not an ONNX file') # OpenVINO would try it as many other kinds, aloud
+                return core.read_model(path)
         compiled = lambda model: _Compiled(core, model, how)
         self.text_encoder, self.decoder = compiled(read('text_encoder')), compiled(read('vae_decoder'))
         products, rest = split_text(read('unet'))
