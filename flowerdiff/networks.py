@@ -94,7 +94,9 @@ def _compiled(f): # f, compiled for each shape that it meets
     fast = torch.compile(f, dynamic=False)
     def call(*args, **how):
         try: return fast(*args, **how)
-        except torch._dynamo.exc.TorchDynamoException as e: raise UserError(f'backend torch-compile: the compiler failed ({str(e).strip().splitlines()[0][:160]}); use the backend torch') from e
+        except torch._dynamo.exc.TorchDynamoException as e:
+            why = getattr(e, 'inner_exception', e)
+            raise UserError(f'backend torch-compile: the compiler failed ({type(why).__name__}: {(str(why).strip().splitlines() or [""])[0][:160]}); use the backend torch') from e
     return call
 
 # %% ../nbs/core/42_networks.ipynb #1fa02190

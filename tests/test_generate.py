@@ -167,7 +167,9 @@ def test_compiled_for_each_shape_and_the_same(models, generator, eager):
 
 @pytest.mark.skipif(bool(why_not_compile()), reason='no C++ compiler')
 def test_the_real_compiler_draws_the_same(models, generator):
-    assert same(Generator.from_pretrained(models['kl'], backend='torch-compile')('a red rose', steps=3, guidance=1.), generator('a red rose', steps=3, guidance=1.))
+    fast, b, z = load_backend(models['kl'], 'torch-compile'), generator.backend, torch.randn(2, 4, 16, 16)
+    text = b.condition(b.encode(['a red rose', '']))
+    for t in (999, 20): assert (fast.denoise(z, torch.tensor(t), text) - b.denoise(z, torch.tensor(t), text)).abs().max() < 1e-4
 
 def test_no_compiler_or_a_broken_one_is_said(models, monkeypatch):
     monkeypatch.setenv('CXX', '/nowhere/c++')
@@ -194,7 +196,7 @@ assert [p.tobytes() for p in g('a rose', n=2, steps=1)] == [p.tobytes() for p in
 @pytest.mark.skipif(sys.platform != 'linux', reason='limits the address space')
 def test_a_batch_beyond_memory_is_said_and_the_next_is_drawn(models):
     done = subprocess.run([sys.executable, '-c', ROOM, 'torch', str(models['kl']), '400', str(Path(__file__).parent)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert done.stdout == '64 pictures of 256 x 256 pixels at once do not fit into memory; draw fewer at once (batch or n below 64) or a smaller size\n', done.stdout + done.stderr
+    assert (done.stdout.splitlines() or [''])[-1] == '64 pictures of 256 x 256 pixels at once do not fit into memory; draw fewer at once (batch or n below 64) or a smaller size' and not done.returncode, done.stdout + done.stderr
 
 @pytest.mark.parametrize('raised', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory. Tried'), RuntimeError('[enforce fail] DefaultCPUAllocator: can\'t allocate memory'), RuntimeError('could not create a primitive'),
     Exception('[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : bad allocation'), Exception('Failed to allocate memory for requested buffer of size 9'), RuntimeError('std::bad_alloc')], ids=lambda e: str(e)[:20] or type(e).__name__)
