@@ -17,10 +17,10 @@ from .checkpoints import Saver, load_checkpoint
 from .diffusion import make_scheduler, noise_levels
 from .ema import EMA, ema_state, load_ema
 from .engine import Engine, learning_rate, make_optimizer
-from .guards import MANY, MEMORY, out_of_memory, spike_limit, what_fits
+from .guards import MANY, MEMORY, spike_limit, what_fits
 from .objective import Denoising
 from .tracking import log_event
-from .workspace import UserError
+from .workspace import UserError, out_of_memory
 
 # %% ../nbs/core/64_trainer.ipynb #4fad1167
 def total_steps(n: int, train) -> int: return max(1, math.ceil(train.epochs*n/train.batch_size)) # n pictures, settings.train -> steps in a run

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..backends import BACKENDS, onnx_beside, open_backend, why_not
+from ..backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_not
 from ..bench import race
 from ..features import ClipFeatures, open_features
 from ..metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, fid, inception_score, kid, nearest, psnr, shuffled, within
@@ -162,7 +162,7 @@ def latency(
 ) -> dict:       # backend -> milliseconds of one picture
     "One picture with each backend, in turns."
     onnx = onnx_beside(model)
-    drawers = {k: Generator(open_backend(k, model if k == 'torch' else onnx)) for k in BACKENDS if k == 'torch' or onnx and not why_not(k, onnx)}
+    drawers = {k: Generator(open_backend(k, onnx if reads_onnx(k) else model)) for k in BACKENDS if k == 'torch' or reads_onnx(k) and onnx and not why_not(k, onnx)}
     return race({k: lambda g=g: g(prompt, **how) for k, g in drawers.items()}, rounds=2, row=1)
 
 # %% ../../nbs/stages/07_evaluate.ipynb #9c48024b

@@ -16,7 +16,6 @@ import torch
 from ..batches import Split, load_split
 from ..distill import Teacher, student_settings
 from ..finetune import add_lora, as_trained, base_unet, find_base, merged, save_lora
-from ..guards import out_of_memory
 from ..models import read_config
 from ..processes import STOPPED, Stop, Watch, follow, is_training, launch, only_one
 from ..shards import Shards
@@ -25,7 +24,7 @@ from ..streaming import StreamedSplit
 from ..tracking import log_event, read_events, start_follower
 from ..trainer import Trainer, final_validation, load_run, train_loop
 from ..validation import guesses, sample_grid, save_strip
-from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, open_workspace, read_json, stage, write_json
+from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, open_workspace, out_of_memory, read_json, stage, write_json
 from ..zero import make_engine
 
 # %% ../../nbs/stages/05_train.ipynb #b77210ca
