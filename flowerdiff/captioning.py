@@ -69,7 +69,7 @@ class Fitting:
                 if self.size < size: self.tell(f'caption: {size} pictures at a time do not fit into memory, going on with {self.size}'); size = self.size
                 yield names[:n], answers
                 names, inputs = names[n:], {k: v[n:] for k, v in inputs.items()}
-            elif n == 1: raise UserError('caption: one picture alone does not fit into memory; lower caption.num_beams, now too many, or give caption.model a smaller one, such as Florence-2-base')
+            elif n == 1: raise UserError('caption: one picture alone does not fit into memory; lower caption.num_beams or caption.max_new_tokens, or let caption.model be a smaller one, such as Florence-2-base')
             else: self.size = n//2
 
     def tried(self, inputs: dict): # the answers; None: out of memory
@@ -158,12 +158,12 @@ def describe_pictures(
     c = ws.settings.caption
     folder = ws.work_dir('caption', fingerprint([component_fingerprint(find_component(c.model, 'florence', ws.root)), c.num_beams, c.max_new_tokens, code_fingerprint('flowerdiff.florence')['flowerdiff.florence']]))
     pictures, keys = in_order(ws.pictures, files)
-    done, seconds, said = read_journals(folder), 0., 0
+    done, seconds, said, told = read_journals(folder), 0., 0, set()
     left = sum((task, k) not in done for task in c.prompts for k, _ in pictures)
     def answered(): # -> once for each answer
         nonlocal seconds
         for e in (describe_share if c.num_processes == 1 else describe_together)(ws, folder, pictures):
-            if e['event'] == 'note': print(e['text'])
+            if e['event'] == 'note' and e['text'] not in told: told.add(e['text']); print(e['text'])
             if e['event'] == 'batch': seconds += e['seconds']; yield from e['answers']
     if left: said = sum(1 for _ in progress(answered(), left, 'descriptions'))
     done = read_journals(folder)
