@@ -56,4 +56,6 @@ def open_florence(
     if 'auto_map' in config: raise UserError(f'{folder}: is Florence-2 in its first format, which brings code to run; take florence-community/Florence-2-large, which has the same weights and none')
     with opening(folder):
         model = _whole(folder, Florence2ForConditionalGeneration.from_pretrained(folder, use_safetensors=True, output_loading_info=True, dtype=torch.float16 if device.type == 'cuda' else torch.float32))
-        return Florence(Florence2Processor.from_pretrained(folder), model.to(device), num_beams, max_new_tokens)
+        processor = Florence2Processor.from_pretrained(folder)
+        if processor.tokenizer.image_token_id != model.config.image_token_id: raise UserError(f'{folder}: its tokenizer is missing or another model\'s; copy both from the same place')
+        return Florence(processor, model.to(device), num_beams, max_new_tokens)
