@@ -171,5 +171,4 @@ def describe_pictures(
 
 # %% ../nbs/core/67_captioning.ipynb #a981594c
 if __name__ == '__main__' and '__file__' in globals(): # a process of torchrun, not a notebook
-    from flowerdiff.captioning import work as _work
-    sys.exit(_work(*sys.argv[1:]))
+    sys.exit(work(*sys.argv[1:]))

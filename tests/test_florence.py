@@ -22,7 +22,7 @@ def mini(tmp_path_factory): return tiny_florence(tmp_path_factory.mktemp('mini')
 
 def make(root, mini, **settings):
     "25 pictures of three sizes as the stage prepare leaves them; every fourth has no label, the first of each split has a caption of its own."
-    ws = open_workspace(root, 'folder', {f'caption.{k}': v for k, v in dict(captioner='florence', model=str(mini), batch_size=4, num_beams=1, max_new_tokens=10, **settings).items()})
+    ws = open_workspace(root, 'folder', {f'caption.{k}': v for k, v in dict(captioner='florence', model=str(mini), batch_size=4, num_beams=1, max_new_tokens=16, **settings).items()})
     rng, counts = np.random.default_rng(0), dict(train=20, val=3, test=2)
     for split, k in counts.items():
         (ws.pictures/split).mkdir(parents=True)
@@ -68,10 +68,13 @@ def test_largest_pictures_first(whole):
 
 @pytest.mark.parametrize('beams', [1, 3])
 def test_alone_as_in_a_batch(mini, whole, beams):
-    florence = open_florence(mini, num_beams=beams, max_new_tokens=10)
+    florence = open_florence(mini, num_beams=beams, max_new_tokens=16)
     pictures = [Image.open(whole.pictures/f) for f in said(whole)]
-    for task in ('<CAPTION>', '<MORE_DETAILED_CAPTION>'):
-        assert florence.describe(pictures, task) == [florence.describe([p], task)[0] for p in pictures]
+    for task in ('<CAPTION>', '<DETAILED_CAPTION>'):
+        together = florence.describe(pictures, task)
+        assert together == [florence.describe([p], task)[0] for p in pictures] and not any('<' in t for t in together)
+        assert len({len(t.split()) for t in together}) > 1, 'the miniature says long and short ones, and the short are padded in a batch'
+        if beams > 1: assert together != open_florence(mini, num_beams=1, max_new_tokens=16).describe(pictures, task)
 
 def test_several_prompts_and_a_grown_collection_ask_for_what_is_new(mini, tmp_path, asked):
     ws = make(tmp_path/'ws', mini)

@@ -56,7 +56,7 @@ def tiny_florence(folder, side=64, seed=0):
     vision = dict(depths=(1,)*4, embed_dim=(8, 16, 16, 32), num_heads=(1, 2, 2, 4), num_groups=(1, 2, 2, 4), window_size=2, projection_dim=32, initializer_range=.5)
     model = Florence2ForConditionalGeneration(Florence2Config(text_config=text, vision_config=vision, image_token_id=tok.image_token_id))
     words = {names.index('\u0120' + w) for w in WORDS}
-    model.generation_config.update(suppress_tokens=[i for i in range(len(tok)) if i not in words | {2}], no_repeat_ngram_size=2)
+    model.generation_config.update(suppress_tokens=[i for i in range(len(tok)) if i not in words | {2}], no_repeat_ngram_size=2, exponential_decay_length_penalty=(1, 1.15)) # words only, and answers of several lengths
     images = CLIPImageProcessorPil(size=dict(height=side, width=side), do_center_crop=False)
     images.image_seq_length = (side//32)**2 + 1
     kinds = 'ocr', 'phrase_grounding', 'pure_text', 'description_with_bboxes', 'description_with_polygons', 'polygons', 'bboxes', 'description_with_bboxes_or_polygons'
