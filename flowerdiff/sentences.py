@@ -77,7 +77,7 @@ def named(
     name: str, # of the picture's class; '': not known
 ) -> str:      # with the name in it
     "What is seen, under the name of its class."
-    if not text or not name or mention(name).search(text): return text
+    if not text or not re.search(r'[^\W\d_]', name) or mention(name).search(text): return text # a number is no name
     m = general_word(text, name)
     return renamed(text, m, name) if m else f'{article(name)}, {text}'
 

@@ -1,5 +1,5 @@
 "Captions by Florence-2, through the stage, with a miniature of its classes: batches, kills, processes, memory, other models."
-import json, multiprocessing, os, random, shutil, signal, threading, time
+import json, multiprocessing, os, random, shutil, signal, subprocess, threading, time
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -7,7 +7,7 @@ from PIL import Image
 torch = pytest.importorskip('torch')
 import psutil
 from transformers import BartForConditionalGeneration, BartTokenizer, CLIPImageProcessorPil, Florence2ForConditionalGeneration, Florence2Processor # noqa: a forked process has them then
-from flowerdiff.captioning import describe_share, in_order, read_journals, work
+from flowerdiff.captioning import Journal, describe_share, describe_together, in_order, read_journals, work
 from flowerdiff.florence import Florence, open_florence
 from flowerdiff.sentences import mention, sentence
 from flowerdiff.stages.caption import run
@@ -166,6 +166,17 @@ def test_two_processes_say_what_one_says_and_a_dead_one_is_told_of(mini, whole, 
     assert said(ws) == said(whole) and 'pictures/s' in summary and not asked, 'the stage itself asks nothing'
     after = [(p.name[0], k) for p in folder.glob('*-*.jsonl') for l in p.read_text().splitlines() if (e := json.loads(l))['event'] == 'batch' for k in e['answers'] if k not in known]
     assert {r for r, _ in after} == {'0', '1'} and len({k for _, k in after}) == len(after) == 25 - len(known), 'each did its share and none twice'
+
+def test_an_interrupted_stage_ends_its_processes(mini, tmp_path, monkeypatch):
+    ws, started = make(tmp_path/'ws', mini, num_processes=2), []
+    def launch(*args):
+        Journal(tmp_path, 0).write('note', text='first')
+        started.append(subprocess.Popen(['sleep', '100'], start_new_session=True)); return started[0]
+    monkeypatch.setattr('flowerdiff.captioning.launch', launch)
+    events = describe_together(ws, tmp_path, [])
+    assert next(events)['text'] == 'first' and started[0].poll() is None
+    events.close()
+    assert started[0].poll() == -signal.SIGTERM
 
 def test_a_process_leaves_when_the_stage_is_gone(mini, whole, tmp_path, monkeypatch):
     ws = make(tmp_path/'ws', mini)
