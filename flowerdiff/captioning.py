@@ -90,7 +90,7 @@ def describe_share(
     "Describe the pictures that are this process's and not described yet."
     from PIL import Image
     c, done, gpus = ws.settings.caption, read_journals(folder), torch.cuda.device_count()
-    todo = [(task, kf) for task in c.prompts for kf in pictures[rank::world] if (task, kf[0]) not in done]
+    todo = [(task, kf) for task in dict.fromkeys(c.prompts) for kf in pictures[rank::world] if (task, kf[0]) not in done]
     if not todo: return
     journal, florence = Journal(folder, rank), open_florence(c.model, ws.root, f'cuda:{rank%gpus}' if gpus else None, c.num_beams, c.max_new_tokens)
     batches = [(task, [kf for _, kf in some][i:i + c.batch_size]) for task, some in ((t, list(g)) for t, g in itertools.groupby(todo, lambda t: t[0])) for i in range(0, len(some), c.batch_size)]
