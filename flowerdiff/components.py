@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 import flowerdiff
-from .workspace import UserError, file_sha256, fingerprint, read_json, write_json
+from .workspace import UserError, file_sha256, fingerprint, out_of_memory, read_json, write_json
 
 # %% ../nbs/core/20_components.ipynb #e15652bd
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+@[0-9a-f]{40}')
@@ -93,7 +93,9 @@ def opening(folder: Path): # whatever a library raises while it reads a folder b
     t.disable_progress_bar()
     try: yield
     except UserError: raise
-    except Exception as e: raise UserError(f'{folder}: can not be opened ({type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:150]}); copy it again') from e
+    except Exception as e:
+        if out_of_memory(e): raise UserError(f'{folder}: does not fit into memory') from e
+        raise UserError(f'{folder}: can not be opened ({type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:150]}); copy it again') from e
     finally:
         for l, level in zip((t, d), levels): l.set_verbosity(level)
         if bars: t.enable_progress_bar()
