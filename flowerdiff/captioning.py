@@ -13,10 +13,9 @@ import torch
 from .components import component_fingerprint, find_component
 from .encoding import read_ahead
 from .florence import open_florence
-from .guards import out_of_memory
 from .processes import launch
 from .tracking import read_events
-from .workspace import UserError, Workspace, code_fingerprint, file_sha256, fingerprint, open_workspace, progress, read_json, write_json
+from .workspace import UserError, Workspace, code_fingerprint, file_sha256, fingerprint, open_workspace, out_of_memory, progress, read_json, write_json
 
 # %% ../nbs/core/67_captioning.ipynb #3c732d9d
 def in_order(
