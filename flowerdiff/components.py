@@ -23,11 +23,12 @@ from .workspace import UserError, file_sha256, fingerprint, out_of_memory, read_
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+@[0-9a-f]{40}')
 GARDEN = dict(vae='autoencoder', text_encoder='clip')  # part -> folder of the assets
 FILES = dict(vae=['config.json', 'diffusion_pytorch_model*', 'vae/*'],
-             text_encoder=['config.json', 'model*', 'tokenizer*', '*.txt', 'vocab.json', 'special_tokens_map.json', 'text_encoder/*', 'tokenizer/*'])
+             text_encoder=['config.json', 'model*', 'tokenizer*', '*.txt', 'vocab.json', 'special_tokens_map.json', 'text_encoder/*', 'tokenizer/*'],
+             florence=['*.json', 'model*', '*.txt'])
 
 def from_hub(
     spec: str,    # org/name@commit
-    part: str,    # 'vae' or 'text_encoder'
+    part: str,    # one of FILES
 ) -> Path:        # folder in the hub's cache
     "A model repository's files for one part: from the cache, else downloaded. A token comes from the environment's `HF_TOKEN`."
     from huggingface_hub import snapshot_download
@@ -45,12 +46,12 @@ def weights(folder: Path) -> list: return sorted(folder.glob('*.safetensors'))
 
 def find_component(
     spec: str,        # 'garden', a folder, or org/name@commit
-    part: str,        # 'vae' or 'text_encoder'
+    part: str,        # one of FILES
     base: Path = '.', # what a relative folder is relative to
 ) -> Path:            # folder with config.json and safetensors
     "The folder that a setting means. Raises `UserError` for what is not there, not pinned, or not safe."
     folder = Path(base)/Path(spec).expanduser()
-    if spec == 'garden': folder = Path(flowerdiff.__file__).parent/'assets'/'garden'/GARDEN[part]
+    if spec == 'garden' and part in GARDEN: folder = Path(flowerdiff.__file__).parent/'assets'/'garden'/GARDEN[part]
     elif not folder.is_dir() and HUB_ID.fullmatch(spec): folder = from_hub(spec, part)
     elif not folder.is_dir():
         pinned = f'; a hub model is written {spec.split("@")[0]}@ and the 40 digits of a commit' if re.fullmatch(r'[\w.-]+/[\w.-]+(@.*)?', spec) else ''

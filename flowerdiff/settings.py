@@ -45,10 +45,7 @@ class Components(Section):
     "Which networks stand around the denoiser."
     autoencoder: str = 'garden'  # 'garden', a Diffusers folder, or a hub id `org/name@commit`
     text_encoder: str = 'garden' # 'garden', 'train' (a small CLIP of the run's own), a folder, or a hub id `org/name@commit`
-
-    @field_validator('autoencoder', 'text_encoder')
-    @classmethod
-    def _pinned(cls, v): return pinned(v)
+    _pinned = field_validator('autoencoder', 'text_encoder')(pinned)
 
 # %% ../nbs/core/00_settings.ipynb #b36be47c
 class Prepare(Section):
@@ -63,8 +60,15 @@ class Prepare(Section):
 # %% ../nbs/core/00_settings.ipynb #dac80265
 class Caption(Section):
     "What each picture is said to show."
-    captioner: Literal['auto', 'given', 'attributes', 'labels'] = 'auto' # auto: given captions, else attributes, else labels
-    per_picture: Count = 3 # captions a picture
+    captioner: Literal['auto', 'given', 'attributes', 'labels', 'florence'] = 'auto' # auto: given captions, else attributes, else labels; florence: a model looks at each picture
+    per_picture: Count = 3 # captions a picture, of attributes and labels
+    model: str = 'florence-community/Florence-2-large@4271c66b88cdbc05735372ec13b2360108de5317' # of florence, as all that follows: a folder, or a hub id `org/name@commit`
+    prompts: Annotated[list[Literal['<CAPTION>', '<DETAILED_CAPTION>', '<MORE_DETAILED_CAPTION>']], Field(min_length=1)] = ['<DETAILED_CAPTION>'] # a caption for each: a short sentence, a longer one, a paragraph
+    batch_size: Count = 32     # pictures at a time; halved where memory does not hold them
+    num_beams: Count = 3       # sentences followed at once while one is written; 1: greedy, three times as fast
+    max_new_tokens: Count = 256 # of an answer
+    num_processes: Count = 1   # processes on this machine, a GPU each
+    _pinned = field_validator('model')(pinned)
 
 # %% ../nbs/core/00_settings.ipynb #69928bb4
 class Encode(Section):
@@ -150,11 +154,7 @@ class Train(Section):
     keep_checkpoints: Count = 2   # the newest; the best by validation loss stays too
     samples_every: Count = 560    # steps between sample grids
     validate_every: Count = 560   # steps between validations
-
-    @field_validator('init')
-    @classmethod
-    def _pinned(cls, v): return pinned(v)
-
+    _pinned = field_validator('init')(pinned)
     @model_validator(mode='after')
     def _levels(self):
         if len(self.attention) != len(self.channels):
