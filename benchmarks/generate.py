@@ -8,7 +8,7 @@ its ONNX folder beside it instead, such as garden/model. --ort-python names the 
 import argparse, json, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
-from flowerdiff.backends import BACKENDS, onnx_beside, open_backend, why_not
+from flowerdiff.backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_not
 from flowerdiff.bench import network_parts, overhead
 from flowerdiff.components import TextEncoder, save_components, save_pipeline
 from flowerdiff.models import find_model, weights_fingerprint
@@ -16,7 +16,7 @@ from flowerdiff.sampler import Generator
 from flowerdiff.stages import onnx as export
 from flowerdiff.workspace import write_json
 
-PROMPT = 'a red rose under a blue sky'
+PROMPT = '{} red roses under a blue sky' # another in every round: a text that was drawn before is remembered
 ORT = '''import sys, time
 from optimum.onnxruntime import ORTStableDiffusionPipeline
 pipe = ORTStableDiffusionPipeline.from_pretrained(sys.argv[1]); pipe.set_progress_bar_config(disable=True); size = int(sys.argv[3])
@@ -52,20 +52,20 @@ def main():
     model = find_model(args.model); onnx = onnx_beside(model)
     from diffusers import StableDiffusionPipeline
     stock = StableDiffusionPipeline.from_pretrained(model); stock.set_progress_bar_config(disable=True)
-    ours = {k: Generator(open_backend(k, model if k == 'torch' else onnx)) for k in BACKENDS if not why_not(k) and (k == 'torch' or onnx)}
+    ours = {k: Generator(open_backend(k, onnx if reads_onnx(k) else model)) for k in BACKENDS if (onnx or not reads_onnx(k)) and not why_not(k, onnx)}
     size = ours['torch'].backend.size
-    calls = {k: lambda g=g: g(PROMPT, steps=args.steps, guidance=4.) for k, g in ours.items()}
-    calls['StableDiffusionPipeline'] = lambda: stock(PROMPT, num_inference_steps=args.steps, guidance_scale=4., height=size, width=size)
+    calls = {k: lambda prompt, g=g: g(prompt, steps=args.steps, guidance=4.) for k, g in ours.items()}
+    calls['StableDiffusionPipeline'] = lambda prompt: stock(prompt, num_inference_steps=args.steps, guidance_scale=4., height=size, width=size)
     seconds = {k: [] for k in calls}
     if args.ort_python:
         other = subprocess.Popen([args.ort_python, '-c', ORT, str(onnx), str(args.steps), str(size)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         seconds['ORTStableDiffusionPipeline'] = []
     for i in range(args.rounds + 1):
         for k, f in calls.items():
-            start = time.perf_counter(); f()
+            start = time.perf_counter(); f(PROMPT.format(i))
             if i: seconds[k].append(time.perf_counter() - start)
         if args.ort_python:
-            print(PROMPT, file=other.stdin, flush=True); took = float(other.stdout.readline())
+            print(PROMPT.format(i), file=other.stdin, flush=True); took = float(other.stdout.readline())
             if i: seconds['ORTStableDiffusionPipeline'].append(took)
     base = statistics.median(seconds['StableDiffusionPipeline'])
     print(f'\n{size} pixels, {args.steps} steps with guidance, {torch.get_num_threads()} threads, {args.rounds} rounds in turns\n\n| | a picture, median (range) | of stock Diffusers | one step | decoder | beyond the network |\n|---|---|---|---|---|---|')

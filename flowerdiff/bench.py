@@ -6,10 +6,10 @@
 __all__ = ['race', 'network_parts', 'overhead', 'peak_so_far', 'peak_memory', 'bench', 'table', 'plot', 'bench_to']
 
 # %% ../nbs/core/48_bench.ipynb #ab09b414
-import resource, subprocess, sys, time
+import itertools, resource, subprocess, sys, time
 from pathlib import Path
 import torch
-from .backends import BACKENDS, onnx_beside, open_backend, why_not
+from .backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_not
 from .models import find_model
 from .sampler import Generator
 from .workspace import UserError, write_json
@@ -37,8 +37,8 @@ def network_parts(
     "The network's share of a picture: one step of the denoiser, and the decoder."
     n, shape = 1 + guided, (backend.channels,) + (backend.unet_config['sample_size'],)*2
     text = backend.condition(backend.encode(['a red rose', ''][:n]))
-    x, t = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(backend.device), torch.tensor(500)
-    return dict(unet=lambda: backend.denoise(x, t, text), decode=lambda: backend.decode(x[:1]))
+    x, t = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(backend.device), torch.tensor(500, device=backend.device)
+    return dict(unet=lambda: backend.denoise(x, t, text).cpu(), decode=lambda: backend.decode(x[:1]).cpu()) # a GPU is done when its answer is here
 
 def overhead(
     milliseconds: float, # of a picture
@@ -78,13 +78,13 @@ def bench(
     for name in names or ():
         if name not in BACKENDS: raise UserError(f"backend: '{name}' is not one of {', '.join(BACKENDS)}")
     for name in names or BACKENDS:
-        if reason := why_not(name) or ('' if name == 'torch' or onnx else f'{model}: has no ONNX files made from these weights beside it; the stage `onnx` makes them'): left_out[name] = reason
-    folders = {name: model if name == 'torch' else onnx for name in names or BACKENDS if name not in left_out}
+        if reason := why_not(name, onnx) or ('' if onnx or not reads_onnx(name) else f'{model}: has no ONNX files made from these weights beside it; the stage `onnx` makes them'): left_out[name] = reason
+    folders = {name: onnx if reads_onnx(name) else model for name in names or BACKENDS if name not in left_out}
     if not folders: raise UserError('bench: ' + '; '.join(f'{k}: {v}' for k, v in left_out.items()))
     opened = {name: Generator(open_backend(name, folder)) for name, folder in folders.items()}
-    out = {name: dict(milliseconds={}) for name in opened}
+    out, count = {name: dict(milliseconds={}) for name in opened}, itertools.count() # every picture has a text of its own: those that were read are remembered
     for n in steps:
-        for name, ms in race({k: lambda g=g: g(prompt, steps=n) for k, g in opened.items()}, rounds).items(): out[name]['milliseconds'][n] = round(ms, 2)
+        for name, ms in race({k: lambda g=g: g(f'{next(count)}: {prompt}', steps=n) for k, g in opened.items()}, rounds).items(): out[name]['milliseconds'][n] = round(ms, 2)
     parts = {name: network_parts(g.backend, g.backend.guidance > 1) for name, g in opened.items()}
     alone = race({(name, part): f for name, p in parts.items() for part, f in p.items()}, rounds, row=8)
     for name in opened:

@@ -52,13 +52,13 @@ def _compare_options(c): c.add_argument('first', metavar='WORKSPACE'); c.add_arg
 def _generate_options(c):
     c.add_argument('prompt', help='what to draw')
     c.add_argument('-w', '--workspace', help='whose model (default: this folder if it is a workspace, else garden)')
-    c.add_argument('-m', '--model', help='or a folder with a Diffusers model')
+    c.add_argument('-m', '--model', help='or a folder with a Diffusers model, or a hub id org/name@commit')
     c.add_argument('-n', type=_whole(1), default=1, metavar='N', help='how many (1)')
     c.add_argument('--seed', type=_whole(0), default=0, help='same seed, same picture (0)')
     c.add_argument('--steps', type=_whole(1), help='sampling steps (20; of a distilled model, its own)')
     c.add_argument('--guidance', type=float, help='how strongly the words pull (4; of a distilled model, 1)')
     c.add_argument('--negative', default='', help='what not to draw')
-    c.add_argument('--backend', default='auto', help='auto, torch, onnx, onnx-fp16, onnx-int8, openvino, openvino-bf16')
+    c.add_argument('--backend', default='auto', help='auto, torch, torch-compile, onnx, onnx-fp16, onnx-int8, openvino, openvino-bf16, tensorrt')
     c.add_argument('-o', '--output', help='file to write (default: from the prompt); several are numbered')
 
 def _steps(text): # whole numbers at commas
@@ -175,8 +175,8 @@ def _sweep(a) -> int:
 def _generate(a) -> int:
     "Draw pictures from words."
     from flowerdiff.workspace import UserError, disk_errors
-    model = Path(a.model or Path(_here(a.workspace, 'garden'))/'model')
-    if not (model/'model_index.json').exists(): raise UserError(f'{model}: holds no model; `flowerdiff run` makes one, or give --model or --workspace')
+    model = a.model or Path(_here(a.workspace, 'garden'))/'model'
+    if not a.model and not (model/'model_index.json').exists(): raise UserError(f'{model}: holds no model; `flowerdiff run` makes one, or give --model or --workspace')
     if not a.prompt.strip(): raise UserError('the prompt is empty; say what to draw')
     out = Path(a.output or f'{re.sub(r"[^a-z0-9]+", "-", a.prompt.lower()).strip("-")[:60] or "picture"}.png')
     if out.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'): raise UserError(f'{out}: is no kind of picture that is written here; end it in .png, .jpg or .webp')

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 import flowerdiff
-from .workspace import UserError, file_sha256, fingerprint, read_json, write_json
+from .workspace import UserError, file_sha256, fingerprint, out_of_memory, read_json, write_json
 
 # %% ../nbs/core/20_components.ipynb #e15652bd
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+@[0-9a-f]{40}')
 GARDEN = dict(vae='autoencoder', text_encoder='clip')  # part -> folder of the assets
 FILES = dict(vae=['config.json', 'diffusion_pytorch_model*', 'vae/*'],
-             text_encoder=['config.json', 'model*', 'tokenizer*', '*.txt', 'vocab.json', 'special_tokens_map.json', 'text_encoder/*', 'tokenizer/*'])
+             text_encoder=['config.json', 'model*', 'tokenizer*', '*.txt', 'vocab.json', 'special_tokens_map.json', 'text_encoder/*', 'tokenizer/*'],
+             florence=['*.json', 'model*', '*.txt'])
 
 def from_hub(
     spec: str,    # org/name@commit
-    part: str,    # 'vae' or 'text_encoder'
+    part: str,    # one of FILES
 ) -> Path:        # folder in the hub's cache
     "A model repository's files for one part: from the cache, else downloaded. A token comes from the environment's `HF_TOKEN`."
     from huggingface_hub import snapshot_download
@@ -45,12 +46,12 @@ def weights(folder: Path) -> list: return sorted(folder.glob('*.safetensors'))
 
 def find_component(
     spec: str,        # 'garden', a folder, or org/name@commit
-    part: str,        # 'vae' or 'text_encoder'
+    part: str,        # one of FILES
     base: Path = '.', # what a relative folder is relative to
 ) -> Path:            # folder with config.json and safetensors
     "The folder that a setting means. Raises `UserError` for what is not there, not pinned, or not safe."
     folder = Path(base)/Path(spec).expanduser()
-    if spec == 'garden': folder = Path(flowerdiff.__file__).parent/'assets'/'garden'/GARDEN[part]
+    if spec == 'garden' and part in GARDEN: folder = Path(flowerdiff.__file__).parent/'assets'/'garden'/GARDEN[part]
     elif not folder.is_dir() and HUB_ID.fullmatch(spec): folder = from_hub(spec, part)
     elif not folder.is_dir():
         pinned = f'; a hub model is written {spec.split("@")[0]}@ and the 40 digits of a commit' if re.fullmatch(r'[\w.-]+/[\w.-]+(@.*)?', spec) else ''
@@ -92,7 +93,9 @@ def opening(folder: Path): # whatever a library raises while it reads a folder b
     t.disable_progress_bar()
     try: yield
     except UserError: raise
-    except Exception as e: raise UserError(f'{folder}: can not be opened ({type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:150]}); copy it again') from e
+    except Exception as e:
+        if out_of_memory(e): raise UserError(f'{folder}: does not fit into memory') from e
+        raise UserError(f'{folder}: can not be opened ({type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:150]}); copy it again') from e
     finally:
         for l, level in zip((t, d), levels): l.set_verbosity(level)
         if bars: t.enable_progress_bar()

@@ -11,6 +11,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .batches import Split
 from .diffusion import add_noise, at, loss_per_sample
+from .finetune import as_trained
 from .validation import answer, by_picture
 
 # %% ../nbs/core/41_distill.ipynb #705ed2cd
@@ -111,7 +112,4 @@ def student_settings(
     config, # of the teacher's scheduler
 ):          # settings.train
     "Settings of the run that makes a student."
-    flow = config['prediction_type'] == 'flow_prediction'
-    schedule = dict(flow_shift=config['flow_shift']) if flow else dict(beta_start=config['beta_start'], beta_end=config['beta_end'], beta_schedule=config['beta_schedule'], zero_terminal_snr=config['rescale_betas_zero_snr'])
-    return train.model_copy(update=dict(epochs=train.distill_epochs, lr=train.distill_lr, prediction_type=config['prediction_type'], timesteps=config['num_train_timesteps'],
-        warmup_steps=min(20, train.warmup_steps), caption_dropout=0., offset_noise=0., timestep_sampling='stratified', **schedule))
+    return as_trained(train, config).model_copy(update=dict(epochs=train.distill_epochs, lr=train.distill_lr, warmup_steps=min(20, train.warmup_steps), caption_dropout=0., offset_noise=0., timestep_sampling='stratified'))

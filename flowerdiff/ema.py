@@ -22,11 +22,11 @@ def decay_at(
 class EMA:
     "An exponential moving average of a model's weights, Polyak & Juditsky 1992, with a decay that warms up."
     def __init__(self,
-        model: nn.Module,    # the model to follow
+        model: nn.Module,    # the model to follow, as far as it is trained
         decay: float = .999, # how slow it follows, once warm
     ):
         self.decay, self.updates = decay, 0
-        self.names, self.live = zip(*[(k, p) for k, p in model.named_parameters()])
+        self.names, self.live = zip(*[(k, p) for k, p in model.named_parameters() if p.requires_grad])
         self.mean = [p.detach().float().clone() for p in self.live]
 
     @torch.no_grad()

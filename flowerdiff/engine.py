@@ -181,13 +181,14 @@ def compile(self:Engine,
 # %% ../nbs/core/36_engine.ipynb #f3c575f1
 @patch
 def state(self:Engine) -> tuple[dict, dict]:
-    "Weights and the optimiser's memory as tensors, and the plain numbers beside them."
-    return dict(weights=self.net.state_dict(), optimizer=optimizer_tensors(self.optimizer)), dict(scaler=self.scaler.state_dict(), overflows=self.overflows)
+    "Weights that are trained and the optimiser's memory as tensors, and the plain numbers beside them."
+    frozen = {k for k, p in self.net.named_parameters() if not p.requires_grad}
+    return dict(weights={k: v for k, v in self.net.state_dict().items() if k not in frozen}, optimizer=optimizer_tensors(self.optimizer)), dict(scaler=self.scaler.state_dict(), overflows=self.overflows)
 
 @patch
 def load_state(self:Engine, groups: dict, numbers: dict):
     "Go on from what `state` gave."
-    self.net.load_state_dict(groups['weights']); load_optimizer(self.optimizer, groups['optimizer'])
+    self.net.load_state_dict(self.net.state_dict() | groups['weights']); load_optimizer(self.optimizer, groups['optimizer'])
     if numbers.get('scaler'): self.scaler.load_state_dict(numbers['scaler'])
     self.overflows = numbers['overflows']
 

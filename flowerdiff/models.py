@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from .components import opening
-from .workspace import UserError, read_json
+from .workspace import UserError, out_of_memory, read_json
 
 # %% ../nbs/core/28_models.ipynb #8d1f6f87
 HUB_ID = r'[\w.-]+/[\w.-]+(@[\w.-]+)?'   # org/name or org/name@commit
@@ -50,7 +50,9 @@ def readable(
     "Turn whatever a library raises while it reads `path` into one line for a person."
     try: yield
     except UserError: raise
-    except Exception as e: raise UserError(f'{path}: cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""}); copy or make the model again') from e
+    except Exception as e:
+        if out_of_memory(e): raise UserError(f'{path}: does not fit into memory') from e
+        raise UserError(f'{path}: cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""}); copy or make the model again') from e
 
 # %% ../nbs/core/28_models.ipynb #4934e418
 def read_config(
@@ -69,7 +71,11 @@ def scheduler_config(
     folder: Path, # model folder
 ) -> dict:
     "The schedule as StableDiffusionPipeline would use it."
+    import diffusers
     config = read_config(folder, 'scheduler')
+    with readable(folder/'scheduler'):
+        if not hasattr(cls := getattr(diffusers, str(config['_class_name']), None), 'set_timesteps'): raise ValueError(f"{config['_class_name']} is no scheduler of Diffusers")
+        cls.from_config({k: v for k, v in config.items() if k != '_class_name'})
     if config.get('steps_offset', 1) != 1: config['steps_offset'] = 1
     if config.get('clip_sample', False): config['clip_sample'] = False
     return config

@@ -51,12 +51,13 @@ ROOMY = dict(MALLOC_MMAP_THRESHOLD_='2000000000', MALLOC_TRIM_THRESHOLD_='400000
 def launch(
     module: str,    # that each worker runs: `python -m module root folder`
     root: Path,     # of the workspace
-    folder: Path,   # of the run; train.log there gets what the processes print
+    folder: Path,   # of the run
     processes: int = 1,
+    log: str = 'train.log', # file there that gets what the processes print
 ) -> subprocess.Popen:
     "Start the workers with torchrun, in a session of their own."
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), '-m', module, str(root), str(folder)]
-    with open(folder/'train.log', 'a') as log: return subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ROOMY | os.environ, start_new_session=True)
+    with open(folder/log, 'a') as f: return subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=f, stderr=f, env=ROOMY | os.environ, start_new_session=True)
 
 # %% ../nbs/core/65_processes.ipynb #481e2d5b
 def said(

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SCHEDULERS', 'FLOWING', 'MAX_PIXELS', 'MAX_PROMPT', 'MAX_PICTURES', 'generators', 'starting_noise', 'make_scheduler',
            'guide', 'clean_guess', 'fit_preview', 'preview', 'to_pil', 'Cancelled', 'Step', 'sample', 'check_number',
-           'check_prompts', 'latent_shape', 'Generator', 'montage']
+           'check_prompts', 'latent_shape', 'Generator', 'fitting', 'montage']
 
 # %% ../nbs/core/46_sampler.ipynb #35d0ca56
 import inspect, math
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -16,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .diffusion import noise_levels
-from .workspace import UserError
+from .workspace import UserError, out_of_memory
 
 # %% ../nbs/core/46_sampler.ipynb #179fbc47
 def generators(
@@ -124,7 +125,7 @@ def sample(
     text: Tensor,              # [B, L, D] embeddings of the prompts
     negative: Tensor | None,   # [B, L, D] of what to walk away from; None only without guidance
     gens: list,                # a torch.Generator a picture
-    scheduler,                 # fresh
+    scheduler,                 # of Diffusers, and of this thread alone
     steps: int = 20,
     guidance: float = 4.,
     interval: tuple = (0., 1.), # guide from this share of the steps to that
@@ -138,9 +139,10 @@ def sample(
     levels, n = noise_levels(scheduler), len(scheduler.timesteps)
     guided = [guidance > 1 and interval[0] <= i/n < interval[1] for i in range(n)]
     texts = {g: backend.condition(torch.cat([negative, text]) if g else text) for g in set(guided)}
+    on_device = scheduler.timesteps.to(backend.device) # once: a copy at every step would wait for the GPU
     for i, t in enumerate(scheduler.timesteps):
         x_in = scheduler.scale_model_input(x, t)
-        out = backend.denoise(torch.cat([x_in, x_in]) if guided[i] else x_in, t, texts[guided[i]])
+        out = backend.denoise(torch.cat([x_in, x_in]) if guided[i] else x_in, on_device[i], texts[guided[i]])
         if guided[i]: out = guide(*out.chunk(2), guidance)
         x = scheduler.step(out, t, x, **extra).prev_sample
         if on_step and on_step(i, clean_guess(x_in, out, levels[int(t)].item(), scheduler.config.prediction_type)) is False: raise Cancelled()
@@ -151,21 +153,22 @@ MAX_PIXELS, MAX_PROMPT, MAX_PICTURES = 2048, 20_000, 10_000
 
 def check_number(name: str, value, low, high, whole: bool = True):
     "Raise a UserError unless `value` is a finite number in low..high."
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high and (not whole or value == int(value))
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and (not whole or value == int(value))
     if not ok: raise UserError(f"{name}: {value} is not {'a whole number' if whole else 'a number'} from {low} to {high}")
 
 # %% ../nbs/core/46_sampler.ipynb #5810bc84
 def check_prompts(
-    prompts, # what a person gave: a text or a list of them
+    prompts,              # what a person gave: a text or a list of them
+    name: str = 'prompt', # what they call it; anything else may be empty
 ) -> list[str]:
     "The prompts as a list of plain texts."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, (list, tuple)) else [None]
-    if not prompts: raise UserError('prompt: the list is empty; say what to draw')
+    if not prompts: raise UserError(f'{name}: the list is empty; say what to draw')
     for p in prompts:
-        if not isinstance(p, str): raise UserError(f'prompt: must be text, not {type(p).__name__}')
-        if not p.strip(): raise UserError('prompt: is empty; say what to draw')
-        if len(p) > MAX_PROMPT: raise UserError(f'prompt: has {len(p):,} characters; {MAX_PROMPT:,} are the most, and a few dozen words do')
-        if any(ord(c) < 32 and c not in '\t\n\r' or ord(c) == 0xfffd or 0xd800 <= ord(c) < 0xe000 for c in p): raise UserError('prompt: holds bytes that are not text')
+        if not isinstance(p, str): raise UserError(f'{name}: must be text, not {type(p).__name__}')
+        if not p.strip() and name == 'prompt': raise UserError(f'{name}: is empty; say what to draw')
+        if len(p) > MAX_PROMPT: raise UserError(f'{name}: has {len(p):,} characters; {MAX_PROMPT:,} are the most, and a few dozen words do')
+        if any(ord(c) < 32 and c not in '\t\n\r' or ord(c) == 0xfffd or 0xd800 <= ord(c) < 0xe000 for c in p): raise UserError(f'{name}: holds bytes that are not text')
     return prompts
 
 # %% ../nbs/core/46_sampler.ipynb #43974d16
@@ -174,12 +177,13 @@ def latent_shape(
     backend,
 ) -> tuple:  # (C, h, w)
     "Shape of one picture's latents."
-    w, h = (backend.size,)*2 if size is None else (size, size) if not isinstance(size, (tuple, list)) else size
+    size = (backend.size,)*2 if size is None else tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(size) != 2: raise UserError(f'size: {size} is not a number of pixels or (width, height)')
     unit = backend.scale*2**(len(backend.unet_config['block_out_channels'])-1)
-    for name, v in (('width', w), ('height', h)):
+    for name, v in zip(('width', 'height'), size):
         check_number(name, v, unit, MAX_PIXELS)
         if v % unit: raise UserError(f'{name}: {v} is not a multiple of {unit}')
-    return backend.channels, h//backend.scale, w//backend.scale
+    return backend.channels, *(int(v)//backend.scale for v in size[::-1])
 
 # %% ../nbs/core/46_sampler.ipynb #cfd95dc8
 class Generator:
@@ -203,21 +207,35 @@ def from_pretrained(cls: Generator,
 @patch(as_prop=True)
 def rgb(self: Generator) -> Tensor: # [C+1, 3] from `fit_preview`
     "The map from this model's latents to colours."
-    if self._rgb is None: self._rgb = fit_preview(self.backend.decode, self.backend.channels)
+    if self._rgb is None: self._rgb = fit_preview(lambda z: self.backend.decode(z.to(self.backend.device)), self.backend.channels)
     return self._rgb
 
 # %% ../nbs/core/46_sampler.ipynb #eaa85868
 @patch
-def _settled(self: Generator, prompts, n, seed, steps, guidance, size, scheduler, interval) -> tuple: # see `__call__` -> (steps, guidance, shape of latents)
+def _settled(self: Generator, prompts, n, seed, steps, guidance, size, scheduler, interval) -> tuple: # see `__call__` -> (steps, guidance, shape of latents, a scheduler of this call)
     steps, guidance = self.backend.steps if steps is None else steps, self.backend.guidance if guidance is None else guidance
-    for name, value, low, high in (('n', n, 1, MAX_PICTURES//len(prompts)), ('seed', seed, 0, 2**63-MAX_PICTURES), ('steps', steps, 1, 1000)): check_number(name, value, low, high)
+    for name, value, low, high in (('batch', self.batch, 1, MAX_PICTURES), ('n', n, 1, MAX_PICTURES//len(prompts)), ('seed', seed, 0, 2**63-MAX_PICTURES), ('steps', steps, 1, 1000)): check_number(name, value, low, high)
     check_number('guidance', guidance, 0, 100, whole=False)
     if not (isinstance(interval, (tuple, list)) and len(interval) == 2): raise UserError(f'interval: {interval} is not two shares of the steps, such as (0, 0.8)')
     check_number('interval', interval[0], 0, 1, whole=False); check_number('interval', interval[1], interval[0], 1, whole=False)
     shape = latent_shape(size, self.backend)
-    try: make_scheduler(self.backend.scheduler_config, scheduler).set_timesteps(int(steps))
+    own = make_scheduler(self.backend.scheduler_config, scheduler)
+    try: own.set_timesteps(int(steps))
     except ValueError as e: raise UserError(f"scheduler: {scheduler or 'this one'} does not do {int(steps)} steps ({str(e).splitlines()[0][:160]})") from None
-    return int(steps), guidance, shape
+    return int(steps), guidance, shape, own
+
+# %% ../nbs/core/46_sampler.ipynb #4b2c457b
+@contextmanager
+def fitting(
+    n: int,       # pictures drawn at once
+    shape: tuple, # (C, h, w) of their latents
+    scale: int,   # pixels a latent
+):
+    "Turns an error for want of memory into one line."
+    try: yield
+    except Exception as e:
+        if not out_of_memory(e): raise
+        raise UserError(f'{n} picture{"s" if n > 1 else ""} of {shape[2]*scale} x {shape[1]*scale} pixels at once {"do" if n > 1 else "does"} not fit into memory; ' + (f'draw fewer at once (batch or n below {n}) or a smaller size' if n > 1 else 'draw a smaller size')) from e
 
 # %% ../nbs/core/46_sampler.ipynb #d9ba9211
 @patch
@@ -234,18 +252,17 @@ def __call__(self: Generator,
     size=None,                # pixels, or (width, height); None is the model's own
 ) -> list:                      # of PIL.Image, all of the first prompt first
     "Draw `n` pictures of each prompt. Raises `Cancelled` if the callback returns False."
-    prompts, backend = check_prompts(prompt), self.backend
-    steps, guidance, shape = self._settled(prompts, n, seed, steps, guidance, size, scheduler, interval)
-    unique = list(dict.fromkeys([negative, *prompts]))
-    known = dict(zip(unique, backend.encode(unique)))
+    prompts, [negative], backend = check_prompts(prompt), check_prompts([negative], 'negative'), self.backend
+    steps, guidance, shape, own = self._settled(prompts, n, seed, steps, guidance, size, scheduler, interval)
     todo, done, pictures = [p for p in prompts for _ in range(int(n))], 0, []
     total = steps*math.ceil(len(todo)/self.batch)
     for start in range(0, len(todo), self.batch):
         some = todo[start:start+self.batch]
         def on_step(i, guess): return callback(Step(done+i+1, total, guess, self.rgb))
-        latents = sample(backend, torch.stack([known[p] for p in some]), torch.stack([known[negative]]*len(some)), generators(int(seed)+start, len(some)),
-            make_scheduler(backend.scheduler_config, scheduler), steps, guidance, interval, shape, on_step if callback else None)
-        pictures += to_pil(backend.decode(latents)); done += steps
+        with fitting(len(some), shape, backend.scale):
+            unique = list(dict.fromkeys([negative, *some])); known = dict(zip(unique, backend.encode(unique)))
+            latents = sample(backend, torch.stack([known[p] for p in some]), torch.stack([known[negative]]*len(some)), generators(int(seed)+start, len(some)), own, steps, guidance, interval, shape, on_step if callback else None)
+            pictures += to_pil(backend.decode(latents)); done += steps
     return pictures
 
 # %% ../nbs/core/46_sampler.ipynb #cb9cfe06

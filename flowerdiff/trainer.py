@@ -17,10 +17,10 @@ from .checkpoints import Saver, load_checkpoint
 from .diffusion import make_scheduler, noise_levels
 from .ema import EMA, ema_state, load_ema
 from .engine import Engine, learning_rate, make_optimizer
-from .guards import MANY, MEMORY, out_of_memory, spike_limit, what_fits
+from .guards import MANY, MEMORY, spike_limit, what_fits
 from .objective import Denoising
 from .tracking import log_event
-from .workspace import UserError
+from .workspace import UserError, out_of_memory
 
 # %% ../nbs/core/64_trainer.ipynb #4fad1167
 def total_steps(n: int, train) -> int: return max(1, math.ceil(train.epochs*n/train.batch_size)) # n pictures, settings.train -> steps in a run
@@ -50,7 +50,7 @@ class Trainer:
         self.abar, self.total = noise_levels(self.scheduler), total_steps(len(split), train)
         self.step, self.seconds, self.losses, self.validations = 0, 0., [], []  # losses: [step, mean since the last one]
         self.every, self.sums = max(1, self.total//400), torch.zeros(2, TENTHS, device=self.engine.device)  # losses since then and how many, by timestep
-        self.norms, self.spikes = [], 0  # lengths of the last gradients; spikes in a row
+        self.norms, self.spikes, self.timed = [], 0, False  # lengths of the last gradients; spikes in a row; was it said what the time allows?
 
     def batch(self, size: int): # a `Batch`, this process's share
         "The samples of the step that is next."
@@ -150,8 +150,24 @@ def one(self:Trainer) -> dict:
     found = ' or '.join(what_fits(self.fits, t.batch_size, t.gradient_checkpointing))
     raise UserError(f'train: not enough memory at step {self.step + 1} with train.batch_size: {t.batch_size}; ' + (f'{found} would fit' if found else f'not even one sample fits, lower train.channels, now {t.channels}'))
 
+# %% ../nbs/core/64_trainer.ipynb #014bc07a
+@patch
+def keep_to_time(self:Trainer,
+    pace: float, # seconds a step, all in all
+    steps: int,  # that it was measured over
+) -> str:        # what to tell; '' when there is no news
+    "Make the run as long as `train.max_hours` allows, and not longer than `train.epochs`. Every process must call it."
+    t = self.train
+    if not t.max_hours or steps < 10 or self.step >= self.total: return ''
+    pace, spent = self.engine.mean(torch.tensor([pace, self.seconds], device=self.engine.device)).tolist()
+    fit, planned, before = self.step + max(1, int(.95*(3600*t.max_hours - spent)/pace)), total_steps(len(self.split), t), self.total  # the last validation takes time as well
+    self.total = min(planned, fit)
+    if self.timed and abs(self.total - before) < .05*before: return ''
+    self.timed = True
+    return f'train.max_hours: {t.max_hours:g} h allow ' + (f'all {planned:,} steps' if self.total == planned else f'{self.total:,} of {planned:,} steps, {t.epochs*self.total/planned:.2g} of {t.epochs:g} epochs') + f', at {t.batch_size/pace:.3g} samples/s'
+
 # %% ../nbs/core/64_trainer.ipynb #69730d36
-KEPT = ('losses', 'validations', 'seconds', 'norms', 'spikes')  # of a `Trainer`, as plain values
+KEPT = ('losses', 'validations', 'seconds', 'norms', 'spikes', 'total')  # of a `Trainer`, as plain values
 
 # %% ../nbs/core/64_trainer.ipynb #05caba1c
 def save_run(
@@ -223,6 +239,7 @@ def train_loop(
             numbers = run.one(); now = time.monotonic(); run.seconds = now - begun
             rate = (run.step - first[1])*t.batch_size/max(1e-9, now - first[0] - away)
             means = run.tell(force=run.step == run.total)
+            if means and (text := run.keep_to_time((now - first[0])/(run.step - first[1]), run.step - first[1])) and e.main: log_event(events, 'note', step=run.step, text=text)
             if e.main and (kind := numbers.pop('skipped', None)): log_event(events, kind, step=run.step, **numbers)
             elif e.main and means: log_event(events, 'step', step=run.step, total=run.total, **means, samples_per_second=round(rate, 2), memory_gb=round(e.memory_gb, 3), **numbers)
             elif e.main and now - told > 2: log_event(events, 'progress', step=run.step, total=run.total, samples_per_second=round(rate, 2))

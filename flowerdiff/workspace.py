@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'DEMO', 'atomic_write', 'atomic_dir', 'write_json', 'read_json', 'write_jsonl', 'read_jsonl', 'Workspace',
-           'open_workspace', 'disk_errors', 'progress', 'stage', 'record', 'demo_workspace']
+           'open_workspace', 'disk_errors', 'out_of_memory', 'progress', 'stage', 'record', 'demo_workspace']
 
 # %% ../nbs/core/02_workspace.ipynb #cf0e4a5b
 import contextlib, errno, functools, json, os, shutil, sys, tempfile, time
@@ -143,6 +143,15 @@ def disk_errors():
                errno.EPERM: 'may not be written; change its permissions, or give a workspace elsewhere'}.get(e.errno)
         if why is None: raise
         raise UserError(f'{e.filename or "the workspace"}: {why}') from e
+
+# %% ../nbs/core/02_workspace.ipynb #e74512c6
+_MEMORY = ("can't allocate memory", 'cannot allocate memory', 'could not create a primitive', 'could not create a memory object', 'cublas_status_alloc_failed', 'out of memory', 'bad allocation', 'bad_alloc', 'failed to allocate', 'could not allocate')
+
+def out_of_memory(
+    e: BaseException,
+) -> bool:
+    "Was it memory that an error is about?"
+    return not isinstance(e, UserError) and (isinstance(e, MemoryError) or any(s in str(e).lower() for s in _MEMORY))
 
 # %% ../nbs/core/02_workspace.ipynb #345de029
 def progress(

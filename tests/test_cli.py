@@ -119,7 +119,7 @@ def test_full_disk(cli, tmp_path):
     (['generate'], 'prompt'), (['generate', 'x', '-n', '0'], 'at least 1'), (['generate', 'x', '--steps', 'ten'], 'whole number'), (['generate', 'x', '--seed', '-1'], 'at least 0'),
     (['drow'], 'invalid choice'), (['run', '--form', 'train'], 'unrecognized'), (['run', 'w', '--from', 'training'], 'training is not a stage'), (['run', 'w', '--only', 'x'], 'x is not a stage'),
     (['bench', 'w', '--steps', '4,x'], 'whole number'), (['bench', 'nowhere'], 'not there'), (['bench', '--rounds', '0'], 'at least 1'),
-    (['generate', 'a rose', '-w', 'nowhere'], 'holds no model'), (['status', 'nowhere'], 'is not a workspace'),
+    (['generate', 'a rose', '-w', 'nowhere'], 'holds no model'), (['generate', 'a rose', '-m', 'nowhere'], 'not there'), (['generate', 'a rose', '-m', 'no-such-org/no-such-model'], 'neither a folder here nor a model that the hub gives'), (['status', 'nowhere'], 'is not a workspace'),
 ])
 def test_bad_arguments(cli, tmp_path, args, says): assert says in one_line(cli(*args, cwd=tmp_path))
 

@@ -1,11 +1,14 @@
-"A Stable Diffusion pipeline of random weights, as small as it gets: for tests that need a model and not a good one."
+"A Stable Diffusion pipeline and a Florence-2 of random weights, as small as they get: for tests that need a model and not a good one."
 import json, sys
 from pathlib import Path
 
+def byte_letters(): # the letter that byte-level BPE has for each byte
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(c) for c in own] + [chr(256+i) for i in range(256-len(own))]
+
 def tiny_tokenizer(length=16):
     from transformers import CLIPTokenizer
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(c) for c in own] + [chr(256+i) for i in range(256-len(own))]
+    letters = byte_letters()
     vocab, merges = letters + [c+'</w>' for c in letters], []
     for word in 'red blue white yellow rose iris daisy sky meadow under a the in'.split():
         parts = [*word[:-1], word[-1]+'</w>']
@@ -31,6 +34,34 @@ def tiny_model(folder, size=32):
     with tempfile.TemporaryDirectory() as parts:
         save_components(parts, vae, TextEncoder(tok, text))
         save_pipeline(folder, unet, parts, scheduler)
+    return Path(folder)
+
+WORDS = 'a the flower flowers pink yellow red white petals leaves green with in of and close up sky meadow grass bee stem bud'.split()
+
+def tiny_florence(folder, side=64, seed=0):
+    "Write a Florence-2 that says words, other ones of other pictures, in the official layout: its classes, its processor, BART's kind of tokenizer."
+    import torch
+    from transformers import BartTokenizer, CLIPImageProcessorPil, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
+    letters, vocab, merges = byte_letters(), [], []
+    for word in WORDS:
+        parts = ['\u0120', *word]
+        while len(parts) > 1:
+            if (m := tuple(parts[:2])) not in merges: merges.append(m); vocab.append(''.join(m))
+            parts = [''.join(m), *parts[2:]]
+    names = list(dict.fromkeys(['<s>', '<pad>', '</s>', '<unk>', *letters, *vocab, '<mask>']))
+    tok = BartTokenizer(vocab={v: i for i, v in enumerate(names)}, merges=merges, extra_special_tokens=dict(image_token='<image>'), model_max_length=128)
+    torch.manual_seed(seed)
+    text = dict(model_type='bart', vocab_size=len(tok), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+                max_position_embeddings=128, bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2, init_std=.5)
+    vision = dict(depths=(1,)*4, embed_dim=(8, 16, 16, 32), num_heads=(1, 2, 2, 4), num_groups=(1, 2, 2, 4), window_size=2, projection_dim=32, initializer_range=.5)
+    model = Florence2ForConditionalGeneration(Florence2Config(text_config=text, vision_config=vision, image_token_id=tok.image_token_id))
+    words = {names.index('\u0120' + w) for w in WORDS}
+    model.generation_config.update(suppress_tokens=[i for i in range(len(tok)) if i not in words | {2}], no_repeat_ngram_size=2, exponential_decay_length_penalty=(1, 1.15)) # words only, and answers of several lengths
+    images = CLIPImageProcessorPil(size=dict(height=side, width=side), do_center_crop=False)
+    images.image_seq_length = (side//32)**2 + 1
+    kinds = 'ocr', 'phrase_grounding', 'pure_text', 'description_with_bboxes', 'description_with_polygons', 'polygons', 'bboxes', 'description_with_bboxes_or_polygons'
+    model.save_pretrained(folder)
+    Florence2Processor(images, tok, post_processor_config={k: {} for k in kinds}).save_pretrained(folder)
     return Path(folder)
 
 if __name__ == '__main__': print(tiny_model(sys.argv[1]))

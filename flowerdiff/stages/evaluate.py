@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..backends import BACKENDS, onnx_beside, open_backend, why_not
+from ..backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_not
 from ..bench import race
 from ..features import ClipFeatures, open_features
 from ..metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, fid, inception_score, kid, nearest, psnr, shuffled, within
 from ..models import student_steps, weights_fingerprint
 from ..networks import TorchBackend
 from ..questions import draw_all, questions
-from ..report import adherence_section, curves, headlines, percent, render
+from ..report import adherence_section, by_timestep, curves, headlines, percent, render
 from ..sampler import Generator, montage
 from ..scores import beside, former
 from ..strips import agreement_strip, dial_strips, nearest_strip, read_pictures, real_strip, reconstruct
@@ -162,7 +162,7 @@ def latency(
 ) -> dict:       # backend -> milliseconds of one picture
     "One picture with each backend, in turns."
     onnx = onnx_beside(model)
-    drawers = {k: Generator(open_backend(k, model if k == 'torch' else onnx)) for k in BACKENDS if not why_not(k) and (k == 'torch' or onnx)}
+    drawers = {k: Generator(open_backend(k, onnx if reads_onnx(k) else model)) for k in BACKENDS if k == 'torch' or reads_onnx(k) and onnx and not why_not(k, onnx)}
     return race({k: lambda g=g: g(prompt, **how) for k, g in drawers.items()}, rounds=2, row=1)
 
 # %% ../../nbs/stages/07_evaluate.ipynb #9c48024b
@@ -192,13 +192,15 @@ def run(ws: Workspace) -> Result:
     drawn, prompts = draw_all(generator, asks, e.batch_size, s.seed, **how), grid_prompts(asks, e.grid)
     grid = generator(prompts, n=4, seed=s.seed, **how)
     numbers, skipped = measure(ws, asks, drawn, backend, see)
-    if e.baseline: numbers['baseline'] = beside_baseline(ws, generator, grid_prompts(asks, 10), see or ClipFeatures(ws.encoded/'components'/'clip'))
+    clip = ws.encoded/'components'/'clip'
+    if e.baseline and (see or clip.is_dir()): numbers['baseline'] = beside_baseline(ws, generator, grid_prompts(asks, 10), see or ClipFeatures(clip))
+    elif e.baseline: skipped['baseline'] = 'FID needs features: the text encoder came without its picture half, and evaluate.features names no network'
     real = read_pictures(ws.pictures/'test', 0, [a.file for a in asks[:8]]); rebuilt = reconstruct(backend, real)
     protocol = dict(prompts=len(asks), real=numbers.get('real', 0), seed=s.seed, features=numbers.get('features', 'none'), data=str(read_json(ws.pictures/'info.json').get('fingerprint', '')), **how)
     metrics = plain({k: v for k, v in numbers.items() if k not in ('seen', 'confusion', 'nearest', 'order', 'real', 'features')}) | dict(psnr=psnr(real, rebuilt), latency=latency(ws.model, prompts[0], **how), model=model, protocol=protocol, skipped=skipped, former=former(ws.report, model, protocol))
     rows, train, seconds = strips(ws, numbers, asks, drawn, generator, real, rebuilt), read_json(ws.root/'train.json') if (ws.root/'train.json').is_file() else {}, time.time() - start
     page = render(f'What {ws.root.name} learned to draw', f"{parameters_line(ws)} trained from pictures and their captions; evaluated on {time.strftime('%-d %B %Y')}.", [dict(prompt=p, pictures=grid[4*i:4*i+4]) for i, p in enumerate(prompts)],
-        headlines(numbers), adherence_section(numbers, asks, drawn) if 'adherence' in numbers else None, rows, tables(metrics), curves(train), 'The training loss over what was learned, and the loss on held-out pictures with averaged weights, always the same noise.',
+        headlines(numbers), adherence_section(numbers, asks, drawn) if 'adherence' in numbers else None, rows, tables(metrics), curves(train) + by_timestep(train), 'The training loss over what was learned, and the loss on held-out pictures with averaged weights, always the same noise. Below, the latter by the timestep that was asked: little noise on the left, nothing but noise on the right.',
         provenance(ws, train, protocol, asks, seconds) | ({'Left out': skipped} if skipped else {}), [dict(name='metrics.json', href='metrics.json'), dict(name='grid.png', href='grid.png')])
     sheet = montage([grid[4*i] for i in range(len(prompts))], min(4, len(prompts)), 192)
     with atomic_dir(ws.report) as folder:

@@ -15,10 +15,10 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..backends import BACKENDS, EXACT, open_backend, why_not
+from ..backends import BACKENDS, EXACT, open_backend, reads_onnx, why_not
 from ..bench import race
 from ..metrics import psnr
-from ..models import weights_fingerprint
+from ..models import student_steps, weights_fingerprint
 from ..networks import TorchBackend
 from ..runtimes import onnx_session
 from ..sampler import Generator, montage
@@ -148,11 +148,12 @@ def part_difference(
 ) -> float:
     "Largest difference between PyTorch and ONNX Runtime, relative to the largest value."
     session, worst = onnx_session(path), 0.
+    taken = [i.name for i in session.get_inputs()] # not the text, of a UNet that does not read it
     for batch, t in ((1, 999), (3, 500), (1, 0)):
         xs = fresh_inputs(part, batch, t)
         with torch.inference_mode(): want = part.fn(*xs.values())
         want = want if isinstance(want, tuple) else (want,)
-        got = session.run(list(part.outputs), {k: v.numpy() for k, v in xs.items()})
+        got = session.run(list(part.outputs), {k: xs[k].numpy() for k in taken})
         worst = max([worst, *(float(np.abs(w.numpy()-g).max()/max(np.abs(w.numpy()).max(), 1e-9)) for w, g in zip(want, got))])
     return worst
 
@@ -186,8 +187,8 @@ def compare_backends(
     prompts: list,
     how: dict,      # seed, steps, guidance
 ) -> tuple:         # name -> milliseconds, MB and `picture_difference`, and whether it `keeps` quality; name -> pictures
-    "What every backend of this machine draws, and how fast."
-    generators = {'torch': Generator(torch_backend)} | {name: Generator(open_backend(name, folder)) for name in BACKENDS if name != 'torch' and not why_not(name)}
+    "What PyTorch and every backend of this machine that reads the export draw, and how fast."
+    generators = {'torch': Generator(torch_backend)} | {name: Generator(open_backend(name, folder)) for name in BACKENDS if reads_onnx(name) and not why_not(name, folder)}
     drawn = {k: g(prompts, **how) for k, g in generators.items()}
     ms, out = race({k: lambda g=g: g(prompts[0], **how) for k, g in generators.items()}), {}
     for k, pictures in drawn.items():
@@ -223,7 +224,8 @@ def describe_parity(parity: dict) -> str:
 # %% ../../nbs/stages/08_onnx.ipynb #9a610686
 def copy_configs(model: Path, folder: Path):
     "Everything of the model that is not weights, where Optimum looks for it."
-    shutil.copy(model/'model_index.json', folder)
+    for name in ('model_index.json', 'train_settings.json'): # the latter tells a student's steps; models from elsewhere have none
+        if (model/name).exists(): shutil.copy(model/name, folder)
     for part in ('scheduler', 'tokenizer'): shutil.copytree(model/part, folder/part)
     for source, part in (('text_encoder', 'text_encoder'), ('unet', 'unet'), ('vae', 'vae_decoder'), ('vae', 'vae_encoder')): shutil.copy(model/source/'config.json', folder/part)
 
@@ -234,7 +236,8 @@ PROMPTS = ('a red rose under a blue sky', 'three purple irises in a meadow', 'a 
 def run(ws: Workspace) -> Result:
     "Export `model/` to `onnx/`; raises a UserError, and leaves the old folder, when the pictures differ."
     s, backend = ws.settings, TorchBackend(ws.model, 'cpu')
-    prompts = list(PROMPTS)
+    prompts, student = list(PROMPTS), student_steps(ws.model)
+    how = dict(seed=s.seed, steps=student or s.evaluate.steps, guidance=backend.guidance if student else s.evaluate.guidance)
     with atomic_dir(ws.onnx) as folder:
         report = {}
         for name, part in parts_of(backend).items():
@@ -243,7 +246,7 @@ def run(ws: Workspace) -> Result:
             report[name] = dict(bytes=size(path), difference=part_difference(part, path), fp16=size(to_half(path)), int8=size(to_int8(path)))
             print(f"{name}: differs by {report[name]['difference']:.1e}")
         copy_configs(ws.model, folder)
-        backends, drawn = compare_backends(backend, folder, prompts, dict(seed=s.seed, steps=s.evaluate.steps, guidance=s.evaluate.guidance))
+        backends, drawn = compare_backends(backend, folder, prompts, how)
         parity = dict(parts=report, backends=backends, model=weights_fingerprint(ws.model), opset=s.onnx.opset, torch=torch.__version__, passed=True)
         check_parity(parity, s.onnx.max_error)
         write_json(folder/'parity.json', parity)

@@ -19,10 +19,10 @@ from ..workspace import UserError, Workspace, read_json, read_jsonl, stage, writ
 def model_files(
     model: Path, # a Diffusers folder
 ) -> list[Path]: # the files of the pipeline
-    "The pipeline's own files: the index, and the folders of the components that it names."
+    "The pipeline's own files: the index, the folders of the components that it names, and a LoRA by itself."
     index = read_json(model/'model_index.json')
     parts = [k for k, v in index.items() if isinstance(v, list) and v[0] and (model/k).is_dir()]
-    return [model/'model_index.json', *list_files(model, parts)]
+    return [model/'model_index.json', *list_files(model, parts + ['lora']*(model/'lora').is_dir())]
 
 # %% ../../nbs/stages/10_publish.ipynb #e4bd932c
 def sample_prompts(
@@ -50,7 +50,7 @@ def draw_samples(
 def base_models(
     ws: Workspace,
 ) -> list[str]: # hub ids of the networks that the model was built on, without their commits
-    specs = [v for v in ws.settings.components.model_dump().values() if isinstance(v, str)]
+    specs = [ws.settings.train.init, *(v for v in ws.settings.components.model_dump().values() if isinstance(v, str))]
     return sorted({s.partition('@')[0] for s in specs if re.fullmatch(r'[\w.-]+/[\w.-]+@\w+', s)})
 
 # %% ../../nbs/stages/10_publish.ipynb #56c53430
@@ -94,7 +94,9 @@ from flowerdiff import Generator
 draw = Generator.from_pretrained("{{ repo }}")
 draw("{{ prompt }}", n=4, seed=7)[0].save("picture.png")
 ```
-{% if onnx %}
+{% if lora %}
+What this run learned lies by itself in `lora/`, for the model that it began with, `{{ lora }}`: `pipe.load_lora_weights("{{ repo }}", subfolder="lora")`.
+{% endif %}{% if onnx %}
 The same model for ONNX Runtime, without PyTorch, lies in `onnx/`.
 {% endif %}
 '''
@@ -173,7 +175,7 @@ def make_card(
     from huggingface_hub import ModelCard
     metrics = read_json(ws.report/'metrics.json') if (ws.report/'metrics.json').exists() else {}
     found, e = numbers(metrics), ws.settings.evaluate
-    card = ModelCard.from_template(card_data(ws, name, found, samples), template_str=CARD, name=name, repo=repo, grid=(ws.report/'grid.png').exists(), onnx=onnx,
+    card = ModelCard.from_template(card_data(ws, name, found, samples), template_str=CARD, name=name, repo=repo, grid=(ws.report/'grid.png').exists(), onnx=onnx, lora=ws.settings.train.init if (ws.model/'lora').is_dir() else '',
         prompt=samples[0]['prompt'].replace('"', "'") if samples else 'a red rose', steps=e.steps, guidance=e.guidance, size=ws.settings.prepare.resolution, results={k: written(v, k) for k, v in found.items()},
         made=how_made(ws), license=ws.settings.publish.license, **card_words(ws))
     return str(card)
