@@ -102,19 +102,16 @@ class Train(Section):
     lr_schedule: Literal['cosine', 'linear', 'linear_half', 'constant'] = 'linear_half' # after the warm-up; linear_half: level, then linear over the second half
     grad_clip: Rate = 1.          # longest gradient; a longer one is shortened
     spike_factor: Annotated[float, Field(ge=0)] = 10. # a gradient this many times longer than usual updates nothing; 0: every one does
-
     # what to begin with
     init: str = ''                # a model to fine-tune: a Diffusers folder, or a hub id `org/name@commit`; '': random weights. It brings its network, schedule and prediction type
     lora_rank: Annotated[int, Field(ge=0)] = 0 # train only thin matrices beside its attention's, of this rank; 0: all weights
     lora_alpha: Rate = 8.         # their scale, times the rank
     max_hours: Annotated[float, Field(ge=0)] = 0. # finish within so much time, with fewer epochs if need be; 0: however long it takes
-
     # the network
     channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=1)] = [64, 64, 96] # of the UNet's levels
     layers: Count = 1             # residual blocks a level
     attention: list[bool] = [False, True, True] # which levels read the caption
     attention_head_dim: Count = 16 # channels of an attention head
-
     # the question, and the noise
     prediction_type: Literal['v_prediction', 'epsilon', 'flow_prediction'] = 'v_prediction' # what the UNet is asked for; flow_prediction: rectified flow, which reads no betas
     flow_shift: Rate = 1.         # of rectified flow, towards more noise (Esser et al. 2024)
@@ -123,28 +120,23 @@ class Train(Section):
     beta_end: Annotated[float, Field(gt=0, lt=1)] = .012 # and by the last
     beta_schedule: Literal['linear', 'scaled_linear', 'squaredcos_cap_v2'] = 'scaled_linear'
     zero_terminal_snr: bool = False # end in pure noise (Lin et al. 2023)
-
     # what a sample is and how much it counts
     timestep_sampling: Literal['stratified', 'uniform', 'logit_normal'] = 'stratified' # how a batch's timesteps are drawn; logit_normal: most from the middle
     offset_noise: Annotated[float, Field(ge=0)] = 0. # noise that shifts a whole channel; 0: none
     min_snr_gamma: Annotated[float, Field(ge=0)] = 5. # where a timestep's weight stops growing; 0: no weights
     caption_dropout: Share = .1   # share of samples that train without their caption, for guidance
     mirror: bool = True           # also learn from mirror images
-
     # data that is larger than memory
     stream: Annotated[int, Field(ge=0)] = 0 # shards of latents in memory at a time; 0: all of them, on the GPU where they fit
     stream_from: str = ''         # a store that has the shards which are not here, such as s3://bucket/prefix
-
     # a student of the champion
     distill: Literal[0, 1, 2, 4] = 0 # steps of a student of the champion, which draws without guidance; 0: train a model of its own
     distill_guidance: Annotated[float, Field(ge=0)] = 4. # the student's, folded into its answers
     distill_epochs: Rate = 2.     # of the student; a sample costs it two to six times as much
     distill_lr: Rate = 5e-4       # of the student
-
     # what is kept of the weights
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = .999 # of the averaged weights
     ema_decays: list[Annotated[float, Field(ge=0, lt=1)]] = [] # of further averages; validation chooses among all
-
     # the machine
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the best that the device does well
     threads: Annotated[int, Field(ge=0)] = 0 # CPU threads; 0: all cores
@@ -153,7 +145,6 @@ class Train(Section):
     gradient_checkpointing: bool = False # forget activations and make them again: less memory, a third slower
     compile: bool = False         # let torch.compile fuse the network's operations
     cuda_graphs: bool = False     # and replay them as CUDA graphs, on a GPU
-
     # what is written down, and when
     checkpoint_minutes: Rate = 2. # between checkpoints
     keep_checkpoints: Count = 2   # the newest; the best by validation loss stays too
