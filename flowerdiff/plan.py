@@ -74,11 +74,11 @@ def kept_bytes(
 # %% ../nbs/core/71_plan.ipynb #57623e58
 def pace(
     f,                   # () -> None, what to time
-    seconds: float = 6., # to spend, about
+    seconds: float = 6., # to spend, at most about twice as many
 ) -> float:              # seconds a call
-    "The middle of several calls; the first one counts only when it takes half of the time there is."
+    "The middle of several calls; the first one counts only when it takes all the time there is."
     took, begun = [], time.perf_counter()
-    while not took or took[0] < seconds/2 and (len(took) < 3 or len(took) < 30 and time.perf_counter() - begun < seconds):
+    while not took or took[0] < seconds and (len(took) < 2 or len(took) < 30 and time.perf_counter() - begun < seconds):
         start = time.perf_counter(); f(); took.append(time.perf_counter() - start)
     return sorted(took[1:] or took)[len(took[1:])//2]
 
@@ -143,11 +143,11 @@ def on_disk(root: Path) -> int: return sum(f.stat().st_size for f in root.rglob(
 def _counts(s, seen, base): # the lines that are arithmetic -> (name, text, numbers)
     p, t, n = s.prepare, s.train, split_sizes(seen.pictures, s.prepare, seen.splits)
     latent, text = shapes(s, seen, base); first, texts, steps = first_sizes(s, seen, base), text_count(s, seen), total_steps(n['train'], t)
-    what = f'{seen.pictures:,} drawn by the garden' if p.source == 'garden' else f'{"" if seen.exact else "about "}{seen.pictures:,} in {p.source}, {seen.side} px the middle one' + (f', {seen.files - seen.pictures:,} other files' if seen.files > seen.pictures else '')
+    what = f'{seen.pictures:,} drawn by the garden' if p.source == 'garden' else f'{"" if seen.exact else "about "}{seen.pictures:,} in {p.source}, of {seen.side} px (the median shorter side)' + (f' and {seen.files - seen.pictures:,} other files' if seen.files > seen.pictures else '')
     yield 'pictures', f'{what}: ' + ', '.join(f'{v:,} {k}' for k, v in n.items()), dict(n, first=first)
     yield 'resolution', f'{p.resolution} px', {}
     who = ' and '.join(seen.said) if s.caption.captioner in ('auto', 'given') else s.caption.captioner
-    yield 'captions', f'from {who}' + ('; every picture will be "a picture"' if who == 'nothing' else f'; about {texts - 1:,} different ones at most'), dict(texts=texts)
+    yield 'captions', ('nothing is told of them: each will be "a picture"' if who == 'nothing' else f'from {who}, about {texts - 1:,} different ones at most'), dict(texts=texts)
     missing = lambda key, name: f'not known: {key} {name} is not on this machine; the run would download it'
     yield 'latents', f"{'x'.join(map(str, latent))} of a picture, {bytes_text(first['latents'])}" if latent else missing('components.autoencoder', s.components.autoencoder), dict(latent=latent)
     yield 'texts', f"{'x'.join(map(str, text))} of a caption, {bytes_text(first['texts'])}" + (f", by a CLIP of the run's own, {s.encode.clip_minutes:g} min" if s.components.text_encoder == 'train' else '') if text else missing('components.text_encoder', s.components.text_encoder), dict(text=text)
@@ -156,8 +156,7 @@ def _counts(s, seen, base): # the lines that are arithmetic -> (name, text, numb
 def _network(s, got, base): # its line
     if not (got['latent'] and got['text']): raise UserError('not known: it depends on what the encoders make')
     weights, trained = count_weights(s, got['latent'], got['text'][1], base)
-    kind = f'of {s.train.init}' if s.train.init else 'that begins at random'
-    return f'{weights/1e6:.2f} million weights {kind}' + (f', {trained/1e6:.2f} million of them trained' if trained < weights else ''), dict(weights=weights, trained=trained, kept=kept_bytes(s.train, weights, trained))
+    return f'{weights/1e6:.2f} million weights, ' + (f'those of {s.train.init}' if s.train.init else 'random ones')+ (f', {trained/1e6:.2f} million of them trained' if trained < weights else ''), dict(weights=weights, trained=trained, kept=kept_bytes(s.train, weights, trained))
 
 def _encoding(s, got, base): # how fast
     if not got['latent']: raise UserError('not known: there is no autoencoder to measure')
@@ -182,7 +181,7 @@ def _memory(s, got, base): # its line
 
 def _disk(s, got, base): # its line
     needs, free, has = disk_needs(s, got['first'], got.get('weights', 0), got.get('trained', 0)), free_bytes(base), on_disk(base)
-    return ', '.join(f'{k} {bytes_text(v)}' for k, v in needs.items() if v) + f': {bytes_text(sum(needs.values()))}' + (f', of which {bytes_text(has)} are there' if has else '') + f'; {bytes_text(free)} free', dict(disk=needs, free=free, lacking=max(0, sum(needs.values()) - has - free))
+    return ', '.join(f'{k} {bytes_text(v)}' for k, v in needs.items() if v >= 5e4) + f': {bytes_text(sum(needs.values()))}' + (f', of which {bytes_text(has)} are there' if has else '') + f'; {bytes_text(free)} free', dict(disk=needs, free=free, lacking=max(0, sum(needs.values()) - has - free))
 
 # %% ../nbs/core/71_plan.ipynb #3a3adfae
 def plan(

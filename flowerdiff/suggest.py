@@ -197,9 +197,9 @@ def begin(
     if not settings.prepare.source: return overrides, ''
     seen = look_at(settings, root)
     if profile == 'folder' and seen.pictures > 2:
-        found = {k: v for k, (v, _) in suggest(settings, seen, gpu_gb(), overrides).items()}
+        gpu = gpu_gb(); found = {k: v for k, (v, _) in suggest(settings, seen, gpu, overrides).items()}
         overrides = found | overrides
-        line = f'{seen.pictures:,} pictures of {seen.side} px, {gpus()[0] if gpu_gb() else f"{cores()} cores"}: ' + ', '.join(f'{k}={v:g}' for k, v in found.items()) + '; flowerdiff plan --pictures DIR says why'
+        line = f'{seen.pictures:,} pictures of {seen.side} px, {gpus()[0] if gpu else f"{cores()} cores"}: ' + ', '.join(f'{k}={v:g}' for k, v in found.items()) + '; flowerdiff plan --pictures DIR says why'
         settings = load_profile(profile, overrides)
     needs, free = first_sizes(settings, seen, root), free_bytes(root)
     if sum(needs.values()) > free:
