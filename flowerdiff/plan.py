@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZER', 'planned', 'make_network', 'count_weights', 'kept_bytes'
            'time_encoding', 'disk_needs', 'on_disk', 'plan']
 
 # %% ../nbs/core/71_plan.ipynb #20f40746
-import math, time
+import math, os, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ def _counts(s, seen, base): # the lines that are arithmetic -> (name, text, numb
     yield 'pictures', f'{what}: ' + ', '.join(f'{v:,} {k}' for k, v in n.items()), dict(n, first=first)
     yield 'resolution', f'{p.resolution} px', {}
     who = ' and '.join(seen.said) if s.caption.captioner in ('auto', 'given') else s.caption.captioner
-    yield 'captions', ('nothing is told of them: each will be "a picture"' if who == 'nothing' else f'from {who}, about {texts - 1:,} different ones at most'), dict(texts=texts)
+    yield 'captions', ('nothing is told of them: each will be "a picture"' if who == 'nothing' else f'from {who}, at most about {texts - 1:,} different ones'), dict(texts=texts)
     missing = lambda key, name: f'not known: {key} {name} is not on this machine; the run would download it'
     yield 'latents', f"{'x'.join(map(str, latent))} of a picture, {bytes_text(first['latents'])}" if latent else missing('components.autoencoder', s.components.autoencoder), dict(latent=latent)
     yield 'texts', f"{'x'.join(map(str, text))} of a caption, {bytes_text(first['texts'])}" + (f", by a CLIP of the run's own, {s.encode.clip_minutes:g} min" if s.components.text_encoder == 'train' else '') if text else missing('components.text_encoder', s.components.text_encoder), dict(text=text)
@@ -168,11 +168,12 @@ def _training(s, got, base): # how fast, in how much memory
     if 'weights' not in got: raise UserError('not known: there is no network to measure')
     free = gpu_gb()*1e9 or memory_gb()*2**30
     if got['kept'] > free: raise UserError(f'not measured: {bytes_text(got["kept"])} do not fit into the {bytes_text(free)} of memory that are free')
+    busy = '; other programs keep this machine busy, without them it would be faster' if not torch.cuda.is_available() and os.getloadavg()[0] > 1.5*cores() else ''
     rate, memory = time_training(s, got['latent'], got['text'], base)
     t, step = s.train, s.train.batch_size/rate; fit = int(.95*3600*t.max_hours/step) if t.max_hours else got['steps']
     steps = max(1, min(fit, got['steps']))
     limit = '' if not t.max_hours else f'; train.max_hours: {t.max_hours:g} h allow ' + ('all' if steps == got['steps'] else f'{steps:,}') + f' of {got["steps"]:,} steps'
-    return f'{duration(steps*step)} at {rate:.3g} samples/s, a step {duration(step) if step >= 1 else f"{1000*step:.0f} ms"}, measured just now{limit}', dict(rate=rate, train_seconds=steps*step, memory=memory)
+    return f'{duration(steps*step)} at {rate:.3g} samples/s, a step {duration(step) if step >= 1 else f"{1000*step:.0f} ms"}, measured just now{busy}{limit}', dict(rate=rate, train_seconds=steps*step, memory=memory)
 
 def _memory(s, got, base): # its line
     if 'kept' not in got: raise UserError('not known: there is no network to count')
