@@ -39,7 +39,7 @@ def test_the_arithmetic_is_what_a_run_did():
     assert got['first']['latents'] == pytest.approx(bytes_of(ws.encoded, 'latents-*.bin'), rel=.1)
     assert bytes_of(ws.encoded, 'text-*.bin') <= 1.2*got['first']['texts'] and got['disk']['prepare'] == pytest.approx(bytes_of(ws.pictures, '*.*'), rel=.6)
     checkpoint = bytes_of(max(ws.work.glob('train-*/checkpoints/0*')), '*.safetensors')
-    assert got['disk']['train'] == pytest.approx((ws.settings.train.keep_checkpoints + 1)*checkpoint + bytes_of(ws.candidate, '*.safetensors'), rel=.2)
+    assert got['disk']['train'] == pytest.approx((ws.settings.train.keep_checkpoints + 1)*checkpoint + bytes_of(ws.candidate, '*.safetensors'), rel=.12)
     assert got['rate'] > 0 and got['encode_rate'] > 0 and got['train_seconds'] == pytest.approx(got['steps']*ws.settings.train.batch_size/got['rate'])
     assert set(lines) == set('pictures resolution captions latents texts network steps encode train memory disk'.split())
 
@@ -89,7 +89,7 @@ def test_a_new_workspace_gets_them_and_an_old_one_stays(toy, photos, tmp_path):
     assert (t.epochs, t.batch_size, t.samples_every) == (3, 9, 3)
     before = (tmp_path/'w'/'params.yaml').read_bytes(); shutil.rmtree(photos/'lily')
     p = toy('run', tmp_path/'w', '--pictures', photos, '--only', 'prepare')
-    assert (tmp_path/'w'/'params.yaml').read_bytes() == before and 'pictures of' not in p.stdout, p.stdout + p.stderr
+    assert p.returncode == 0 and (tmp_path/'w'/'params.yaml').read_bytes() == before and 'pictures of' not in p.stdout, p.stdout + p.stderr
 
 def test_plan_tells_the_reasons_and_writes_nothing(quick, photos, tmp_path, monkeypatch, capsys):
     (tmp_path/'here').mkdir(); monkeypatch.chdir(tmp_path/'here'); before = tree(tmp_path)
@@ -111,7 +111,10 @@ def test_given_captions_and_other_files_are_seen(photos):
 
 @pytest.mark.parametrize('key, line', [('components.autoencoder', 'latents'), ('components.text_encoder', 'texts'), ('train.init', 'network')])
 def test_a_model_that_was_never_downloaded(quick, tmp_path, capsys, monkeypatch, key, line):
-    monkeypatch.chdir(tmp_path)
+    import huggingface_hub
+    real = huggingface_hub.snapshot_download
+    def cache_only(*args, **kwargs): assert kwargs['local_files_only']; return real(*args, **kwargs)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', cache_only); monkeypatch.chdir(tmp_path)
     assert main(['plan', 'w', '--set', f'{key}={NOBODY}', '--set', 'prepare.count=60']) == 0
     out = {l.split()[0]: l for l in capsys.readouterr().out.splitlines()}
     assert NOBODY in out[line] and 'is not on this machine' in out[line] and 'not known' in out['train'] and 'free' in out['disk']
