@@ -13,6 +13,7 @@ from pathlib import Path
 EXAMPLES = '''examples:
   flowerdiff run                                            draw the garden, train, judge and publish a model: ten minutes
   flowerdiff run flowers --pictures ~/photos/flowers        the same with your own pictures
+  flowerdiff plan flowers --pictures ~/photos/flowers       what that would do, and how long it would take here
   flowerdiff run garden --set train.epochs=20               change a setting; only what depends on it runs again
   flowerdiff run garden --from train --set train.lr=1e-3    leave the stages before training alone
   flowerdiff status garden                                  which stages are fresh, stale, skipped and why
@@ -41,6 +42,10 @@ def _run_options(c):
     c.add_argument('--from', dest='from_stage', metavar='STAGE', help='leave the stages before this one alone')
     c.add_argument('--only', metavar='STAGE', help='just this stage')
     c.add_argument('--force', action='store_true', help='run the chosen stages although they are fresh')
+
+def _plan_options(c):
+    _settings(c)
+    c.add_argument('--pictures', metavar='DIR', help='a folder of pictures')
 
 def _sweep_options(c):
     _settings(c)
@@ -82,6 +87,7 @@ def parser() -> Parser:
         if workspace: c.add_argument('workspace', nargs='?', metavar='WORKSPACE', help="the folder (default: this one if it is a workspace, else the profile's name)")
         if options: options(c)
     command(_run, 'run what has to run, from pictures to a published model', _run_options)
+    command(_plan, 'what a run would do: pictures, network, steps, hours here, memory, disk', _plan_options)
     command(_status, 'which stages are fresh, stale, never run, skipped and why')
     command(_compare, 'what two runs did differently, and which is better', _compare_options, workspace=False)
     command(_sweep, 'run a grid of settings, such as --set train.lr=1e-4,2e-4', _sweep_options)
@@ -106,12 +112,15 @@ def _shown(path: Path) -> str: # short, as one would type it
 def _run(a) -> int:
     "Run what has to run, one line a stage. What is fresh stays; Ctrl-C stops, and the same command goes on."
     from flowerdiff import pipeline
-    workspace = _here(a.workspace) if not a.profile or a.workspace else None
+    workspace = _meant(a)
     root, ran = _root(workspace, a), []
     ran = pipeline.run(workspace, a.profile, a.set, a.pictures, a.from_stage, a.only, a.force)
     if not ran: print(f'nothing to do: {"all stages are" if not (a.only or a.from_stage) else (a.only + " is" if a.only else "these stages are")} fresh; --force runs them anyway')
     for line in _ending(root): print(line)
     return 0
+
+def _meant(a) -> str: # the workspace of a run; None: the profile's name
+    return _here(a.workspace) if not a.profile or a.workspace else None
 
 def _root(workspace, a) -> Path: # where `pipeline.run` will work
     return Path(workspace or a.profile and Path(a.profile).stem or ('folder' if a.pictures else 'garden')).absolute()
@@ -128,6 +137,11 @@ def _example(root: Path) -> str: # a prompt that suits the model
     except (UserError, LookupError, AttributeError): return 'a red rose under a blue sky'
 
 # %% ../nbs/core/80_cli.ipynb #7a6c4bdc
+def _plan(a) -> int:
+    "Tell what a run would do, measure how fast this machine is, write nothing. Takes half a minute at most."
+    from flowerdiff.plan import plan
+    plan(_meant(a), a.profile, a.set, a.pictures, tell=lambda line: print(line, flush=True)); return 0
+
 def _init(a) -> int:
     "Make a workspace with its params.yaml."
     from flowerdiff.workspace import open_workspace

@@ -79,7 +79,7 @@ class Painter:
 
     def paint(self,
         wish: Wish,
-        on_step: Callable | None = None, # called with a `flowerdiff.sampler.Step`; returning False cancels
+        on_step: Callable | None = None, # called with a `flowerdiff.sampling.Step`; returning False cancels
     ) -> list:                           # of PIL.Image
         "Draw a wish; waits until the model is loaded and nobody else is drawing."
         self.ready.wait()

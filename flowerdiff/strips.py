@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 from .networks import TorchBackend
-from .sampler import Generator, to_pil
+from .sampler import Generator
+from .sampling import to_pil
 from .workspace import read_jsonl
 
 # %% ../nbs/core/53_strips.ipynb #1b524c46

@@ -112,7 +112,9 @@ def test_read_only_workspace(cli, tmp_path):
 def test_full_disk(cli, tmp_path):
     disk = tmp_path/'disk'; disk.mkdir()
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=16k', 'tmpfs', disk], capture_output=True).returncode: pytest.skip('no right to make a small disk here')
-    try: assert 'the disk is full' in one_line(cli('run', disk/'w'))
+    try:
+        assert '0.0 MB free and the first three stages need about' in one_line(cli('run', disk/'w')) and not (disk/'w').exists()
+        assert cli('init', disk/'w').returncode == 0 and 'the disk is full' in one_line(cli('run', disk/'w')) # an old workspace is not asked again
     finally: subprocess.run(['umount', disk])
 
 @pytest.mark.parametrize('args,says', [

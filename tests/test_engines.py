@@ -9,7 +9,8 @@ from test_generate import same
 from flowerdiff import backends, bench, builder, engines
 from flowerdiff.backends import load_backend
 from flowerdiff.builder import build_engine, half_file, profile_shapes, read_network, shape_profile
-from flowerdiff.sampler import SCHEDULERS, Generator, generators, make_scheduler, sample
+from flowerdiff.sampler import Generator
+from flowerdiff.sampling import SCHEDULERS, generators, make_scheduler, sample
 from flowerdiff.stages import onnx as export, tensorrt
 from flowerdiff.workspace import UserError, open_workspace, read_json, write_json
 

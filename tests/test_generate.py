@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from tiny import tiny_model
 from flowerdiff.workspace import UserError
-import flowerdiff.sampler as sampler
-from flowerdiff.sampler import Cancelled, Generator
+import flowerdiff.sampler as sampler, flowerdiff.sampling as sampling
+from flowerdiff.sampler import Generator
+from flowerdiff.sampling import Cancelled
 from flowerdiff.backends import load_backend
 from flowerdiff.networks import TorchBackend, readers, why_not_compile
 
@@ -56,14 +57,14 @@ def test_draws_what_diffusers_draws(models, stock, kind, guidance):
 @pytest.mark.parametrize('name', ['ddim', 'ddpm', 'unipc', 'euler', 'dpm', 'lcm'])
 def test_every_scheduler_draws_what_diffusers_draws(generator, stock, name):
     ours = generator(['a red rose', 'the sky'], steps=5, scheduler=name, guidance=3.)
-    assert same(ours, stock('kl', ['a red rose', 'the sky'], num_inference_steps=5, guidance_scale=3., scheduler=sampler.SCHEDULERS[name]))
+    assert same(ours, stock('kl', ['a red rose', 'the sky'], num_inference_steps=5, guidance_scale=3., scheduler=sampling.SCHEDULERS[name]))
 
 @pytest.mark.parametrize('mutation', ['guidance', 'scaling', 'noise', 'order'])
 def test_the_bound_notices_a_wrong_formula(models, stock, monkeypatch, mutation):
     "Were the comparison blind, it would not be a test."
     g = Generator.from_pretrained(models['tiny'])
-    if mutation == 'guidance': monkeypatch.setattr(sampler, 'guide', lambda u, c, w: c + w*(c-u))
-    if mutation == 'order': monkeypatch.setattr(sampler, 'guide', lambda u, c, w: c + w*(u-c))
+    if mutation == 'guidance': monkeypatch.setattr(sampling, 'guide', lambda u, c, w: c + w*(c-u))
+    if mutation == 'order': monkeypatch.setattr(sampling, 'guide', lambda u, c, w: c + w*(u-c))
     if mutation == 'scaling': g.backend.scaling *= 1.05
     if mutation == 'noise': monkeypatch.setattr(sampler, 'generators', lambda s, n: [torch.Generator().manual_seed(s) for _ in range(n)])
     assert not same(g(['a red rose', 'the sky'], steps=6, guidance=4.), stock('tiny', ['a red rose', 'the sky'], num_inference_steps=6, guidance_scale=4.))
@@ -73,7 +74,7 @@ def test_a_picture_does_not_depend_on_its_company(generator, models):
     for i, prompt in ((0, 'a red rose'), (2, 'a red rose'), (4, 'the sky')): assert same([many[i]], generator(prompt, seed=10+i, steps=4))
     assert same(many, Generator(generator.backend, batch=4)(['a red rose', 'the sky'], n=3, seed=10, steps=4))
 
-@pytest.mark.parametrize('name', list(sampler.SCHEDULERS))
+@pytest.mark.parametrize('name', list(sampling.SCHEDULERS))
 def test_a_scheduler_goes_on_to_the_next_batch_as_if_new(generator, name):
     one, two = (Generator(generator.backend, batch=b)('a red rose', n=2, steps=5, scheduler=name) for b in (1, 2))
     assert same(one, two) and not same(one[:1], one[1:])
@@ -227,7 +228,7 @@ def test_steps_are_told_previews_shown_and_false_stops(generator):
 def test_the_last_preview_is_the_picture_made_small(generator):
     last = []
     picture = generator('a red rose', steps=12, callback=lambda s: last.append(s.latents))[0]
-    exact = pixels(sampler.to_pil(generator.backend.decode(last[-1])))
+    exact = pixels(sampling.to_pil(generator.backend.decode(last[-1])))
     assert np.abs(exact - pixels([picture])).max() <= 4
 
 def test_what_is_cut_from_a_prompt_is_said(generator):
