@@ -80,8 +80,11 @@ def bench(
     for name in names or BACKENDS:
         if reason := why_not(name, onnx) or ('' if onnx or not reads_onnx(name) else f'{model}: has no ONNX files made from these weights beside it; the stage `onnx` makes them'): left_out[name] = reason
     folders = {name: onnx if reads_onnx(name) else model for name in names or BACKENDS if name not in left_out}
-    if not folders: raise UserError('bench: ' + '; '.join(f'{k}: {v}' for k, v in left_out.items()))
-    opened = {name: Generator(open_backend(name, folder)) for name, folder in folders.items()}
+    opened = {}
+    for name, folder in folders.items():
+        try: (g := Generator(open_backend(name, folder)))(prompt, steps=1); opened[name] = g
+        except UserError as e: left_out[name] = str(e) # what a library's own compiler cannot do shows at the first picture
+    if not opened: raise UserError('bench: ' + '; '.join(f'{k}: {v}' for k, v in left_out.items()))
     out, count = {name: dict(milliseconds={}) for name in opened}, itertools.count() # every picture has a text of its own: those that were read are remembered
     for n in steps:
         for name, ms in race({k: lambda g=g: g(f'{next(count)}: {prompt}', steps=n) for k, g in opened.items()}, rounds).items(): out[name]['milliseconds'][n] = round(ms, 2)

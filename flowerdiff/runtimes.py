@@ -27,6 +27,7 @@ def onnx_session(
     if not path.is_file(): raise UserError(f'{path}: this part of the model is missing; run the stage `onnx` again')
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    options.add_session_config_entry('session.force_spinning_stop', '1')  # a session that is done must not keep a core busy while the next one runs
     if part:
         names = [i.name for i in part.graph.initializer if i.name in weights]
         options.add_external_initializers(names, [ort.OrtValue.ortvalue_from_numpy(weights[n]) for n in names])

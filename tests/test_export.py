@@ -192,3 +192,11 @@ def test_diffusers_with_transformers_4_and_optimum_draw_the_same(ws, tmp_path):
     ours = Generator.from_pretrained(ws.root, 'torch')('a red rose', n=2, seed=3, steps=4)
     assert not same(ours[:1], ours[1:])
     for name in ('torch', 'onnx'): assert same([Image.open(tmp_path/f'{name}{i}.png') for i in (0, 1)], ours), name
+
+def test_bench_leaves_out_what_fails_at_its_first_picture(ws, monkeypatch):
+    from flowerdiff.bench import bench
+    def broken(self, *a): raise UserError('backend onnx: its compiler is broken')
+    monkeypatch.setattr(OnnxBackend, 'denoise', broken)
+    seen = bench(ws.root, steps=[1], rounds=1, names=['torch', 'onnx'])
+    assert list(seen['backends']) == ['torch'] and seen['left_out'] == dict(onnx='backend onnx: its compiler is broken')
+    with pytest.raises(UserError, match='its compiler is broken'): bench(ws.root, steps=[1], rounds=1, names=['onnx'])
