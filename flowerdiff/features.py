@@ -105,11 +105,12 @@ class SqueezeNetFeatures:
 
 # %% ../nbs/core/54_features.ipynb #85dc6b21
 def open_features(
-    spec: str,          # settings.evaluate.features
-    base: Path = '.',   # what a relative file is relative to
-):                      # pictures -> [n, d]; None for 'clip', which is opened with the run
+    spec: str,                        # settings.evaluate.features
+    clip: ClipFeatures | None = None, # the run's own, if it has one
+    base: Path = '.',                 # what a relative file is relative to
+):                                    # pictures -> [n, d]; None where there is none
     "The network whose features KID, FID, precision and recall compare."
-    if spec == 'clip': return None
+    if spec == 'clip': return clip
     path = Path(base, spec)
     if not path.is_file(): raise UserError(f"evaluate.features: {path}: not there; give clip, a TorchScript Inception (.pt) or a SqueezeNet (.safetensors)")
     return (SqueezeNetFeatures if path.suffix == '.safetensors' else ScriptFeatures)(path)

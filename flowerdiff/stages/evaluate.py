@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRID', 'SLACK', 'PICTURES', 'grid_prompts', 'crowd_numbers', 'word_numbers', 'attribute_numbers', 'parameters_line',
-           'provenance', 'Result', 'plain', 'summarise', 'measure', 'beside_baseline', 'latency', 'tables', 'strips',
+           'provenance', 'Result', 'plain', 'summarise', 'own_clip', 'measure', 'beside_baseline', 'tables', 'strips',
            'run']
 
 # %% ../../nbs/stages/07_evaluate.ipynb #3ef5694a
@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_not
-from ..bench import race
+from ..backends import BACKENDS
+from ..bench import open_all, race_pictures
 from ..features import ClipFeatures, open_features
-from ..metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, fid, inception_score, kid, nearest, psnr, shuffled, within
+from ..metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, directions, fid, inception_score, kid, nearest, psnr, shuffled, within
 from ..models import student_steps, weights_fingerprint
 from ..networks import TorchBackend
 from ..questions import draw_all, questions
@@ -52,12 +52,12 @@ def crowd_numbers(
 # %% ../../nbs/stages/07_evaluate.ipynb #74af7369
 def word_numbers(
     clip: ClipFeatures,
-    crowds: dict, # drawn, real (those that were asked for first) and rebuilt: lists of pictures
+    seen: dict,   # drawn, real (those that were asked for first) and rebuilt: [n, d] embeddings
     asks: list,   # what the drawn were asked to be
     train: list,  # files of the training split
 ) -> dict:
     "CLIP scores, CMMD, and how near the drawn come to training pictures."
-    x, held, a = (clip.pictures(crowds[k]) for k in ('drawn', 'real', 'rebuilt'))
+    x, held, a = seen['drawn'], seen['real'], seen['rebuilt']
     texts, t, real = clip.texts([a.prompt for a in asks]), clip.pictures(train), held[:len(asks)]
     (near, distance), (_, usual), scores = nearest(x, t), nearest(held, t), clip_scores(x, texts)
     return dict(clip_score=dict(drawn=bootstrap(scores), real=bootstrap(clip_scores(real, texts)), shuffled=bootstrap(clip_scores(real, texts[shuffled(len(texts))]))),
@@ -118,22 +118,28 @@ def summarise(numbers: dict, skipped: dict) -> str:
     "The report in a line."
     a, out = numbers.get('adherence'), []
     if a: out.append(', '.join(f'{n} {percent(a[k])}' for k, n in (('color', 'adherence colour'), ('background', 'background'), ('species', 'species'))))
-    if 'kid' in numbers: out.append(f"CLIP score {numbers['clip_score']['drawn'].value:.1f} (real pictures {numbers['clip_score']['real'].value:.1f}); KID×1000 {1000*numbers['kid']['drawn'].value:.1f} (autoencoder {1000*numbers['kid']['autoencoder'].value:.1f})")
+    if 'clip_score' in numbers: out.append(f"CLIP score {numbers['clip_score']['drawn'].value:.1f} (real pictures {numbers['clip_score']['real'].value:.1f})")
+    if 'kid' in numbers: out.append(f"KID×1000 {1000*numbers['kid']['drawn'].value:.1f} (autoencoder {1000*numbers['kid']['autoencoder'].value:.1f})")
     return '; '.join(out + [f'no {k}: {v}' for k, v in skipped.items()])
 
 # %% ../../nbs/stages/07_evaluate.ipynb #c1eb1684
-def measure(ws: Workspace, asks: list, drawn: list, backend: TorchBackend, see=None) -> tuple: # (numbers, what was skipped -> why); `see`: of `open_features`
+def own_clip(ws: Workspace) -> ClipFeatures | None: # None: the text encoder came without its picture half
+    "The CLIP whose text half the run conditions on."
+    folder = ws.encoded/'components'/'clip'
+    return ClipFeatures(folder) if (folder/'config.json').is_file() else None
+
+def measure(ws: Workspace, asks: list, drawn: list, backend: TorchBackend, clip: ClipFeatures | None, see) -> tuple: # (numbers, what was skipped -> why); `see`: of `open_features`
     "All numbers that this data allows."
-    n, out, skipped, folder = ws.settings.evaluate.kid_pictures, {}, {}, ws.encoded/'components'/'clip'
+    n, out, skipped, names = ws.settings.evaluate.kid_pictures, {}, {}, [a.file for a in asks]
     if asks and all(a.wanted for a in asks): out |= attribute_numbers(drawn, asks)
     else: skipped['adherence'] = 'it needs pictures whose attributes are known, as the garden\'s are'
-    clip, names = ClipFeatures(folder) if (folder/'config.json').is_file() else None, [a.file for a in asks]
     if not clip: skipped['CLIP score' if see else 'CLIP score and KID'] = 'the text encoder came without its picture half; components.text_encoder=train trains both'
     if min(len(drawn), len(read_pictures(ws.pictures/'val', 4))) < 4: return out, skipped | {'CLIP score and KID': 'they need at least 4 test and 4 validation pictures'}
     others = [r['file_name'] for r in read_jsonl(ws.pictures/'test'/'metadata.jsonl') if r['file_name'] not in set(names)][:max(0, n-len(names))]
     crowds = dict(drawn=drawn, real=read_pictures(ws.pictures/'test', 0, names + others), rebuilt=reconstruct(backend, read_pictures(ws.pictures/'val', n)))
-    if clip: out |= word_numbers(clip, crowds, asks, [ws.pictures/'train'/r['file_name'] for r in read_jsonl(ws.pictures/'train'/'metadata.jsonl')])
-    if see := see or clip: out |= crowd_numbers(**{k: see(v) for k, v in crowds.items()}) | dict(features=f'{see.name} {see.fingerprint}', real=len(crowds['real']))
+    seen = {k: clip.pictures(v) for k, v in crowds.items()} if clip else {}
+    if clip: out |= word_numbers(clip, seen, asks, [ws.pictures/'train'/r['file_name'] for r in read_jsonl(ws.pictures/'train'/'metadata.jsonl')])
+    if see: out |= crowd_numbers(**{k: directions(seen[k]) if see is clip else see(v) for k, v in crowds.items()}) | dict(features=f'{see.name} {see.fingerprint}', real=len(crowds['real']))
     if hasattr(see, 'beliefs'): out['inception_score'] = inception_score(see.beliefs(drawn))
     return out, skipped
 
@@ -153,17 +159,6 @@ def beside_baseline(
     real = see(read_pictures(ws.pictures/'test', s.evaluate.kid_pictures))
     ours, theirs = (fid(see(draw(g)), real) for g in (generator, other))
     return dict(model=weights_fingerprint(other.backend.folder), fid=dict(drawn=ours, baseline=theirs), prompts=len(prompts), pictures=PICTURES//len(prompts)*len(prompts), passed=ours.value <= SLACK*theirs.value)
-
-# %% ../../nbs/stages/07_evaluate.ipynb #9f5bfb71
-def latency(
-    model: Path,
-    prompt: str,
-    **how,       # steps, guidance
-) -> dict:       # backend -> milliseconds of one picture
-    "One picture with each backend, in turns."
-    onnx = onnx_beside(model)
-    drawers = {k: Generator(open_backend(k, onnx if reads_onnx(k) else model)) for k in BACKENDS if k == 'torch' or reads_onnx(k) and onnx and not why_not(k, onnx)}
-    return race({k: lambda g=g: g(prompt, **how) for k, g in drawers.items()}, rounds=2, row=1)
 
 # %% ../../nbs/stages/07_evaluate.ipynb #9c48024b
 def tables(metrics: dict) -> list: # of `flowerdiff.report.render`
@@ -187,17 +182,17 @@ def run(ws: Workspace) -> Result:
     "Measure `model/` and write `report/`: index.html, metrics.json, grid.png."
     start, s, e, backend = time.time(), ws.settings, ws.settings.evaluate, TorchBackend(ws.model)
     if student_steps(ws.model): e.steps, e.guidance = backend.steps, backend.guidance # a student has its own, and no others
-    how, model, see = dict(steps=e.steps, guidance=e.guidance), weights_fingerprint(ws.model), open_features(e.features, ws.root)
+    how, model, clip = dict(steps=e.steps, guidance=e.guidance), weights_fingerprint(ws.model), own_clip(ws)
+    see = open_features(e.features, clip, ws.root)
     generator, asks = Generator(backend, batch=e.batch_size), questions(ws, e.prompts)
     drawn, prompts = draw_all(generator, asks, e.batch_size, s.seed, **how), grid_prompts(asks, e.grid)
     grid = generator(prompts, n=4, seed=s.seed, **how)
-    numbers, skipped = measure(ws, asks, drawn, backend, see)
-    clip = ws.encoded/'components'/'clip'
-    if e.baseline and (see or clip.is_dir()): numbers['baseline'] = beside_baseline(ws, generator, grid_prompts(asks, 10), see or ClipFeatures(clip))
+    numbers, skipped = measure(ws, asks, drawn, backend, clip, see)
+    if e.baseline and see: numbers['baseline'] = beside_baseline(ws, generator, grid_prompts(asks, 10), see)
     elif e.baseline: skipped['baseline'] = 'FID needs features: the text encoder came without its picture half, and evaluate.features names no network'
     real = read_pictures(ws.pictures/'test', 0, [a.file for a in asks[:8]]); rebuilt = reconstruct(backend, real)
     protocol = dict(prompts=len(asks), real=numbers.get('real', 0), seed=s.seed, features=numbers.get('features', 'none'), data=str(read_json(ws.pictures/'info.json').get('fingerprint', '')), **how)
-    metrics = plain({k: v for k, v in numbers.items() if k not in ('seen', 'confusion', 'nearest', 'order', 'real', 'features')}) | dict(psnr=psnr(real, rebuilt), latency=latency(ws.model, prompts[0], **how), model=model, protocol=protocol, skipped=skipped, former=former(ws.report, model, protocol))
+    metrics = plain({k: v for k, v in numbers.items() if k not in ('seen', 'confusion', 'nearest', 'order', 'real', 'features')}) | dict(psnr=psnr(real, rebuilt), latency=race_pictures(open_all(ws.model, [k for k in BACKENDS if k != 'torch-compile'])[0], prompts[0], rounds=2, row=1, **how), model=model, protocol=protocol, skipped=skipped, former=former(ws.report, model, protocol))
     rows, train, seconds = strips(ws, numbers, asks, drawn, generator, real, rebuilt), read_json(ws.root/'train.json') if (ws.root/'train.json').is_file() else {}, time.time() - start
     page = render(f'What {ws.root.name} learned to draw', f"{parameters_line(ws)} trained from pictures and their captions; evaluated on {time.strftime('%-d %B %Y')}.", [dict(prompt=p, pictures=grid[4*i:4*i+4]) for i, p in enumerate(prompts)],
         headlines(numbers), adherence_section(numbers, asks, drawn) if 'adherence' in numbers else None, rows, tables(metrics), curves(train) + by_timestep(train), 'The training loss over what was learned, and the loss on held-out pictures with averaged weights, always the same noise. Below, the latter by the timestep that was asked: little noise on the left, nothing but noise on the right.',

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..backends import BACKENDS, EXACT, open_backend, reads_onnx, why_not
-from ..bench import race
+from ..bench import race_pictures
 from ..metrics import psnr
 from ..models import student_steps, weights_fingerprint
 from ..networks import TorchBackend
@@ -190,7 +190,7 @@ def compare_backends(
     "What PyTorch and every backend of this machine that reads the export draw, and how fast."
     generators = {'torch': Generator(torch_backend)} | {name: Generator(open_backend(name, folder)) for name in BACKENDS if reads_onnx(name) and not why_not(name, folder)}
     drawn = {k: g(prompts, **how) for k, g in generators.items()}
-    ms, out = race({k: lambda g=g: g(prompts[0], **how) for k, g in generators.items()}), {}
+    ms, out = race_pictures(generators, prompts[0], **how), {}
     for k, pictures in drawn.items():
         d = picture_difference(drawn['torch'], pictures)
         out[k] = dict(milliseconds=round(ms[k], 1), **d, keeps=same_picture(d) if k in EXACT else d['psnr'] >= GOOD)
