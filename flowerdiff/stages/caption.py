@@ -81,11 +81,12 @@ def caption(
     captioner: str,   # one of CAPTIONERS, or 'auto': the first that has something to say
     n: int,           # sentences wanted
     seed: int = 0,
+    classes: int = 0, # sentences beside them that name the class
 ) -> tuple:           # (sentences, name of the captioner)
     "Sentences for a picture: the same for the same picture, whatever its number."
     rng = np.random.default_rng(int(hashlib.sha256(f'{seed} {row.get("sha256") or row.get("source")}'.encode()).hexdigest()[:16], 16))
     for name in ([captioner] if captioner != 'auto' else []) + list(CAPTIONERS):
-        if said := CAPTIONERS[name](row, rng, n): return said, name
+        if said := CAPTIONERS[name](row, rng, n): return list(dict.fromkeys(said + (labels(row, rng, classes) if name != 'labels' else []))), name
     return ['a picture'], 'nothing'
 
 # %% ../../nbs/stages/02_caption.ipynb #3598aa44
@@ -168,7 +169,7 @@ def run(ws: Workspace) -> Captioned:
     with atomic_dir(ws.captions) as new:
         with open(new/'metadata.jsonl', 'w', encoding='utf-8') as f:
             for split, row in progress(rows_of(ws.pictures), total, 'captions'):
-                said, name = caption(row | dict(answers=answers.get(f'{split}/{row["file_name"]}', {})), s.captioner, s.per_picture, ws.settings.seed)
+                said, name = caption(row | dict(answers=answers.get(f'{split}/{row["file_name"]}', {})), s.captioner, s.per_picture, ws.settings.seed, s.class_captions)
                 f.write(json.dumps(dict(file_name=f'{split}/{row["file_name"]}', captions=said, captioner=name), ensure_ascii=False) + '\n')
                 used[name] += 1; lint.add(said)
         if s.captioner != 'auto' and not used[s.captioner]: raise UserError(_nothing_to_say(s.captioner))
