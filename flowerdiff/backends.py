@@ -8,9 +8,10 @@ __all__ = ['BACKENDS', 'EXACT', 'onnx_beside', 'fastest', 'automatic', 'why_not'
 # %% ../nbs/core/45_backends.ipynb #58a1da95
 from functools import partial
 from pathlib import Path
+from .components import why_not_compile
 from .engines import TensorRtBackend, cuda_device, why_not_tensorrt
 from .models import find_model, weights_fingerprint
-from .networks import Backend, TorchBackend, why_not_compile
+from .networks import Backend, TorchBackend
 from .runtimes import OnnxBackend, OpenVinoBackend, why_not_openvino
 from .workspace import UserError, read_json
 

@@ -21,6 +21,9 @@ class Dataset(NamedTuple):
     tables: tuple  # of File, the others
     rows: Callable # (folder with the tables) -> (name of a picture, row of metadata.jsonl)
     page: str      # where a person finds them
+    counts: dict   # pictures in each official split
+    side: int      # the shorter one of most pictures, pixels
+    says: str      # what the tables say of a picture
 
 # %% ../nbs/core/17_datasets.ipynb #5d88fef6
 FLOWERS = '''pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid, bird of paradise, monkshood, globe thistle,
@@ -91,9 +94,10 @@ def celeba_rows(
 VGG = 'https://www.robots.ox.ac.uk/~vgg/data/flowers/102'
 DATASETS = dict(
     oxford102=Dataset('jpg', File('102flowers.tgz', f'{VGG}/102flowers.tgz', 344_862_509, '52808999861908f626f3c1f4e79d11fa'),
-        (File('imagelabels.mat', f'{VGG}/imagelabels.mat', 502, 'e0620be6f572b9609742df49c70aed4d'), File('setid.mat', f'{VGG}/setid.mat', 14_989, 'a5357ecc9cb78c4bef273ce3793fc85c')), oxford102_rows, f'{VGG}/'),
+        (File('imagelabels.mat', f'{VGG}/imagelabels.mat', 502, 'e0620be6f572b9609742df49c70aed4d'), File('setid.mat', f'{VGG}/setid.mat', 14_989, 'a5357ecc9cb78c4bef273ce3793fc85c')), oxford102_rows, f'{VGG}/',
+        dict(train=1020, val=1020, test=6149), 500, 'the names of the flowers'),
     celeba=Dataset('img_align_celeba', File('img_align_celeba.zip', size=1_443_490_838), (File('list_attr_celeba.txt'), File('list_eval_partition.txt')), celeba_rows,
-        'https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html'))
+        'https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html', dict(train=162_770, val=19_867, test=19_962), 178, 'the attributes'))
 
 # %% ../nbs/core/17_datasets.ipynb #5deeefd9
 def cache_folder(name: str) -> Path: # of a data set

@@ -7,11 +7,12 @@ __all__ = ['SMALLEST', 'SEVERAL', 'learning_rate', 'MuonAdamW', 'adamw8bit', 'ma
            'load_optimizer', 'choose_precision', 'Engine', 'compile_how']
 
 # %% ../nbs/core/36_engine.ipynb #5288ec84
-import math, os, shutil
+import math
 from contextlib import contextmanager, nullcontext
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from .components import why_not_compile
 from .ema import EMA, averaged
 from .workspace import UserError
 
@@ -166,8 +167,7 @@ def compile_how(
     graphs: bool, # replay CUDA graphs?
 ) -> dict:        # keywords of torch.compile
     "Raises `UserError` where there is no C++ compiler, which TorchInductor needs, or no GPU for graphs."
-    compiler = os.environ.get('CXX', 'g++')
-    if not shutil.which(compiler): raise UserError(f'train.compile: needs a C++ compiler and there is no {compiler}; install one, or set train.compile: false')
+    if reason := why_not_compile(): raise UserError(f'train.compile: {reason}; install one, or set train.compile: false')
     if graphs and device.type != 'cuda': raise UserError('train.cuda_graphs: they are for an NVIDIA GPU and there is none; set it to false')
     return dict(dynamic=False, mode='reduce-overhead' if graphs else None)
 

@@ -9,13 +9,12 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'ClipFeatures', 'resized', 'ScriptFeatures',
 from pathlib import Path
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 from .components import component_fingerprint
 from .fingerprints import file_sha256
 from .metrics import directions
 from .models import load_part, readable
+from .squeezenet import SqueezeNet
 from .workspace import UserError, read_json
 
 # %% ../nbs/core/54_features.ipynb #55c84f8a
@@ -80,28 +79,14 @@ class ScriptFeatures:
 
 # %% ../nbs/core/54_features.ipynb #2993f871
 class SqueezeNetFeatures:
-    "SqueezeNet 1.1 from a safetensors file with Caffe's names: `conv1_w_0`, `fire2.squeeze1x1_w_0` and so on."
-    name, side, mean = 'SqueezeNet', 224, (103.939, 116.779, 123.68)
-    def __init__(self, path: str | Path):
-        from safetensors.torch import load_file
-        self.fingerprint = file_sha256(path)[:12]
-        with readable(path): self.weights = {k: v.float() for k, v in load_file(path).items()}
-        if 'fire9.expand3x3_w_0' not in self.weights: raise UserError(f'{path}: holds no SqueezeNet 1.1 (no fire9.expand3x3_w_0); evaluate.features wants clip, a TorchScript Inception (.pt) or a SqueezeNet (.safetensors)')
-
-    def conv(self, name: str, x: Tensor, **how) -> Tensor: return F.conv2d(x, self.weights[f'{name}_w_0'], self.weights[f'{name}_b_0'], **how).relu()
+    "The mean over SqueezeNet's last stage."
+    name, side = 'SqueezeNet', 224
+    def __init__(self, path: str | Path): self.fingerprint, self.net = file_sha256(path)[:12], SqueezeNet(path)
 
     @torch.inference_mode()
-    def network(self, x: Tensor) -> Tensor: # [n, 3, 224, 224], blue first, centred -> [n, 512]
-        x = self.conv('conv1', x, stride=2)
-        for i in range(2, 10):
-            if i in (2, 4, 6): x = F.max_pool2d(x, 3, 2, ceil_mode=True)
-            x = self.conv(f'fire{i}.squeeze1x1', x)
-            x = torch.cat([self.conv(f'fire{i}.expand1x1', x), self.conv(f'fire{i}.expand3x3', x, padding=1)], 1)
-        return x.mean((2, 3))
-
     def __call__(self, pictures: list) -> np.ndarray: # of PIL.Image -> [n, 512], directions
-        seen = lambda p: resized(p, self.side)[::-1] - np.float32(self.mean)[:, None, None]
-        return directions(np.concatenate([self.network(torch.from_numpy(np.stack([seen(p) for p in pictures[i:i+32]]))).numpy() for i in range(0, len(pictures), 32)]))
+        parts = [np.stack([resized(p, self.side) for p in pictures[i:i+32]]) for i in range(0, len(pictures), 32)]
+        return directions(np.concatenate([self.net.stages(torch.from_numpy(x))[-1].mean((2, 3)).numpy() for x in parts]))
 
 # %% ../nbs/core/54_features.ipynb #85dc6b21
 def open_features(

@@ -6,13 +6,13 @@
 __all__ = ['NETWORK', 'File', 'check_room', 'rest_of', 'md5_of', 'fetch', 'unpack']
 
 # %% ../nbs/core/16_fetch.ipynb #e283b6da
-import hashlib, os, shutil, ssl, tarfile, time, zipfile, zlib
+import hashlib, os, ssl, tarfile, time, zipfile, zlib
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
-from .workspace import UserError, progress
+from .workspace import UserError, bytes_text, free_bytes, progress
 
 # %% ../nbs/core/16_fetch.ipynb #7f41287d
 class File(NamedTuple):
@@ -29,9 +29,7 @@ def check_room(
     what: str,    # needs them
 ):
     "Raises `UserError` with both numbers when the disk is too small."
-    at = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free, size = shutil.disk_usage(at).free, lambda n: f'{n/1e9:.1f} GB' if n > 5e7 else f'{n/1e6:.1f} MB'
-    if free < need: raise UserError(f'{folder}: {what} needs {size(need)} there and {size(free)} are free; make room, or choose another disk')
+    if (free := free_bytes(folder)) < need: raise UserError(f'{folder}: {what} needs {bytes_text(need)} there and {bytes_text(free)} are free; make room, or choose another disk')
 
 # %% ../nbs/core/16_fetch.ipynb #6183aba9
 def rest_of(

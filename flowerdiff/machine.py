@@ -6,10 +6,11 @@
 __all__ = ['NEEDS', 'gpus', 'has_package', 'package_version', 'has_aws', 'has_hub', 'cores', 'memory_gb', 'stage_check', 'doctor']
 
 # %% ../nbs/core/66_machine.ipynb #c4d07410
-import glob, os, platform, shutil
+import glob, os, platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from .workspace import bytes_text, free_bytes
 
 # %% ../nbs/core/66_machine.ipynb #66bd04cb
 def gpus() -> list: # names
@@ -78,7 +79,7 @@ def doctor(
 ) -> str:              # lines to print
     "What this machine is and can run."
     head = dict(python=platform.python_version(), flowerdiff=package_version('flowerdiff'), torch=package_version('torch') or 'not installed', cores=cores(), memory=f'{memory_gb():.1f} GB free',
-                disk=f'{shutil.disk_usage(folder).free/2**30:.0f} GB free', GPU=', '.join(gpus()) or 'none')
+                disk=f'{bytes_text(free_bytes(folder))} free', GPU=', '.join(gpus()) or 'none')
     lines = [f'{k:<11}{v}' for k, v in head.items()] + ['']
     for s in NEEDS:
         ok, uses, more = stage_check(s)

@@ -18,12 +18,13 @@ from .config import load_profile, load_settings
 from .encoding import encode_batch
 from .engine import Engine, choose_precision
 from .execute import duration
-from .finetune import add_lora
+from .finetune import add_lora, check_fit
+from .hub import at_hand
 from .machine import cores, memory_gb
 from .pipeline import asked
-from .suggest import at_hand, bytes_text, first_sizes, free_bytes, gpu_gb, look_at, shapes, split_sizes, suggest, text_count, weight_bytes
-from .trainer import Trainer, total_steps
-from .workspace import UserError, read_json
+from .suggest import first_sizes, gpu_gb, look_at, shapes, split_sizes, suggest, text_count, weight_bytes
+from .trainer import Trainer, steps_within, total_steps
+from .workspace import UserError, bytes_text, free_bytes, read_json
 
 # %% ../nbs/core/71_plan.ipynb #ef44fbaa
 def planned(
@@ -53,7 +54,7 @@ def make_network(
     if not t.init: return build_denoiser(settings, latent[0], width, latent[1])
     if not (folder := at_hand(t.init, 'unet', base)): raise UserError(f'{t.init} is not on this machine; the run would download it')
     net = UNet2DConditionModel.from_config(read_json(folder/'config.json'))
-    if (has := (net.config.in_channels, net.config.cross_attention_dim)) != (latent[0], width): raise UserError(f'train.init: reads latents of {has[0]} channels and texts of {has[1]}, the components make {latent[0]} and {width}; set components to those that it was trained with')
+    check_fit(net, latent[0], width, t.init)
     return add_lora(net, t.lora_rank, t.lora_alpha) if t.lora_rank else net
 
 def count_weights(*network) -> tuple: # arguments of `make_network` -> (all weights, those that are trained)
@@ -170,8 +171,7 @@ def _training(s, got, base): # how fast, in how much memory
     if got['kept'] > free: raise UserError(f'not measured: {bytes_text(got["kept"])} do not fit into the {bytes_text(free)} of memory that are free')
     busy = '; other programs keep this machine busy, without them it would be faster' if not torch.cuda.is_available() and os.getloadavg()[0] > 1.5*cores() else ''
     rate, memory = time_training(s, got['latent'], got['text'], base)
-    t, step = s.train, s.train.batch_size/rate; fit = int(.95*3600*t.max_hours/step) if t.max_hours else got['steps']
-    steps = max(1, min(fit, got['steps']))
+    t, step = s.train, s.train.batch_size/rate; steps = min(got['steps'], steps_within(t.max_hours, step) if t.max_hours else got['steps'])
     limit = '' if not t.max_hours else f'; train.max_hours: {t.max_hours:g} h allow ' + ('all' if steps == got['steps'] else f'{steps:,}') + f' of {got["steps"]:,} steps'
     return f'{duration(steps*step)} at {rate:.3g} samples/s, a step {duration(step) if step >= 1 else f"{1000*step:.0f} ms"}, measured just now{busy}{limit}', dict(rate=rate, train_seconds=steps*step, memory=memory)
 

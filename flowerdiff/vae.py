@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .autoencoder import save_autoencoder, to_tensor
 from .clip import parts
 from .components import decode, encode_moments, fast_bf16, load_autoencoder
+from .squeezenet import SqueezeNet
 from .workspace import UserError, read_json, write_json
 
 # %% ../nbs/core/25_vae.ipynb #7149ae44
@@ -31,23 +32,12 @@ def kl_autoencoder(
 
 # %% ../nbs/core/25_vae.ipynb #88d44aa1
 def squeeze_features(
-    path: str | Path,  # SqueezeNet 1.1, safetensors with Caffe's names
+    path: str | Path,  # see `SqueezeNet`
     device: str = 'cpu',
 ):                     # function: [B, 3, H, W] from -1 to 1 -> list of [B, C, h, w], of length 1 along C
-    "What SqueezeNet's first five stages see, wherever gradients are wanted too. Raises `UserError` for another file."
-    from safetensors.torch import load_file
-    try: w = {k: v.float().to(device) for k, v in load_file(path).items()}
-    except Exception as e: raise UserError(f'{path}: is no file of weights that can be read ({type(e).__name__}); encode.vae_features wants a SqueezeNet (.safetensors)') from None
-    if 'fire5.expand3x3_w_0' not in w: raise UserError(f'{path}: holds no SqueezeNet 1.1 (no fire5.expand3x3_w_0); encode.vae_features wants one')
-    conv = lambda name, x, **how: F.conv2d(x, w[f'{name}_w_0'], w[f'{name}_b_0'], **how).relu()
-    mean = torch.tensor((103.939, 116.779, 123.68), device=device)[:, None, None]
-    def look(x):
-        x = conv('conv1', (x.flip(1) + 1)*127.5 - mean, stride=2); seen = [x]
-        for i in range(2, 6):
-            x = conv(f'fire{i}.squeeze1x1', F.max_pool2d(x, 3, 2, ceil_mode=True) if i in (2, 4) else x)
-            x = torch.cat([conv(f'fire{i}.expand1x1', x), conv(f'fire{i}.expand3x3', x, padding=1)], 1); seen.append(x)
-        return [F.normalize(s, dim=1) for s in seen]
-    return look
+    "What SqueezeNet's first five stages see, with gradients. Raises `UserError` for another file."
+    net = SqueezeNet(path, device)
+    return lambda x: [F.normalize(s, dim=1) for s in net.stages((x + 1)*127.5, 5)]
 
 def vae_loss(
     model,               # AutoencoderKL

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'DEMO', 'atomic_write', 'atomic_dir', 'write_json', 'read_json', 'write_jsonl', 'read_jsonl', 'Workspace',
-           'open_workspace', 'disk_errors', 'out_of_memory', 'progress', 'stage', 'record', 'demo_workspace']
+           'open_workspace', 'disk_errors', 'free_bytes', 'bytes_text', 'out_of_memory', 'progress', 'stage', 'record',
+           'demo_workspace']
 
 # %% ../nbs/core/02_workspace.ipynb #cf0e4a5b
 import contextlib, errno, functools, json, os, shutil, sys, tempfile, time
@@ -143,6 +144,18 @@ def disk_errors():
                errno.EPERM: 'may not be written; change its permissions, or give a workspace elsewhere'}.get(e.errno)
         if why is None: raise
         raise UserError(f'{e.filename or "the workspace"}: {why}') from e
+
+# %% ../nbs/core/02_workspace.ipynb #b337bfb9
+def free_bytes(
+    folder: str | Path, # one that may not be there yet
+) -> int:
+    "Room on the disk where a folder is or will be."
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+def bytes_text(n: float) -> str:
+    "A number of bytes as people say it."
+    return next(f'{n/size:,.{0 if n/size >= 10 else 1}f} {unit}' for unit, size in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6)) if n >= size or unit == 'MB')
 
 # %% ../nbs/core/02_workspace.ipynb #e74512c6
 _MEMORY = ("can't allocate memory", 'cannot allocate memory', 'could not create a primitive', 'could not create a memory object', 'cublas_status_alloc_failed', 'out of memory', 'bad allocation', 'bad_alloc', 'failed to allocate', 'could not allocate')

@@ -157,7 +157,7 @@ def test_gone_from_the_server(server, tmp_path):
 
 def test_too_small_a_disk_is_told_before(server, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=2000)
-    monkeypatch.setattr(fetch.shutil, 'disk_usage', lambda p: free)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: free)
     with pytest.raises(UserError) as e: prepared(tmp_path, 'flowers102')
     one_line(e, 'to be downloaded, needs', 'MB there and 0.0 MB are free'); assert not server.asked
     with pytest.raises(UserError) as e: prepared(tmp_path, 'flowers102', oxford(tmp_path/'files'))

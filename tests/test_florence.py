@@ -7,7 +7,7 @@ from PIL import Image
 torch = pytest.importorskip('torch')
 import psutil
 from transformers import BartForConditionalGeneration, BartTokenizer, CLIPImageProcessorPil, Florence2ForConditionalGeneration, Florence2Processor # noqa: a forked process has them then
-from flowerdiff.captioning import Journal, describe_share, describe_together, in_order, read_journals, work
+from flowerdiff.captioning import Journal, describe_share, describe_together, largest_first, read_journals, work
 from flowerdiff.florence import Florence, open_florence
 from flowerdiff.sentences import mention, sentence
 from flowerdiff.stages.caption import run
@@ -61,7 +61,7 @@ def test_every_picture_is_described_under_its_name(whole):
     assert 'florence' in (s := (whole.root.parent/'summary.txt').read_text()) and 'pictures/s' in s
 
 def test_largest_pictures_first(whole):
-    pictures, keys = in_order(whole.pictures, list(said(whole)))
+    pictures, keys = largest_first(whole.pictures, list(said(whole)))
     assert [k for b in batches(whole.work) for k in b] == [k for k, _ in pictures]
     sides = [Image.open(whole.pictures/f).width for _, f in pictures]
     assert sides == sorted(sides, reverse=True) and len(set(sides)) == 3
@@ -181,7 +181,7 @@ def test_an_interrupted_stage_ends_its_processes(mini, tmp_path, monkeypatch):
 def test_a_process_leaves_when_the_stage_is_gone(mini, whole, tmp_path, monkeypatch):
     ws = make(tmp_path/'ws', mini)
     dead = multiprocessing.get_context('fork').Process(target=int); dead.start(); dead.join()
-    write_json(tmp_path/'job.json', dict(pid=dead.pid, pictures=in_order(ws.pictures, list(said(whole)))[0]))
+    write_json(tmp_path/'job.json', dict(pid=dead.pid, pictures=largest_first(ws.pictures, list(said(whole)))[0]))
     monkeypatch.setenv('RANK', '1'); monkeypatch.setenv('WORLD_SIZE', '2')
     threads = torch.get_num_threads()
     assert work(str(ws.root), str(tmp_path)) == 0 and len(read_journals(tmp_path)) == 4, 'after one batch'
@@ -212,7 +212,7 @@ def test_memory_holds_two_batches(mini, whole, tmp_path, monkeypatch):
     ws, alive = make(tmp_path/'ws', mini), []
     monkeypatch.setattr(Florence, 'inputs', lambda self, p, task: alive.append(len(p)) or inputs(self, p, task))
     most = []
-    for i, e in enumerate(describe_share(ws, tmp_path, in_order(ws.pictures, list(said(whole)))[0])): most.append(len(alive) - i)
+    for i, e in enumerate(describe_share(ws, tmp_path, largest_first(ws.pictures, list(said(whole)))[0])): most.append(len(alive) - i)
     assert len(most) == 7 and max(most) <= 2
 
 # ---- what can not be used

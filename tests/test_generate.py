@@ -8,7 +8,8 @@ import flowerdiff.sampler as sampler, flowerdiff.sampling as sampling
 from flowerdiff.sampler import Generator
 from flowerdiff.sampling import Cancelled
 from flowerdiff.backends import load_backend
-from flowerdiff.networks import TorchBackend, readers, why_not_compile
+from flowerdiff.components import why_not_compile
+from flowerdiff.networks import TorchBackend, readers
 
 def pixels(pictures): return np.stack([np.asarray(p, int) for p in pictures])
 
@@ -287,7 +288,7 @@ def test_what_may_be_opened(models, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='abacus'): Generator.from_pretrained(models['kl'], backend='abacus')
     import huggingface_hub
     asked = {}
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda repo, revision, allow_patterns: asked.update(repo=repo, revision=revision, allow=allow_patterns) or models['kl'])
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda repo, revision, allow_patterns, local_files_only: asked.update(repo=repo, revision=revision, allow=allow_patterns) or models['kl'])
     assert load_backend('someone/flowers@0123abc').folder == models['kl']
     assert asked['repo'] == 'someone/flowers' and asked['revision'] == '0123abc' and not any(p.endswith(('.bin', '.pkl', '.pt', '.py')) for p in asked['allow'])
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **k: (_ for _ in ()).throw(OSError('no network\nat all')))

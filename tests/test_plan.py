@@ -63,7 +63,7 @@ def test_someone_elses_network_is_counted(quick, tmp_path):
     net = add_lora(base_unet(base, 4, 32), 2, 8.)
     assert got['latent'] == (4, 16, 16) and got['text'] == (16, 32) and 'those of' in lines['network']
     assert (got['weights'], got['trained']) == (sum(p.numel() for p in net.parameters()), sum(p.numel() for p in net.parameters() if p.requires_grad))
-    assert 'reads latents of 4 channels and texts of 32' in told(tmp_path/'w', overrides=use | {'components.text_encoder': 'garden'})[1]['network']
+    assert 'reads text embeddings of 32 channels, these have 128' in told(tmp_path/'w', overrides=use | {'components.text_encoder': 'garden'})[1]['network']
 
 def test_what_is_larger_than_memory_is_not_tried(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(P, 'memory_gb', lambda: .001)
