@@ -8,9 +8,9 @@ __all__ = ['Marks', 'mark', 'kid_gain', 'Grade', 'grade', 'exam']
 # %% ../nbs/core/56_exam.ipynb #1d5f2dee
 from dataclasses import dataclass, field
 import numpy as np
-from .features import ClipFeatures
+from .features import own_clip
 from .metrics import Estimate, bootstrap, by_halves, clip_scores, cubic, directions, mmd2
-from .questions import draw_all, questions
+from .questions import draw_all, drawn_how, questions
 from .workspace import Workspace, read_jsonl
 
 # %% ../nbs/core/56_exam.ipynb #4d628c8e
@@ -86,8 +86,7 @@ def exam(
     "Have both draw and compare."
     from PIL import Image
     s, e = ws.settings.promote, ws.settings.evaluate
-    asks, folder = questions(ws, s.distill_prompts, 'val'), ws.encoded/'components'/'clip'
-    clip = ClipFeatures(folder) if (folder/'config.json').is_file() else None
+    asks, clip = questions(ws, s.distill_prompts, 'val'), own_clip(ws.encoded/'components')
     real = [Image.open(ws.pictures/'val'/r['file_name']).convert('RGB') for r in read_jsonl(ws.pictures/'val'/'metadata.jsonl')[:e.kid_pictures]] if clip else []
-    marks = [mark(draw_all(g, asks, e.batch_size, ws.settings.seed, **how), asks, clip) for g, how in ((student, {}), (teacher, dict(steps=e.steps, guidance=e.guidance)))]
+    marks = [mark(draw_all(g, asks, e.batch_size, ws.settings.seed, **how), asks, clip) for g, how in ((student, {}), (teacher, drawn_how(e)))]
     return grade(*marks, directions(clip.pictures(real)) if real else None, s.distill_loss, s.distill_kid)

@@ -182,10 +182,12 @@ class Evaluate(Section):
     prompts: Count = 200        # held-out prompts to draw
     steps: Count = 20           # sampling steps
     guidance: Annotated[float, Field(ge=0)] = 4. # how strongly the prompt pulls
+    scheduler: Literal['auto', 'ddim', 'ddpm', 'dpm', 'unipc', 'euler'] = 'auto' # how a step is made; auto: the model's own, DPM-Solver++; ddpm needs as many steps as the schedule has
     kid_pictures: Count = 300   # pictures a side of the distance to real ones
     features: str = 'clip'      # whose KID, FID, precision and recall: clip (the run's own), or a file: a TorchScript Inception (.pt) or a SqueezeNet (.safetensors)
     baseline: str = ''          # a model to beat by FID: a folder, a hub id, or previous (the champion before)
     grid: Count = 8             # prompts of the sample grid
+    grid_prompts: list[str] = [] # those that it begins with; the others are the garden's, or captions of test pictures
     batch_size: Count = 50      # drawn at a time
 
 # %% ../nbs/core/00_settings.ipynb #7f9565f9

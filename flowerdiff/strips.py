@@ -79,13 +79,12 @@ GUIDANCES, STEPS = (1, 2, 3, 5, 8), (2, 4, 8, 16, 32)
 def dial_strips(
     generator: Generator,
     prompts: list,
-    steps: int = 20,
-    guidance: float = 4.,
     seed: int = 0,
+    **how,          # steps, guidance, scheduler; else the generator's own
 ) -> list: # of strips
     "The same noise at growing guidance, and in more steps, a row for each prompt."
     def strip(title, note, values, name):
-        columns = [generator(prompts, seed=seed, **dict(steps=steps, guidance=guidance) | {name: v}) for v in values]
+        columns = [generator(prompts, seed=seed, **how | {name: v}) for v in values]
         return dict(title=title, note=note, columns=len(values), rows=[dict(label=p, pictures=[c[i] for c in columns]) for i, p in enumerate(prompts)])
     said = lambda values: ', '.join(map(str, values))
     return [strip('Guidance', f'The same noise with guidance {said(GUIDANCES)}: from what comes to mind to what the prompt says, and beyond.', GUIDANCES, 'guidance'),

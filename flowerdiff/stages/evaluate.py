@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRID', 'SLACK', 'PICTURES', 'grid_prompts', 'crowd_numbers', 'word_numbers', 'attribute_numbers', 'parameters_line',
-           'provenance', 'Result', 'plain', 'summarise', 'own_clip', 'measure', 'beside_baseline', 'tables', 'strips',
-           'run']
+           'provenance', 'Result', 'plain', 'summarise', 'measure', 'beside_baseline', 'tables', 'strips', 'run']
 
 # %% ../../nbs/stages/07_evaluate.ipynb #3ef5694a
 import platform, time
@@ -16,11 +15,11 @@ import torch
 from PIL import Image
 from ..backends import BACKENDS
 from ..bench import open_all, race_pictures
-from ..features import ClipFeatures, open_features
+from ..features import ClipFeatures, open_features, own_clip
 from ..metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, directions, fid, inception_score, kid, nearest, psnr, shuffled, within
 from ..models import student_steps, weights_fingerprint
 from ..networks import TorchBackend
-from ..questions import draw_all, questions
+from ..questions import draw_all, drawn_how, questions
 from ..report import adherence_section, by_timestep, curves, headlines, percent, render
 from ..sampler import Generator, montage
 from ..scores import beside, former
@@ -34,9 +33,10 @@ GRID = ('a red rose under a blue sky', 'a yellow sunflower in a meadow', 'three 
 def grid_prompts(
     asks: list, # of Ask
     n: int,
+    own: list = [], # settings.evaluate.grid_prompts
 ) -> list:      # of texts
-    "The garden's fixed prompts, or the first different ones of the test captions."
-    return list(GRID if any(a.wanted for a in asks) else dict.fromkeys(a.prompt for a in asks))[:n]
+    "A person's own, then the garden's fixed prompts or the first different ones of the test captions."
+    return list(dict.fromkeys([*own, *(GRID if any(a.wanted for a in asks) else (a.prompt for a in asks))]))[:n]
 
 # %% ../../nbs/stages/07_evaluate.ipynb #ec329f96
 def crowd_numbers(
@@ -89,7 +89,7 @@ def provenance(ws: Workspace, train: dict, protocol: dict, asks: list, seconds: 
     s, info = ws.settings, read_json(ws.pictures/'info.json')
     return {'Model and data': dict(model=weights_fingerprint(ws.model)[:16], denoiser=parameters_line(ws), run=train.get('run_id', ''), training=f"{train.get('steps', '?')} steps in {train.get('seconds', 0)/60:.1f} minutes, {train.get('samples_per_second', 0):.0f} samples/s",
             pictures=', '.join(f'{v} {k}' for k, v in info.get('counts', {}).items() if isinstance(v, int)), data=str(info.get('fingerprint', ''))[:16]),
-        'Protocol': dict(prompts=f"{len(asks)}, from test pictures ({sum(a.new for a in asks)} of combinations never seen in training)", sampling=f'{s.evaluate.steps} steps, guidance {s.evaluate.guidance:g}, seeds {s.seed} to {s.seed+len(asks)-1}',
+        'Protocol': dict(prompts=f"{len(asks)}, from test pictures ({sum(a.new for a in asks)} of combinations never seen in training)", sampling=f'{s.evaluate.steps} steps' + (f' of {s.evaluate.scheduler}' if s.evaluate.scheduler != 'auto' else '') + f', guidance {s.evaluate.guidance:g}, seeds {s.seed} to {s.seed+len(asks)-1}',
             features=f"{protocol['features']}; pictures resized by PIL's bicubic filter, antialiased", real=f"{protocol['real']} test pictures", intervals='95 %: Wilson for shares, bootstrap for averages, subsampling for distances of crowds', time=f'{seconds:.0f} s'),
         'Settings': {f'{k}.{n}': v for k in ('train', 'prepare', 'components') for n, v in getattr(s, k).model_dump().items()},
         'Software': dict(python=platform.python_version(), torch=torch.__version__, diffusers=diffusers.__version__, machine=f'{platform.machine()}, {torch.get_num_threads()} threads')}
@@ -123,11 +123,6 @@ def summarise(numbers: dict, skipped: dict) -> str:
     return '; '.join(out + [f'no {k}: {v}' for k, v in skipped.items()])
 
 # %% ../../nbs/stages/07_evaluate.ipynb #c1eb1684
-def own_clip(ws: Workspace) -> ClipFeatures | None: # None: the text encoder came without its picture half
-    "The CLIP whose text half the run conditions on."
-    folder = ws.encoded/'components'/'clip'
-    return ClipFeatures(folder) if (folder/'config.json').is_file() else None
-
 def measure(ws: Workspace, asks: list, drawn: list, backend: TorchBackend, clip: ClipFeatures | None, see) -> tuple: # (numbers, what was skipped -> why); `see`: of `open_features`
     "All numbers that this data allows."
     n, out, skipped, names = ws.settings.evaluate.kid_pictures, {}, {}, [a.file for a in asks]
@@ -155,7 +150,7 @@ def beside_baseline(
     "FID of ours and of a baseline's pictures from the same prompts."
     s, named = ws.settings, ws.settings.evaluate.baseline
     other = Generator.from_pretrained(ws.work/'previous' if named == 'previous' else named, backend='torch')
-    def draw(g): return g(prompts, n=PICTURES//len(prompts), seed=s.seed, **{} if student_steps(g.backend.folder) else dict(steps=s.evaluate.steps, guidance=s.evaluate.guidance))
+    def draw(g): return g(prompts, n=PICTURES//len(prompts), seed=s.seed, **{} if student_steps(g.backend.folder) else drawn_how(s.evaluate))
     real = see(read_pictures(ws.pictures/'test', s.evaluate.kid_pictures))
     ours, theirs = (fid(see(draw(g)), real) for g in (generator, other))
     return dict(model=weights_fingerprint(other.backend.folder), fid=dict(drawn=ours, baseline=theirs), prompts=len(prompts), pictures=PICTURES//len(prompts)*len(prompts), passed=ours.value <= SLACK*theirs.value)
@@ -174,18 +169,18 @@ def strips(ws: Workspace, numbers: dict, asks: list, drawn: list, generator: Gen
     s, k = ws.settings, len(real)
     out = [real_strip(real, rebuilt, drawn[:k])]
     if 'order' in numbers: out.append(agreement_strip(numbers['order'], drawn, asks))
-    if not student_steps(ws.model): out += dial_strips(generator, grid_prompts(asks, 2), s.evaluate.steps, s.evaluate.guidance, s.seed)
+    if not student_steps(ws.model): out += dial_strips(generator, grid_prompts(asks, 2), s.seed, **drawn_how(s.evaluate))
     return out + ([nearest_strip(numbers['nearest'], drawn, ws.pictures/'train')] if 'nearest' in numbers else [])
 
 @stage('evaluate')
 def run(ws: Workspace) -> Result:
     "Measure `model/` and write `report/`: index.html, metrics.json, grid.png."
     start, s, e, backend = time.time(), ws.settings, ws.settings.evaluate, TorchBackend(ws.model)
-    if student_steps(ws.model): e.steps, e.guidance = backend.steps, backend.guidance # a student has its own, and no others
-    how, model, clip = dict(steps=e.steps, guidance=e.guidance), weights_fingerprint(ws.model), own_clip(ws)
+    if student_steps(ws.model): e.steps, e.guidance, e.scheduler = backend.steps, backend.guidance, 'auto' # a student has its own, and no others
+    how, model, clip = drawn_how(e), weights_fingerprint(ws.model), own_clip(ws.encoded/'components')
     see = open_features(e.features, clip, ws.root)
     generator, asks = Generator(backend, batch=e.batch_size), questions(ws, e.prompts)
-    drawn, prompts = draw_all(generator, asks, e.batch_size, s.seed, **how), grid_prompts(asks, e.grid)
+    drawn, prompts = draw_all(generator, asks, e.batch_size, s.seed, **how), grid_prompts(asks, e.grid, e.grid_prompts)
     grid = generator(prompts, n=4, seed=s.seed, **how)
     numbers, skipped = measure(ws, asks, drawn, backend, clip, see)
     if e.baseline and see: numbers['baseline'] = beside_baseline(ws, generator, grid_prompts(asks, 10), see)

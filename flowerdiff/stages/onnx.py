@@ -20,6 +20,7 @@ from ..bench import race_pictures
 from ..metrics import psnr
 from ..models import student_steps, weights_fingerprint
 from ..networks import TorchBackend
+from ..questions import shown_how
 from ..runtimes import onnx_session
 from ..sampler import Generator, montage
 from ..workspace import UserError, Workspace, atomic_dir, stage, write_json
@@ -237,7 +238,7 @@ def run(ws: Workspace) -> Result:
     "Export `model/` to `onnx/`; raises a UserError, and leaves the old folder, when the pictures differ."
     s, backend = ws.settings, TorchBackend(ws.model, 'cpu')
     prompts, student = list(PROMPTS), student_steps(ws.model)
-    how = dict(seed=s.seed, steps=student or s.evaluate.steps, guidance=backend.guidance if student else s.evaluate.guidance)
+    how = dict(seed=s.seed) | (dict(steps=student, guidance=backend.guidance) if student else shown_how(s.evaluate))
     with atomic_dir(ws.onnx) as folder:
         report = {}
         for name, part in parts_of(backend).items():

@@ -10,6 +10,7 @@ __all__ = ['CARD_USE', 'CARD_QUALITY', 'CARD_ORIGIN', 'CARD', 'model_files', 'sa
 import os, re, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from ..questions import shown_how
 from ..repository import publish_folder, publish_hub
 from ..scores import numbers, written
 from ..store import list_files, make_manifest
@@ -43,7 +44,7 @@ def draw_samples(
     draw, prompts, e = Generator.from_pretrained(ws.model, 'torch'), sample_prompts(ws), ws.settings.evaluate
     folder.mkdir(parents=True, exist_ok=True)
     samples = [dict(prompt=p, file=f'{folder.name}/{i}.png') for i, p in enumerate(prompts)]
-    for s, picture in zip(samples, draw(prompts, seed=ws.settings.seed, steps=e.steps, guidance=e.guidance)): picture.save(folder.parent/s['file'])
+    for s, picture in zip(samples, draw(prompts, seed=ws.settings.seed, **shown_how(e))): picture.save(folder.parent/s['file'])
     return samples
 
 # %% ../../nbs/stages/10_publish.ipynb #9fcf241a
@@ -176,8 +177,8 @@ def make_card(
     metrics = read_json(ws.report/'metrics.json') if (ws.report/'metrics.json').exists() else {}
     found, e = numbers(metrics), ws.settings.evaluate
     card = ModelCard.from_template(card_data(ws, name, found, samples), template_str=CARD, name=name, repo=repo, grid=(ws.report/'grid.png').exists(), onnx=onnx, lora=ws.settings.train.init if (ws.model/'lora').is_dir() else '',
-        prompt=samples[0]['prompt'].replace('"', "'") if samples else 'a red rose', steps=e.steps, guidance=e.guidance, size=ws.settings.prepare.resolution, results={k: written(v, k) for k, v in found.items()},
-        made=how_made(ws), license=ws.settings.publish.license, **card_words(ws))
+        prompt=samples[0]['prompt'].replace('"', "'") if samples else 'a red rose', size=ws.settings.prepare.resolution, results={k: written(v, k) for k, v in found.items()},
+        made=how_made(ws), license=ws.settings.publish.license, **shown_how(e), **card_words(ws))
     return str(card)
 
 # %% ../../nbs/stages/10_publish.ipynb #e008757c
