@@ -186,6 +186,7 @@ class Evaluate(Section):
     features: str = 'clip'      # whose KID, FID, precision and recall: clip (the run's own), or a file: a TorchScript Inception (.pt) or a SqueezeNet (.safetensors)
     baseline: str = ''          # a model to beat by FID: a folder, a hub id, or previous (the champion before)
     grid: Count = 8             # prompts of the sample grid
+    attention: Annotated[int, Field(ge=0)] = 0 # of these, prompts whose every word gets a map of where it was read
     batch_size: Count = 50      # drawn at a time
 
 # %% ../nbs/core/00_settings.ipynb #7f9565f9
