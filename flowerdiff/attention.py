@@ -99,7 +99,7 @@ class Attention:
     def show(self, columns: int = 8):
         import matplotlib.pyplot as plt
         n = len(self.words) + 1; columns = min(columns, n)
-        fig, axes = plt.subplots(math.ceil(n/columns), columns, figsize=(1.4*columns, 1.6*math.ceil(n/columns)), squeeze=False, layout='constrained')
+        fig, axes = plt.subplots(math.ceil(n/columns), columns, figsize=(1.2*columns, 1.4*math.ceil(n/columns)), squeeze=False, layout='constrained')
         for ax in axes.flat: ax.axis('off')
         for ax, p, c in zip(axes.flat, self.pictures(), self.captions()): ax.imshow(p); ax.set_title(c, fontsize=8)
         plt.show()
