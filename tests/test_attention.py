@@ -15,9 +15,9 @@ def shares(generator, prompt, latents, **how): # of all tokens
     return token_maps(recorders, latents)
 
 def made_to_read(generator, prompt, word):
-    "By hand: every place asks the same, and a key answers as far as its embedding is like that of the word."
-    backend = generator.backend
-    wanted = backend.encode([prompt])[0, dict(words_of(backend.tokenizer, prompt))[word][0]]
+    "By hand: every place asks the same, and a key answers as far as its embedding is like that of the word and unlike what an empty prompt has at its place."
+    backend = generator.backend; [place] = dict(words_of(backend.tokenizer, prompt))[word]
+    wanted = backend.encode([prompt])[0, place] - backend.encode([''])[0, place]
     for block in (m for m in backend.unet.modules() if hasattr(m, 'attn2')):
         block.norm2.weight.zero_(); block.norm2.bias.fill_(1.)
         block.attn2.to_q.weight.fill_(1/block.attn2.to_q.in_features); block.attn2.to_k.weight.copy_(20*wanted.expand_as(block.attn2.to_k.weight))
@@ -28,6 +28,13 @@ def test_the_word_that_is_read_has_the_map(generator, guidance):
     "And no other; the half without a prompt has no such word."
     seen = attention_maps(made_to_read(generator, PROMPT, 'rose'), PROMPT, steps=3, guidance=guidance)
     for word, share in zip(seen.words, seen.maps): assert share.min() > .99 if word == 'rose' else share.abs().max() < .01, (word, share.mean())
+
+def test_a_map_lies_as_the_picture_does(generator):
+    "In a wide picture, whose left half asks for the word and whose right half asks for anything else."
+    def halves(norm, _, out): w = round((1.5*out.shape[1])**.5); return torch.where(torch.arange(out.shape[1]) % w < w/2, 1., -1.)[:, None]*out
+    for block in (m for m in made_to_read(generator, PROMPT, 'rose').backend.unet.modules() if hasattr(m, 'attn2')): block.norm2.register_forward_hook(halves)
+    share = attention_maps(generator, PROMPT, steps=1, size=(48, 32)).maps[2]
+    assert share[:, :12].min() > .99 and share[:, 12:].abs().max() < .01
 
 def test_tokens_of_a_word_are_one_map(generator):
     prompt, how = 'a poppy, red', dict(seed=3, steps=3)
