@@ -154,7 +154,7 @@ PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 {% if adherence %}<h2>Does it show what was asked?</h2><p>{{ adherence.note }}</p><table><tr><th>attribute</th><th>right</th><th>95 % interval</th><th class="wide"></th><th>prompts</th></tr>{% for a in adherence.rows %}<tr><td>{{ a.name }}</td><td><b>{{ a.value }}</b></td><td>{{ a.interval }}</td><td class="wide">{{ a.bar|safe }}</td><td>{{ a.n }}</td></tr>{% endfor %}</table>
 {% for name, t in adherence.confusion.items() %}<details><summary>{{ name }}: asked (rows) and seen (columns)</summary><div class="scroll"><table class="heat"><tr><th></th>{% for c in t.names %}<th>{{ c }}</th>{% endfor %}</tr>{% for c in t.names %}{% set row = t.table[loop.index0] %}<tr><th>{{ c }}</th>{% for v in row %}<td style="background:color-mix(in srgb,var(--accent) {{ (85*v/([row|sum,1]|max))|round|int }}%,transparent)">{{ v or '' }}</td>{% endfor %}</tr>{% endfor %}</table></div></details>{% endfor %}
 {% if adherence.wrong %}<p class="label">Not what was asked, by the judge:</p><section class="grid">{% for g in adherence.wrong %}<figure>{{ png(g.picture, g.prompt)|safe }}<figcaption>{{ g.prompt }}<br><i>{{ g.note }}</i></figcaption></figure>{% endfor %}</section>{% endif %}{% endif %}
-{% for s in strips %}<h2>{{ s.title }}</h2><p>{{ s.note }}</p>{% for r in s.rows %}<p class="label">{{ r.label }}</p><div class="strip" style="grid-template-columns:repeat({{ s.columns }},minmax(0,150px))">{% for p in r.pictures %}{{ png(p, r.label)|safe }}{% endfor %}</div>{% endfor %}{% endfor %}
+{% for s in strips %}<h2>{{ s.title }}</h2><p>{{ s.note }}</p>{% for r in s.rows %}<p class="label">{{ r.label }}</p><div class="strip" style="grid-template-columns:repeat({{ s.columns }},minmax(0,150px))">{% for p in r.pictures %}{% if r.captions %}<figure>{{ png(p, r.captions[loop.index0])|safe }}<figcaption>{{ r.captions[loop.index0] }}</figcaption></figure>{% else %}{{ png(p, r.label)|safe }}{% endif %}{% endfor %}</div>{% endfor %}{% endfor %}
 {% for t in tables %}<h2>{{ t.title }}</h2><p>{{ t.note }}</p><div class="scroll"><table><tr>{% for c in t.columns %}<th>{{ c }}</th>{% endfor %}</tr>{% for row in t.rows %}<tr>{% for v in row %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}
 {% if chart %}<h2>How it learned</h2><p>{{ chart_note }}</p>{{ chart|safe }}{% endif %}
 <h2>How this was made</h2>{% for name, d in details.items() %}<details{% if loop.first %} open{% endif %}><summary>{{ name }}</summary><dl>{% for k, v in d.items() if v or v == 0 %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></details>{% endfor %}
@@ -168,7 +168,7 @@ def render(
     grid: list = (),        # of dicts: prompt, pictures
     headlines: list = (),   # of dicts: name, value, note
     adherence: dict = None, # note, rows (name, value, interval, bar, n), confusion, wrong
-    strips: list = (),      # of dicts: title, note, columns, rows (label, pictures)
+    strips: list = (),      # of dicts: title, note, columns, rows (label, pictures and, if they have some, their captions)
     tables: list = (),      # of dicts: title, note, columns, rows (lists of texts)
     chart: str = '',        # SVG of the curves
     chart_note: str = '',

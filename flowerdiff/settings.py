@@ -188,6 +188,7 @@ class Evaluate(Section):
     baseline: str = ''          # a model to beat by FID: a folder, a hub id, or previous (the champion before)
     grid: Count = 8             # prompts of the sample grid
     grid_prompts: list[str] = [] # those that it begins with; the others are the garden's, or captions of test pictures
+    attention: Annotated[int, Field(ge=0)] = 0 # of these, prompts whose every word gets a map of where it was read
     batch_size: Count = 50      # drawn at a time
 
 # %% ../nbs/core/00_settings.ipynb #7f9565f9

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRID', 'SLACK', 'PICTURES', 'grid_prompts', 'crowd_numbers', 'word_numbers', 'attribute_numbers', 'parameters_line',
-           'provenance', 'Result', 'plain', 'summarise', 'measure', 'beside_baseline', 'tables', 'strips', 'run']
+           'provenance', 'Result', 'plain', 'summarise', 'measure', 'beside_baseline', 'tables', 'looks', 'strips',
+           'run']
 
 # %% ../../nbs/stages/07_evaluate.ipynb #3ef5694a
 import platform, time
@@ -18,13 +19,13 @@ from ..bench import open_all, race_pictures
 from ..features import ClipFeatures, open_features, own_clip
 from ..metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, directions, fid, inception_score, kid, nearest, psnr, shuffled, within
 from ..models import student_steps, weights_fingerprint
-from ..networks import TorchBackend
+from ..networks import TorchBackend, left_out
 from ..questions import draw_all, drawn_how, questions
 from ..report import adherence_section, by_timestep, curves, headlines, percent, render
 from ..sampler import Generator, montage
 from ..scores import beside, former
-from ..strips import agreement_strip, dial_strips, nearest_strip, read_pictures, real_strip, reconstruct
-from ..workspace import Workspace, atomic_dir, read_json, read_jsonl, stage, write_json
+from ..strips import agreement_strip, attention_strip, dial_strips, nearest_strip, read_pictures, real_strip, reconstruct
+from ..workspace import UserError, Workspace, atomic_dir, read_json, read_jsonl, stage, write_json
 
 # %% ../../nbs/stages/07_evaluate.ipynb #dc18b8b2
 GRID = ('a red rose under a blue sky', 'a yellow sunflower in a meadow', 'three purple irises at sunset', 'a white daisy on soil', 'a pink cherry blossom in a studio',
@@ -163,6 +164,21 @@ def tables(metrics: dict) -> list: # of `flowerdiff.report.render`
         rows=[[n, f"{v['value']:.3g} ({v['low']:.3g} to {v['high']:.3g})"] for n, v in (('this model', b['fid']['drawn']), (f"the baseline ({b['model'][:16]})", b['fid']['baseline']))]))
     return out + [dict(title='Time', note=f"One picture, {metrics['protocol']['steps']} steps, {torch.get_num_threads()} threads ({torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}).", columns=['backend', 'milliseconds'], rows=[[k, f'{v:.0f}'] for k, v in sorted(l.items(), key=lambda kv: kv[1])])]
 
+# %% ../../nbs/stages/07_evaluate.ipynb #e99a3111
+def looks(
+    generator: Generator,
+    prompts: list, # of the grid, which has four pictures of each
+    n: int,        # so many of them; 0: none
+    seed: int,     # of the grid
+    **how,         # of `drawn_how`
+) -> tuple:        # (strips, what was skipped -> why)
+    "Where the words of the grid's prompts were read."
+    fit = {p: seed + 4*i for i, p in enumerate(prompts) if not left_out(generator.backend.tokenizer, p)}
+    if not n: return [], {}
+    if not fit: return [], {'attention maps': 'no prompt of the grid fits into the text encoder'}
+    try: return [attention_strip(generator, dict(list(fit.items())[:n]), **how)], {}
+    except UserError as e: return [], {'attention maps': str(e)}
+
 # %% ../../nbs/stages/07_evaluate.ipynb #58649698
 def strips(ws: Workspace, numbers: dict, asks: list, drawn: list, generator: Generator, real: list, rebuilt: list) -> list: # of strips
     "The rows of pictures under the grid."
@@ -183,12 +199,13 @@ def run(ws: Workspace) -> Result:
     drawn, prompts = draw_all(generator, asks, e.batch_size, s.seed, **how), grid_prompts(asks, e.grid, e.grid_prompts)
     grid = generator(prompts, n=4, seed=s.seed, **how)
     numbers, skipped = measure(ws, asks, drawn, backend, clip, see)
+    looked, unseen = looks(generator, prompts, e.attention, s.seed, **how); skipped |= unseen
     if e.baseline and see: numbers['baseline'] = beside_baseline(ws, generator, grid_prompts(asks, 10), see)
     elif e.baseline: skipped['baseline'] = 'FID needs features: the text encoder came without its picture half, and evaluate.features names no network'
     real = read_pictures(ws.pictures/'test', 0, [a.file for a in asks[:8]]); rebuilt = reconstruct(backend, real)
     protocol = dict(prompts=len(asks), real=numbers.get('real', 0), seed=s.seed, features=numbers.get('features', 'none'), data=str(read_json(ws.pictures/'info.json').get('fingerprint', '')), **how)
     metrics = plain({k: v for k, v in numbers.items() if k not in ('seen', 'confusion', 'nearest', 'order', 'real', 'features')}) | dict(psnr=psnr(real, rebuilt), latency=race_pictures(open_all(ws.model, [k for k in BACKENDS if k != 'torch-compile'])[0], prompts[0], rounds=2, row=1, **how), model=model, protocol=protocol, skipped=skipped, former=former(ws.report, model, protocol))
-    rows, train, seconds = strips(ws, numbers, asks, drawn, generator, real, rebuilt), read_json(ws.root/'train.json') if (ws.root/'train.json').is_file() else {}, time.time() - start
+    rows, train, seconds = looked + strips(ws, numbers, asks, drawn, generator, real, rebuilt), read_json(ws.root/'train.json') if (ws.root/'train.json').is_file() else {}, time.time() - start
     page = render(f'What {ws.root.name} learned to draw', f"{parameters_line(ws)} trained from pictures and their captions; evaluated on {time.strftime('%-d %B %Y')}.", [dict(prompt=p, pictures=grid[4*i:4*i+4]) for i, p in enumerate(prompts)],
         headlines(numbers), adherence_section(numbers, asks, drawn) if 'adherence' in numbers else None, rows, tables(metrics), curves(train) + by_timestep(train), 'The training loss over what was learned, and the loss on held-out pictures with averaged weights, always the same noise. Below, the latter by the timestep that was asked: little noise on the left, nothing but noise on the right.',
         provenance(ws, train, protocol, asks, seconds) | ({'Left out': skipped} if skipped else {}), [dict(name='metrics.json', href='metrics.json'), dict(name='grid.png', href='grid.png')])
