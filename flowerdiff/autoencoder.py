@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['small_autoencoder', 'to_tensor', 'to_pictures', 'psnr', 'slopes', 'reconstruction_loss', 'encode_all', 'standardise',
-           'save_autoencoder', 'part_gradients', 'update', 'rest_encoder', 'train_autoencoder', 'garden_autoencoder']
+           'save_autoencoder', 'part_gradients', 'update', 'rest_encoder', 'cut_batch', 'train_autoencoder',
+           'garden_autoencoder']
 
 # %% ../nbs/core/24_autoencoder.ipynb #e4c0bf84
 import copy, json, shutil, time
@@ -148,6 +149,23 @@ def rest_encoder(
     standardise(ema, train[:4096]); model.load_state_dict(ema.state_dict()); model.encoder.requires_grad_(False)
     return encode_all(ema, train).half()
 
+# %% ../nbs/core/24_autoencoder.ipynb #6408d505
+def cut_batch(
+    rng,               # numpy's
+    train: np.ndarray, # [N, H, W, 3] uint8
+    latents: Tensor,   # [N, C, h, w] of `train`, once the encoder rests; None: it learns
+    batch_size: int,
+    threads: int,      # parts
+    mirror: bool,      # while the encoder learns
+    device: str = 'cpu',
+) -> list:             # (pixels, latents or None) of each part
+    "A batch of random pictures, cut in parts."
+    idx = rng.integers(len(train), size=batch_size)
+    x = to_tensor(train[idx])
+    if mirror and latents is None: x = x.flip(-1)
+    z = [None]*threads if latents is None else latents[idx].float().chunk(threads)
+    return list(zip(x.to(device, memory_format=torch.channels_last).chunk(threads), z))
+
 # %% ../nbs/core/24_autoencoder.ipynb #354dbd4b
 def train_autoencoder(
     pictures: np.ndarray,    # [N, H, W, 3] uint8, in memory or mapped; sides divisible by 4
@@ -179,12 +197,8 @@ def train_autoencoder(
     while (part := step/steps if steps else (time.time()-start)/60/minutes) < 1:
         if part > 1-frozen_part and latents is None: latents = rest_encoder(model, ema, train)
         for g in opt.param_groups: g['lr'] = lr*min(1, (step+1)/300)*(1-part)
-        idx = rng.integers(len(train), size=batch_size)
-        x = to_tensor(train[idx])
-        if latents is None and step % 4 == 0: x = x.flip(-1)
-        x = x.to(device, memory_format=torch.channels_last)
-        z = [None]*threads if latents is None else latents[idx].float().chunk(threads)
-        loss = update(model, opt, pool, list(zip(x.chunk(threads), z)), noise, bf16); step += 1
+        batch = cut_batch(rng, train, latents, batch_size, threads, step % 4 == 0, device)
+        loss = update(model, opt, pool, batch, noise, bf16); step += 1
         with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(.999, (1+step)/(10+step)))
         mean = loss if mean is None else .99*mean + .01*loss
         if step % 500 == 0: progress(f'{time.time()-start:.0f} s, step {step}, loss {mean:.4f}, {step*batch_size/(time.time()-start):.0f} pictures/s')

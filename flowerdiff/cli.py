@@ -7,6 +7,7 @@ __all__ = ['EXAMPLES', 'Parser', 'parser', 'main']
 
 # %% ../nbs/core/80_cli.ipynb #64e0e831
 import argparse, os, re, sys
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/core/80_cli.ipynb #71360cec
@@ -21,10 +22,12 @@ EXAMPLES = '''examples:
   flowerdiff studio garden                                  a page to play with the model
 '''
 
+# %% ../nbs/core/80_cli.ipynb #49aa401b
 class Parser(argparse.ArgumentParser):
     "Tells a mistake in one line."
     def error(self, message): self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
 
+# %% ../nbs/core/80_cli.ipynb #9351cbcf
 def _whole(least): # a whole number that is at least so much
     def whole(text):
         if not re.fullmatch(r'\d+', text) or int(text) < least: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least {least}')
@@ -76,16 +79,19 @@ def _bench_options(c):
 
 def _studio_options(c): c.add_argument('--port', type=_whole(1), default=8866, help='(8866)')
 
+# %% ../nbs/core/80_cli.ipynb #732beaa5
+def _command(sub, f, help, options=None, workspace=True): # adds a command to the table
+    c = sub.add_parser(f.__name__.strip('_'), help=help, description=(f.__doc__ or help)); c.set_defaults(function=f)
+    if workspace: c.add_argument('workspace', nargs='?', metavar='WORKSPACE', help="the folder (default: this one if it is a workspace, else the profile's name)")
+    if options: options(c)
+
 # %% ../nbs/core/80_cli.ipynb #99e6fde0
 def parser() -> Parser:
     "All commands and their options."
     p = Parser('flowerdiff', description='From a folder of pictures to a text-to-image model of your own.', epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--version', action='store_true', help='print the version')
     sub = p.add_subparsers(dest='command', metavar='COMMAND', parser_class=Parser)
-    def command(f, help, options=None, workspace=True):
-        c = sub.add_parser(f.__name__.strip('_'), help=help, description=(f.__doc__ or help)); c.set_defaults(function=f)
-        if workspace: c.add_argument('workspace', nargs='?', metavar='WORKSPACE', help="the folder (default: this one if it is a workspace, else the profile's name)")
-        if options: options(c)
+    command = partial(_command, sub)
     command(_run, 'run what has to run, from pictures to a published model', _run_options)
     command(_plan, 'what a run would do: pictures, network, steps, hours here, memory, disk', _plan_options)
     command(_status, 'which stages are fresh, stale, never run, skipped and why')
@@ -119,12 +125,14 @@ def _run(a) -> int:
     for line in _ending(root): print(line)
     return 0
 
+# %% ../nbs/core/80_cli.ipynb #a1956156
 def _meant(a) -> str: # the workspace of a run; None: the profile's name
     return _here(a.workspace) if not a.profile or a.workspace else None
 
 def _root(workspace, a) -> Path: # where `pipeline.run` will work
     return Path(workspace or a.profile and Path(a.profile).stem or ('folder' if a.pictures else 'garden')).absolute()
 
+# %% ../nbs/core/80_cli.ipynb #dc461588
 def _ending(root: Path) -> list: # what there is to look at, and what to try
     lines = [f'{k:<10}{_shown(root/p)}' for k, p in (('report', 'report/index.html'), ('model', 'model')) if (root/p).exists()]
     if not (root/'model').exists(): return lines
@@ -142,6 +150,7 @@ def _plan(a) -> int:
     from flowerdiff.plan import plan
     plan(_meant(a), a.profile, a.set, a.pictures, tell=lambda line: print(line, flush=True)); return 0
 
+# %% ../nbs/core/80_cli.ipynb #de0f23f6
 def _init(a) -> int:
     "Make a workspace with its params.yaml."
     from flowerdiff.workspace import open_workspace
@@ -167,6 +176,7 @@ def _doctor(a) -> int:
     from flowerdiff.machine import doctor
     print(doctor()); return 0
 
+# %% ../nbs/core/80_cli.ipynb #70b2dab4
 def _compare(a) -> int:
     "What two runs did differently, which is better, and what their curves say."
     from flowerdiff.compare import told
@@ -180,6 +190,7 @@ def _rollback(a) -> int:
     record = roll_back(workspace)
     print(f"{_shown(Path(workspace).absolute()/'model')} is again the model of {record.get('promoted', 'an unknown date')} (run {record.get('run_id', 'unknown')}); flowerdiff run brings report and builds in line"); return 0
 
+# %% ../nbs/core/80_cli.ipynb #99c2e5df
 def _sweep(a) -> int:
     "Run every combination of settings that have several values, each as a workspace of its own, and end in one table and one plot. The parent's model stays."
     from flowerdiff.sweep import sweep
@@ -203,12 +214,14 @@ def _generate(a) -> int:
         print(path)
     return 0
 
+# %% ../nbs/core/80_cli.ipynb #a1f0eac5
 def _bench(a) -> int:
     "Measure a picture's milliseconds and memory with each backend that runs here; a table, and bench/ in the workspace."
     from flowerdiff.bench import bench_to
     workspace = Path(_here(a.workspace, 'garden'))
     print(bench_to(workspace, workspace/'bench', steps=a.steps, rounds=a.rounds, names=a.backend)); return 0
 
+# %% ../nbs/core/80_cli.ipynb #0f17f799
 def _studio(a) -> int:
     "Serve a page where the model can be played with; Ctrl-C ends it."
     from flowerdiff.studio import serve

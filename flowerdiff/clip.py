@@ -44,8 +44,7 @@ def train_tokenizer(
 ):                         # -> transformers' CLIPTokenizer
     "A CLIP tokenizer with a vocabulary of its own."
     from transformers import CLIPTokenizer
-    letters = byte_letters()
-    merges = learn_merges(captions, vocab_size - 2*len(letters) - 2)
+    letters = byte_letters(); merges = learn_merges(captions, vocab_size - 2*len(letters) - 2)
     words = dict.fromkeys(letters + [l + '</w>' for l in letters] + [a + b for a, b in merges])
     return CLIPTokenizer(vocab={w: i for i, w in enumerate([*words, '<|startoftext|>', '<|endoftext|>'])}, merges=merges, model_max_length=max_length)
 
@@ -60,11 +59,9 @@ def small_clip(
     "An untrained CLIP."
     from transformers import CLIPConfig, CLIPModel
     tower = dict(hidden_size=width, intermediate_size=4*width, num_hidden_layers=layers, num_attention_heads=heads, hidden_act='quick_gelu')
-    text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=dict(tower, image_size=picture_size, patch_size=picture_size//8), projection_dim=width))
-    see_neighbours(model.vision_model)
-    return model
+    see_neighbours(model.vision_model); return model
 
 # %% ../nbs/core/22_clip.ipynb #630ae2e8
 def waves(
@@ -100,11 +97,9 @@ def see_neighbours(
     strength: float = 1.2, # of the attention's preference
 ):
     "Starts each head of the vision tower on one neighbour."
-    e = vision.embeddings
-    half = e.embed_dim//2
+    e = vision.embeddings; half = e.embed_dim//2
     position, w = waves(int(e.num_positions**.5), half)
-    e.position_embedding.weight.zero_()
-    e.position_embedding.weight[1:, half:] = position/2
+    e.position_embedding.weight.zero_(); e.position_embedding.weight[1:, half:] = position/2
     for layer, ring in zip(vision.encoder.layers, RINGS*9):
         a = layer.self_attn
         for h in range(a.num_heads):
@@ -200,6 +195,22 @@ def parts(
     start, step = time.time(), 0
     while (part := step/steps if steps else (time.time() - start)/60/minutes) < 1: yield part; step += 1
 
+# %% ../nbs/core/22_clip.ipynb #31d35177
+def _step_loss(
+    model, heads,  # CLIPModel; a pair of linear layers for each attribute
+    x: Tensor,     # [B, 3, H, W]
+    text: Tensor, ids: Tensor, # [B] number of each one's caption; [U, L] tokens of all captions
+    truths: tuple, # (facts, values) of the batch; None where attributes are not known
+    looking: bool, # only the vision tower learns
+) -> Tensor:       # what a step lowers
+    from flowerdiff.components import fast_bf16
+    tokens, device, looking = ids[text], x.device, truths and looking
+    with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
+        out = model.vision_model(pixel_values=x) if looking else model(input_ids=tokens.to(device), pixel_values=x)
+    if looking: return sum(F.cross_entropy(see(out.pooler_output.float()), v) for (see, _), v in zip(heads, truths[1].T.to(device)))
+    loss = contrastive_loss(out.logits_per_text.float(), (contradicts(*truths) if truths else text[:, None] != text[None]).to(device))
+    return loss + attribute_loss(heads, out, *(t.to(device) for t in truths), (tokens == model.config.text_config.eos_token_id).to(device)) if truths else loss
+
 # %% ../nbs/core/22_clip.ipynb #81c4d85c
 def train_clip(
     pictures: np.ndarray,    # [N, H, W, 3] uint8, in memory or mapped
@@ -222,11 +233,10 @@ def train_clip(
     watch=iter,              # goes through the steps, say with a bar
 ) -> tuple:                  # CLIPModel, CLIPTokenizer
     "Trains a CLIP and its tokenizer on captioned pictures."
-    from flowerdiff.components import fast_bf16
     torch.manual_seed(seed); rng = np.random.default_rng(seed)
     tokenizer = train_tokenizer((c for cs in captions for c in cs), vocab_size, max_length)
     ids, which = sentences(tokenizer, captions)
-    model, bf16 = small_clip(tokenizer, pictures.shape[1], width, layers).to(device).train(), fast_bf16(device)
+    model = small_clip(tokenizer, pictures.shape[1], width, layers).to(device).train()
     facts, values = truths or (None, None)
     heads = nn.ModuleList(nn.ModuleList([nn.Linear(width, n), nn.Linear(width, n)]) for n in ((values.max(0).values+1).tolist() if truths else ())).to(device)
     params = [*model.parameters(), *heads.parameters()]
@@ -235,27 +245,17 @@ def train_clip(
     for part in watch(parts(minutes, steps)):
         for g in opt.param_groups: g['lr'] = lr*min(1, (step+1)/200)*(.5+.5*np.cos(np.pi*part))
         idx, k, x = draw_batch(rng, pictures, which, batch_size)
-        text, x = torch.tensor([which[i][j] for i, j in zip(idx, k)]), x.to(device)
-        looking = truths and part < look_first
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            o = model.vision_model(pixel_values=x) if looking else model(input_ids=ids[text].to(device), pixel_values=x)
-        if looking: loss = sum(F.cross_entropy(see(o.pooler_output.float()), v) for (see, _), v in zip(heads, values[idx].T.to(device)))
-        else:
-            wrong = contradicts(facts[idx, k], values[idx]) if truths else text[:, None] != text[None]
-            loss = contrastive_loss(o.logits_per_text.float(), wrong.to(device))
-            if truths: loss = loss + attribute_loss(heads, o, facts[idx, k].to(device), values[idx].to(device), (ids[text] == tokenizer.eos_token_id).to(device))
-        opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(params, 1.); opt.step(); step += 1
-        model.logit_scale.data.clamp_(max=np.log(100))
+        text = torch.tensor([which[i][j] for i, j in zip(idx, k)])
+        loss = _step_loss(model, heads, x.to(device), text, ids, (facts[idx, k], values[idx]) if truths else None, part < look_first)
+        opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(params, 1.); opt.step(); model.logit_scale.data.clamp_(max=np.log(100)); step += 1
         mean = loss.item() if mean is None else .98*mean + .02*loss.item()
         if step % 200 == 0: progress(f'{time.time()-start:.0f} s, step {step}, loss {mean:.3f}, {step*batch_size/(time.time()-start):.0f} pictures/s')
-    save_clip(model, tokenizer, out)
-    return model.eval(), tokenizer
+    save_clip(model, tokenizer, out); return model.eval(), tokenizer
 
 # %% ../nbs/core/22_clip.ipynb #7da727ea
 def save_clip(model, tokenizer, out: Path):
     "Writes model and tokenizer as transformers reads them, in one move."
-    out = Path(out); fresh = out.with_name(out.name + '.fresh')
-    shutil.rmtree(fresh, ignore_errors=True)
+    out = Path(out); fresh = out.with_name(out.name + '.fresh'); shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh); tokenizer.save_pretrained(fresh)
     bpe = json.loads((fresh/'tokenizer.json').read_text())['model']
     (fresh/'vocab.json').write_text(json.dumps(bpe['vocab'], ensure_ascii=False))

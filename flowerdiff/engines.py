@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .networks import Backend
 from .runtimes import onnx_session
@@ -41,6 +42,7 @@ def gpu() -> tuple: # name and architecture, such as ('NVIDIA GeForce RTX 3090',
     name, _, version = out.stdout.partition('\n')[0].rpartition(', ')
     return (name.strip(), 'SM' + version.strip().replace('.', '')) if out.returncode == 0 and name else ('', '')
 
+# %% ../nbs/core/44_engines.ipynb #9e75da2b
 def cuda_device() -> str: return 'cuda' if torch.cuda.is_available() else '' # where engines run, '' when PyTorch sees no GPU
 
 # %% ../nbs/core/44_engines.ipynb #07c4f402
@@ -67,6 +69,7 @@ def _queued(stream): # -> its handle; what runs there comes after what PyTorch h
     yield stream.cuda_stream
     here.wait_stream(stream)
 
+# %% ../nbs/core/44_engines.ipynb #2d909c3c
 class Engine:
     "One part of a model as a function of tensors."
     def __init__(self,
@@ -87,39 +90,47 @@ class Engine:
         self.stream = torch.cuda.Stream(device) if device == 'cuda' else None
         self._ready(path.with_suffix('.kernels'))
 
-    def _ready(self, file: Path):
-        if not hasattr(self.trt, 'IRuntimeCache'): self.context = self.engine.create_execution_context(); return
-        config = self.engine.create_runtime_config(); cache = config.create_runtime_cache()
-        known = file.is_file() and cache.deserialize(file.read_bytes()) # not what another driver compiled
-        config.set_runtime_cache(cache); self.context = self.engine.create_execution_context(runtime_config=config)
-        if not known:
-            self(**self.example())
-            with suppress(OSError): atomic_write(file, bytes(cache.serialize()))
+# %% ../nbs/core/44_engines.ipynb #160aa50c
+@patch
+def _ready(self: Engine, file: Path):
+    if not hasattr(self.trt, 'IRuntimeCache'): self.context = self.engine.create_execution_context(); return
+    config = self.engine.create_runtime_config(); cache = config.create_runtime_cache()
+    known = file.is_file() and cache.deserialize(file.read_bytes()) # not what another driver compiled
+    config.set_runtime_cache(cache); self.context = self.engine.create_execution_context(runtime_config=config)
+    if not known:
+        self(**self.example())
+        with suppress(OSError): atomic_write(file, bytes(cache.serialize()))
 
-    def example(self) -> dict: # name -> Tensor
-        "Inputs of the shapes that it is tuned for."
-        g, ids = torch.Generator().manual_seed(0), lambda s: torch.arange(int(np.prod(s))).view(s) % 8 if s else torch.tensor(500)
-        return {n: torch.randn(s, generator=g) if self.inputs[n].is_floating_point else ids(s) for n, s in self.shapes.items()}
+# %% ../nbs/core/44_engines.ipynb #491cfba7
+@patch
+def example(self: Engine) -> dict: # name -> Tensor
+    "Inputs of the shapes that it is tuned for."
+    g, ids = torch.Generator().manual_seed(0), lambda s: torch.arange(int(np.prod(s))).view(s) % 8 if s else torch.tensor(500)
+    return {n: torch.randn(s, generator=g) if self.inputs[n].is_floating_point else ids(s) for n, s in self.shapes.items()}
 
-    def __call__(self, **feed) -> dict: # name -> Tensor; Tensors
-        "Queue the engine's work. Raises a UserError for a size that it was not built for."
-        feed = {n: feed[n].to(self.device, k).contiguous() for n, k in self.inputs.items()}
-        for n, (low, _, high) in self.ranges.items():
-            if not all(a <= s <= b for a, s, b in zip(low[1:], feed[n].shape[1:], high[1:], strict=True)):
-                raise UserError(f'backend tensorrt: its engine takes {n} of {list(low[1:])} to {list(high[1:])}, not {list(feed[n].shape[1:])}; draw at the size of the model, or with another backend')
-        n, most = max(len(feed[k]) for k in self.ranges), min(r[2][0] for r in self.ranges.values())
-        made = [self._run({k: x[i:i+most] if k in self.ranges else x for k, x in feed.items()}) for i in range(0, n, most)]
-        return {k: torch.cat([m[k] for m in made]) for k in self.outputs} if len(made) > 1 else made[0]
+# %% ../nbs/core/44_engines.ipynb #cb3c5973
+@patch
+def __call__(self: Engine, **feed) -> dict: # name -> Tensor; Tensors
+    "Queue the engine's work. Raises a UserError for a size that it was not built for."
+    feed = {n: feed[n].to(self.device, k).contiguous() for n, k in self.inputs.items()}
+    for n, (low, _, high) in self.ranges.items():
+        if not all(a <= s <= b for a, s, b in zip(low[1:], feed[n].shape[1:], high[1:], strict=True)):
+            raise UserError(f'backend tensorrt: its engine takes {n} of {list(low[1:])} to {list(high[1:])}, not {list(feed[n].shape[1:])}; draw at the size of the model, or with another backend')
+    n, most = max(len(feed[k]) for k in self.ranges), min(r[2][0] for r in self.ranges.values())
+    made = [self._run({k: x[i:i+most] if k in self.ranges else x for k, x in feed.items()}) for i in range(0, n, most)]
+    return {k: torch.cat([m[k] for m in made]) for k in self.outputs} if len(made) > 1 else made[0]
 
-    def _run(self, feed: dict) -> dict:
-        c, feed = self.context, {n: x.clone() if x.data_ptr() % 256 else x for n, x in feed.items()} # TensorRT wants aligned memory, a piece of a tensor may begin anywhere
-        with self.lock: # a context has one set of addresses
-            for n in self.ranges: c.set_input_shape(n, tuple(feed[n].shape))
-            out = {n: torch.empty(tuple(c.get_tensor_shape(n)), dtype=k, device=self.device) for n, k in self.outputs.items()}
-            for n, x in (feed | out).items(): c.set_tensor_address(n, x.data_ptr())
-            with _queued(self.stream) as handle: done = c.execute_async_v3(handle)
-        if not done: raise UserError(f'backend tensorrt: the engine failed ({trt_words(self.trt)}); take another backend')
-        return out
+# %% ../nbs/core/44_engines.ipynb #ac7c19e3
+@patch
+def _run(self: Engine, feed: dict) -> dict:
+    c, feed = self.context, {n: x.clone() if x.data_ptr() % 256 else x for n, x in feed.items()} # TensorRT wants aligned memory, a piece of a tensor may begin anywhere
+    with self.lock: # a context has one set of addresses
+        for n in self.ranges: c.set_input_shape(n, tuple(feed[n].shape))
+        out = {n: torch.empty(tuple(c.get_tensor_shape(n)), dtype=k, device=self.device) for n, k in self.outputs.items()}
+        for n, x in (feed | out).items(): c.set_tensor_address(n, x.data_ptr())
+        with _queued(self.stream) as handle: done = c.execute_async_v3(handle)
+    if not done: raise UserError(f'backend tensorrt: the engine failed ({trt_words(self.trt)}); take another backend')
+    return out
 
 # %% ../nbs/core/44_engines.ipynb #6acafd39
 def engine_difference(
@@ -148,6 +159,7 @@ def find_engines(
         else: return trt, root/key, ''
     return None, None, why
 
+# %% ../nbs/core/44_engines.ipynb #2333ab15
 def why_not_tensorrt(
     onnx: Path | None = None, # folder of ONNX files; None: whatever the model
 ) -> str:

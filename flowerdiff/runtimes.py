@@ -38,32 +38,45 @@ def _providers() -> list: # the GPU when the package can, else the CPU
     import onnxruntime as ort
     return [p for p in ('CUDAExecutionProvider', 'CPUExecutionProvider') if p in ort.get_available_providers()]
 
+# %% ../nbs/core/43_runtimes.ipynb #8cbc9470
+def _sort_nodes(graph) -> tuple: # nodes of the text alone, of constants alone, of anything else; names that the first make, with the text's own
+    made, fixed = {'encoder_hidden_states'}, {'', *(i.name for i in graph.initializer)}
+    early, constant, late = [], [], []
+    for node in graph.node:
+        if fixed.issuperset(node.input): fixed.update(node.output); constant.append(node)
+        elif (made | fixed).issuperset(node.input): made.update(node.output); early.append(node)
+        else: late.append(node)
+    return early, constant, late, made
+
+# %% ../nbs/core/43_runtimes.ipynb #3ba34cb9
+def _products(model, nodes: list, leaving: list): # onnx.ModelProto: text -> the values named in `leaving`
+    from onnx import ModelProto, shape_inference
+    first, used = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import), {i for n in nodes for i in n.input}
+    first.graph.name = 'products'; first.graph.node.extend(nodes)
+    first.graph.input.extend(i for i in model.graph.input if i.name == 'encoder_hidden_states')
+    first.graph.initializer.extend(i for i in model.graph.initializer if i.name in used)
+    for name in leaving: first.graph.output.add().name = name
+    return shape_inference.infer_shapes(first)
+
+def _keep_rest(graph, made: set): # drop, in place, the nodes that make `made`, and what nothing reads any more
+    rest = lambda n: made.isdisjoint(n.output)
+    read = {i for n in graph.node if rest(n) for i in n.input}
+    for field, keep in ((graph.node, rest), (graph.initializer, lambda i: i.name in read), (graph.input, lambda i: i.name != 'encoder_hidden_states' or i.name in read)):
+        for i in reversed([i for i, x in enumerate(field) if not keep(x)]): del field[i]
+    del graph.value_info[:]
+
 # %% ../nbs/core/43_runtimes.ipynb #0837beb9
 def split_onnx(
     model, # onnx.ModelProto of a UNet without its weights; becomes the rest, which takes the products as inputs
 ):         # another: text -> products with it; None, and nothing is changed, where there are none or the cut is not possible
     "Cut a UNet after everything that is computed from its text alone; both halves use the same weights."
-    from onnx import ModelProto, shape_inference
-    g, made = model.graph, {'encoder_hidden_states'}
-    fixed = {'', *(i.name for i in g.initializer)}; early, late = [], []
-    for node in g.node:
-        if any(a.HasField('g') for a in node.attribute): return None # a graph within the graph
-        if fixed.issuperset(node.input): fixed.update(node.output); late.append(node)
-        elif (made | fixed).issuperset(node.input): made.update(node.output); early.append(node)
-        else: late.append(node)
+    if any(a.HasField('g') for n in model.graph.node for a in n.attribute): return None # a graph within the graph
+    early, constant, late, made = _sort_nodes(model.graph)
     leaving = sorted(made & {i for n in late for i in n.input} - {'encoder_hidden_states'})
     if not leaving: return None
-    constants, used = [n for n in late if fixed.issuperset(n.output)], {i for n in early for i in n.input}
-    first = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import); first.graph.name = 'products'
-    first.graph.node.extend(constants + early); first.graph.input.extend(i for i in g.input if i.name == 'encoder_hidden_states')
-    first.graph.initializer.extend(i for i in g.initializer if i.name in used.union(*(n.input for n in constants)))
-    for name in leaving: first.graph.output.add().name = name
-    products = shape_inference.infer_shapes(first)
+    products = _products(model, constant + early, leaving)
     if not all(o.type.tensor_type.elem_type for o in products.graph.output): return None
-    kept = {i for n in late for i in n.input}
-    for field, keep in ((g.node, lambda n: set(n.output).isdisjoint(made)), (g.initializer, lambda i: i.name in kept), (g.input, lambda i: i.name != 'encoder_hidden_states' or i.name in kept)):
-        for i in reversed([i for i, x in enumerate(field) if not keep(x)]): del field[i]
-    g.input.extend(products.graph.output); del g.value_info[:]
+    _keep_rest(model.graph, made); model.graph.input.extend(products.graph.output)
     return products
 
 # %% ../nbs/core/43_runtimes.ipynb #c212c6db
@@ -82,6 +95,7 @@ def read_graph(
         model.graph.initializer.add(name=i.name, dims=i.dims, data_type=i.data_type, data_location=onnx.TensorProto.EXTERNAL).external_data.add(key='location', value='given')
     return model, weights
 
+# %% ../nbs/core/43_runtimes.ipynb #34a17208
 def unet_sessions(
     path: Path, # of a UNet
 ) -> tuple:     # text -> products, None where they are not computed by themselves; the rest
@@ -99,6 +113,7 @@ def variant_file(
     smaller = folder/f'model_{variant}.onnx'
     return smaller if variant and smaller.is_file() else folder/'model.onnx'
 
+# %% ../nbs/core/43_runtimes.ipynb #6b970282
 class OnnxBackend(Backend):
     "ONNX Runtime, on a folder in Optimum's layout."
     name = 'onnx'

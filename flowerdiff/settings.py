@@ -103,16 +103,19 @@ class Train(Section):
     lr_schedule: Literal['cosine', 'linear', 'linear_half', 'constant'] = 'linear_half' # after the warm-up; linear_half: level, then linear over the second half
     grad_clip: Rate = 1.          # longest gradient; a longer one is shortened
     spike_factor: Annotated[float, Field(ge=0)] = 10. # a gradient this many times longer than usual updates nothing; 0: every one does
+
     # what to begin with
     init: str = ''                # a model to fine-tune: a Diffusers folder, or a hub id `org/name@commit`; '': random weights. It brings its network, schedule and prediction type
     lora_rank: Annotated[int, Field(ge=0)] = 0 # train only thin matrices beside its attention's, of this rank; 0: all weights
     lora_alpha: Rate = 8.         # their scale, times the rank
     max_hours: Annotated[float, Field(ge=0)] = 0. # finish within so much time, with fewer epochs if need be; 0: however long it takes
+
     # the network
     channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=1)] = [64, 64, 96] # of the UNet's levels
     layers: Count = 1             # residual blocks a level
     attention: list[bool] = [False, True, True] # which levels read the caption
     attention_head_dim: Count = 16 # channels of an attention head
+
     # the question, and the noise
     prediction_type: Literal['v_prediction', 'epsilon', 'flow_prediction'] = 'v_prediction' # what the UNet is asked for; flow_prediction: rectified flow, which reads no betas
     flow_shift: Rate = 1.         # of rectified flow, towards more noise (Esser et al. 2024)
@@ -121,12 +124,14 @@ class Train(Section):
     beta_end: Annotated[float, Field(gt=0, lt=1)] = .012 # and by the last
     beta_schedule: Literal['linear', 'scaled_linear', 'squaredcos_cap_v2'] = 'scaled_linear'
     zero_terminal_snr: bool = False # end in pure noise (Lin et al. 2023)
+
     # what a sample is and how much it counts
     timestep_sampling: Literal['stratified', 'uniform', 'logit_normal'] = 'stratified' # how a batch's timesteps are drawn; logit_normal: most from the middle
     offset_noise: Annotated[float, Field(ge=0)] = 0. # noise that shifts a whole channel; 0: none
     min_snr_gamma: Annotated[float, Field(ge=0)] = 5. # where a timestep's weight stops growing; 0: no weights
     caption_dropout: Share = .1   # share of samples that train without their caption, for guidance
     mirror: bool = True           # also learn from mirror images
+
     # data that is larger than memory
     stream: Annotated[int, Field(ge=0)] = 0 # shards of latents in memory at a time; 0: all of them, on the GPU where they fit
     stream_from: str = ''         # a store that has the shards which are not here, such as s3://bucket/prefix
@@ -138,6 +143,7 @@ class Train(Section):
     # what is kept of the weights
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = .999 # of the averaged weights
     ema_decays: list[Annotated[float, Field(ge=0, lt=1)]] = [] # of further averages; validation chooses among all
+
     # the machine
     precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the best that the device does well
     threads: Annotated[int, Field(ge=0)] = 0 # CPU threads; 0: all cores
@@ -154,17 +160,13 @@ class Train(Section):
     _pinned = field_validator('init')(pinned)
     @model_validator(mode='after')
     def _levels(self):
-        if len(self.attention) != len(self.channels):
-            raise ValueError(f'train.attention has {len(self.attention)} entries and train.channels {len(self.channels)}; give one a level')
-        if self.zero_terminal_snr and self.prediction_type == 'epsilon':
-            raise ValueError('train.zero_terminal_snr leaves nothing but noise to see and epsilon asks for it: nothing to learn; set train.prediction_type to v_prediction')
-        if self.distributed == 'zero2' and self.optimizer != 'adamw':
-            raise ValueError(f'train.optimizer: {self.optimizer} needs whole matrices, and train.distributed: zero2 deals them out in slices; use adamw, or ddp')
+        if len(self.attention) != len(self.channels): raise ValueError(f'train.attention has {len(self.attention)} entries and train.channels {len(self.channels)}; give one a level')
+        if self.zero_terminal_snr and self.prediction_type == 'epsilon': raise ValueError('train.zero_terminal_snr leaves nothing but noise to see and epsilon asks for it: nothing to learn; set train.prediction_type to v_prediction')
+        if self.distributed == 'zero2' and self.optimizer != 'adamw': raise ValueError(f'train.optimizer: {self.optimizer} needs whole matrices, and train.distributed: zero2 deals them out in slices; use adamw, or ddp')
         if self.lora_rank and not self.init: raise ValueError(f'train.lora_rank: {self.lora_rank} adds to a model and train.init names none; name one, or set it to 0')
         if self.lora_rank and self.distributed == 'zero2': raise ValueError('train.lora_rank: so few weights need not be dealt out; set train.distributed to ddp')
         if self.init and self.distill: raise ValueError('train.init and train.distill both say where to begin; a student begins as its teacher, so empty train.init')
-        if self.batch_size < self.accumulate:
-            raise ValueError(f'train.accumulate is {self.accumulate} and train.batch_size {self.batch_size}; a part needs at least one sample')
+        if self.batch_size < self.accumulate: raise ValueError(f'train.accumulate is {self.accumulate} and train.batch_size {self.batch_size}; a part needs at least one sample')
         return self
 
 # %% ../nbs/core/00_settings.ipynb #8799654c
@@ -270,9 +272,7 @@ def _explain(
 ) -> str:                   # one line, the first three mistakes
     out = []
     for e in error.errors():
-        parts = [str(p) for p in e['loc']]
-        key = '.'.join(p for p in parts if not p.isdigit())
-        line = lines.get(key)
+        key = '.'.join(p for p in map(str, e['loc']) if not p.isdigit()); line = lines.get(key)
         if e['type'] == 'extra_forbidden': out.append(_unknown(key) + (f' ({where} line {line})' if line else '')); continue
         place = f'{where} line {line} has ' if line else 'given '
         text = _allowed(e)

@@ -35,6 +35,7 @@ def data_fingerprint(ws: Workspace) -> str:
     manifest = read_json(ws.encoded/'manifest.json')
     return manifest.get('fingerprint') or fingerprint(manifest)
 
+# %% ../../nbs/stages/05_train.ipynb #8470c11a
 def teacher_fingerprint(ws: Workspace) -> str:
     "The champion that a student learns from. Raises `UserError` where there is none, or it reads and draws with other parts than the data's."
     from flowerdiff.components import component_fingerprint
@@ -43,6 +44,7 @@ def teacher_fingerprint(ws: Workspace) -> str:
         if component_fingerprint(ws.model/part) != component_fingerprint(ws.encoded/'components'/part): raise UserError(f'train.distill: the champion has another {part} than the encoded data; train a new one first, with train.distill=0')
     return fingerprint([component_fingerprint(ws.model/part) for part in ('unet', 'scheduler')])
 
+# %% ../../nbs/stages/05_train.ipynb #d1e34f78
 def base_fingerprint(ws: Workspace) -> str:
     "The model that a run goes on from, '' where it starts from nothing."
     from flowerdiff.components import component_fingerprint
@@ -50,6 +52,7 @@ def base_fingerprint(ws: Workspace) -> str:
     base = find_base(ws.settings.train.init, ws.root)
     return fingerprint([component_fingerprint(base/'unet'), read_config(base, 'scheduler')])
 
+# %% ../../nbs/stages/05_train.ipynb #730e5bae
 def run_fingerprint(ws: Workspace) -> str:
     "The same for runs that give the same model."
     student = ws.settings.train.distill
@@ -84,6 +87,7 @@ def load_training(ws: Workspace) -> Split:
     texts = torch.from_numpy(Shards(ws.encoded/'text', 'text').load()['embedding'])
     return StreamedSplit(folder, texts, read_json(folder/'captions.json'), t.stream, bringer(ws, t.stream_from) if t.stream_from else None)
 
+# %% ../../nbs/stages/05_train.ipynb #4681661f
 def bringer(ws: Workspace, address: str): # (file name) -> Path of a shard, fetched from a store
     store = open_store(address, ws.root)
     entries, there = {Path(f['path']).name: f for f in read_manifest(store)['files'] if f['path'].startswith('encoded/train/')}, ws.work/f'shards-{os.getpid()}'
@@ -92,6 +96,7 @@ def bringer(ws: Workspace, address: str): # (file name) -> Path of a shard, fetc
         fetch(store, entries[name], there); return there/entries[name]['path']
     return bring
 
+# %% ../../nbs/stages/05_train.ipynb #e6bef4db
 def apprentice(ws: Workspace, split: Split, device
 ) -> tuple: # settings of the run, () -> the student, the `Teacher`
     "What a run needs whose model is to become a student of the champion."
@@ -100,6 +105,7 @@ def apprentice(ws: Workspace, split: Split, device
     make = lambda: UNet2DConditionModel.from_pretrained(ws.model/'unet', use_safetensors=True)
     return student_settings(t, config), make, Teacher(make(), config, split.texts[0], t.distill, t.distill_guidance, device=device)
 
+# %% ../../nbs/stages/05_train.ipynb #5bacc19f
 def adapted(ws: Workspace, channels: int, width: int
 ) -> tuple: # settings of the run, () -> the denoiser
     "What a run needs that goes on from somebody's model."
@@ -107,6 +113,7 @@ def adapted(ws: Workspace, channels: int, width: int
     make = lambda: base_unet(base, channels, width)
     return as_trained(t, read_config(base, 'scheduler')), (lambda: add_lora(make(), t.lora_rank, t.lora_alpha)) if t.lora_rank else make
 
+# %% ../../nbs/stages/05_train.ipynb #19358626
 def start_run(ws: Workspace, split: Split
 ) -> tuple[Trainer, dict]: # the run, put back to its checkpoint; facts about it
     "Make the run that the settings ask for."
@@ -171,6 +178,7 @@ def rate_of(events: Path) -> float: # samples a second, the middle of what was t
     rates = sorted(e['samples_per_second'] for e in read_events(events)[0] if e.get('samples_per_second'))
     return rates[len(rates)//2] if rates else 0.
 
+# %% ../../nbs/stages/05_train.ipynb #4b913a52
 def looker(ws: Workspace, run: Trainer, val: Split, folder: Path):
     "What to do every so often: a short validation, a sample grid. A failing look never stops training."
     state = {}
