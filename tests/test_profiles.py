@@ -64,7 +64,8 @@ def check_training(ws, kind): # the settings of the profile are those that the r
         assert run[f'train.{k}'] == getattr(t, k), k
     n = len(read_json(ws.encoded/'train'/'files.json')); done = read_json(ws.root/'train.json')
     assert done['steps'] == start['total'] == -int(-n*t.epochs//t.batch_size) and done['samples'] == done['steps']*t.batch_size
-    for x in (x for x in e if x['event'] == 'step'): # the curve of the learning rate
+    assert (told := [x for x in e if x['event'] == 'step'])
+    for x in told: # the curve of the learning rate
         i = x['step'] - 1; falls = dict(cosine=.5 + .5*np.cos(np.pi*i/done['steps']), constant=1.)[t.lr_schedule]
         assert x['lr'] == pytest.approx(t.lr*min(1, (i + 1)/t.warmup_steps)*falls)
     return start
