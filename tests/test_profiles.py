@@ -3,6 +3,7 @@ import importlib, io, json, re, shutil, tarfile, zipfile
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from scipy.io import savemat
 from flowerdiff import Generator
 from flowerdiff.config import load_profile
@@ -64,6 +65,7 @@ def check_training(ws, kind): # the settings of the profile are those that the r
         assert run[f'train.{k}'] == getattr(t, k), k
     n = len(read_json(ws.encoded/'train'/'files.json')); done = read_json(ws.root/'train.json')
     assert done['steps'] == start['total'] == -int(-n*t.epochs//t.batch_size) and done['samples'] == done['steps']*t.batch_size
+    kept = load_file(sorted(ws.work.glob('train-*/checkpoints/*/optimizer.safetensors'))[-1]); assert {k.partition('.')[2] for k in kept} == {'step', 'exp_avg', 'exp_avg_sq'} # AdamW's
     assert (told := [x for x in e if x['event'] == 'step'])
     for x in told: # the curve of the learning rate
         i = x['step'] - 1; falls = dict(cosine=.5 + .5*np.cos(np.pi*i/done['steps']), constant=1.)[t.lr_schedule]
@@ -225,7 +227,6 @@ def mine(tmp_path_factory): # captioned pictures, a base, and what it became: wh
     return dict(whole=whole, lora=lora), d
 
 def weights(folder):
-    from safetensors.torch import load_file
     return load_file(folder/'unet'/'diffusion_pytorch_model.safetensors')
 
 def test_finetuning_begins_as_the_base_and_keeps_its_question(mine):
