@@ -1,5 +1,5 @@
-"A Stable Diffusion pipeline and a Florence-2 of random weights, as small as they get: for tests that need a model and not a good one."
-import json, sys
+"A Stable Diffusion pipeline and its parts, and a Florence-2, of random weights, as small as they get: for tests that need a model and not a good one."
+import gzip, json, sys
 from pathlib import Path
 
 def byte_letters(): # the letter that byte-level BPE has for each byte
@@ -34,6 +34,51 @@ def tiny_model(folder, size=32):
     with tempfile.TemporaryDirectory() as parts:
         save_components(parts, vae, TextEncoder(tok, text))
         save_pipeline(folder, unet, parts, scheduler)
+    return Path(folder)
+
+VOCABULARY = Path(__file__).parents[2]/'shared'/'data'/'clip'/'bpe_simple_vocab_16e6.txt.gz'
+
+def clip_tokenizer():
+    "CLIP's own, 77 positions; where its vocabulary is not at hand, the tiny one."
+    from transformers import CLIPTokenizer
+    if not VOCABULARY.exists(): return tiny_tokenizer(77)
+    letters, merges = byte_letters(), [tuple(l.split()) for l in gzip.open(VOCABULARY, 'rt').read().splitlines()[1:48895]]
+    vocab = [*letters, *(c + '</w>' for c in letters), *map(''.join, merges), '<|startoftext|>', '<|endoftext|>']
+    return CLIPTokenizer(vocab={v: i for i, v in enumerate(vocab)}, merges=merges, model_max_length=77)
+
+def tiny_clip(folder, seed=0, halves=2):
+    "Write a CLIP as OpenAI's repositories have it: the whole model, or the half that reads, with the tokenizer beside it."
+    import torch
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
+    torch.manual_seed(seed); tok = clip_tokenizer()
+    how = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    text = CLIPTextConfig(vocab_size=len(tok), max_position_embeddings=77, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, **how)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **how).to_dict(), projection_dim=32)) if halves == 2 else CLIPTextModel(text)
+    model.save_pretrained(folder); tok.save_pretrained(folder)
+    return Path(folder)
+
+def tiny_vae(folder=None, factor=8, seed=0):
+    "An AutoencoderKL as many times smaller a side as Stable Diffusion's, and its scaling factor."
+    import torch
+    from diffusers import AutoencoderKL
+    torch.manual_seed(seed); n = factor.bit_length()
+    vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16)[-n:], down_block_types=('DownEncoderBlock2D',)*n, up_block_types=('UpDecoderBlock2D',)*n, latent_channels=4, norm_num_groups=4, layers_per_block=1)
+    if folder: vae.save_pretrained(folder)
+    return vae
+
+def tiny_stable_diffusion(folder, clip, size=64):
+    "Write a pipeline in the layout of Stable Diffusion 1.4, whose text encoder is half of a CLIP in the folder `clip`."
+    import torch
+    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+    torch.manual_seed(1); whole = CLIPModel.from_pretrained(clip)
+    text = CLIPTextModel(whole.config.text_config); text.load_state_dict(whole.text_model.state_dict())
+    unet = UNet2DConditionModel(sample_size=size//8, layers_per_block=1, block_out_channels=(16, 32), down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+                                cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8)
+    scheduler = PNDMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', skip_prk_steps=True, steps_offset=1)
+    StableDiffusionPipeline(tiny_vae(), text, CLIPTokenizer.from_pretrained(clip), unet, scheduler, None, None, requires_safety_checker=False).save_pretrained(folder)
+    file = Path(folder)/'scheduler'/'scheduler_config.json'; config = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in ('prediction_type', 'timestep_spacing')})) # which the first version did not know
     return Path(folder)
 
 WORDS = 'a the flower flowers pink yellow red white petals leaves green with in of and close up sky meadow grass bee stem bud'.split()
