@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'DRAW', 'JUDGE', 'FIRST', 'WINDOW', 'chance', 'epoch_order', 'batch_pictures', 'Draws', 'draws',
-           'time_shares', 'shift_time', 'Split', 'load_split', 'toy_split', 'Batch', 'make_batch']
+           'time_shares', 'shift_time', 'Split', 'bucketed_order', 'BucketedSplit', 'load_split', 'toy_split', 'Batch',
+           'make_batch']
 
 # %% ../nbs/core/35_batches.ipynb #2eeaf238
+import bisect
 from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np, torch
@@ -103,6 +105,8 @@ class Split:
     @property
     def shape(self): return tuple(self.mean.shape[2:])
 
+    def shape_of(self, pictures: np.ndarray) -> tuple: return self.shape # C, H, W of a step's pictures
+
     def pictures(self, step: int, batch: int, seed: int) -> np.ndarray: return batch_pictures(step, batch, len(self), seed) # [batch] their numbers
 
     def latents(self,
@@ -120,17 +124,71 @@ class Split:
         if not torch.cuda.is_available() or size > share*torch.cuda.mem_get_info()[0]: return self
         return Split(*(t.cuda() for t in (self.mean, self.std, self.texts)), self.captions)
 
+# %% ../nbs/core/35_batches.ipynb #642adb2a
+@lru_cache(4)
+def bucketed_order(
+    sizes: tuple[int, ...], # pictures in each bucket
+    batch: int,
+    seed: int,
+    epoch: int,
+) -> np.ndarray:            # [steps, batch] numbers of pictures, a row from one bucket
+    "The batches of an epoch."
+    rng, start, rows = chance(seed, epoch, ORDER), 0, [np.empty((0, batch), int)]
+    for n in sizes:
+        steps, order = int(n/batch + rng.random()), rng.permutation(n)
+        if n: rows.append(start + np.resize(order, (steps, batch)))
+        start += n
+    return rng.permutation(np.concatenate(rows))
+
+# %% ../nbs/core/35_batches.ipynb #7d228abf
+class BucketedSplit(Split):
+    "Encoded pictures of several shapes; those of a bucket have consecutive numbers."
+    def __init__(self,
+        buckets: list,              # of (mean, std), each [n, 2, C, H, W] fp16; the square's first
+        texts: Tensor,              # [U, L, D]
+        captions: list[list[int]],
+    ):
+        self.buckets, self.texts, self.captions = buckets, texts, captions
+        self.sizes, self._ends = tuple(len(mean) for mean, _ in buckets), {}
+        self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
+
+    def __len__(self): return int(self.starts[-1])
+    @property
+    def shape(self): return tuple(self.buckets[0][0].shape[2:])
+    def _bucket(self, pictures): return int(np.searchsorted(self.starts, pictures[0], 'right')) - 1
+    def shape_of(self, pictures: np.ndarray) -> tuple: return tuple(self.buckets[self._bucket(pictures)][0].shape[2:])
+
+    def pictures(self, step: int, batch: int, seed: int) -> np.ndarray: # [batch] their numbers
+        ends = self._ends.setdefault((batch, seed), [0]) # steps before each epoch
+        while ends[-1] <= step: ends.append(ends[-1] + len(bucketed_order(self.sizes, batch, seed, len(ends) - 1)))
+        epoch = bisect.bisect_right(ends, step) - 1
+        return bucketed_order(self.sizes, batch, seed, epoch)[step - ends[epoch]]
+
+    def latents(self, pictures: np.ndarray, side: np.ndarray) -> tuple: # see `Split`
+        b = self._bucket(pictures)
+        return tuple(x[pictures - self.starts[b], side].float() for x in self.buckets[b])
+
+    def first(self, n: int) -> Split: # pictures of the largest bucket
+        b = int(np.argmax(self.sizes))
+        return Split(*(x[:n] for x in self.buckets[b]), self.texts, self.captions[self.starts[b]:self.starts[b] + n])
+
+    def to_gpu(self, share: float = .5):
+        size = sum(t.nbytes for t in (self.texts, *(x for b in self.buckets for x in b)))
+        if not torch.cuda.is_available() or size > share*torch.cuda.mem_get_info()[0]: return self
+        return BucketedSplit([tuple(x.cuda() for x in b) for b in self.buckets], self.texts.cuda(), self.captions)
+
 # %% ../nbs/core/35_batches.ipynb #3f5cc3ab
 def load_split(
     encoded,          # folder that the encode stage wrote
     split: str,       # train, val or test
 ) -> Split:
     "Read a split of the encoded pictures into memory."
-    from flowerdiff.shards import Shards
+    from flowerdiff.shards import Shards, all_sets
     from flowerdiff.workspace import read_json
-    latents, texts = Shards(encoded/split, 'latents').load(), Shards(encoded/'text', 'text').load()
     tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a))
-    return Split(tensor(latents['mean']), tensor(latents['std']), tensor(texts['embedding']), read_json(encoded/split/'captions.json'))
+    sets, texts = [s.load() for s in all_sets(encoded/split, 'latents')], tensor(Shards(encoded/'text', 'text').load()['embedding'])
+    buckets, captions = [(tensor(s['mean']), tensor(s['std'])) for s in sets], read_json(encoded/split/'captions.json')
+    return BucketedSplit(buckets, texts, captions) if len(buckets) > 1 else Split(*buckets[0], texts, captions)
 
 # %% ../nbs/core/35_batches.ipynb #1a7fc950
 def toy_split(
@@ -184,7 +242,7 @@ def make_batch(
 ) -> Batch:
     "The batch of a step: a pure function of split, seed and step, cut for this process."
     mine = slice(rank*batch//world, (rank + 1)*batch//world)
-    luck, pictures = draws(seed, step, batch, split.shape), split.pictures(step, batch, seed)[mine]
+    pictures = split.pictures(step, batch, seed); luck, pictures = draws(seed, step, batch, split.shape_of(pictures)), pictures[mine]
     side = ((luck.mirror[mine] < .5) & mirror).astype(int)
     spread, noise = (torch.from_numpy(a[mine]) for a in (luck.spread, luck.noise + offset*luck.offset if offset else luck.noise))
     mean, std = split.latents(pictures, side)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENERIC', 'OFFICIAL', 'walk', 'Metadata', 'each_row', 'given_captions', 'label_of', 'hash_pairs', 'spread',
-           'split_names', 'stratified', 'official_split', 'look_through', 'still_true', 'make_squares', 'choose']
+           'split_names', 'stratified', 'official_split', 'look_through', 'still_true', 'make_squares',
+           'held_out_squares', 'choose']
 
 # %% ../nbs/core/14_collection.ipynb #9224a2c7
 import hashlib, json, os, stat, unicodedata
@@ -226,7 +227,7 @@ def make_squares(
     names: list, # of files in it
     side: int,   # pixels
     work: Path,  # where the squares go, with rows.jsonl: a row a file, in order
-    crop: str = 'center', # or 'random'
+    crop: str = 'center', # or 'random', or 'buckets'
 ):
     "Every file becomes a square, or a reason. Goes on where a stopped run was."
     done = still_true(work/'rows.jsonl', source, names)
@@ -237,6 +238,18 @@ def make_squares(
     with open(work/'rows.jsonl', 'a', encoding='utf-8') as f:
         for name, row in zip(todo, progress(results, len(todo), 'pictures')):
             f.write(json.dumps(dict(seal=_seal(source, name), **row)) + '\n'); f.flush()
+
+def held_out_squares(
+    source: Path,
+    rows: list, # from `choose`
+    side: int,  # pixels
+    work: Path, # gets them
+) -> dict:      # name of a file -> facts of its square
+    "Squares of the pictures that do not train, for a run whose training pictures are none: what is compared is of one shape."
+    names = [name for _, split, _, name in rows if split != 'train']
+    work.mkdir(exist_ok=True)
+    jobs = [(source/n, work/fingerprint(shown(n))[:20], side) for n in names]
+    return dict(zip(names, in_order(prepare_picture, jobs, 1 if len(jobs) < 50 else None)))
 
 # %% ../nbs/core/14_collection.ipynb #90516d49
 def choose(

@@ -13,22 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .components import fast_bf16, TextEncoder, encode_moments, pil_to_tensor, scale_factor
-from .shards import Shards, ShardWriter
+from .shards import Shards, ShardWriter, set_name
 from .workspace import UserError
 
 # %% ../nbs/core/37_encoding.ipynb #476f584c
 def read_pictures(
     paths: list, # of pictures of one size
-    side: int,   # that they should have, pixels
-) -> np.ndarray: # [B, side, side, 3] uint8
+    side,        # that they should have, pixels; or (width, height)
+) -> np.ndarray: # [B, H, W, 3] uint8
     "Open pictures. Raises `UserError` naming one that can not be used."
     from PIL import Image
-    out = np.empty((len(paths), side, side, 3), np.uint8)
+    w, h = side if isinstance(side, (tuple, list)) else (side, side)
+    out = np.empty((len(paths), h, w, 3), np.uint8)
     for o, p in zip(out, paths):
         try:
             with Image.open(p) as im: o[:] = np.asarray(im.convert('RGB'))
         except FileNotFoundError: raise UserError(f'{p}: is not there; run the stage prepare again') from None
-        except Exception: raise UserError(f'{p}: is not a {side}x{side} picture that can be read; run the stage prepare again') from None
+        except Exception: raise UserError(f'{p}: is not a {w}x{h} picture that can be read; run the stage prepare again') from None
     return out
 
 # %% ../nbs/core/37_encoding.ipynb #9a94e7e5
@@ -75,13 +76,15 @@ def encode_pictures(
     folder: Path,        # gets latents-00000.bin, …
     batch_size: int = 64,
     shard_records: int = 1024,
+    bucket=None,         # (width, height) of the pictures where they are no squares
 ):                       # -> once for each picture encoded now
     "Mean and deviation of the latents of each picture and its mirror image, scaled, fp16."
-    shape = 2, vae.config.latent_channels, side//scale_factor(vae), side//scale_factor(vae)
-    with ShardWriter(folder, 'latents', dict(mean=(shape, 'float16'), std=(shape, 'float16')), shard_records) as w:
-        batches = [paths[i:i + batch_size] for i in range(len(w), len(paths), batch_size)]
-        for names, pictures in zip(batches, read_ahead(lambda b: read_pictures(b, side), batches)):
-            w.append(**encode_batch(vae, names, pictures))
+    w, h = bucket or (side, side)
+    shape = 2, vae.config.latent_channels, h//scale_factor(vae), w//scale_factor(vae)
+    with ShardWriter(folder, set_name('latents', bucket), dict(mean=(shape, 'float16'), std=(shape, 'float16')), shard_records) as out:
+        batches = [paths[i:i + batch_size] for i in range(len(out), len(paths), batch_size)]
+        for names, pictures in zip(batches, read_ahead(lambda b: read_pictures(b, (w, h)), batches)):
+            out.append(**encode_batch(vae, names, pictures))
             yield from names
 
 # %% ../nbs/core/37_encoding.ipynb #f640479c

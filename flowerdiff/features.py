@@ -10,7 +10,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'ClipFeatures', 'own_clip', 'resized', 'Scri
 from pathlib import Path
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from .components import component_fingerprint
 from .fingerprints import file_sha256
 from .metrics import directions
@@ -37,7 +37,7 @@ class ClipFeatures:
     def __call__(self, pictures: list) -> np.ndarray: return directions(self.pictures(pictures)) # -> [n, d], what crowds are compared by
 
     def pictures(self, pictures: list, batch: int = 64) -> np.ndarray: # PIL pictures or their files, opened a batch at a time -> [n, d]
-        seen = lambda p: (Image.open(p) if isinstance(p, (str, Path)) else p).convert('RGB').resize((size, size))
+        seen = lambda p: ImageOps.fit((Image.open(p) if isinstance(p, (str, Path)) else p).convert('RGB'), (size, size))
         size, out = self.model.config.vision_config.image_size, []
         for i in range(0, len(pictures), batch):
             x = np.stack([np.asarray(seen(p), np.float32) for p in pictures[i:i+batch]])

@@ -57,7 +57,7 @@ class Prepare(Section):
     val: Annotated[float, Field(gt=0, lt=.5)] = .05  # share of pictures that decides which model is better
     test: Annotated[float, Field(gt=0, lt=.5)] = .05 # share that nothing sees before the report
     split: Literal['content', 'stratified', 'official'] = 'content' # content: by the pictures themselves; stratified: the same within each class; official: as metadata.jsonl or the folders say
-    crop: Literal['center', 'random'] = 'center' # which square of a picture that is wider or taller; random: by the picture's own hash, the same in each run
+    crop: Literal['center', 'random', 'buckets'] = 'center' # which square of a picture that is wider or taller; random: by the picture; buckets: none, training pictures keep about their shape's own hash, the same in each run
 
 # %% ../nbs/core/00_settings.ipynb #dac80265
 class Caption(Section):
@@ -235,3 +235,10 @@ class Settings(Section):
     tensorrt: Tensorrt = Tensorrt()
     publish: Publish = Publish()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode='after')
+    def _together(self):
+        if self.prepare.crop == 'buckets' and self.train.stream: raise ValueError('train.stream reads latents of one shape and prepare.crop: buckets makes many; set train.stream to 0, or prepare.crop to center')
+        if self.train.prediction_type == 'flow_prediction' and self.evaluate.scheduler not in ('auto', 'dpm', 'unipc'):
+            raise ValueError(f'evaluate.scheduler: {self.evaluate.scheduler} does not know rectified flow, which train.prediction_type asks for; set it to auto')
+        return self

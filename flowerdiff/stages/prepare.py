@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..collection import choose, each_row, given_captions, label_of, look_through, make_squares
+from ..collection import choose, each_row, given_captions, held_out_squares, label_of, look_through, make_squares
 from ..datasets import DATASETS, lay_out
 from ..garden import BACKGROUNDS, COLORS, SPECIES, draw, sample_attributes
 from ..pictures import in_order, pixel_sha256, shown
@@ -122,7 +122,7 @@ def picture_row(
 ) -> dict:
     "What is known of a picture; what is not known is left out."
     attributes = {k: v for k, v in (told | (told.get('attributes') if isinstance(told.get('attributes'), dict) else {})).items() if k not in KNOWN and isinstance(v, (str, int, float)) and v != ''}
-    row = dict(source=shown(name), sha256=facts['sha256'], note=facts['note'], label=label_of(name, told), captions=given_captions(told), attributes=attributes)
+    row = dict(bucket=facts.get('bucket'), source=shown(name), sha256=facts['sha256'], note=facts['note'], label=label_of(name, told), captions=given_captions(told), attributes=attributes)
     return dict(width=facts['width'], height=facts['height']) | {k: v for k, v in row.items() if v}
 
 # %% ../../nbs/stages/01_prepare.ipynb #2724d954
@@ -131,15 +131,16 @@ def place(
     work: Path,  # where the squares and rows.jsonl are
     rows: list,  # from `choose`
     told,        # `Metadata`
+    squares={},  # from `held_out_squares`, in `work/held`
 ):               # -> (split, row)
-    "Put each square into its split, under a number. The work folder keeps its copy until all is done."
+    "Put each picture into its split, under a number. The work folder keeps its copy until all is done."
     number = Counter()
     with open(work/'rows.jsonl', 'rb') as f:
         for _, split, at, name in rows:
-            f.seek(at); facts = json.loads(f.readline())
+            f.seek(at); facts = squares.get(name) or json.loads(f.readline()); made = (work/'held' if name in squares else work)/facts['file']
             file = f'{number[split]:06}{Path(facts["file"]).suffix}'; number[split] += 1
-            try: os.link(work/facts['file'], new/split/file)
-            except OSError: shutil.copyfile(work/facts['file'], new/split/file)
+            try: os.link(made, new/split/file)
+            except OSError: shutil.copyfile(made, new/split/file)
             yield split, dict(file_name=file, **picture_row(name, facts, told.row(name)))
 
 # %% ../../nbs/stages/01_prepare.ipynb #7f5d1386
@@ -147,7 +148,7 @@ def gather(
     new: Path,     # the folder to fill
     ws: Workspace,
 ) -> dict:         # for `info.json`
-    "Pictures of a folder, as squares, in splits."
+    "Pictures of a folder in splits: squares, or in training what their buckets hold."
     p, source = ws.settings.prepare, source_folder(ws)
     names, told, left = look_through(source, p.count, [ws.root])
     work = ws.work_dir('prepare', fingerprint([str(source), p.resolution, p.crop, code_fingerprint('flowerdiff.pictures')]))
@@ -156,7 +157,8 @@ def gather(
     left += more
     if len(rows) < 3: raise UserError(f'{p.source}: has {len(rows)} {"picture" if len(rows) == 1 else "pictures"} that can be used, a run needs at least 3' + _because(left))
     for s in SPLITS: (new/s).mkdir()
-    made = write_rows(new, place(new, work, rows, told))
+    squares = held_out_squares(source, rows, p.resolution, work/'held') if p.crop == 'buckets' else {}
+    made = write_rows(new, place(new, work, rows, told, squares))
     write_jsonl(new/'quarantine.jsonl', (dict(file=f, reason=why) for f, why in left))
     return dict(kind='folder', source=p.source, **made, left_out=len(left), near_copies=twins)
 
