@@ -239,12 +239,7 @@ def make_squares(
         for name, row in zip(todo, progress(results, len(todo), 'pictures')):
             f.write(json.dumps(dict(seal=_seal(source, name), **row)) + '\n'); f.flush()
 
-def held_out_squares(
-    source: Path,
-    rows: list, # from `choose`
-    side: int,  # pixels
-    work: Path, # gets them
-) -> dict:      # name of a file -> facts of its square
+def held_out_squares(source: Path, rows: list, side: int, work: Path) -> dict: # rows of `choose` -> name of a file: facts of its square, in `work`
     "Squares of the pictures that do not train, for a run whose training pictures are none: what is compared is of one shape."
     names = [name for _, split, _, name in rows if split != 'train']
     work.mkdir(exist_ok=True)
