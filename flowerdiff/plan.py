@@ -24,6 +24,7 @@ from .machine import cores, memory_gb
 from .pipeline import asked
 from .suggest import first_sizes, gpu_gb, look_at, shapes, split_sizes, suggest, text_count, weight_bytes
 from .trainer import Trainer, steps_within, total_steps
+from .vae import kl_autoencoder
 from .workspace import UserError, bytes_text, free_bytes, read_json
 
 # %% ../nbs/core/71_plan.ipynb #ef44fbaa
@@ -117,7 +118,8 @@ def time_encoding(
     seconds: float = 5., # to spend, about
 ) -> float:              # pictures/s
     "How fast the autoencoder is, on noise; a slow one is asked for a single picture."
-    vae, side = load_autoencoder(str(at_hand(settings.components.autoencoder, 'vae', base))), settings.prepare.resolution
+    spec, side = settings.components.autoencoder, settings.prepare.resolution
+    vae = kl_autoencoder(settings.encode.vae_factor).eval() if spec == 'train' else load_autoencoder(str(at_hand(spec, 'vae', base)))
     vae.to('cuda' if torch.cuda.is_available() else 'cpu', memory_format=torch.channels_last)
     x = np.random.default_rng(0).integers(0, 256, (settings.encode.batch_size, side, side, 3), dtype=np.uint8)
     one = pace(lambda: encode_batch(vae, ['noise'], x[:1]), seconds/3)
@@ -148,9 +150,9 @@ def _counts(s, seen, base): # the lines that are arithmetic -> (name, text, numb
     yield 'pictures', f'{what}: ' + ', '.join(f'{v:,} {k}' for k, v in n.items()), dict(n, first=first)
     yield 'resolution', f'{p.resolution} px', {}
     who = ' and '.join(seen.said) if s.caption.captioner in ('auto', 'given') else s.caption.captioner
-    yield 'captions', ('nothing is told of them: each will be "a picture"' if who == 'nothing' else f'from {who}, at most about {texts - 1:,} different ones'), dict(texts=texts)
+    yield 'captions', ('nothing is told of them: each will be "a picture"' if who == 'nothing' else f'Florence-2 looks at each picture, how fast is not known; at most about {texts - 1:,} different ones' if who == 'florence' else f'from {who}, at most about {texts - 1:,} different ones'), dict(texts=texts)
     missing = lambda key, name: f'not known: {key} {name} is not on this machine; the run would download it'
-    yield 'latents', f"{'x'.join(map(str, latent))} of a picture, {bytes_text(first['latents'])}" if latent else missing('components.autoencoder', s.components.autoencoder), dict(latent=latent)
+    yield 'latents', f"{'x'.join(map(str, latent))} of a picture, {bytes_text(first['latents'])}" + (f", by an autoencoder of the run's own, {s.encode.vae_minutes:g} min" if s.components.autoencoder == 'train' else '') if latent else missing('components.autoencoder', s.components.autoencoder), dict(latent=latent)
     yield 'texts', f"{'x'.join(map(str, text))} of a caption, {bytes_text(first['texts'])}" + (f", by a CLIP of the run's own, {s.encode.clip_minutes:g} min" if s.components.text_encoder == 'train' else '') if text else missing('components.text_encoder', s.components.text_encoder), dict(text=text)
     yield 'steps', f'{steps:,} of {t.batch_size} samples' + (f' in {t.accumulate} parts' if t.accumulate > 1 else '') + f': {t.epochs:g} epochs' + ('; then a student, whose steps cost more than these' if t.distill else ''), dict(steps=steps)
 
@@ -161,9 +163,10 @@ def _network(s, got, base): # its line
 
 def _encoding(s, got, base): # how fast
     if not got['latent']: raise UserError('not known: there is no autoencoder to measure')
-    n, rate = sum(got[k] for k in ('train', 'val', 'test')), time_encoding(s, base)
-    seconds = n/rate + (60*s.encode.clip_minutes if s.components.text_encoder == 'train' else 0)
-    return f'{duration(seconds)} for {n:,} pictures at {rate:.3g}/s' + (" and the run's own CLIP" if s.components.text_encoder == 'train' else ''), dict(encode_rate=rate, encode_seconds=seconds)
+    n, rate, c = sum(got[k] for k in ('train', 'val', 'test')), time_encoding(s, base), s.components
+    own = {name: minutes for name, minutes, spec in (('CLIP', s.encode.clip_minutes, c.text_encoder), ('autoencoder', s.encode.vae_minutes, c.autoencoder)) if spec == 'train'}
+    seconds = n/rate + 60*sum(own.values())
+    return f'{duration(seconds)} for {n:,} pictures at {rate:.3g}/s' + (f" and the run's own {' and '.join(own)}" if own else ''), dict(encode_rate=rate, encode_seconds=seconds)
 
 def _training(s, got, base): # how fast, in how much memory
     if 'weights' not in got: raise UserError('not known: there is no network to measure')

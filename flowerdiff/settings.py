@@ -65,6 +65,7 @@ class Caption(Section):
     captioner: Literal['auto', 'given', 'attributes', 'labels', 'florence'] = 'auto' # auto: given captions, else attributes, else labels; florence: a model looks at each picture
     per_picture: Count = 3 # captions a picture, of attributes and labels
     class_captions: Annotated[int, Field(ge=0)] = 0 # sentences beside them that name the picture's class, where it has one
+    least_pictures: Annotated[int, Field(ge=0)] = 0 # fewer are remarked on
     model: str = 'florence-community/Florence-2-large@4271c66b88cdbc05735372ec13b2360108de5317' # of florence, as all that follows: a folder, or a hub id `org/name@commit`
     prompts: Annotated[list[Literal['<CAPTION>', '<DETAILED_CAPTION>', '<MORE_DETAILED_CAPTION>']], Field(min_length=1)] = ['<DETAILED_CAPTION>'] # a caption for each: a short sentence, a longer one, a paragraph
     batch_size: Count = 32     # pictures at a time; halved where memory does not hold them

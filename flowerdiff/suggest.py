@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'SIDES', 'header', 'Survey', 'survey', 'who_says', 'look_at'
            'text_count', 'weight_bytes', 'first_sizes', 'begin']
 
 # %% ../nbs/core/67_suggest.ipynb #170bfdf8
-import math, warnings
+import math, os, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +73,9 @@ def look_at(
     p = settings.prepare
     if p.source == 'garden': return Survey(p.count, p.count, p.resolution, said={'the garden, which drew them': 1.})
     if d := DATASETS.get(p.source):
-        n = sum(d.counts.values())
-        return Survey(min(n, p.count), min(n, p.count), d.side, 1., said={d.says: 1.}, splits={k: v/n for k, v in d.counts.items()})
+        n, here = sum(d.counts.values()), [f for f in (Path(root)/p.files/d.pictures, Path(p.files).expanduser()/d.pictures) if p.files and f.is_dir()]
+        got = min(p.count, sum(e.name.endswith('.jpg') for e in os.scandir(here[0])) if here else n) # a person may have unpacked some of them only
+        return Survey(got, got, d.side, 1., said={d.says: 1.}, splits={k: v/n for k, v in d.counts.items()})
     places = [Path(root)/Path(p.source).expanduser(), Path(p.source).expanduser()]
     if not p.source or not (found := [d for d in places if d.is_dir()]): raise UserError(f'{p.source or "prepare.source"}: is not a folder; give --pictures a folder of pictures')
     return survey(found[0], p.count, [root])
@@ -135,7 +136,8 @@ def shapes(
 ) -> tuple: # (C, h, w) of a latent, (L, D) of a text; None for what is not known here
     "What the encoders that the settings name will make."
     c, latent, text = settings.components, None, (min(77, max(16, -(-int(seen.words*4/3 + 2)//8)*8)), 128) # of the run's own CLIP
-    if found := at_hand(c.autoencoder, 'vae', base):
+    if c.autoencoder == 'train': latent = 4, *(settings.prepare.resolution//settings.encode.vae_factor,)*2
+    elif found := at_hand(c.autoencoder, 'vae', base):
         config = read_json(found/'config.json'); levels = config.get('block_out_channels') or config.get('encoder_block_out_channels') or [0]
         latent = config.get('latent_channels', 4), *(settings.prepare.resolution >> len(levels) - 1,)*2
     if c.text_encoder != 'train':
@@ -147,8 +149,8 @@ def shapes(
 # %% ../nbs/core/67_suggest.ipynb #387a82c2
 def text_count(settings, seen: Survey) -> int: # different captions, about, and at most so many
     c, n = settings.caption, seen.pictures
-    own = c.captioner in ('auto', 'given')
-    return 1 + round(n*seen.texts*own + n*c.per_picture*sum(v for k, v in seen.said.items() if not (own and k in ('metadata.jsonl', 'nothing'))))
+    own, each = c.captioner in ('auto', 'given'), len(c.prompts) if c.captioner == 'florence' else c.per_picture
+    return 1 + round(n*c.class_captions + n*seen.texts*own + n*each*sum(v for k, v in seen.said.items() if not (own and k in ('metadata.jsonl', 'nothing'))))
 
 def weight_bytes(*folders: Path) -> int: return sum(f.stat().st_size for d in folders if d for f in d.glob('*.safetensors')) # of networks in files
 

@@ -74,7 +74,9 @@ def check_training(ws, kind): # the settings of the profile are those that the r
 
 def check_report(ws, kind, steps=None): # None: as many as the profile's
     e, m = load_profile(kind).evaluate, read_json(ws.report/'metrics.json'); steps = steps or e.steps
-    assert (m['protocol']['steps'], m['protocol']['guidance']) == (steps, e.guidance) and f'{steps} steps, guidance {e.guidance:g}' in (ws.report/'index.html').read_text()
+    by, page = dict(flowers102='ddim', celeba='ddpm').get(kind), (ws.report/'index.html').read_text()
+    assert (m['protocol']['steps'], m['protocol']['guidance'], m['protocol'].get('scheduler')) == (steps, e.guidance, by) and f'{steps} steps{f" of {by}" if by else ""}, guidance {e.guidance:g}' in page
+    assert all(p in page for p in e.grid_prompts[:2])
     return m
 
 def check_builds(ws, results):
@@ -112,7 +114,7 @@ def oxford(folder: Path, n=36) -> Path:
 def flowers(tmp_path_factory):
     d = tmp_path_factory.mktemp('flowers'); tiny_vae(d/'vae')
     parts = {'prepare.files': oxford(d/'files'), 'caption.model': tiny_florence(d/'florence'), 'components.text_encoder': tiny_clip(d/'clip'), 'components.autoencoder': d/'vae'}
-    return *through(d/'ws', 'flowers102', SMALL | {k: str(v) for k, v in parts.items()} | {'prepare.resolution': 64, 'caption.max_new_tokens': 16}), d
+    return *through(d/'ws', 'flowers102', SMALL | {k: str(v) for k, v in parts.items()} | {'prepare.resolution': 64, 'prepare.split': 'official', 'caption.max_new_tokens': 16}), d
 
 def test_flowers_are_split_and_named_as_oxford_says(flowers):
     from scipy.io import loadmat

@@ -135,10 +135,12 @@ class Lint:
 FINE = 'nothing to complain of'
 
 def findings(
-    report: dict, # from `Lint.report`
-) -> str:         # one line
+    report: dict,   # from `Lint.report`
+    least: int = 0, # settings.caption.least_pictures
+) -> str:           # one line
     "The faults in words, those worth a thought first."
     r, out = report, []
+    if r['pictures'] < least: out.append(f'{r["pictures"]} pictures are few, {least} are wanted: add some, or train less and look often')
     if r['too_long']: out.append(f'{r["too_long"]} over {r["max_tokens"]} tokens, whose ends are not read: shorten them')
     if r['empty']: out.append(f'{r["empty"]} empty: delete or fill them')
     if r['opening_share'] > .2: out.append(f'{r["opening_share"]:.0%} begin with "{r["opening"]}": vary them, or begin prompts so')
@@ -174,7 +176,7 @@ def run(ws: Workspace) -> Captioned:
                 used[name] += 1; lint.add(said)
         if s.captioner != 'auto' and not used[s.captioner]: raise UserError(_nothing_to_say(s.captioner))
         report = dict(captioners=dict(used.most_common()), **lint.report())
-        found = findings(report)
+        found = findings(report, s.least_pictures)
         write_json(new/'lint.json', dict(report, findings=found))
     if used['nothing']: print(f'{used["nothing"]} pictures have no captions, attributes or label: they are "a picture", and words will not steer what is drawn of them')
     print(f'captions: {found}')
