@@ -79,6 +79,7 @@ class Encode(Section):
     "Pictures to latents, captions to embeddings, once."
     batch_size: Count = 64       # pictures at a time
     shard_records: Count = 1024  # records in one file
+    num_processes: Count = 1     # processes on this machine, a GPU each
     clip_minutes: Rate = 4.      # time for the run's own CLIP, where components.text_encoder is 'train'
     vae_minutes: Rate = 30.      # time for the run's own autoencoder, where components.autoencoder is 'train'
     vae_factor: Literal[2, 4, 8] = 2 # how many times smaller a side its latents are

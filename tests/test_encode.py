@@ -87,6 +87,27 @@ def test_killed_encode_loses_one_shard_and_ends_with_the_same_bytes(parts, encod
     for f, t in done.items(): assert (ws.encoded/'train'/f.name).stat().st_mtime_ns == t, f'{f.name} was encoded again'
     assert not list(ws.work.glob('encode-*/')), 'what was in progress is in its place now'
 
+def test_two_processes_encode_what_one_does_and_keep_what_they_did(parts, encoded, tmp_path):
+    ws = make_workspace(tmp_path/'ws', parts, **{'encode.num_processes': 2}); last = ws.pictures/'train'/'000039.png'; whole = last.read_bytes()
+    last.write_bytes(whole[:100])
+    with pytest.raises(UserError, match='000039.png: is not a 32x32 picture') as e: encode(ws)
+    assert '\n' not in str(e.value) and not ws.encoded.exists()
+    last.write_bytes(whole); encode(ws)
+    ours, theirs = contents(ws.encoded), contents(encoded.encoded); assert set(ours) == set(theirs) and [k for k in ours if ours[k] != theirs[k]] == []
+    assert not list(ws.work.glob('encode-*/')), 'what was in progress is in its place now'
+
+def test_shards_of_a_worker_that_was_stopped_are_not_made_again(parts, encoded, tmp_path):
+    from flowerdiff.components import save_part
+    from flowerdiff.encoders import encode_share, join
+    ws = encoded; files = read_json(ws.encoded/'train'/'files.json'); save_part(load_autoencoder(str(parts/'vae')), tmp_path/'j'/'vae')
+    job = dict(sets=[('train', None, files)], pictures=str(ws.pictures), new=str(tmp_path/'new'), side=32, batch_size=4, shard_records=8)
+    first = encode_share(job, tmp_path/'j', 1, 2); [next(first) for _ in range(3)]; first.close() # 12 of its 24: a shard on the disk, and one that is not finished
+    kept = {f.name: f.stat().st_mtime_ns for f in (tmp_path/'new'/'train'/'rank-1-of-2').glob('*.bin')}; assert list(kept) == ['latents-00000.bin']
+    assert [sum(e['pictures'] for e in encode_share(job, tmp_path/'j', r, 2)) for r in (0, 1)] == [16, 16]
+    join(tmp_path/'new'/'train', 'latents', 2)
+    for f, t in kept.items(): assert (tmp_path/'new'/'train'/'rank-1-of-2'/f).stat().st_mtime_ns == t
+    assert all((tmp_path/'new'/'train'/f.name).read_bytes() == f.read_bytes() for f in (ws.encoded/'train').glob('latents*'))
+
 def test_unique_captions_all_positions_and_the_null_prompt(encoded):
     texts = read_json(encoded.encoded/'text'/'texts.json')
     assert texts[0] == '' and sorted(texts[1:]) == ['rose', 'rose a', 'rose b', 'rose c']

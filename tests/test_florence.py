@@ -7,7 +7,8 @@ from PIL import Image
 torch = pytest.importorskip('torch')
 import psutil
 from transformers import BartForConditionalGeneration, BartTokenizer, CLIPImageProcessorPil, Florence2ForConditionalGeneration, Florence2Processor # noqa: a forked process has them then
-from flowerdiff.captioning import Journal, describe_share, describe_together, largest_first, read_journals, work
+from flowerdiff.ranks import Journal
+from flowerdiff.captioning import describe_share, describe_together, largest_first, read_journals, work
 from flowerdiff.florence import Florence, open_florence
 from flowerdiff.sentences import mention, sentence
 from flowerdiff.stages.caption import run
@@ -172,7 +173,7 @@ def test_an_interrupted_stage_ends_its_processes(mini, tmp_path, monkeypatch):
     def launch(*args):
         Journal(tmp_path, 0).write('note', text='first')
         started.append(subprocess.Popen(['sleep', '100'], start_new_session=True)); return started[0]
-    monkeypatch.setattr('flowerdiff.captioning.launch', launch)
+    monkeypatch.setattr('flowerdiff.ranks.launch', launch)
     events = describe_together(ws, tmp_path, [])
     assert next(events)['text'] == 'first' and started[0].poll() is None
     events.close()

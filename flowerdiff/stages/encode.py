@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..components import component_fingerprint, decode, find_component, load_autoencoder, load_text, pil_to_tensor, save_components, scale_factor, tensor_to_pil
+from ..encoders import encode_together
 from ..encoding import encode_captions, encode_pictures, latent_statistics, number_captions, psnr, read_pictures
 from ..shards import Shards, all_sets, set_name
 from ..workspace import UserError, Workspace, code_fingerprint, file_sha256, fingerprint, progress, read_json, read_jsonl, stage, write_json
@@ -203,8 +204,9 @@ def run(ws: Workspace) -> Result:
     start, done = time.perf_counter(), 0
     buckets = buckets_of(ws)
     sets = [(s, b, [f for f in files if (buckets.get(f) if s == 'train' else None) == b]) for s, (files, _) in splits.items() for b in (None, *(sorted(set(buckets.values()), key=str) if s == 'train' else ()))]
-    work = (encode_pictures(vae, [ws.pictures/s/f for f in files], side, new/s, e.batch_size, e.shard_records, b) for s, b, files in sets)
-    for _ in progress(itertools.chain.from_iterable(work), total, 'pictures'): done += 1
+    alone = itertools.chain.from_iterable(encode_pictures(vae, [ws.pictures/s/f for f in files], side, new/s, e.batch_size, e.shard_records, b) for s, b, files in sets)
+    for _ in progress(alone if e.num_processes == 1 else encode_together(ws, vae, sets, new), total, 'pictures'): done += 1
+    for left in new.glob('*/rank-*'): shutil.rmtree(left)
     rate = done/(time.perf_counter() - start)
     numbers = iter(numbers)
     for s, (files, _) in splits.items():
@@ -217,6 +219,7 @@ def run(ws: Workspace) -> Result:
     cut = len(text.too_long(texts))
     write_json(new/'manifest.json', manifest(new, facts | dict(components=component_fingerprint(new/'components'), latent_mean=mean, latent_std=std, captions_cut=cut)))
     replace_folder(new, ws.encoded); write_json(ws.work/'encode.json', dict(key=key))
+    for old in ws.work.glob('encode-*'): shutil.rmtree(old, ignore_errors=True) # begun with other inputs, never ended
     return Result(f'{made}, {"x".join(map(str, mean_shape(ws.encoded)))} latents' + (f', {rate:.0f} pictures/s' if done else '') + (f', {cut:,} captions cut at {text.length} tokens' if cut else ''), ws.encoded, ws.pictures)
 
 def read_key(ws: Workspace) -> str: # of the last encoding: its inputs and its code
