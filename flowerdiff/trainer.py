@@ -53,18 +53,22 @@ class Trainer:
         self.every, self.sums = max(1, self.total//400), torch.zeros(2, TENTHS, device=self.engine.device)  # losses since then and how many, by timestep
         self.norms, self.spikes, self.timed = [], 0, False  # lengths of the last gradients; spikes in a row; was it said what the time allows?
 
-    def batch(self, size: int): # a `Batch`, this process's share
-        "The samples of the step that is next."
-        t, e, flow = self.train, self.engine, self.train.prediction_type == 'flow_prediction'
-        return make_batch(self.split, self.step, self.seed, size, t.caption_dropout, t.mirror, t.timesteps, e.rank, e.world, e.device,
-                          t.timestep_sampling, t.flow_shift if flow else 1., t.offset_noise)
+# %% ../nbs/core/64_trainer.ipynb #8a422a00
+@patch
+def batch(self:Trainer, size: int): # a `Batch`, this process's share
+    "The samples of the step that is next."
+    t, e, flow = self.train, self.engine, self.train.prediction_type == 'flow_prediction'
+    return make_batch(self.split, self.step, self.seed, size, t.caption_dropout, t.mirror, t.timesteps, e.rank, e.world, e.device,
+                      t.timestep_sampling, t.flow_shift if flow else 1., t.offset_noise)
 
-    def tell(self, force=False) -> dict: # {} between two times; `loss`: of all samples, `levels`: by the middle of each tenth of the timesteps
-        "The mean loss since the last time, every few steps."
-        since = self.step - (self.losses[-1][0] if self.losses else 0)
-        if since < self.every and not force or not self.sums.any(): return {}
-        sums, n = self.engine.mean(self.sums).double().cpu(); self.sums.zero_(); self.losses.append([self.step, float(sums.sum()/n.sum())])
-        return dict(loss=self.losses[-1][1], levels={str(int((i + .5)*self.train.timesteps/TENTHS)): float(sums[i]/n[i]) for i in range(TENTHS) if n[i]})
+# %% ../nbs/core/64_trainer.ipynb #efc50804
+@patch
+def tell(self:Trainer, force=False) -> dict: # {} between two times; `loss`: of all samples, `levels`: by the middle of each tenth of the timesteps
+    "The mean loss since the last time, every few steps."
+    since = self.step - (self.losses[-1][0] if self.losses else 0)
+    if since < self.every and not force or not self.sums.any(): return {}
+    sums, n = self.engine.mean(self.sums).double().cpu(); self.sums.zero_(); self.losses.append([self.step, float(sums.sum()/n.sum())])
+    return dict(loss=self.losses[-1][1], levels={str(int((i + .5)*self.train.timesteps/TENTHS)): float(sums[i]/n[i]) for i in range(TENTHS) if n[i]})
 
 # %% ../nbs/core/64_trainer.ipynb #9a180325
 @patch

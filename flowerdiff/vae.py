@@ -39,6 +39,7 @@ def squeeze_features(
     net = SqueezeNet(path, device)
     return lambda x: [F.normalize(s, dim=1) for s in net.stages((x + 1)*127.5, 5)]
 
+# %% ../nbs/core/25_vae.ipynb #00ea874d
 def vae_loss(
     model,               # AutoencoderKL
     x: Tensor,           # [B, 3, H, W] from -1 to 1
@@ -64,6 +65,7 @@ def set_scale(
     z = torch.cat([model.encode(to_tensor(pictures[i:i+32]).to(device)).latent_dist.sample().flatten() for i in range(0, len(pictures), 32)])
     model.register_to_config(scaling_factor=1/z.std().item())
 
+# %% ../nbs/core/25_vae.ipynb #5b0c5ba5
 @torch.no_grad()
 def quality(
     model,                # an autoencoder, tiny or KL
@@ -76,6 +78,21 @@ def quality(
         found.append(10*torch.log10(4/(decode(model, encode_moments(model, x)[0]) - x).square().flatten(1).mean(1)))
     return torch.cat(found).mean().item()
 
+# %% ../nbs/core/25_vae.ipynb #2b492c79
+def _drawn(pictures, rng, n: int, mirrored) -> Tensor: # [n, 3, H, W] from -1 to 1
+    x = to_tensor(pictures[np.sort(rng.integers(len(pictures), size=n))])
+    return x.flip(-1) if mirrored else x
+
+# %% ../nbs/core/25_vae.ipynb #9340ccce
+def _falling(lr: float, step: int, part: float, before: float) -> float: # learning rate; step and part of this run, and the part that was done before it
+    return lr*min(1, (step + 1)/100)*(1 - before - (1 - before)*part)
+
+# %% ../nbs/core/25_vae.ipynb #aba93207
+@torch.no_grad()
+def _follow(ema, model, step: int): # the average goes towards the weights
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(.999, (1 + step)/(10 + step)))
+
+# %% ../nbs/core/25_vae.ipynb #34dc6cf5
 def _start(out: Path, factor: int, width: int, device: str): # (model, minutes spent): of a run that was killed, or new
     if not (out/'spent.json').exists(): return kl_autoencoder(factor, width).to(device), 0.
     return load_autoencoder(str(out)).requires_grad_(True).to(device), read_json(out/'spent.json')['minutes']
@@ -83,6 +100,7 @@ def _start(out: Path, factor: int, width: int, device: str): # (model, minutes s
 def _keep(ema, out: Path, pictures, minutes: float): # in one move, with the time it took
     set_scale(ema, pictures); save_autoencoder(ema, out, spent=dict(minutes=minutes))
 
+# %% ../nbs/core/25_vae.ipynb #1a3f4217
 def train_vae(
     pictures: np.ndarray,   # [N, H, W, 3] uint8, in memory or mapped
     out: Path,              # folder, in Diffusers' layout; one of a killed run is gone on with
@@ -103,16 +121,15 @@ def train_vae(
     "Trains an autoencoder with a KL term."
     torch.manual_seed(seed); rng = np.random.default_rng(seed)
     model, spent = _start(Path(out), factor, width, device)
-    ema, bf16, warm, some = copy.deepcopy(model).requires_grad_(False), fast_bf16(device), 100, pictures[:256]
+    ema, bf16, some = copy.deepcopy(model).requires_grad_(False), fast_bf16(device), pictures[:256]
     opt = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .99), weight_decay=1e-3)
     left, saved, before = max(minutes - spent, 1e-9), 0., spent/minutes
     for step, part in enumerate(watch(parts(left, steps))):
-        for g in opt.param_groups: g['lr'] = lr*min(1, (step + 1)/warm)*(1 - before - (1 - before)*part)
-        x = to_tensor(pictures[np.sort(rng.integers(len(pictures), size=batch_size))]).to(device)
-        if step % 2: x = x.flip(-1)
+        for g in opt.param_groups: g['lr'] = _falling(lr, step, part, before)
+        x = _drawn(pictures, rng, batch_size, mirrored=step % 2).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16): loss = vae_loss(model, x, kl, look)
         opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step()
-        with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(.999, (1 + step)/(10 + step)))
+        _follow(ema, model, step)
         if part*left - saved > save_every: saved = part*left; _keep(ema, out, some, spent + saved)
     _keep(ema, out, some, minutes)
     return ema.eval().cpu()
