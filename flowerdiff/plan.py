@@ -84,6 +84,7 @@ def pace(
         start = time.perf_counter(); f(); took.append(time.perf_counter() - start)
     return sorted(took[1:] or took)[len(took[1:])//2]
 
+# %% ../nbs/core/71_plan.ipynb #76029175
 def noise_split(
     n: int,        # pictures
     latent: tuple, # (C, h, w)
@@ -112,6 +113,7 @@ def time_training(
     finally: torch.set_num_threads(threads)
     return rate*(t.num_processes if cuda else 1), torch.cuda.max_memory_allocated() if cuda else peak_so_far()*2**20
 
+# %% ../nbs/core/71_plan.ipynb #8b051733
 def time_encoding(
     settings,
     base: Path = '.',
@@ -143,30 +145,61 @@ def disk_needs(
 def on_disk(root: Path) -> int: return sum(f.stat().st_size for f in root.rglob('*') if f.is_file()) if (root/'params.yaml').exists() else 0 # bytes that a workspace has
 
 # %% ../nbs/core/71_plan.ipynb #b611e0cf
-def _counts(s, seen, base): # the lines that are arithmetic -> (name, text, numbers)
-    p, t, n = s.prepare, s.train, split_sizes(seen.pictures, s.prepare, seen.splits)
-    latent, text = shapes(s, seen, base); first, texts, steps = first_sizes(s, seen, base), text_count(s, seen), total_steps(n['train'], t)
-    what = f'{seen.pictures:,} drawn by the garden' if p.source == 'garden' else f'{"" if seen.exact else "about "}{seen.pictures:,} in {p.source}, of {seen.side} px (the median shorter side)' + (f' and {seen.files - seen.pictures:,} other files' if seen.files > seen.pictures else '')
-    yield 'pictures', f'{what}: ' + ', '.join(f'{v:,} {k}' for k, v in n.items()), dict(n, first=first)
-    yield 'resolution', f'{p.resolution} px', {}
-    who = ' and '.join(seen.said) if s.caption.captioner in ('auto', 'given') else s.caption.captioner
-    yield 'captions', ('nothing is told of them: each will be "a picture"' if who == 'nothing' else f'Florence-2 looks at each picture, how fast is not known; at most about {texts - 1:,} different ones' if who == 'florence' else f'from {who}, at most about {texts - 1:,} different ones'), dict(texts=texts)
-    missing = lambda key, name: f'not known: {key} {name} is not on this machine; the run would download it'
-    yield 'latents', f"{'x'.join(map(str, latent))} of a picture, {bytes_text(first['latents'])}" + (f", by an autoencoder of the run's own, {s.encode.vae_minutes:g} min" if s.components.autoencoder == 'train' else '') if latent else missing('components.autoencoder', s.components.autoencoder), dict(latent=latent)
-    yield 'texts', f"{'x'.join(map(str, text))} of a caption, {bytes_text(first['texts'])}" + (f", by a CLIP of the run's own, {s.encode.clip_minutes:g} min" if s.components.text_encoder == 'train' else '') if text else missing('components.text_encoder', s.components.text_encoder), dict(text=text)
-    yield 'steps', f'{steps:,} of {t.batch_size} samples' + (f' in {t.accumulate} parts' if t.accumulate > 1 else '') + f': {t.epochs:g} epochs' + ('; then a student, whose steps cost more than these' if t.distill else ''), dict(steps=steps)
+def _pictures(s, seen, n: dict) -> str: # n: split -> pictures
+    where = f'{seen.pictures:,} drawn by the garden'
+    if s.prepare.source != 'garden':
+        others = f' and {seen.files - seen.pictures:,} other files' if seen.files > seen.pictures else ''
+        where = f'{"" if seen.exact else "about "}{seen.pictures:,} in {s.prepare.source}, of {seen.side} px (the median shorter side){others}'
+    return f'{where}: ' + ', '.join(f'{v:,} {k}' for k, v in n.items())
 
+# %% ../nbs/core/71_plan.ipynb #f586b5c5
+def _captions(s, seen, texts: int) -> str: # texts: with the empty one
+    who = ' and '.join(seen.said) if s.caption.captioner in ('auto', 'given') else s.caption.captioner
+    if who == 'nothing': return 'nothing is told of them: each will be "a picture"'
+    how = 'Florence-2 looks at each picture, how fast is not known;' if who == 'florence' else f'from {who},'
+    return f'{how} at most about {texts - 1:,} different ones'
+
+# %% ../nbs/core/71_plan.ipynb #f9f1123d
+def _encoded(part: str, spec: str, shape, size: int, of: str, own: str) -> str: # part: key of settings.components; own: what the run makes itself
+    if not shape: return f'not known: components.{part} {spec} is not on this machine; the run would download it'
+    return f"{'x'.join(map(str, shape))} of {of}, {bytes_text(size)}" + (f', by {own}' if spec == 'train' else '')
+
+# %% ../nbs/core/71_plan.ipynb #72549e64
+def _counts(s, seen, base): # the lines that are arithmetic -> (name, text, numbers)
+    t, c, n = s.train, s.components, split_sizes(seen.pictures, s.prepare, seen.splits)
+    latent, text = shapes(s, seen, base); first, texts, steps = first_sizes(s, seen, base), text_count(s, seen), total_steps(n['train'], t)
+    yield 'pictures', _pictures(s, seen, n), dict(n, first=first)
+    yield 'resolution', f'{s.prepare.resolution} px', {}
+    yield 'captions', _captions(s, seen, texts), dict(texts=texts)
+    yield 'latents', _encoded('autoencoder', c.autoencoder, latent, first.get('latents'), 'a picture', f"an autoencoder of the run's own, {s.encode.vae_minutes:g} min"), dict(latent=latent)
+    yield 'texts', _encoded('text_encoder', c.text_encoder, text, first.get('texts'), 'a caption', f"a CLIP of the run's own, {s.encode.clip_minutes:g} min"), dict(text=text)
+    parts, student = f' in {t.accumulate} parts' if t.accumulate > 1 else '', '; then a student, whose steps cost more than these' if t.distill else ''
+    yield 'steps', f'{steps:,} of {t.batch_size} samples{parts}: {t.epochs:g} epochs{student}', dict(steps=steps)
+
+# %% ../nbs/core/71_plan.ipynb #22522858
 def _network(s, got, base): # its line
     if not (got['latent'] and got['text']): raise UserError('not known: it depends on what the encoders make')
     weights, trained = count_weights(s, got['latent'], got['text'][1], base)
-    return f'{weights/1e6:.2f} million weights, ' + (f'those of {s.train.init}' if s.train.init else 'random ones')+ (f', {trained/1e6:.2f} million of them trained' if trained < weights else ''), dict(weights=weights, trained=trained, kept=kept_bytes(s.train, weights, trained))
+    start = f'those of {s.train.init}' if s.train.init else 'random ones'
+    part = f', {trained/1e6:.2f} million of them trained' if trained < weights else ''
+    return f'{weights/1e6:.2f} million weights, {start}{part}', dict(weights=weights, trained=trained, kept=kept_bytes(s.train, weights, trained))
+
+# %% ../nbs/core/71_plan.ipynb #14726bd3
+def _own_minutes(s) -> dict: # of the encoders that the run trains -> minutes
+    c, e = s.components, s.encode
+    return {name: minutes for name, minutes, spec in (('CLIP', e.clip_minutes, c.text_encoder), ('autoencoder', e.vae_minutes, c.autoencoder)) if spec == 'train'}
 
 def _encoding(s, got, base): # how fast
     if not got['latent']: raise UserError('not known: there is no autoencoder to measure')
-    n, rate, c = sum(got[k] for k in ('train', 'val', 'test')), time_encoding(s, base), s.components
-    own = {name: minutes for name, minutes, spec in (('CLIP', s.encode.clip_minutes, c.text_encoder), ('autoencoder', s.encode.vae_minutes, c.autoencoder)) if spec == 'train'}
+    n, rate, own = sum(got[k] for k in ('train', 'val', 'test')), time_encoding(s, base), _own_minutes(s)
     seconds = n/rate + 60*sum(own.values())
     return f'{duration(seconds)} for {n:,} pictures at {rate:.3g}/s' + (f" and the run's own {' and '.join(own)}" if own else ''), dict(encode_rate=rate, encode_seconds=seconds)
+
+# %% ../nbs/core/71_plan.ipynb #d0e0017e
+def _allowed(t, steps: int, step: float) -> tuple: # settings.train, steps wanted, seconds a step -> (steps that there is time for, what to say of it)
+    if not t.max_hours: return steps, ''
+    fit = min(steps, steps_within(t.max_hours, step))
+    return fit, f'; train.max_hours: {t.max_hours:g} h allow ' + ('all' if fit == steps else f'{fit:,}') + f' of {steps:,} steps'
 
 def _training(s, got, base): # how fast, in how much memory
     if 'weights' not in got: raise UserError('not known: there is no network to measure')
@@ -174,18 +207,22 @@ def _training(s, got, base): # how fast, in how much memory
     if got['kept'] > free: raise UserError(f'not measured: {bytes_text(got["kept"])} do not fit into the {bytes_text(free)} of memory that are free')
     busy = '; other programs keep this machine busy, without them it would be faster' if not torch.cuda.is_available() and os.getloadavg()[0] > 1.5*cores() else ''
     rate, memory = time_training(s, got['latent'], got['text'], base)
-    t, step = s.train, s.train.batch_size/rate; steps = min(got['steps'], steps_within(t.max_hours, step) if t.max_hours else got['steps'])
-    limit = '' if not t.max_hours else f'; train.max_hours: {t.max_hours:g} h allow ' + ('all' if steps == got['steps'] else f'{steps:,}') + f' of {got["steps"]:,} steps'
-    return f'{duration(steps*step)} at {rate:.3g} samples/s, a step {duration(step) if step >= 1 else f"{1000*step:.0f} ms"}, measured just now{busy}{limit}', dict(rate=rate, train_seconds=steps*step, memory=memory)
+    step = s.train.batch_size/rate; steps, limit = _allowed(s.train, got['steps'], step)
+    each = duration(step) if step >= 1 else f'{1000*step:.0f} ms'
+    return f'{duration(steps*step)} at {rate:.3g} samples/s, a step {each}, measured just now{busy}{limit}', dict(rate=rate, train_seconds=steps*step, memory=memory)
 
+# %% ../nbs/core/71_plan.ipynb #acf42708
 def _memory(s, got, base): # its line
     if 'kept' not in got: raise UserError('not known: there is no network to count')
     data = 0 if s.train.stream else got['first']['latents'] + got['first']['texts']
-    return f"{bytes_text(got['kept'])} of weights, gradient, optimiser and average; {bytes_text(data)} of data" + (f"; {bytes_text(got['memory'])} at the highest while it was measured" if 'memory' in got else ''), {}
+    measured = f"; {bytes_text(got['memory'])} at the highest while it was measured" if 'memory' in got else ''
+    return f"{bytes_text(got['kept'])} of weights, gradient, optimiser and average; {bytes_text(data)} of data{measured}", {}
 
 def _disk(s, got, base): # its line
     needs, free, has = disk_needs(s, got['first'], got.get('weights', 0), got.get('trained', 0)), free_bytes(base), on_disk(base)
-    return ', '.join(f'{k} {bytes_text(v)}' for k, v in needs.items() if v >= 5e4) + f': {bytes_text(sum(needs.values()))}' + (f', of which {bytes_text(has)} are there' if has else '') + f'; {bytes_text(free)} free', dict(disk=needs, free=free, lacking=max(0, sum(needs.values()) - has - free))
+    total, there = sum(needs.values()), f', of which {bytes_text(has)} are there' if has else ''
+    stages = ', '.join(f'{k} {bytes_text(v)}' for k, v in needs.items() if v >= 5e4)
+    return f'{stages}: {bytes_text(total)}{there}; {bytes_text(free)} free', dict(disk=needs, free=free, lacking=max(0, total - has - free))
 
 # %% ../nbs/core/71_plan.ipynb #3a3adfae
 def plan(
