@@ -241,10 +241,11 @@ def make_squares(
 
 def held_out_squares(source: Path, rows: list, side: int, work: Path) -> dict: # rows of `choose` -> name of a file: facts of its square, in `work`
     "Squares of the pictures that do not train, for a run whose training pictures are none: what is compared is of one shape."
-    names = [name for _, split, _, name in rows if split != 'train']
-    work.mkdir(exist_ok=True)
-    jobs = [(source/n, work/fingerprint(shown(n))[:20], side) for n in names]
-    return dict(zip(names, in_order(prepare_picture, jobs, 1 if len(jobs) < 50 else None)))
+    names = [name for _, split, _, name in rows if split != 'train']; work.mkdir(exist_ok=True)
+    make_squares(source, names, side, work)
+    out = dict(zip(names, each_row(work/'rows.jsonl')))
+    if bad := [n for n in names if 'reason' in out[n]]: raise UserError(f'{source/bad[0]}: {out[bad[0]]["reason"]}, which it did not a moment ago; run again')
+    return out
 
 # %% ../nbs/core/14_collection.ipynb #90516d49
 def choose(
@@ -254,15 +255,15 @@ def choose(
     settings,        # of prepare
 ) -> tuple:          # ([(sha256, split, offset of the row, name)] of those to keep, near copies [(name, name)], left out [(file, why)])
     "Which pictures are used, and for what."
-    keys, hashes, labels, says, kept, files, left, at = {}, [], [], [], [], [], [], 0
+    keys, hashes, labels, says, kept, files, least, left, at = {}, [], [], [], [], [], [], [], 0
     with open(work/'rows.jsonl', 'rb') as f:
         for name, line in zip(names, f):
             row, here, at = json.loads(line), at, at + len(line)
             if 'reason' in row: left.append((shown(name), row['reason'])); continue
             if row['sha256'] in keys: left.append((shown(name), f"has the same pixels as {shown(kept[keys[row['sha256']]][1])}")); continue
             keys[row['sha256']], meta = len(kept), told.row(name)
-            kept.append((here, name)); hashes.append(row['hash']); files.append(row['file']); labels.append(label_of(name, meta)); says.append(official_split(name, meta))
-    twins = [(i, j) for i, j in hash_pairs(hashes) if look_alike(work/files[i], work/files[j])]
+            kept.append((here, name)); hashes.append(row['hash']); files.append(row['file']); least.append(.65 if 'bucket' in row else .95); labels.append(label_of(name, meta)); says.append(official_split(name, meta))
+    twins = [(i, j) for i, j in hash_pairs(hashes) if look_alike(work/files[i], work/files[j], min(least[i], least[j]))] # of a bucket the middle shows a little more or less
     splits = _splits(list(keys), labels, says, {i for pair in twins for i in pair}, settings) if len(keys) > 2 else ['train']*len(keys)
     return sorted((k, s, *x) for k, s, x in zip(keys, splits, kept)), [(shown(kept[i][1]), shown(kept[j][1])) for i, j in twins], left
 

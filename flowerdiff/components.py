@@ -238,10 +238,10 @@ def fast_bf16(device='cpu') -> bool:
     return torch.cuda.is_bf16_supported() if str(device).startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
 
 def why_not_compile() -> str:
-    "What keeps `torch.compile` from working here, '' when nothing does."
-    if torch.cuda.is_available(): return ''
-    compiler = os.environ.get('CXX') or dict(darwin='clang++', win32='cl').get(sys.platform, 'g++')
-    return '' if shutil.which(compiler) else f'there is no C++ compiler ({compiler}), which torch.compile needs'
+    "What keeps `torch.compile` from working here, '' when nothing does: TorchInductor wants a C++ compiler, on a GPU Triton a C one."
+    gpu = torch.cuda.is_available()
+    wanted = [os.environ[k]] if (k := 'CC' if gpu else 'CXX') in os.environ else ['cc', 'gcc', 'clang'] if gpu else [dict(darwin='clang++', win32='cl').get(sys.platform, 'g++')]
+    return '' if any(map(shutil.which, wanted)) else f'there is no {"C" if gpu else "C++"} compiler ({" or ".join(wanted)}), which torch.compile needs'
 
 # %% ../nbs/core/20_components.ipynb #22ac2281
 def build_denoiser(

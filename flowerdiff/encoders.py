@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from .components import load_autoencoder, save_part
 from .encoding import encode_pictures
+from .processes import only_one
 from .ranks import Journal, as_rank, together
 from .shards import Shards, finished, set_name, shard_path
 from .workspace import Workspace, open_workspace, read_json, write_json
@@ -42,14 +43,16 @@ def encode_share(
     gpus, journal = torch.cuda.device_count(), Journal(journals, rank)
     vae = load_autoencoder(str(journals/'vae')).to(f'cuda:{rank%gpus}' if gpus else 'cpu', memory_format=torch.channels_last)
     for split, bucket, files in job['sets']:
-        mine, done = files[my_part(len(files), job['shard_records'], rank, world)], 0
-        pictures = encode_pictures(vae, [Path(job['pictures'], split, f) for f in mine], job['side'], rank_folder(Path(job['new'], split), rank, world), job['batch_size'], job['shard_records'], bucket)
-        for _ in pictures:
-            done += 1
-            if done % job['batch_size'] == 0:
-                yield journal.write('batch', pictures=job['batch_size'])
-                if not go_on(): return
-        if done % job['batch_size']: yield journal.write('batch', pictures=done % job['batch_size'])
+        mine, folder = files[my_part(len(files), job['shard_records'], rank, world)], rank_folder(Path(job['new'], split), rank, world)
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_one(folder, 60): # a worker whose stage was killed may still be at its last batch
+            done, pictures = 0, encode_pictures(vae, [Path(job['pictures'], split, f) for f in mine], job['side'], folder, job['batch_size'], job['shard_records'], bucket)
+            for _ in pictures:
+                done += 1
+                if done % job['batch_size'] == 0:
+                    yield journal.write('batch', pictures=job['batch_size'])
+                    if not go_on(): return
+            if done % job['batch_size']: yield journal.write('batch', pictures=done % job['batch_size'])
 
 def join(
     folder: Path, # of a split

@@ -166,7 +166,7 @@ def compile_how(
     device: torch.device,
     graphs: bool, # replay CUDA graphs?
 ) -> dict:        # keywords of torch.compile
-    "Raises `UserError` where there is no C++ compiler, which TorchInductor needs, or no GPU for graphs."
+    "Raises `UserError` where there is no compiler, or no GPU for graphs."
     if reason := why_not_compile(): raise UserError(f'train.compile: {reason}; install one, or set train.compile: false')
     if graphs and device.type != 'cuda': raise UserError('train.cuda_graphs: they are for an NVIDIA GPU and there is none; set it to false')
     return dict(dynamic=False, mode='reduce-overhead' if graphs else None)
@@ -176,6 +176,7 @@ def compile(self:Engine,
     graphs: bool = False, # replay CUDA graphs?
 ):
     "Have the model compiled at its first call."
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit) # a shape each, of which `prepare.crop: buckets` makes a dozen
     self.model = torch.compile(self.model, **compile_how(self.device, graphs))
 
 # %% ../nbs/core/36_engine.ipynb #f3c575f1

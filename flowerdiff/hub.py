@@ -34,7 +34,7 @@ def at_hand(
 ) -> Path:            # folder with its config.json; None: this machine has none, and nothing is downloaded
     "Where a part of a model is."
     folder = Path(base)/Path(spec).expanduser()
-    if spec == 'garden': folder = INSIDE/GARDEN[part]
+    if spec == 'garden' and part in GARDEN: folder = INSIDE/GARDEN[part]
     elif not folder.is_dir() and '@' in spec and HUB_ID.fullmatch(spec):
         try: folder = snapshot(spec, offline=True)
         except Exception: return None

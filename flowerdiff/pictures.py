@@ -82,7 +82,7 @@ def load_picture(
     path: str | Path, # a file
     side: int,        # of the square wanted, pixels
     crop: str = 'center', # or 'random', or 'buckets'
-) -> tuple:           # (RGB picture side x side or of a bucket, facts: width and height as found, a note, `plain`: nothing had to be changed, and the bucket if it is no square)
+) -> tuple:           # (RGB picture side x side or of a bucket, facts: width and height as found, a note, `plain`: nothing had to be changed, and the bucket if it is no square, with the hash of its middle)
     "Open a picture. Raises `BadPicture` with the reason for a file that can not be used."
     try:
         if not os.path.getsize(path): raise BadPicture('is empty (0 bytes)')
@@ -110,7 +110,7 @@ def _cut(im, side: int, crop: str):
     size = nearest_bucket(w, h, side) if crop == 'buckets' else (side, side)
     rgb = to_rgb(turned)
     where = np.random.default_rng(perceptual_hash(rgb)).random(2) if crop == 'random' else (.5, .5)
-    facts = dict(width=w, height=h, note=note, plain=plain and (w, h) == size) | (dict(bucket=size) if size != (side, side) else {})
+    facts = dict(width=w, height=h, note=note, plain=plain and (w, h) == size) | (dict(bucket=size, hash=perceptual_hash(ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS))) if size != (side, side) else {}) # of its middle: a picture and its square are to be known for the same
     return ImageOps.fit(rgb, size, Image.Resampling.LANCZOS, centering=tuple(where)), facts
 
 # %% ../nbs/core/12_pictures.ipynb #4cc1447d
@@ -132,7 +132,7 @@ def perceptual_hash(
 
 # %% ../nbs/core/12_pictures.ipynb #870e2aab
 def _coarse(path) -> np.ndarray: # 16x16 RGB, without brightness and contrast
-    x = np.asarray(Image.open(path).convert('RGB').resize((16, 16), Image.Resampling.BOX), float)
+    x = np.asarray(ImageOps.fit(Image.open(path).convert('RGB'), (16, 16), Image.Resampling.BOX), float)
     return (x - x.mean())/max(np.linalg.norm(x - x.mean()), 1e-6)
 
 def look_alike(
@@ -140,7 +140,7 @@ def look_alike(
     b: str | Path,      # another
     least: float = .95, # correlation wanted
 ) -> bool:
-    "Do the two look the same at 16 pixels, brightness and contrast aside?"
+    "Do the two look the same in the middle at 16 pixels, brightness and contrast aside?"
     return bool((_coarse(a)*_coarse(b)).sum() >= least)
 
 # %% ../nbs/core/12_pictures.ipynb #39f743bc
@@ -179,4 +179,4 @@ def prepare_picture(
     ending = '.jpg' if open(source, 'rb').read(3) == b'\xff\xd8\xff' else '.png'
     if facts.pop('plain'): shutil.copyfile(source, f'{out}{ending}')
     else: im.save(f'{out}{ending}', **(dict(quality=95, subsampling=0) if ending == '.jpg' else dict(compress_level=3)))
-    return dict(facts, file=os.path.basename(out) + ending, sha256=pixel_sha256(im), hash=perceptual_hash(im))
+    return dict(facts, file=os.path.basename(out) + ending, sha256=pixel_sha256(im), hash=facts.get('hash') or perceptual_hash(im))

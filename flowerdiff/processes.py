@@ -23,7 +23,7 @@ def only_one(
         for left in range(int(patience*10), -1, -1):
             try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
             except OSError:
-                if not left: raise UserError(f'train: another process trains in {folder}; wait for it or stop it') from None
+                if not left: raise UserError(f'{folder}: another process works there; wait for it or stop it') from None
                 time.sleep(.1)
         yield
 

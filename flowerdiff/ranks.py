@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from .processes import launch
 from .tracking import read_events
-from .workspace import UserError
+from .workspace import UserError, disk_errors, out_of_memory
 
 # %% ../nbs/core/66_ranks.ipynb #6bc9997d
 class Journal:
@@ -36,9 +36,12 @@ def as_rank(
 ) -> int:        # exit code: 0, or 2: a person's mistake
     "Do a worker's share."
     rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0))//world))
-    try: work(rank, world); return 0
+    torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())//world))
+    try:
+        with disk_errors(): work(rank, world)
+        return 0
     except Exception as e:
+        if out_of_memory(e): e = UserError('it does not fit into memory; lower the batch size of this stage, or the number of its processes')
         Journal(Path(folder), rank).write('failed', message=str(e), mistake=isinstance(e, UserError), kind=type(e).__name__)
         if isinstance(e, UserError): return 2
         raise

@@ -57,7 +57,7 @@ class Prepare(Section):
     val: Annotated[float, Field(gt=0, lt=.5)] = .05  # share of pictures that decides which model is better
     test: Annotated[float, Field(gt=0, lt=.5)] = .05 # share that nothing sees before the report
     split: Literal['content', 'stratified', 'official'] = 'content' # content: by the pictures themselves; stratified: the same within each class; official: as metadata.jsonl or the folders say
-    crop: Literal['center', 'random', 'buckets'] = 'center' # which square of a picture that is wider or taller; random: by the picture; buckets: none, training pictures keep about their shape's own hash, the same in each run
+    crop: Literal['center', 'random', 'buckets'] = 'center' # which square of a picture that is wider or taller; random: by the picture's own hash, the same in each run; buckets: none, training pictures keep about their shape
 
 # %% ../nbs/core/00_settings.ipynb #dac80265
 class Caption(Section):
@@ -191,7 +191,7 @@ class Evaluate(Section):
     features: str = 'clip'      # whose KID, FID, precision and recall: clip (the run's own), or a file: a TorchScript Inception (.pt) or a SqueezeNet (.safetensors)
     baseline: str = ''          # a model to beat by FID: a folder, a hub id, or previous (the champion before)
     grid: Count = 8             # prompts of the sample grid
-    grid_prompts: list[str] = [] # those that it begins with; the others are the garden's, or captions of test pictures
+    grid_prompts: list[Annotated[str, Field(pattern=r'\S')]] = [] # those that it begins with; the others are the garden's, or captions of test pictures
     attention: Annotated[int, Field(ge=0)] = 0 # of these, prompts whose every word gets a map of where it was read
     batch_size: Count = 50      # drawn at a time
 
@@ -241,6 +241,7 @@ class Settings(Section):
     @model_validator(mode='after')
     def _together(self):
         if self.prepare.crop == 'buckets' and self.train.stream: raise ValueError('train.stream reads latents of one shape and prepare.crop: buckets makes many; set train.stream to 0, or prepare.crop to center')
-        if self.train.prediction_type == 'flow_prediction' and self.evaluate.scheduler not in ('auto', 'dpm', 'unipc'):
+        if self.train.prediction_type == 'flow_prediction' and not self.train.init and self.evaluate.scheduler not in ('auto', 'dpm', 'unipc'):
             raise ValueError(f'evaluate.scheduler: {self.evaluate.scheduler} does not know rectified flow, which train.prediction_type asks for; set it to auto')
+        if not self.train.init and self.evaluate.steps > self.train.timesteps: raise ValueError(f'evaluate.steps: {self.evaluate.steps} are more than train.timesteps has ({self.train.timesteps}); lower it')
         return self

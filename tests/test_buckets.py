@@ -71,10 +71,27 @@ def test_encode_that_was_stopped_goes_on_and_ends_the_same(ws, tmp_path, monkeyp
     assert 'as encoded before' not in whole(again).summary
 
 def test_trains_and_is_measured(ws):
+    encode.run(str(ws.root)).show() # a row of pictures beside their latents, of whatever shape
     train.run(str(ws.root)); facts = read_json(ws.root/'train.json')
     assert facts['steps'] == 24 and np.isfinite(facts['validation_curve'][-1][1])
-    promote.run(str(ws.root)); said = evaluate.run(str(ws.root)); assert (ws.report/'index.html').exists() and 'KID' in said.summary
+    promote.run(str(ws.root)); said = evaluate.run(str(ws.root)); assert (ws.report/'index.html').exists() and 'KID×1000' in said.summary
     split = load_split(ws.encoded, 'train'); assert len({make_batch(split, s, 0, 4).latents.shape for s in range(24)}) == 4
+
+def test_a_picture_and_its_square_are_known_for_the_same(tmp_path):
+    (d := tmp_path/'mine').mkdir()
+    for i in range(30):
+        im = Image.new('RGB', (120, 80), (255 - 6*i, 6*i, 90)); im.paste(draw(sample_attributes(4, i), 4, i, 80), (20, 0)); im.save(d/f'{i:02}.png')
+        if i < 10: im.crop((20, 0, 100, 80)).save(d/f'{i:02} square.png')
+    rows = {s: [r['source'] for r in read_jsonl(prepare.run(str(tmp_path/'ws'), 'folder', {'prepare.source': str(d), 'prepare.crop': 'buckets', 'prepare.val': .2, 'prepare.test': .2}).folder/s/'metadata.jsonl')] for s in ('train', 'val', 'test')}
+    assert {f'{i:02}{k}.png' for i in range(10) for k in ('', ' square')} <= set(rows['train']), 'a copy of a training picture is held out'
+    assert len(rows['val']) + len(rows['test']) >= 10
+
+def test_shown_without_a_square_among_them(tmp_path):
+    (d := tmp_path/'mine').mkdir()
+    for i in range(12): draw(sample_attributes(5, i), 5, i, 120).crop((0, 20, 120, 100)).save(d/f'{i:02}.png')
+    for s in (prepare, caption): s.run(str(tmp_path/'ws'), 'folder', TINY | {'prepare.source': str(d)})
+    result = encode.run(str(tmp_path/'ws')); assert load_split(result.folder, 'train').sizes[0] == 0
+    result.show()
 
 def test_streaming_is_refused_at_once():
     with pytest.raises(UserError, match='train.stream reads latents of one shape'): load_profile('folder', {'prepare.crop': 'buckets', 'train.stream': 2})

@@ -52,7 +52,7 @@ def prepared(tmp, profile, files='', **settings): return prepare.run(tmp/'ws', p
 # ---- the official layouts
 
 def test_oxford_from_its_archive(tmp_path):
-    result = prepared(tmp_path, 'flowers102', oxford(tmp_path/'files')); r = rows(result)
+    result = prepared(tmp_path, 'flowers102', oxford(tmp_path/'files'), split='official'); r = rows(result)
     assert {k: x['split'] for k, x in r.items()} == {f'image_{i:05}.jpg': {1: 'val', 3: 'val', 2: 'test', 4: 'test'}.get(i, 'train') for i in range(1, 13)}
     assert [r[f'image_{i:05}.jpg']['label'] for i in (1, 2, 3, 4)] == ['passion flower', 'water lily', 'pink primrose', 'blackberry lily']
     assert result.info['left_out'] == 0 and not list((tmp_path/'ws'/'work').glob('prepare-*'))
@@ -83,7 +83,7 @@ def test_celeba_and_its_captions(tmp_path, archive):
 def test_real_oxford(tmp_path):
     (d := tmp_path/'files').mkdir(); (d/'jpg').symlink_to(SHARED/'flowers'/'images')
     for f in ('imagelabels.mat', 'setid.mat'): shutil.copy(SHARED/'flowers'/f, d); assert fetch.md5_of(d/f) in {t.md5 for t in DATASETS['oxford102'].tables}
-    r = rows(prepare.run(tmp_path/'ws', 'flowers102', {'prepare.files': str(d), 'prepare.count': 400, 'prepare.resolution': 64}))
+    r = rows(prepare.run(tmp_path/'ws', 'flowers102', {'prepare.files': str(d), 'prepare.split': 'official', 'prepare.count': 400, 'prepare.resolution': 64}))
     told = {Path(x['file_name']).name: x for x in read_jsonl(SHARED/'flowers'/'metadata.jsonl')}
     near = sum(x['split'] != told[k]['official_split'].replace('valid', 'val') for k, x in r.items()) # near copies stay in training
     assert len(r) > 390 and all(x['label'] == told[k]['class_name'] for k, x in r.items()) and near <= 4
@@ -322,7 +322,7 @@ def test_miniature_of_the_celeba_profile_trains(tmp_path):
 
 def test_command_line(tmp_path):
     oxford(tmp_path/'files'); command = [sys.executable, '-P', '-c', 'import sys; from flowerdiff.cli import main; sys.exit(main())']
-    for args in (['init', 'w', '--profile', 'flowers102'], ['run', 'w', '--only', 'prepare', '--set', 'prepare.files=files', '--set', 'prepare.resolution=32']):
+    for args in (['init', 'w', '--profile', 'flowers102'], ['run', 'w', '--only', 'prepare', '--set', 'prepare.files=files', '--set', 'prepare.split=official', '--set', 'prepare.resolution=32']):
         done = subprocess.run([*command, *args], cwd=tmp_path, capture_output=True, text=True)
         assert not done.returncode, done.stdout + done.stderr
     assert read_json(tmp_path/'w'/'pictures'/'info.json')['counts'] == dict(train=8, val=2, test=2)

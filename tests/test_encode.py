@@ -87,7 +87,7 @@ def test_killed_encode_loses_one_shard_and_ends_with_the_same_bytes(parts, encod
     for f, t in done.items(): assert (ws.encoded/'train'/f.name).stat().st_mtime_ns == t, f'{f.name} was encoded again'
     assert not list(ws.work.glob('encode-*/')), 'what was in progress is in its place now'
 
-def test_two_processes_encode_what_one_does_and_keep_what_they_did(parts, encoded, tmp_path):
+def test_two_processes_encode_what_one_does(parts, encoded, tmp_path):
     ws = make_workspace(tmp_path/'ws', parts, **{'encode.num_processes': 2}); last = ws.pictures/'train'/'000039.png'; whole = last.read_bytes()
     last.write_bytes(whole[:100])
     with pytest.raises(UserError, match='000039.png: is not a 32x32 picture') as e: encode(ws)

@@ -76,7 +76,7 @@ def check_report(ws, kind, steps=None): # None: as many as the profile's
     e, m = load_profile(kind).evaluate, read_json(ws.report/'metrics.json'); steps = steps or e.steps
     by, page = dict(flowers102='ddim', celeba='ddpm').get(kind), (ws.report/'index.html').read_text()
     assert (m['protocol']['steps'], m['protocol']['guidance'], m['protocol'].get('scheduler')) == (steps, e.guidance, by) and f'{steps} steps{f" of {by}" if by else ""}, guidance {e.guidance:g}' in page
-    assert all(p in page for p in e.grid_prompts[:2])
+    assert all(p in page for p in e.grid_prompts[:2]) and len(e.grid_prompts) == (5 if kind == 'flowers102' else 0)
     return m
 
 def check_builds(ws, results):

@@ -176,10 +176,10 @@ class Result:
         "Pictures beside what their latents become again, and the latents' statistics."
         m, vae = read_json(self.folder/'manifest.json'), load_autoencoder(self.folder/'components')
         split = 'val' if m['records']['val'] >= n else 'train'
-        latents = Shards(self.folder/split, 'latents')
-        files = read_json(self.folder/split/'files.json')[:min(n, len(latents))]
-        x = pil_to_tensor(read_pictures([self.pictures/split/f for f in files], m['resolution']))
-        z = torch.from_numpy(latents.gather(range(len(files)))['mean'][:, 0]).float()
+        sets = all_sets(self.folder/split, 'latents'); most = max(sets, key=len); first = sum(len(s) for s in sets[:sets.index(most)])
+        files, (h, w) = read_json(self.folder/split/'files.json')[first:first + min(n, len(most))], most.fields['mean'][0][2:]
+        x = pil_to_tensor(read_pictures([self.pictures/split/f for f in files], (w*scale_factor(vae), h*scale_factor(vae))))
+        z = torch.from_numpy(most.gather(range(len(files)))['mean'][:, 0]).float()
         with torch.inference_mode(): y = decode(vae, z)
         show_latents(x, z, y)
         print(f'{psnr(x, y).mean():.1f} dB')

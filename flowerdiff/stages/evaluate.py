@@ -20,7 +20,7 @@ from ..features import ClipFeatures, open_features, own_clip
 from ..metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, directions, fid, inception_score, kid, nearest, psnr, shuffled, within
 from ..models import student_steps, weights_fingerprint
 from ..networks import TorchBackend, left_out
-from ..questions import draw_all, drawn_how, questions
+from ..questions import draw_all, drawn_how, questions, shown_how
 from ..report import adherence_section, by_timestep, curves, headlines, percent, render
 from ..sampler import Generator, montage
 from ..scores import beside, former
@@ -162,7 +162,7 @@ def tables(metrics: dict) -> list: # of `flowerdiff.report.render`
     out, b, l = beside(metrics, metrics['former']), metrics.get('baseline'), metrics['latency']
     if b: out.append(dict(title='Beside a baseline', note=f"{b['pictures']} pictures from {b['prompts']} prompts with each model. It {'passed' if b['passed'] else 'did not pass'}: at most {SLACK} times the baseline's FID was allowed.", columns=['', 'FID (95 % interval)'],
         rows=[[n, f"{v['value']:.3g} ({v['low']:.3g} to {v['high']:.3g})"] for n, v in (('this model', b['fid']['drawn']), (f"the baseline ({b['model'][:16]})", b['fid']['baseline']))]))
-    return out + [dict(title='Time', note=f"One picture, {metrics['protocol']['steps']} steps, {torch.get_num_threads()} threads ({torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}).", columns=['backend', 'milliseconds'], rows=[[k, f'{v:.0f}'] for k, v in sorted(l.items(), key=lambda kv: kv[1])])]
+    return out + [dict(title='Time', note=f"One picture, {min(metrics['protocol']['steps'], 50)} steps of the model's own scheduler, {torch.get_num_threads()} threads ({torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}).", columns=['backend', 'milliseconds'], rows=[[k, f'{v:.0f}'] for k, v in sorted(l.items(), key=lambda kv: kv[1])])]
 
 # %% ../../nbs/stages/07_evaluate.ipynb #e99a3111
 def looks(
@@ -185,7 +185,7 @@ def strips(ws: Workspace, numbers: dict, asks: list, drawn: list, generator: Gen
     s, k = ws.settings, len(real)
     out = [real_strip(real, rebuilt, drawn[:k])]
     if 'order' in numbers: out.append(agreement_strip(numbers['order'], drawn, asks))
-    if not student_steps(ws.model): out += dial_strips(generator, grid_prompts(asks, 2), s.seed, **drawn_how(s.evaluate))
+    if not student_steps(ws.model): out += dial_strips(generator, grid_prompts(asks, 2), s.seed, **shown_how(s.evaluate))
     return out + ([nearest_strip(numbers['nearest'], drawn, ws.pictures/'train')] if 'nearest' in numbers else [])
 
 @stage('evaluate')
@@ -194,6 +194,7 @@ def run(ws: Workspace) -> Result:
     start, s, e, backend = time.time(), ws.settings, ws.settings.evaluate, TorchBackend(ws.model)
     if student_steps(ws.model): e.steps, e.guidance, e.scheduler = backend.steps, backend.guidance, 'auto' # a student has its own, and no others
     how, model, clip = drawn_how(e), weights_fingerprint(ws.model), own_clip(ws.encoded/'components')
+    if e.scheduler == 'ddpm' and e.steps < s.train.timesteps: print(f'evaluate: {e.steps} steps are few for ddpm, which was made for {s.train.timesteps}; set evaluate.steps, or evaluate.scheduler to auto')
     see = open_features(e.features, clip, ws.root)
     generator, asks = Generator(backend, batch=e.batch_size), questions(ws, e.prompts)
     drawn, prompts = draw_all(generator, asks, e.batch_size, s.seed, **how), grid_prompts(asks, e.grid, e.grid_prompts)
@@ -204,7 +205,7 @@ def run(ws: Workspace) -> Result:
     elif e.baseline: skipped['baseline'] = 'FID needs features: the text encoder came without its picture half, and evaluate.features names no network'
     real = read_pictures(ws.pictures/'test', 0, [a.file for a in asks[:8]]); rebuilt = reconstruct(backend, real)
     protocol = dict(prompts=len(asks), real=numbers.get('real', 0), seed=s.seed, features=numbers.get('features', 'none'), data=str(read_json(ws.pictures/'info.json').get('fingerprint', '')), **how)
-    metrics = plain({k: v for k, v in numbers.items() if k not in ('seen', 'confusion', 'nearest', 'order', 'real', 'features')}) | dict(psnr=psnr(real, rebuilt), latency=race_pictures(open_all(ws.model, [k for k in BACKENDS if k != 'torch-compile'])[0], prompts[0], rounds=2, row=1, **how), model=model, protocol=protocol, skipped=skipped, former=former(ws.report, model, protocol))
+    metrics = plain({k: v for k, v in numbers.items() if k not in ('seen', 'confusion', 'nearest', 'order', 'real', 'features')}) | dict(psnr=psnr(real, rebuilt), latency=race_pictures(open_all(ws.model, [k for k in BACKENDS if k != 'torch-compile'])[0], prompts[0], rounds=2, row=1, **shown_how(e)), model=model, protocol=protocol, skipped=skipped, former=former(ws.report, model, protocol))
     rows, train, seconds = looked + strips(ws, numbers, asks, drawn, generator, real, rebuilt), read_json(ws.root/'train.json') if (ws.root/'train.json').is_file() else {}, time.time() - start
     page = render(f'What {ws.root.name} learned to draw', f"{parameters_line(ws)} trained from pictures and their captions; evaluated on {time.strftime('%-d %B %Y')}.", [dict(prompt=p, pictures=grid[4*i:4*i+4]) for i, p in enumerate(prompts)],
         headlines(numbers), adherence_section(numbers, asks, drawn) if 'adherence' in numbers else None, rows, tables(metrics), curves(train) + by_timestep(train), 'The training loss over what was learned, and the loss on held-out pictures with averaged weights, always the same noise. Below, the latter by the timestep that was asked: little noise on the left, nothing but noise on the right.',
