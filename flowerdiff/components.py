@@ -11,7 +11,6 @@ __all__ = ['FILES', 'UNSAFE', 'PINNED', 'ORIGIN', 'PASSING', 'AUTOENCODERS', 'fr
 # %% ../nbs/core/20_components.ipynb #ee23b767
 import contextlib, json, os, re, shutil, sys
 from dataclasses import dataclass
-from math import gcd
 from pathlib import Path
 import numpy as np
 import torch

@@ -105,7 +105,7 @@ def cache_folder(name: str) -> Path: # of a data set
     return Path(os.environ.get('FLOWERDIFF_DATA') or Path.home()/'.cache/flowerdiff/datasets').expanduser()/name
 
 def _download(name: str, wanted: list, folder: Path): # the files that are not in the cache
-    d, by_hand = DATASETS[name], f'get {", ".join(f.name for f in wanted[:-1])}{" and " if wanted[1:] else ""}{wanted[-1].name} from {DATASETS[name].page}, and put them into {folder} or into a folder that prepare.files names'
+    by_hand = f'get {", ".join(f.name for f in wanted[:-1])}{" and " if wanted[1:] else ""}{wanted[-1].name} from {DATASETS[name].page}, and put them into {folder} or into a folder that prepare.files names'
     if not all(f.url for f in wanted): raise UserError(f'{name}: no program can download it; {by_hand}')
     left = sum(f.size - (p.stat().st_size if (p := folder/f'{f.name}.part').exists() else 0) for f in wanted)
     check_room(folder, max(left, 0), f'{name}, which is to be downloaded,')

@@ -15,7 +15,7 @@ from .encoding import encode_pictures
 from .processes import only_one
 from .ranks import Journal, as_rank, together
 from .shards import Shards, finished, set_name, shard_path
-from .workspace import Workspace, open_workspace, read_json, write_json
+from .workspace import Workspace, read_json, write_json
 
 # %% ../nbs/core/67_encoders.ipynb #957a70fb
 def my_part(

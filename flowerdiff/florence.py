@@ -9,7 +9,7 @@ __all__ = ['Florence', 'open_florence']
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from torch import Tensor, nn
+from torch import nn
 from .components import _whole, find_component, opening
 from .workspace import UserError, read_json
 

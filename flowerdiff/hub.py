@@ -9,7 +9,6 @@ __all__ = ['HUB_ID', 'GARDEN', 'INSIDE', 'snapshot', 'at_hand']
 import re
 from pathlib import Path
 import flowerdiff
-from .workspace import UserError
 
 # %% ../nbs/core/19_hub.ipynb #e9df5a99
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+(@[\w.-]+)?')        # org/name, better org/name@commit

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .components import opening
+from .components import opening, why_not_compile
 from .models import PIPELINES, load_part, read_config, readable, scheduler_config, student_steps
 from .workspace import UserError, read_json
 

@@ -22,7 +22,7 @@ from .finetune import add_lora, check_fit
 from .hub import at_hand
 from .machine import cores, memory_gb
 from .pipeline import asked
-from .suggest import first_sizes, gpu_gb, look_at, shapes, split_sizes, suggest, text_count, weight_bytes
+from .suggest import first_sizes, gpu_gb, look_at, shapes, split_sizes, suggest, text_count
 from .trainer import Trainer, steps_within, total_steps
 from .vae import kl_autoencoder
 from .workspace import UserError, bytes_text, free_bytes, read_json

@@ -66,6 +66,11 @@ def test_module_loads_nothing_unsafe(path):
         for k in call.keywords:
             assert (k.arg, getattr(k.value, 'value', None)) not in (('trust_remote_code', True), ('allow_pickle', True), ('weights_only', False), ('shell', True)), ast.unparse(call)
 
+def test_no_name_is_undefined():
+    "Exporting moves cells apart; a name whose import stayed behind would only be missed when that line runs."
+    said = subprocess.run([sys.executable, '-m', 'pyflakes', *MODULES], capture_output=True, text=True).stdout
+    assert 'imported but unused' in said and 'undefined name' not in said, said # it did look: some imports are for the notebook's own examples
+
 def test_core_imports_lower_numbers():
     "A core notebook may use what stands before it; only the pipeline, the command line and demo_workspace know the stages, and only the command line the studio."
     numbered = {m: int(p.name[:2]) for m, p in notebook_of().items() if p.parent.name == 'core'}

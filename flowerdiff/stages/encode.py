@@ -123,7 +123,7 @@ def find_components(
     pictures: str,   # their fingerprint
 ) -> tuple:          # autoencoder, TextEncoder, fingerprints of both
     "The two encoders that the settings name."
-    c, found = ws.settings.components, {}
+    c = ws.settings.components
     own = str(own_autoencoder(ws, splits, pictures)) if c.autoencoder == 'train' else c.autoencoder
     vae = load_autoencoder(own, ws.root)
     if ws.settings.prepare.resolution % scale_factor(vae): raise UserError(f'prepare.resolution: {ws.settings.prepare.resolution} is not a multiple of {scale_factor(vae)}, as components.autoencoder needs')

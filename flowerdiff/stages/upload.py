@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'send', 'Result', 'run']
 from dataclasses import dataclass, field
 from functools import partial
 from ..store import NoCredentials, Store, object_key, open_store, push
-from ..workspace import UserError, Workspace, progress, stage, write_json
+from ..workspace import Workspace, progress, stage, write_json
 
 # %% ../../nbs/stages/04_upload.ipynb #8416b041
 PARTS = ('pictures', 'captions', 'encoded') # folders of the workspace
