@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'DRAW', 'JUDGE', 'FIRST', 'WINDOW', 'chance', 'epoch_order', 'batch_pictures', 'Draws', 'draws',
-           'time_shares', 'shift_time', 'Split', 'bucketed_order', 'BucketedSplit', 'load_split', 'toy_split', 'Batch',
-           'make_batch']
+           'time_shares', 'shift_time', 'fit_gpu', 'Split', 'bucketed_order', 'BucketedSplit', 'load_split',
+           'toy_split', 'Batch', 'make_batch']
 
 # %% ../nbs/core/35_batches.ipynb #2eeaf238
 import bisect
@@ -93,6 +93,12 @@ def shift_time(
     return shift*share/(1 + (shift - 1)*share)
 
 # %% ../nbs/core/35_batches.ipynb #11958131
+def fit_gpu(
+    share: float, # of the memory that is free
+    *tensors,
+) -> bool: # is there a GPU, and room?
+    return torch.cuda.is_available() and sum(t.nbytes for t in tensors) <= share*torch.cuda.mem_get_info()[0]
+
 @dataclass
 class Split:
     "Encoded pictures in memory."
@@ -120,9 +126,7 @@ class Split:
 
     def to_gpu(self, share: float = .5): # of the memory that is free; where it fits, nothing travels any more
         "The split on the GPU when there is one and it takes no more than a share of what is free there."
-        size = sum(t.nbytes for t in (self.mean, self.std, self.texts))
-        if not torch.cuda.is_available() or size > share*torch.cuda.mem_get_info()[0]: return self
-        return Split(*(t.cuda() for t in (self.mean, self.std, self.texts)), self.captions)
+        return Split(*(t.cuda() for t in (self.mean, self.std, self.texts)), self.captions) if fit_gpu(share, self.mean, self.std, self.texts) else self
 
 # %% ../nbs/core/35_batches.ipynb #642adb2a
 @lru_cache(4)
@@ -173,8 +177,7 @@ class BucketedSplit(Split):
         return Split(*(x[:n] for x in self.buckets[b]), self.texts, self.captions[self.starts[b]:self.starts[b] + n])
 
     def to_gpu(self, share: float = .5):
-        size = sum(t.nbytes for t in (self.texts, *(x for b in self.buckets for x in b)))
-        if not torch.cuda.is_available() or size > share*torch.cuda.mem_get_info()[0]: return self
+        if not fit_gpu(share, self.texts, *(x for b in self.buckets for x in b)): return self
         return BucketedSplit([tuple(x.cuda() for x in b) for b in self.buckets], self.texts.cuda(), self.captions)
 
 # %% ../nbs/core/35_batches.ipynb #3f5cc3ab

@@ -6,7 +6,7 @@
 __all__ = ['largest_first', 'read_journals', 'Fitting', 'describe_share', 'work', 'describe_together', 'describe_pictures']
 
 # %% ../nbs/core/67_captioning.ipynb #9ec5a93a
-import itertools, os, sys, time
+import itertools, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -14,7 +14,7 @@ from .components import component_fingerprint, find_component
 from .encoding import read_ahead
 from .florence import open_florence
 from .ranks import Journal, all_events, as_rank, together
-from .workspace import UserError, Workspace, code_fingerprint, file_sha256, fingerprint, open_workspace, out_of_memory, progress, read_json, write_json
+from .workspace import UserError, Workspace, code_fingerprint, file_sha256, fingerprint, open_workspace, out_of_memory, progress
 
 # %% ../nbs/core/67_captioning.ipynb #3c732d9d
 def largest_first(
@@ -92,14 +92,10 @@ def describe_share(
 # %% ../nbs/core/67_captioning.ipynb #f92fc5b5
 def work(
     root: str,   # of the workspace
-    folder: str, # of the journals, with job.json
-) -> int:        # exit code: 0, or 2: a person's mistake
+    folder: str, # of the journals
+) -> int:        # exit code, see `as_rank`
     "Describe in this process: one of the ranks that torchrun started."
-    import psutil
-    def share(rank, world):
-        job = read_json(Path(folder)/'job.json')
-        for _ in describe_share(open_workspace(root), Path(folder), job['pictures'], rank, world, lambda: psutil.pid_exists(job['pid'])): pass
-    return as_rank(folder, share)
+    return as_rank(folder, lambda job, *how: describe_share(open_workspace(root), Path(folder), job['pictures'], *how))
 
 def describe_together(
     ws: Workspace,
@@ -107,8 +103,7 @@ def describe_together(
     pictures: list, # [(key, file)]
 ):                  # -> events of all processes
     "Describe pictures in `caption.num_processes` processes. Raises what one of them died of."
-    write_json(folder/'job.json', dict(pid=os.getpid(), pictures=pictures))
-    yield from together('flowerdiff.captioning', ws.root, folder, ws.settings.caption.num_processes, 'caption')
+    yield from together('flowerdiff.captioning', ws.root, folder, ws.settings.caption.num_processes, 'caption', pictures=pictures)
 
 # %% ../nbs/core/67_captioning.ipynb #d5337d8a
 def describe_pictures(

@@ -70,14 +70,10 @@ def join(
 # %% ../nbs/core/67_encoders.ipynb #8abbbacc
 def work(
     root: str,   # of the workspace
-    folder: str, # of the journals, with job.json and vae/
-) -> int:        # exit code: 0, or 2: a person's mistake
+    folder: str, # of the journals, with vae/
+) -> int:        # exit code, see `as_rank`
     "Encode in this process: one of the ranks that torchrun started."
-    import psutil
-    def share(rank, world):
-        job = read_json(Path(folder)/'job.json')
-        for _ in encode_share(job, Path(folder), rank, world, lambda: psutil.pid_exists(job['pid'])): pass
-    return as_rank(folder, share)
+    return as_rank(folder, lambda job, *how: encode_share(job, Path(folder), *how))
 
 def encode_together(
     ws: Workspace,
@@ -89,8 +85,8 @@ def encode_together(
     e, journals = ws.settings.encode, ws.work/'encode-journals'
     if not (todo := [s for s in sets if not is_complete(new/s[0], set_name('latents', s[1]))]): return
     shutil.rmtree(journals, ignore_errors=True); save_part(vae, journals/'vae')
-    write_json(journals/'job.json', dict(pid=os.getpid(), sets=todo, pictures=str(ws.pictures), new=str(new), side=ws.settings.prepare.resolution, batch_size=e.batch_size, shard_records=e.shard_records))
-    for event in together('flowerdiff.encoders', ws.root, journals, e.num_processes, 'encode'):
+    job = dict(sets=todo, pictures=str(ws.pictures), new=str(new), side=ws.settings.prepare.resolution, batch_size=e.batch_size, shard_records=e.shard_records)
+    for event in together('flowerdiff.encoders', ws.root, journals, e.num_processes, 'encode', **job):
         if event['event'] == 'batch': yield from range(event['pictures'])
     for split, bucket, _ in todo: join(new/split, set_name('latents', bucket), e.num_processes)
     shutil.rmtree(journals)

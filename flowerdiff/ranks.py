@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from .processes import launch
 from .tracking import read_events
-from .workspace import UserError, disk_errors, out_of_memory
+from .workspace import UserError, disk_errors, out_of_memory, read_json, write_json
 
 # %% ../nbs/core/66_ranks.ipynb #6bc9997d
 class Journal:
@@ -31,14 +31,17 @@ def all_events(folder: Path) -> list: # of all journals, those of a process in o
 
 # %% ../nbs/core/66_ranks.ipynb #1c12ac19
 def as_rank(
-    folder: str, # of the journals
-    work,        # (rank, world) -> None
-) -> int:        # exit code: 0, or 2: a person's mistake
-    "Do a worker's share."
+    folder: str | Path, # of the journals, with job.json
+    share,              # (job, rank, world, go_on) -> events, as they are written; `go_on` is asked after each
+) -> int:               # exit code: 0, or 2: a person's mistake
+    "Do a worker's share, as long as the stage that started it is there."
+    import psutil
     rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())//world))
     try:
-        with disk_errors(): work(rank, world)
+        job = read_json(Path(folder)/'job.json')
+        with disk_errors():
+            for _ in share(job, rank, world, lambda: psutil.pid_exists(job['pid'])): pass
         return 0
     except Exception as e:
         if out_of_memory(e): e = UserError('it does not fit into memory; lower the batch size of this stage, or the number of its processes')
@@ -53,8 +56,10 @@ def together(
     folder: Path,   # of the journals
     processes: int,
     name: str,      # of the stage, for messages and the log
+    **job,          # plain values that the workers are to know
 ):                  # -> events of all workers, as they come
     "Have a stage's work done by several processes. Raises what one of them died of."
+    write_json(folder/'job.json', dict(pid=os.getpid(), **job))
     seen, failed = {p: p.stat().st_size for p in folder.glob('*-*.jsonl')}, []
     child = launch(module, root, folder, processes, f'{name}.log')
     try:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'CAPTIONERS', 'FINE', 'given', 'distinct', 'properties', 'attributes', 'labels', 'florence', 'caption',
-           'token_counter', 'Lint', 'findings', 'Captioned', 'run', 'rows_of', 'looked_at', 'sheet', 'table']
+           'token_counter', 'Lint', 'findings', 'Captioned', 'rows_of', 'looked_at', 'run', 'sheet', 'table']
 
 # %% ../../nbs/stages/02_caption.ipynb #384b16e2
 import hashlib, itertools, json, re
@@ -162,6 +162,22 @@ class Captioned:
         plt.show()
         print(table(self.lint))
 
+# %% ../../nbs/stages/02_caption.ipynb #65714307
+def rows_of(folder: Path): # -> (split, row)
+    "Rows of all splits of `pictures/`, one at a time."
+    for split in ('train', 'val', 'test'): yield from ((split, row) for row in each_row(folder/split/'metadata.jsonl'))
+
+def looked_at(ws: Workspace) -> tuple: # file -> {task: answer}; pictures/s
+    "Show every picture to the model, or find what it said before."
+    from flowerdiff.captioning import describe_pictures
+    return describe_pictures(ws, [f'{split}/{row["file_name"]}' for split, row in rows_of(ws.pictures)])
+
+# %% ../../nbs/stages/02_caption.ipynb #8f314543
+def _nothing_to_say(name: str) -> str:
+    what = dict(given='captions in metadata.jsonl', attributes='attribute columns in metadata.jsonl', labels='label, nor a subfolder that names one', florence='answer of caption.model that says anything')[name]
+    return f'caption.captioner: is {name}, but no picture has {what}; set it to auto'
+
+# %% ../../nbs/stages/02_caption.ipynb #1f9b2f99
 @stage('caption')
 def run(ws: Workspace) -> Captioned:
     "Captions for every picture, in `captions/`."
@@ -182,19 +198,6 @@ def run(ws: Workspace) -> Captioned:
     print(f'captions: {found}')
     by = ', '.join(f'{k} {v}' for k, v in used.most_common()) if len(used) > 1 else next(iter(used))
     return Captioned(f'{lint.captions} captions of {lint.pictures} pictures ({by}), {len(lint.texts)} different' + (f', {rate:.1f} pictures/s' if rate else '') + (f'; {len(found.split("; "))} remarks in captions/lint.json' if found != FINE else ''), ws.captions, ws.pictures, report)
-
-def rows_of(folder: Path): # -> (split, row)
-    "Rows of all splits of `pictures/`, one at a time."
-    for split in ('train', 'val', 'test'): yield from ((split, row) for row in each_row(folder/split/'metadata.jsonl'))
-
-def looked_at(ws: Workspace) -> tuple: # file -> {task: answer}; pictures/s
-    "Show every picture to the model, or find what it said before."
-    from flowerdiff.captioning import describe_pictures
-    return describe_pictures(ws, [f'{split}/{row["file_name"]}' for split, row in rows_of(ws.pictures)])
-
-def _nothing_to_say(name: str) -> str:
-    what = dict(given='captions in metadata.jsonl', attributes='attribute columns in metadata.jsonl', labels='label, nor a subfolder that names one', florence='answer of caption.model that says anything')[name]
-    return f'caption.captioner: is {name}, but no picture has {what}; set it to auto'
 
 # %% ../../nbs/stages/02_caption.ipynb #a0794894
 def sheet(

@@ -20,7 +20,7 @@ from ..features import ClipFeatures, open_features, own_clip
 from ..metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, directions, fid, inception_score, kid, nearest, psnr, shuffled, within
 from ..models import student_steps, weights_fingerprint
 from ..networks import TorchBackend, left_out
-from ..questions import draw_all, drawn_how, questions, shown_how
+from ..questions import ENOUGH, draw_all, drawn_how, questions, shown_how
 from ..report import adherence_section, by_timestep, curves, headlines, percent, render
 from ..sampler import Generator, montage
 from ..scores import beside, former
@@ -162,7 +162,7 @@ def tables(metrics: dict) -> list: # of `flowerdiff.report.render`
     out, b, l = beside(metrics, metrics['former']), metrics.get('baseline'), metrics['latency']
     if b: out.append(dict(title='Beside a baseline', note=f"{b['pictures']} pictures from {b['prompts']} prompts with each model. It {'passed' if b['passed'] else 'did not pass'}: at most {SLACK} times the baseline's FID was allowed.", columns=['', 'FID (95 % interval)'],
         rows=[[n, f"{v['value']:.3g} ({v['low']:.3g} to {v['high']:.3g})"] for n, v in (('this model', b['fid']['drawn']), (f"the baseline ({b['model'][:16]})", b['fid']['baseline']))]))
-    return out + [dict(title='Time', note=f"One picture, {min(metrics['protocol']['steps'], 50)} steps of the model's own scheduler, {torch.get_num_threads()} threads ({torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}).", columns=['backend', 'milliseconds'], rows=[[k, f'{v:.0f}'] for k, v in sorted(l.items(), key=lambda kv: kv[1])])]
+    return out + [dict(title='Time', note=f"One picture, {min(metrics['protocol']['steps'], ENOUGH)} steps of the model's own scheduler, {torch.get_num_threads()} threads ({torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}).", columns=['backend', 'milliseconds'], rows=[[k, f'{v:.0f}'] for k, v in sorted(l.items(), key=lambda kv: kv[1])])]
 
 # %% ../../nbs/stages/07_evaluate.ipynb #e99a3111
 def looks(
