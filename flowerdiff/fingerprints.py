@@ -31,7 +31,7 @@ def _bare(source: str) -> str: # what the code does, as text
     return ast.dump(tree)
 
 # %% ../nbs/core/01_fingerprints.ipynb #9eecfd52
-CARRIERS = {'settings', 'config', 'fingerprints', 'workspace', 'machine', 'execute', 'graph', 'pipeline', 'cli', 'tracking', 'report', 'studio', 'processes'}
+CARRIERS = {'section', 'recipe', 'settings', 'config', 'fingerprints', 'workspace', 'machine', 'execute', 'graph', 'pipeline', 'cli', 'tracking', 'report', 'studio', 'processes', 'sagemaker', 'jobs'}
 
 def _imports(source: str, package: str) -> set: # modules of flowerdiff named in import statements
     out = set()

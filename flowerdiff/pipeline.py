@@ -30,7 +30,7 @@ def lock(ws: Workspace):
 
 # %% ../nbs/core/70_pipeline.ipynb #28e875f8
 def last_event(ws: Workspace, since: float = 0.) -> dict: # of the training that is running or was stopped
-    "What the newest events say: `step`, and `total` and `samples_per_second` where known."
+    "What the newest events say: `step`, and `total` and `samples_per_second` where known; or the `text` of a note."
     files = [f for f in ws.work.glob('train-*/events.jsonl') if f.stat().st_mtime >= since]
     if not files: return {}
     with open(max(files, key=lambda f: f.stat().st_mtime), 'rb') as f:
@@ -40,7 +40,7 @@ def last_event(ws: Workspace, since: float = 0.) -> dict: # of the training that
     for line in lines:
         with contextlib.suppress(ValueError):
             e = json.loads(line)
-            if isinstance(e, dict) and 'step' in e: known |= {k: v for k, v in e.items() if v is not None}
+            if isinstance(e, dict) and ('step' in e or e.get('event') == 'note'): known |= {k: v for k, v in e.items() if v is not None}
     return known
 
 def how_far(ws: Workspace, stage: str, since: float) -> str:
@@ -52,7 +52,7 @@ def how_far(ws: Workspace, stage: str, since: float) -> str:
         try: e = read_json(ws.root/'.flowerdiff'/'progress.json')
         except UserError: e = {}
         n, total, rate = e.get('n'), e.get('total'), e.get('rate'); unit, step_rate = f'{e.get("label", "")} '.lstrip(), rate
-    if n is None: return ''
+    if n is None: return e.get('text', '')
     return f'{unit}{n:,}' + (f'/{total:,}' if total else '') + (f', {rate:.0f}/s' if rate else '') + (f', {duration((total - n)/step_rate)} left' if total and step_rate else '')
 
 # %% ../nbs/core/70_pipeline.ipynb #b30fe057

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .batches import Split, make_batch
-from .checkpoints import Saver, load_checkpoint
+from .checkpoints import Saver, agreed, load_checkpoint
 from .diffusion import make_scheduler, noise_levels
 from .ema import EMA, ema_state, load_ema
 from .engine import Engine, learning_rate, make_optimizer
@@ -195,9 +195,11 @@ def load_run(
     folder: Path, # of the checkpoints
     log=print,    # is told of damaged ones
 ) -> int:         # the step to go on from; 0: there was no checkpoint
-    "Put a run back to its newest whole checkpoint."
-    if not (found := load_checkpoint(folder, log)): return 0
-    (groups, s), e = found, run.engine
+    "Put a run back to the newest checkpoint that is whole for every process. Every process must call it."
+    e = run.engine
+    upto = agreed(folder, lambda step: e.gather(torch.tensor([step], device=e.device)).tolist(), log) if e.world > 1 else math.inf
+    if not (found := load_checkpoint(folder, log, upto)): return 0
+    groups, s = found
     e.load_state(groups, s)
     for i, average in enumerate(run.averages): load_ema(average, e.share(groups[f'ema{i or ""}']), s['updates'])
     for k in ('step', *KEPT): setattr(run, k, s[k])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAY', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint', 'run_fingerprint', 'git_commit', 'write_result',
            'load_training', 'bringer', 'apprentice', 'adapted', 'start_run', 'work', 'rate_of', 'looker', 'Result',
-           'run']
+           'begin', 'run', 'result_of']
 
 # %% ../../nbs/stages/05_train.ipynb #644c9368
 import math, os, subprocess, sys
@@ -28,7 +28,7 @@ from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, fing
 from ..zero import make_engine
 
 # %% ../../nbs/stages/05_train.ipynb #b77210ca
-WAY = {'threads', 'checkpoint_minutes', 'keep_checkpoints', 'gradient_checkpointing', 'accumulate', 'compile', 'cuda_graphs', 'samples_every', 'validate_every', 'stream_from', 'num_processes', 'distributed'}
+WAY = {'threads', 'checkpoint_minutes', 'keep_checkpoints', 'gradient_checkpointing', 'accumulate', 'compile', 'cuda_graphs', 'samples_every', 'validate_every', 'stream_from', 'num_processes', 'distributed', 'where'}
 
 def data_fingerprint(ws: Workspace) -> str:
     "What a model learns from, as the encode stage recorded it."
@@ -62,8 +62,9 @@ def run_fingerprint(ws: Workspace) -> str:
 # %% ../../nbs/stages/05_train.ipynb #bcde9683
 def git_commit() -> str:
     "The commit of the code that runs, '' outside of a repository."
-    done = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(sys.modules['flowerdiff'].__file__).parent, capture_output=True, text=True) if 'flowerdiff' in sys.modules else None
-    return done.stdout.strip() if done and done.returncode == 0 else ''
+    try: done = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(sys.modules['flowerdiff'].__file__).parent, capture_output=True, text=True)
+    except (KeyError, OSError): return '' # no library, no git
+    return done.stdout.strip() if done.returncode == 0 else ''
 
 # %% ../../nbs/stages/05_train.ipynb #00c11db3
 def write_result(ws: Workspace, run: Trainer, net, validation: dict,
@@ -120,7 +121,7 @@ def start_run(ws: Workspace, split: Split
     from flowerdiff.components import build_denoiser
     import flowerdiff
     s, t, world = ws.settings, ws.settings.train, int(os.environ.get('WORLD_SIZE', 1))
-    torch.set_num_threads(t.threads or max(1, len(os.sched_getaffinity(0))//world))
+    torch.set_num_threads(t.threads or max(1, len(os.sched_getaffinity(0))//int(os.environ.get('LOCAL_WORLD_SIZE', world))))
     (c, h, _), width = split.shape, split.texts.shape[-1]
     make, engine, teacher = lambda: build_denoiser(s, c, width, h), make_engine(t, world), None
     if t.distill: t, make, teacher = apprentice(ws, split, engine.device)
@@ -230,20 +231,37 @@ class Result:
         print(self.summary)
 
 # %% ../../nbs/stages/05_train.ipynb #410c9568
+def begin(ws: Workspace, folder: Path) -> subprocess.Popen:
+    "The process that trains, or that has it done elsewhere."
+    if ws.settings.train.where == 'here': return launch('flowerdiff.stages.train', ws.root, folder, ws.settings.train.num_processes)
+    from flowerdiff.jobs import launch_job
+    return launch_job(ws.root, folder)
+
 @stage('train')
 def run(ws: Workspace) -> Result:
     "Train in a process of its own, go on where an earlier run was stopped. Raises `UserError` with the worker's one line."
     if not (ws.encoded/'manifest.json').exists(): raise UserError(f'{ws.encoded}: there are no encoded pictures; run encode first')
     folder = ws.work_dir('train', run_fingerprint(ws))
-    child, watch = None if is_training(folder) else launch('flowerdiff.stages.train', ws.root, folder, ws.settings.train.num_processes), Watch(ws.settings.train.batch_size)
+    child, watch = None if is_training(folder) else begin(ws, folder), Watch(ws.settings.train.batch_size)
     try: last = follow(folder, child, watch)
+    except KeyboardInterrupt:
+        if ws.settings.train.where == 'sagemaker':
+            from flowerdiff.jobs import offer_to_stop
+            print(offer_to_stop(ws))
+        raise
     finally: watch.close()
     if last.get('event') == 'stopped': raise UserError(f"train: stopped at step {last['step']:,} of {last['total']:,}; run again to go on")
     if last.get('mistake'): raise UserError(last['message'])
     if last.get('event') != 'done': raise RuntimeError(f"training ended without a result ({last.get('kind', 'no word')}: {last.get('message', 'killed?')[:300]}); see {folder/'train.log'}")
+    return result_of(ws, folder)
+
+def result_of(ws: Workspace, folder: Path) -> Result:
+    "What a finished run left."
     t = read_json(ws.root/'train.json')
     samples = sorted(map(str, (folder/'samples').glob('*.png')))
-    return Result(f"{t['steps']:,} steps, {t['samples_per_second']:.0f} samples/s, validation {t['validation']['loss']:.4f}" + (f", went on from step {t['resumed_from']:,}" if t['resumed_from'] else ''), t, samples)
+    went_on = f", went on from step {t['resumed_from']:,}" if t['resumed_from'] else ''
+    billed = f", SageMaker billed {t['instances']} for {t['billed_seconds']:,} s" if 'job' in t else ''
+    return Result(f"{t['steps']:,} steps, {t['samples_per_second']:.0f} samples/s, validation {t['validation']['loss']:.4f}{went_on}{billed}", t, samples)
 
 # %% ../../nbs/stages/05_train.ipynb #0cd740af
 if __name__ == '__main__' and '__file__' in globals(): # a process of torchrun, not a notebook
