@@ -45,6 +45,7 @@ def _run_options(c):
     c.add_argument('--from', dest='from_stage', metavar='STAGE', help='leave the stages before this one alone')
     c.add_argument('--only', metavar='STAGE', help='just this stage')
     c.add_argument('--force', action='store_true', help='run the chosen stages although they are fresh')
+    c.add_argument('--attach', action='store_true', help='go on with the training job that runs at SageMaker; start none')
 
 def _plan_options(c):
     _settings(c)
@@ -119,8 +120,10 @@ def _run(a) -> int:
     "Run what has to run, one line a stage. What is fresh stays; Ctrl-C stops, and the same command goes on."
     from flowerdiff import pipeline
     workspace = _meant(a)
-    root, ran = _root(workspace, a), []
-    ran = pipeline.run(workspace, a.profile, a.set, a.pictures, a.from_stage, a.only, a.force)
+    root = _root(workspace, a)
+    if a.attach: a.from_stage = _job_there(root)
+    try: ran = pipeline.run(workspace, a.profile, a.set, a.pictures, a.from_stage, a.only, a.force)
+    except pipeline.Stopped: _ask_about_job(root); raise
     if not ran: print(f'nothing to do: {"all stages are" if not (a.only or a.from_stage) else (a.only + " is" if a.only else "these stages are")} fresh; --force runs them anyway')
     for line in _ending(root): print(line)
     return 0
@@ -143,6 +146,21 @@ def _example(root: Path) -> str: # a prompt that suits the model
     from flowerdiff.workspace import UserError, read_jsonl
     try: return read_jsonl(root/'captions'/'metadata.jsonl')[0]['captions'][0].replace('"', "'")
     except (UserError, LookupError, AttributeError): return 'a red rose under a blue sky'
+
+# %% ../nbs/core/80_cli.ipynb #3561b41f
+def _ask_about_job(root: Path): # after Ctrl-C
+    from flowerdiff.workspace import open_workspace
+    if (ws := open_workspace(root)).settings.train.where != 'sagemaker': return
+    from flowerdiff.jobs import offer_to_stop
+    if said := offer_to_stop(ws): print(said)
+
+def _job_there(root: Path) -> str: # the stage to go on from
+    from flowerdiff.workspace import UserError, open_workspace
+    if not (root/'params.yaml').exists(): raise UserError(f'{_shown(root)}: is not a workspace; give the one whose job runs')
+    if (ws := open_workspace(root)).settings.train.where == 'sagemaker':
+        from flowerdiff.jobs import job_of
+        if (job := job_of(ws)[1]) and job['TrainingJobStatus'] in ('InProgress', 'Stopping', 'Completed'): return 'train'
+    raise UserError(f'{_shown(root)}: no job of it runs at SageMaker; leave --attach out to start one')
 
 # %% ../nbs/core/80_cli.ipynb #7a6c4bdc
 def _plan(a) -> int:

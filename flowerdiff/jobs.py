@@ -92,15 +92,16 @@ def watch_job(
     patience: float = 900., # seconds without an answer
 ) -> dict:        # as DescribeTrainingJob tells it
     "Read along until the job has ended."
-    client, logs, said, answered, quiet = session.client('sagemaker'), Logs(session.client('logs'), name), '', time.monotonic(), 0
+    client, logs, seen, answered, quiet = session.client('sagemaker'), Logs(session.client('logs'), name), None, time.monotonic(), 0
     while quiet < 2: # what was printed last comes late
         try: job = client.describe_training_job(TrainingJobName=name); lines = logs.new(); answered = time.monotonic()
         except Exception as e:
             if not _passing(e) or time.monotonic() - answered > patience: raise
             time.sleep(poll); continue
         story.add(lines)
-        if (now := job.get('SecondaryStatus', '')) != said and now in _WORDS: tell(f'SageMaker: {_WORDS[now]}')
-        said, quiet = now, quiet + 1 if job['TrainingJobStatus'] in ENDED and not lines else 0
+        moves = [m['Status'] for m in job.get('SecondaryStatusTransitions', [])]
+        for move in moves[-1:] if seen is None else moves[seen:]: tell(f'SageMaker: {_WORDS[move]}') if move in _WORDS else None
+        seen, quiet = len(moves), quiet + 1 if job['TrainingJobStatus'] in ENDED and not lines else 0
         time.sleep(poll)
     return job
 
@@ -226,11 +227,10 @@ def launch_job(
 # %% ../nbs/core/75_jobs.ipynb #ec27497b
 def job_of(
     ws: Workspace,
-) -> tuple: # a boto3.Session; the job that runs for these settings as DescribeTrainingJob tells it, None: there is none
+) -> tuple: # a boto3.Session; the newest job for these settings as DescribeTrainingJob tells it, None: there was never one
     from flowerdiff.stages.train import run_fingerprint
     session, run = aws_session(), ws.work_dir('train', run_fingerprint(ws)).name
-    job = find_job(session, job_tag(run, open_store(ws.settings.upload.destination, ws.root).url))
-    return session, job if job and job['TrainingJobStatus'] == 'InProgress' else None
+    return session, find_job(session, job_tag(run, open_store(ws.settings.upload.destination, ws.root).url))
 
 def can_ask() -> bool: # is there a person to answer?
     if 'ipykernel' not in sys.modules: return sys.stdin is not None and sys.stdin.isatty()
@@ -242,10 +242,10 @@ def offer_to_stop(
     ask=input, # question -> answer
 ) -> str:      # what to tell; '': there is no job
     "After Ctrl-C: stop the job too?"
-    if ws.settings.train.where != 'sagemaker': return ''
+    if not (ws.encoded/'manifest.json').exists(): return ''
     try: session, job = job_of(ws)
     except UserError as e: return f'{e}; if there is a job, it goes on'
-    if not job: return ''
+    if not job or job['TrainingJobStatus'] != 'InProgress': return ''
     name = job['TrainingJobName']
     if not can_ask() or ask(f'{name} runs at SageMaker and costs money. Stop it? [y/N] ').strip().lower() not in ('y', 'yes'): return f'{name} goes on at SageMaker; the same command follows it again'
     with plain_errors(session.region_name): session.client('sagemaker').stop_training_job(TrainingJobName=name)

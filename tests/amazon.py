@@ -1,7 +1,7 @@
 """Amazon on this machine, for tests: moto's server keeps buckets, roles, logs and training jobs; a proxy in front of it gives the jobs a life.
 
 What SageMaker does, from its documentation and its SDK: it brings each channel (S3Prefix, ManifestFile) and what is under the checkpoints' address to every host, writes /opt/ml/input/config, runs the entry point of the request in a container on each host, copies what appears
-in /opt/ml/checkpoints to S3 now and then, file by file, and, when a spot machine is taken back, kills all containers and begins again with new ones. At the end /opt/ml/model of all hosts becomes model.tar.gz. Here a container is a namespace of its own (mounts, processes) with /opt/ml and /etc/hosts.
+in /opt/ml/checkpoints to S3 now and then, file by file, and, when a spot machine is taken back, kills all containers and begins again with new ones. At the end /opt/ml/model of all hosts becomes model.tar.gz. Here a container is a namespace of its own (mounts, processes, host name) with /opt/ml and /etc/hosts.
 Not here: images (the Python of the tests runs), IAM (whoever asks may), networks (both hosts are 127.0.0.1), streaming modes, SIGTERM before an interruption."""
 import http.client, json, os, shutil, signal, subprocess, sys, tarfile, tempfile, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +12,7 @@ ROLE = 'arn:aws:iam::123456789012:role/flowers'
 GROUP = '/aws/sagemaker/TrainingJobs'
 
 def can_contain() -> bool: # may we make namespaces?
-    return subprocess.run(['unshare', '-m', '-p', '-f', 'true'], capture_output=True).returncode == 0 if shutil.which('unshare') else False
+    return subprocess.run(['unshare', '-m', '-u', '-p', '-f', 'true'], capture_output=True).returncode == 0 if shutil.which('unshare') else False
 
 class Amazon:
     "`env` is what a person's environment would hold; `jobs` are those that were started."
@@ -51,6 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         if what == 'CreateTrainingJob' and a.refuse: return self.answer(400, dict(__type=a.refuse[0], message=a.refuse[1]))
         if what == 'GetProducts': return self.answer(200, dict(PriceList=[json.dumps(dict(terms=dict(OnDemand=dict(a=dict(priceDimensions=dict(b=dict(pricePerUnit=dict(USD='0.736'))))))))]))
         if what == 'StopTrainingJob': a.jobs[json.loads(body)['TrainingJobName']].stop(); return self.answer(200, {})
+        if b'SimulatePrincipalPolicy' in body: return self.send(403, [('Content-Type', 'text/xml')], b'<ErrorResponse><Error><Type>Sender</Type><Code>AccessDenied</Code><Message>iam:SimulatePrincipalPolicy</Message></Error></ErrorResponse>')
         status, headers, data = self.pass_on(body)
         if what == 'CreateTrainingJob' and status == 200: request = json.loads(body); a.jobs[request['TrainingJobName']] = Job(a, request)
         if what == 'DescribeTrainingJob' and status == 200: told = json.loads(data); data = json.dumps(told | a.jobs[told['TrainingJobName']].state).encode()
@@ -77,7 +78,7 @@ class Job:
         self.s3, self.logs = amazon.client('s3'), amazon.client('logs')
         self.hosts = [f'algo-{i + 1}' for i in range(request['ResourceConfig']['InstanceCount'])]
         self.running, self.attempt, self.asked_to_stop, self.taken, self.begun = [], 0, False, False, time.time()
-        self.state = dict(TrainingJobStatus='InProgress', SecondaryStatus='Starting')
+        self.moves, self.state = [], dict(TrainingJobStatus='InProgress', SecondaryStatus='Starting', SecondaryStatusTransitions=[])
         self.thread = threading.Thread(target=self.live, daemon=True); self.thread.start()
 
     def live(self):
@@ -111,7 +112,7 @@ class Job:
             self.torn = newest.split('/')[-2]; self.s3.delete_object(Bucket=bucket, Key=newest.replace('state.json', 'optimizer.safetensors'))
         self.running[-1].kill(); time.sleep(1); self.kill()
 
-    def say(self, now): self.state = dict(self.state, SecondaryStatus=now); time.sleep(.3)
+    def say(self, now): self.moves.append(dict(Status=now, StartTime=time.time())); self.state = dict(self.state, SecondaryStatus=now, SecondaryStatusTransitions=list(self.moves)); time.sleep(.3)
     def end(self, how, **more):
         took = int(time.time() - self.begun) + 1
         self.state = dict(self.state, TrainingJobStatus=how, SecondaryStatus=how, TrainingTimeInSeconds=took, BillableTimeInSeconds=took//3 + 1, **more)
@@ -147,7 +148,7 @@ class Job:
         a, ml = self.request['AlgorithmSpecification'], Path('/opt/ml'); ml.mkdir(parents=True, exist_ok=True)
         command = [*a['ContainerEntrypoint'], *a['ContainerArguments']] if not self.amazon.container else ['bash', '-c', self.amazon.container]
         env = dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', HOME=str(self.amazon.folder), LANG='C.UTF-8', TRAINING_JOB_NAME=self.name, GLOO_SOCKET_IFNAME='lo', DS_ACCELERATOR='cpu', OMP_NUM_THREADS='1', PIP_NO_INDEX='1', PIP_DISABLE_PIP_VERSION_CHECK='1', **self.request.get('Environment', {}))
-        p = subprocess.Popen(['unshare', '-m', '-p', '-f', '--kill-child', '--mount-proc', 'bash', '-c', 'mount --bind "$1" /etc/hosts && mount --bind "$2" /opt/ml && cd / && shift 2 && exec "$@"', 'container', str(hosts), str(root), *command],
+        p = subprocess.Popen(['unshare', '-m', '-u', '-p', '-f', '--kill-child', '--mount-proc', 'bash', '-c', 'hostname "$1" && mount --bind "$2" /etc/hosts && mount --bind "$3" /opt/ml && cd / && shift 3 && exec "$@"', 'container', host, str(hosts), str(root), *command],
                              env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', start_new_session=True)
         p.printed = threading.Thread(target=self.log, args=(f'{self.name}/{host}-{int(time.time()*1000)}', p.stdout)); p.printed.start()
         return p

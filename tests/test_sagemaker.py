@@ -1,6 +1,7 @@
 "Training at SageMaker: the real SDK and SageMaker's own scripts in the containers, two hosts, one taken away; Amazon is `amazon.py`."
-import json, os, signal, subprocess, sys, threading, time
+import json, os, subprocess, sys, threading, time
 from pathlib import Path
+from unittest.mock import patch
 import pytest
 from flowerdiff import jobs, sagemaker
 from flowerdiff.stages.train import run, run_fingerprint
@@ -96,9 +97,6 @@ def test_a_mistake_in_the_container_is_one_line(amazon, tmp_path):
         files = sent(*args)
         f = next(f for f in files if f['path'].endswith('.bin')); store.write(sagemaker.object_key(f['sha256']), b'x'*f['size'])
         return files
-    monkey = f'import flowerdiff.sagemaker as s, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})'
-    del monkey
-    from unittest.mock import patch
     with patch.object(sagemaker, 'send_data', send), patch.object(jobs, 'start_follower'): assert jobs.attend(str(ws.root), str(folder_of(ws)), poll=.2) == 2
     last = read_events(folder_of(ws)/'events.jsonl')[0][-1]
     assert last['mistake'] and 'is damaged among the job\'s data' in last['message'] and '\n' not in last['message']
@@ -138,7 +136,6 @@ def test_a_person_is_asked_before_a_job_is_stopped(amazon, tmp_path):
     ws = workspace(tmp_path/'meadow', 'asked', sagemaker__instance_count=1)
     amazon.container = 'sleep 600'
     def attend(): return jobs.attend(str(ws.root), str(folder_of(ws)), .2)
-    from unittest.mock import patch
     with patch.object(jobs, 'start_follower'), patch.object(jobs, 'can_ask', return_value=True):
         thread = threading.Thread(target=attend, daemon=True); thread.start()
         until(lambda: any('SageMaker: training' in n for n in notes(ws)), 60)

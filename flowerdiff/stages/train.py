@@ -128,7 +128,7 @@ def start_run(ws: Workspace, split: Split
     if t.init: t, make = adapted(ws, c, width)
     run = Trainer(t, s.seed, split, make, engine, objective=teacher)
     facts = dict(seed=s.seed, data=data_fingerprint(ws), device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads', precision=run.engine.precision,
-        processes=world, distributed=t.distributed, parameters=sum(p.numel() for p in run.engine.net.parameters()), trained=sum(p.numel() for p in run.engine.followed.parameters() if p.requires_grad), version=flowerdiff.__version__, git=git_commit())
+        processes=world, distributed=t.distributed, parameters=sum(p.numel() for p in run.engine.net.parameters()), trained=sum(p.numel() for p in run.engine.net.parameters() if p.requires_grad), version=flowerdiff.__version__, git=git_commit())
     return run, facts
 
 # %% ../../nbs/stages/05_train.ipynb #d8bdd0b7
