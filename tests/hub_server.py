@@ -83,7 +83,7 @@ class Hub:
         self.url = f'http://127.0.0.1:{self.server.server_port}'
     def __enter__(self): threading.Thread(target=self.server.serve_forever, kwargs=dict(poll_interval=.05), daemon=True).start(); return self
     def __exit__(self, *_): self.server.shutdown(); self.server.server_close()
-    def fault(self, request, times=1, skip=0, **what): # request: a pattern of 'METHOD /path'; what: status, message, headers; or cut: close the connection after so many bytes of the body; or lost: do it, and say nothing
+    def fault(self, request, times=1, skip=0, **what): # request: a pattern of 'METHOD /path'; what: status, message, headers; cut: close the connection after so many bytes of the body; lost: do it, and say nothing; first: a function to call before
         self.faults.append(dict(request=request, times=times, skip=skip, **what))
     def asked(self, pattern=''): return [l for l in self.log if re.search(pattern, l)] # 'METHOD /path STATUS'
     def clear(self): self.log.clear(); self.faults.clear()
@@ -209,6 +209,7 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self):
         self.path, _, query = self.path.partition('?'); self.query = {k: v[0] for k, v in parse_qs(query).items()}; self.asked = f'{self.command} {unquote(self.path)}'
         fault = self.hub.due(self.asked); length = int(self.headers.get('Content-Length') or 0)
+        if fault and 'first' in fault: fault['first']()
         if fault and 'cut' in fault: self.rfile.read(min(length, fault['cut'])); self.note('cut'); self.close_connection = True; self.connection.close(); return
         self.body = self.chunks() if self.headers.get('Transfer-Encoding') == 'chunked' else self.rfile.read(length)
         if fault and 'status' in fault: return self.answer(fault['status'], dict(error=fault.get('message', '')), fault.get('headers', {}))
