@@ -7,7 +7,7 @@ __all__ = ['ADVICE', 'check_ours', 'publish_folder', 'git_sha', 'hub_changes', '
            'hub_repository', 'publish_hub']
 
 # %% ../nbs/core/64_repository.ipynb #6ab8b511
-import hashlib, re, shutil
+import hashlib, json, re, shutil
 from contextlib import contextmanager
 from pathlib import Path
 from .store import list_files, make_manifest
@@ -87,7 +87,7 @@ def patient_client(
 # %% ../nbs/core/64_repository.ipynb #aac11790
 ADVICE = {401: 'the token is not valid; set HF_TOKEN to one that may write to this repository (huggingface.co/settings/tokens)', 402: 'the storage quota is full; free some space, and run again',
           403: 'the token may not write there; give it write access to this repository, and make the repository first if it is new', 404: 'no such owner, or the token may not see it; check publish.repo_name',
-          409: 'the Hub is busy with this repository; run again', 412: 'somebody committed meanwhile, and nothing of that was touched; look at it there, then run again', 413: 'the storage quota is full; free some space, and run again'}
+          409: 'the Hub is busy with this repository; run again', 412: 'somebody else commits there, and nothing of that was overwritten; look at it there, or set another publish.repo_name', 413: 'the storage quota is full; free some space, and run again'}
 
 def _told(error): # status of the Hub's answer (0: none came), its words, seconds that it asks to wait
     chain = [error]
@@ -103,7 +103,8 @@ def hub_error(
 ) -> UserError:       # the same in one line, with what to do
     status, said, wait = _told(error)
     again = f'run again {f"in {wait} s" if wait else "later"}'
-    if not status: return UserError(f'{repo}: {said}' + ('; nothing was published, run again: what arrived is not sent twice' if not isinstance(error, ValueError) else ''))
+    if isinstance(error, json.JSONDecodeError): return UserError(f'{repo}: what answers is not the Hub; look at the network (a proxy, a page to log in, HF_ENDPOINT)')
+    if not status: return UserError(f'{repo}: {said}' if isinstance(error, ValueError) else f'{repo}: the connection failed ({said.rstrip(".")}); run again: what arrived is not sent twice')
     return UserError(f"{repo}: {ADVICE.get(status) or ('the Hub asks to slow down; ' + again if status == 429 else f'the Hub answered {status}' + f' ({said})'*bool(said) + f'; {again}'*(status >= 500))}")
 
 # %% ../nbs/core/64_repository.ipynb #0565507a

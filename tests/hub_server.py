@@ -83,7 +83,7 @@ class Hub:
         self.url = f'http://127.0.0.1:{self.server.server_port}'
     def __enter__(self): threading.Thread(target=self.server.serve_forever, kwargs=dict(poll_interval=.05), daemon=True).start(); return self
     def __exit__(self, *_): self.server.shutdown(); self.server.server_close()
-    def fault(self, request, times=1, skip=0, **what): # request: a pattern of 'METHOD /path'; what: status, message, headers; cut: close the connection after so many bytes of the body; lost: do it, and say nothing; first: a function to call before
+    def fault(self, request, times=1, skip=0, **what): # request: a pattern of 'METHOD /path'; what: status, message, headers, body; cut: close the connection after so many bytes of the body; lost: do it, and say nothing; first: a function to call before
         self.faults.append(dict(request=request, times=times, skip=skip, **what))
     def asked(self, pattern=''): return [l for l in self.log if re.search(pattern, l)] # 'METHOD /path STATUS'
     def clear(self): self.log.clear(); self.faults.clear()
@@ -212,7 +212,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault and 'first' in fault: fault['first']()
         if fault and 'cut' in fault: self.rfile.read(min(length, fault['cut'])); self.note('cut'); self.close_connection = True; self.connection.close(); return
         self.body = self.chunks() if self.headers.get('Transfer-Encoding') == 'chunked' else self.rfile.read(length)
-        if fault and 'status' in fault: return self.answer(fault['status'], dict(error=fault.get('message', '')), fault.get('headers', {}))
+        if fault and 'status' in fault: return self.answer(fault['status'], fault['body'].encode() if 'body' in fault else dict(error=fault.get('message', '')), fault.get('headers', {}))
         try: status, what, headers = self.route()
         except Exists as e: status, what, headers = 409, dict(error='You already created this repo', url=e.args[0]), {}
         except Wrong as e: status, what, headers = e.status, dict(error=e.message), e.headers
