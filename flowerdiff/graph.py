@@ -22,7 +22,7 @@ GRAPH = dict( # stage -> what it reads, which settings it uses, what it writes
     evaluate =(['model', 'pictures', 'captions'], ['evaluate', 'seed'], ['report']),
     onnx     =(['model'], ['onnx'], ['onnx']),
     tensorrt =(['onnx', '.flowerdiff/state/gpu.json'], ['tensorrt'], ['tensorrt']),
-    publish  =(['model', 'report', 'onnx', '.flowerdiff/state/hub.json'], ['publish'], ['published.json']),
+    publish  =(['model', 'report', 'onnx', 'tensorrt', '.flowerdiff/state/hub.json'], ['publish'], ['published.json']),
 )
 
 def _code(stage: str) -> str: return f'.flowerdiff/code/{stage}.json'

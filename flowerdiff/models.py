@@ -16,7 +16,7 @@ from .hub import HUB_ID, snapshot
 from .workspace import UserError, out_of_memory, read_json
 
 # %% ../nbs/core/28_models.ipynb #8d1f6f87
-HUB_FILES = ['*.json', '*.safetensors', '*.txt', '*.onnx', '*.onnx_data']
+HUB_FILES = ['*.json', '*.safetensors', '*.txt', '*.onnx', '*.onnx_data', '*.engine']
 
 def from_hub(
     name: str, # `org/name`, better `org/name@commit`

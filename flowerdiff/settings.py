@@ -102,7 +102,8 @@ class Publish(Section):
     destination: str = 'published' # a folder, relative to the workspace, or 'hub'
     repo_name: str = ''            # name of the repository; '': the workspace's
     private: bool = True
-    license: str = 'apache-2.0'
+    license: str = 'apache-2.0'    # as the Hub names it
+    engines: bool = False          # also the engines of `tensorrt`, which fit GPUs of their kind only
 
 class Tracking(Section):
     "What MLflow and TensorBoard record."

@@ -93,3 +93,22 @@ def test_without_a_token_the_hub_is_skipped(ws, monkeypatch):
     result = run(ws.root, overrides={'publish.destination': 'hub', 'publish.repo_name': 'someone/meadow'})
     assert 'HF_TOKEN' in result.skipped and read_json(ws.work/'records/publish.json')['status'] == 'skipped'
     with pytest.raises(UserError, match='owner/name'): run(ws.root, overrides={'publish.repo_name': 'meadow'})
+
+def test_engines_go_along_by_choice(ws):
+    "Breaks when engines of other weights or a driver's cache are copied, when the setting is not read, or where `find_engines` does not look."
+    from flowerdiff.engines import find_engines
+    from flowerdiff.models import weights_fingerprint
+    model = weights_fingerprint(ws.model); write_json(ws.onnx/'parity.json', dict(passed=True, model=model))
+    kind = dict(gpu='', targets=['SM86'], package='tensorrt_rtx', version='1.7.1', precision='fp16', parts={})
+    write_json(ws.tensorrt/'status.json', dict(gpu='mine', sets=dict(new=dict(kind, model=model), old=dict(kind, model='others'))))
+    for f in ('new/unet.engine', 'new/unet.kernels', 'old/unet.engine'): (ws.tensorrt/f).parent.mkdir(exist_ok=True); (ws.tensorrt/f).write_bytes(b'engine')
+    tensorrt = lambda done: {f['path'] for f in done.published['files'] if f['path'].startswith('tensorrt/')}
+    assert tensorrt(run(ws.root)) == set()
+    done = run(ws.root, overrides={'publish.engines': True}); folder = Path(done.published['url'])
+    assert tensorrt(done) == {'tensorrt/status.json', 'tensorrt/new/unet.engine'} and list(read_json(folder/'tensorrt/status.json')['sets']) == ['new']
+    assert 'SM86 (tensorrt_rtx 1.7.1, fp16)' in done.card and 'new: the engines ' in find_engines(folder/'onnx')[2]
+
+def test_a_name_that_leads_out_of_the_folder(ws):
+    "Breaks when `repo_name` takes any text for a folder's name."
+    for name in ('..', '../elsewhere', '/tmp/meadow'):
+        with pytest.raises(UserError, match='publish.repo_name'): run(ws.root, overrides={'publish.repo_name': name})
