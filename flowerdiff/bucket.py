@@ -40,7 +40,7 @@ def explain(
     url: str,         # the store
     error: Exception, # what boto3 raised
 ) -> UserError:       # the same in one line, with what to do
-    said = [e.response for e in (error, error.__cause__, error.__context__) if hasattr(e, 'response')] # boto3 wraps what the server said
+    said = [e.response for e in (error, error.__cause__, error.__context__) if getattr(e, 'response', None)] # boto3 wraps what the server said
     code, where = str(said[0]['Error']['Code']) if said else type(error).__name__, os.environ.get('AWS_ENDPOINT_URL', 'S3')
     if code in _ADVICE: return UserError(f'{url}: {_ADVICE[code]}')
     if 'Credential' in code or code == 'ProfileNotFound': return NoCredentials(url)
