@@ -7,7 +7,7 @@ __all__ = ['PART', 'NoCredentials', 'explain', 'S3Store', 'policy']
 
 # %% ../nbs/core/61_bucket.ipynb #108042af
 import base64, os
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch
@@ -96,12 +96,13 @@ def _connect(self: S3Store):
 # %% ../nbs/core/61_bucket.ipynb #c3277658
 @patch
 def sizes(self: S3Store) -> dict[str, int]:
-    there = {}
-    with self._plain_errors():
-        for page in self.s3.get_paginator('list_objects_v2').paginate(Bucket=self.bucket, Prefix=self.prefix + 'objects/'):
+    def listed(digit):
+        there = []
+        for page in self.s3.get_paginator('list_objects_v2').paginate(Bucket=self.bucket, Prefix=f'{self.prefix}objects/{digit}'):
             if 'Name' not in page: raise UserError(f'{self.url}: {os.environ.get("AWS_ENDPOINT_URL", "S3")} does not answer as S3 does; check AWS_ENDPOINT_URL')
-            there |= {o['Key'][len(self.prefix):]: o['Size'] for o in page.get('Contents', [])}
-    return there
+            there += [(o['Key'][len(self.prefix):], o['Size']) for o in page.get('Contents', [])]
+        return there
+    with self._plain_errors(), ThreadPoolExecutor(self.workers) as pool: return {k: size for there in pool.map(listed, '0123456789abcdef') for k, size in there}
 
 # %% ../nbs/core/61_bucket.ipynb #54499f8e
 def _ignore(n: int): "Nobody asks how many bytes moved."

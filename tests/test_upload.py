@@ -1,11 +1,11 @@
 "Up to a bucket and back, with the real boto3: every fault is one line and the same command goes on. Amazon's own S3 is never used; moto's server is, with a stumbling one before it."
-import functools, json, os, shutil, signal, subprocess, sys, time
+import functools, json, os, re, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pytest
 from s3_proxy import Proxy, error
 from test_store import FAKE, bucket, endpoint, folder, tree # noqa: fixtures
 from flowerdiff import bucket as B, store as S
-from flowerdiff.workspace import UserError
+from flowerdiff.workspace import UserError, open_workspace
 
 MiB = 1 << 20
 
@@ -46,8 +46,8 @@ FAULTS = [ # what S3 answers to an upload, what a person reads
 
 @pytest.mark.parametrize('fault,says', FAULTS, ids=[f[0] if isinstance(f[0], str) else f[1][:24] for f in FAULTS])
 def test_a_fault_midway_is_one_line_and_is_gone_on_from(fault, says, line, folder):
-    "At the seventh request or later, so that some objects have arrived; the next try sends only the rest. Nobody saw a manifest meanwhile."
-    if not (html := isinstance(fault, tuple) and b'html' in fault[2]): line.fault = lambda method, path, n: fault if n > 7 and 'objects/' in path else None
+    "After sixteen lists and four objects, so that some have arrived; the next try sends only the rest. Nobody saw a manifest meanwhile."
+    if not (html := isinstance(fault, tuple) and b'html' in fault[2]): line.fault = lambda method, path, n: fault if n > 20 and '/objects/' in path else None
     else: line.fault = lambda method, path, n: fault
     assert says in told(S.push, folder, line.store())
     line.fault = None; there = len(line.store().sizes())
@@ -59,7 +59,7 @@ def test_what_passes_is_tried_again(fault, line, folder):
     "Each request fails the first time."
     seen = set()
     def once(method, path, n):
-        if 'objects/' in path and (method, path) not in seen: seen.add((method, path)); return fault
+        if '/objects/' in path and (method, path) not in seen: seen.add((method, path)); return fault
     line.fault = once
     for f in sorted(folder.rglob('*.bin'))[3:]: f.unlink()
     assert S.push(folder, line.store())['sent'] == 6 and len(seen) == 6
@@ -252,8 +252,7 @@ def test_a_file_written_a_moment_ago_is_not_trusted(tmp_path):
 # ---- the journey of a set
 
 def test_from_one_machine_to_another(cli, bucket, tiny_workspace, tmp_path, monkeypatch):
-    """What a person does: a run sends its data to a bucket; elsewhere two lines train on it. The model is the one that the first machine would have made of the same data, the pictures' own source is not needed, and an existing
-    workspace keeps its settings and what the set does not name."""
+    "A run sends its data to a bucket; elsewhere two lines make the same model of it, byte for byte, though the first machine is gone. A workspace that is there keeps its settings and what the set does not name."
     def run(*args, says=None, code=0):
         p = cli(*args, cwd=tmp_path)
         assert p.returncode == code and 'Traceback' not in p.stderr, p.stdout + p.stderr
@@ -267,12 +266,14 @@ def test_from_one_machine_to_another(cli, bucket, tiny_workspace, tmp_path, monk
     data = lambda root: {k: v for k, v in tree(root).items() if k.split('/')[0] in ('pictures', 'captions', 'encoded', 'params.yaml')}
     assert data(tmp_path/'meadow') == data(home)
     shutil.rmtree(home)
-    run('run', 'meadow', '--from', 'train', '--set', 'train.lr=0.002', says='flowerdiff generate')
-    assert (tmp_path/'meadow/model/model_index.json').exists()
+    run('run', 'meadow', '--from', 'train', says='flowerdiff generate')
+    weights = 'model/unet/diffusion_pytorch_model.safetensors'
+    assert (tmp_path/'meadow'/weights).read_bytes() == (tiny_workspace/weights).read_bytes()
+    open_workspace(tmp_path/'meadow', overrides={'train.lr': .0123})
     # the set again: a spoiled picture is mended, a person's settings and files stay
     picture = next((tmp_path/'meadow/pictures/train').glob('*.png')); was = picture.read_bytes(); picture.write_bytes(b'spoiled'); (tmp_path/'meadow/pictures/mine.txt').write_text('mine')
     run('download', url, 'meadow', says='1 of ')
-    assert picture.read_bytes() == was and (tmp_path/'meadow/pictures/mine.txt').exists() and '0.002' in (tmp_path/'meadow/params.yaml').read_text()
+    assert picture.read_bytes() == was and (tmp_path/'meadow/pictures/mine.txt').exists() and '0.0123' in (tmp_path/'meadow/params.yaml').read_text()
     run('download', url, 'meadow', says='files were there, each checked; its params.yaml stays')
     run('download', url, 'meadow', '--only', 'model', code=2, says='invalid choice')
 
@@ -293,8 +294,20 @@ def test_a_download_under_a_run_waits_its_turn(tmp_path):
     from flowerdiff.config import profiles
     from flowerdiff.download import download
     from flowerdiff.pipeline import lock
-    from flowerdiff.workspace import open_workspace
     root = tmp_path/'set'; (root/'pictures').mkdir(parents=True); (root/'pictures/a.png').write_bytes(b'a'); shutil.copy(profiles()['garden'], root/'params.yaml')
     S.push(root, S.LocalStore(tmp_path/'store')); ws = open_workspace(tmp_path/'meadow')
     with lock(ws), pytest.raises(UserError, match='another flowerdiff run works here'): download(tmp_path/'store', ws.root)
     assert not ws.pictures.exists()
+
+def test_what_the_run_shows_of_a_slow_line(line, tmp_path, monkeypatch):
+    "`flowerdiff run`'s line, while two big shards are on their way."
+    from flowerdiff.pipeline import how_far
+    from flowerdiff.stages.upload import send
+    ws, lines = open_workspace(tmp_path/'meadow'), []
+    for part in ('pictures', 'captions', 'encoded'): (ws.root/part).mkdir()
+    big(ws.encoded, 7, 6); (ws.root/'.flowerdiff').mkdir()
+    monkeypatch.setenv('FLOWERDIFF_PROGRESS', str(ws.root/'.flowerdiff/progress.json')); line.pause = .02
+    sender = threading.Thread(target=send, args=(ws, line.store())); sender.start()
+    while sender.is_alive(): time.sleep(.1); lines.append(how_far(ws, 'upload', 0))
+    moving = {l for l in lines if re.fullmatch(r'MB sent \d+/14, \d+/s, [\d.]+ s left', l)}
+    assert len(moving) >= 2, lines
