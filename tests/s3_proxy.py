@@ -12,7 +12,7 @@ class Proxy(ThreadingHTTPServer):
     daemon_threads = True
     def __init__(self, behind: str):
         super().__init__(('127.0.0.1', 0), Handler)
-        self.behind, self.fault, self.pause, self.seen, self.url = urlsplit(behind), None, 0., [], f'http://127.0.0.1:{self.server_port}'
+        self.behind, self.fault, self.pause, self.seen, self.done, self.url = urlsplit(behind), None, 0., [], [], f'http://127.0.0.1:{self.server_port}'
         threading.Thread(target=self.serve_forever, daemon=True).start()
     def handle_error(self, *_): pass # clients of these tests hang up
     def count(self, what): return sum(what in line for line in self.seen)
@@ -40,5 +40,5 @@ class Handler(BaseHTTPRequestHandler):
         c.request(self.command, self.path, b''.join(parts), dict(self.headers)); r = c.getresponse(); body = r.read()
         keep = {k: v for k, v in r.getheaders() if k.lower() not in ('connection', 'transfer-encoding', 'date', 'server')}
         if fault: self.answer(r.status, keep, body[:len(body)//2]); return self.cut() # ('half',): the line breaks after half of the answer
-        self.answer(r.status, keep, body)
+        s.done.append(f'{self.command} {self.path}'); self.answer(r.status, keep, body)
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = go
