@@ -7,7 +7,7 @@ __all__ = ['PART', 'NoCredentials', 'explain', 'S3Store', 'policy']
 
 # %% ../nbs/core/61_bucket.ipynb #108042af
 import base64, os
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch
@@ -60,10 +60,6 @@ class _PlainErrors:
 # %% ../nbs/core/61_bucket.ipynb #9c6f0e19
 PART = 8 << 20 # bytes of a part of a big object
 
-def _ours(caught_exception=None, **_): # asked before boto3 tries again
-    from botocore.exceptions import ClientError
-    if isinstance(e := getattr(caught_exception, 'kwargs', {}).get('error'), (CancelledError, ClientError)): raise e
-
 class S3Store:
     "A store under `s3://bucket/prefix`."
     workers = 16
@@ -89,7 +85,6 @@ def _connect(self: S3Store):
                     response_checksum_validation='when_required') # we check what comes ourselves, and this saves a request for each object
     try: self.s3 = session.client('s3', region_name=session.region_name or 'us-east-1', config=config)
     except ValueError as e: raise UserError(f'{self.url}: {e}; AWS_ENDPOINT_URL wants an address such as https://host:port') from None
-    self.s3.meta.events.register_first('needs-retry.s3', _ours)
     self.s3.meta.events.register('before-parameter-build.s3.CompleteMultipartUpload', lambda params, **_: self._unchanged(params))
     self.transfer = S3Transfer(manager=TransferManager(self.s3, TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=self.workers)))
 

@@ -122,8 +122,9 @@ def test_the_bar_moves_while_nothing_has_arrived(line, tmp_path):
     assert [t[:3] for t in ticks] == [(i, 23, 'MB sent') for i in range(1, 23)] and ticks[5][3] == 0
 
 @pytest.mark.parametrize('way', ['up', 'down'])
-def test_ctrl_c_leaves_promptly(way, line, bucket, tmp_path):
-    "In a process of its own, over a line that would take minutes."
+def test_ctrl_c_leaves_promptly(way, line, bucket, tmp_path, monkeypatch):
+    "In a process of its own, over a line that would take minutes, with as many tries as there usually are."
+    monkeypatch.delenv('AWS_MAX_ATTEMPTS')
     root = big(tmp_path/'set', 24, 5)
     if way == 'down': S.push(root, line.store())
     line.pause, line.seen = .1, []
