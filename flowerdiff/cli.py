@@ -17,6 +17,7 @@ EXAMPLES = '''examples:
   flowerdiff plan flowers --pictures ~/photos/flowers       what that would do, and how long it would take here
   flowerdiff run garden --set train.epochs=20               change a setting; only what depends on it runs again
   flowerdiff run garden --from train --set train.lr=1e-3    leave the stages before training alone
+  flowerdiff download s3://my-flowers/garden garden         what was prepared elsewhere comes here; then: flowerdiff run garden --from train
   flowerdiff status garden                                  which stages are fresh, stale, skipped and why
   flowerdiff generate "a red rose under a blue sky" -n 4 --seed 7 -o rose.png
   flowerdiff studio garden                                  a page to play with the model
@@ -80,6 +81,12 @@ def _bench_options(c):
 
 def _studio_options(c): c.add_argument('--port', type=_whole(1), default=8866, help='(8866)')
 
+def _download_options(c):
+    c.add_argument('url', metavar='URL', help='a folder or s3://bucket/prefix, to which the stage upload sent a set')
+    c.add_argument('workspace', nargs='?', metavar='WORKSPACE', help="where to (default: this folder if it is a workspace, else the address's last part)")
+    c.add_argument('--only', action='append', choices=['pictures', 'captions', 'encoded'], help='just this part, beside the settings; may be repeated')
+    c.add_argument('--force', action='store_true', help='replace data that were made with other settings')
+
 # %% ../nbs/core/80_cli.ipynb #732beaa5
 def _command(sub, f, help, options=None, workspace=True): # adds a command to the table
     c = sub.add_parser(f.__name__.strip('_'), help=help, description=(f.__doc__ or help)); c.set_defaults(function=f)
@@ -96,6 +103,7 @@ def parser() -> Parser:
     command(_run, 'run what has to run, from pictures to a published model', _run_options)
     command(_plan, 'what a run would do: pictures, network, steps, hours here, memory, disk', _plan_options)
     command(_status, 'which stages are fresh, stale, never run, skipped and why')
+    command(_download, 'bring a set that was uploaded into a workspace, to train here', _download_options, workspace=False)
     command(_compare, 'what two runs did differently, and which is better', _compare_options, workspace=False)
     command(_sweep, 'run a grid of settings, such as --set train.lr=1e-4,2e-4', _sweep_options)
     command(_rollback, 'make the champion before the present one the champion again')
@@ -177,6 +185,13 @@ def _init(a) -> int:
     open_workspace(root, a.profile or ('garden' if new else None), a.set)
     print(f'{_shown((root/"params.yaml").absolute())} {"made" if new else "is there already"}; edit it, then: flowerdiff run {_shown(root.absolute())}')
     return 0
+
+# %% ../nbs/core/80_cli.ipynb #4a210d3f
+def _download(a) -> int:
+    "Bring a set that the stage upload sent into a workspace, new or not. Each file is checked, only what differs travels; nothing is deleted, and a workspace keeps its params.yaml."
+    from flowerdiff.download import download, told
+    root = _here(a.workspace, a.url.rstrip('/').rpartition('/')[2])
+    print(told(download(a.url, root, a.only, a.force), _shown(Path(root).absolute()))); return 0
 
 # %% ../nbs/core/80_cli.ipynb #b827b673
 def _status(a) -> int:

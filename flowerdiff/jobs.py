@@ -10,10 +10,11 @@ __all__ = ['GROUP', 'ENDED', 'Logs', 'Story', 'watch_job', 'why_ended', 'unpack'
 import json, os, shutil, subprocess, sys, tarfile, tempfile, time
 from collections import deque
 from pathlib import Path
+from .bucket import S3Store
 from .container import EVENT
 from .processes import only_one
 from .sagemaker import aws_session, cost_text, find_job, job_tag, plain_errors, price, start_job
-from .store import S3Store, open_store
+from .store import open_store
 from .tracking import ENDS, log_event, read_events, start_follower
 from .workspace import UserError, Workspace, atomic_dir, disk_errors, file_sha256, open_workspace, read_json, write_json
 
@@ -153,11 +154,11 @@ def bring_model(
     tell=print,
 ):
     "Fetch a finished job's model, and tidy up behind it."
-    s, (bucket, _, key) = ws.settings.sagemaker, job['ModelArtifacts']['S3ModelArtifacts'].removeprefix('s3://').partition('/')
+    s, key = ws.settings.sagemaker, job['ModelArtifacts']['S3ModelArtifacts'].removeprefix(f'{store.url}/')
     billed = job.get('BillableTimeInSeconds', job.get('TrainingTimeInSeconds', 0))
     ws.work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ws.work, prefix='job-') as new:
-        with plain_errors(session.region_name): store.s3.download_file(bucket, key, f'{new}/model.tar.gz', Config=store.transfer)
+        store.get(key, Path(new)/'model.tar.gz')
         unpack(Path(new)/'model.tar.gz', Path(new))
         take_in(ws, folder, Path(new), job=job['TrainingJobName'], billed_seconds=billed, instances=f'{s.instance_count} x {s.instance_type}')
     tell(f"SageMaker: billed {billed:,} of {job.get('TrainingTimeInSeconds', billed):,} s: {cost_text(s, price(session, s.instance_type), billed)}")

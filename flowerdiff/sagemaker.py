@@ -11,8 +11,9 @@ import json, os, re, shutil, tempfile
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from .bucket import NoCredentials, S3Store
 from .config import write_params
-from .store import NoCredentials, S3Store, object_key, open_store, push
+from .store import Hashes, object_key, push
 from .workspace import UserError, Workspace, fingerprint, write_json
 
 # %% ../nbs/core/73_sagemaker.ipynb #22b43013
@@ -29,7 +30,7 @@ def explain(
     told = getattr(error, 'response', {}).get('Error', {})
     code, said = told.get('Code', type(error).__name__), ' '.join(str(told.get('Message') or error).split())[:300]
     if code == 'NoCredentialsError': return NoCredentials('SageMaker')
-    if 'Connect' in code or 'Timeout' in code: return UserError(f'SageMaker: no answer in the region {region}; check the network and AWS_REGION, then run again: a job that runs is found')
+    if 'Connect' in code or 'Timeout' in code: return UserError(f'SageMaker: no answer in the region {region}; check the network and AWS_DEFAULT_REGION, then run again: a job that runs is found')
     if code == 'ValidationException' and 'role' in said.lower(): return UserError(f'sagemaker.role: {said}; give the ARN of a role that SageMaker may act as')
     return UserError(f"SageMaker, {region}: {_ADVICE.get(code, code)}{f' ({said})' if said else ''}")
 
@@ -45,10 +46,10 @@ def plain_errors(region: str):
 def aws_session(): # a boto3.Session
     "Who we are at Amazon, and in which region. Raises `UserError` where one of both is not known."
     import boto3, botocore.exceptions
-    try: session = boto3.Session(region_name=os.environ.get('AWS_REGION'))
+    try: session = boto3.Session()
     except botocore.exceptions.ProfileNotFound as e: raise UserError(f'AWS_PROFILE: {e}; check its name') from None
     if not session.get_credentials(): raise NoCredentials('SageMaker')
-    if not session.region_name: raise UserError('SageMaker: no region is set; set AWS_REGION to the one of your bucket, such as us-east-1')
+    if not session.region_name: raise UserError('SageMaker: no region is set; set AWS_DEFAULT_REGION to the one of your bucket, such as us-east-1')
     return session
 
 def role_of(ws: Workspace) -> str: # an ARN or a name
@@ -105,7 +106,7 @@ def send_data(
 ) -> list[dict]:    # path, size and sha256 of each file that the job gets
     "Bring the bucket up to date with what the run reads, and write the list for SageMaker."
     t, base = ws.settings.train, ws.root/Path(ws.settings.train.init).expanduser()
-    files = push(ws.root, store, ['encoded', *['model']*bool(t.distill)], name=f'jobs/{tag}/data.json')['files']
+    with Hashes(ws.root, ws.work/'hashes.json') as hashes: files = push(ws.root, store, ['encoded', *['model']*bool(t.distill)], name=f'jobs/{tag}/data.json', hashed=hashes)['files']
     if t.init and base.is_dir(): files += [dict(f, path=f"init/{f['path']}") for f in push(base, store, name=f'jobs/{tag}/init.json')['files']]
     if t.stream and t.stream_from: files = [f for f in files if not re.fullmatch(r'encoded/train/latents-\d+\.bin', f['path'])]
     keys = sorted({object_key(f['sha256']) for f in files})

@@ -118,8 +118,8 @@ def test_what_is_wrong_at_amazon_is_one_line(amazon, tmp_path, monkeypatch):
         assert all(w in said for w in words), said
     amazon.refuse = None
     monkeypatch.delenv('SAGEMAKER_ROLE'); assert 'SAGEMAKER_ROLE' in line_of(ws)
-    monkeypatch.delenv('AWS_DEFAULT_REGION'); assert 'AWS_REGION' in line_of(ws)
-    monkeypatch.setenv('AWS_REGION', 'us-east-1'); monkeypatch.setenv('AWS_ENDPOINT_URL', 'http://127.0.0.1:9'); monkeypatch.setenv('AWS_MAX_ATTEMPTS', '1')
+    monkeypatch.delenv('AWS_DEFAULT_REGION'); assert 'AWS_DEFAULT_REGION' in line_of(ws)
+    monkeypatch.setenv('AWS_DEFAULT_REGION', 'us-east-1'); monkeypatch.setenv('AWS_ENDPOINT_URL', 'http://127.0.0.1:9'); monkeypatch.setenv('AWS_MAX_ATTEMPTS', '1')
     assert 'no answer in the region us-east-1' in line_of(ws)
     for k in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY'): monkeypatch.delenv(k)
     monkeypatch.setenv('AWS_SHARED_CREDENTIALS_FILE', '/nowhere'); monkeypatch.setenv('AWS_CONFIG_FILE', '/nowhere')
