@@ -10,6 +10,7 @@ import contextlib, fcntl, json, os, queue, re, signal, subprocess, sys, threadin
 from pathlib import Path
 from .execute import duration, stage_line, stop_tree
 from .graph import GRAPH, refresh
+from .tracking import read_events
 from .workspace import STAGES, UserError, Workspace, disk_errors, open_workspace, read_json
 
 # %% ../nbs/core/70_pipeline.ipynb #25ce1e6f
@@ -30,7 +31,7 @@ def lock(ws: Workspace):
 
 # %% ../nbs/core/70_pipeline.ipynb #28e875f8
 def last_event(ws: Workspace, since: float = 0.) -> dict: # of the training that is running or was stopped
-    "What the newest events say: `step`, and `total` and `samples_per_second` where known; or the `text` of a note."
+    "What the newest events say: `step`, and `total` and `samples_per_second` where known."
     files = [f for f in ws.work.glob('train-*/events.jsonl') if f.stat().st_mtime >= since]
     if not files: return {}
     with open(max(files, key=lambda f: f.stat().st_mtime), 'rb') as f:
@@ -40,7 +41,7 @@ def last_event(ws: Workspace, since: float = 0.) -> dict: # of the training that
     for line in lines:
         with contextlib.suppress(ValueError):
             e = json.loads(line)
-            if isinstance(e, dict) and ('step' in e or e.get('event') == 'note'): known |= {k: v for k, v in e.items() if v is not None}
+            if isinstance(e, dict) and 'step' in e: known |= {k: v for k, v in e.items() if v is not None}
     return known
 
 def how_far(ws: Workspace, stage: str, since: float) -> str:
@@ -52,8 +53,18 @@ def how_far(ws: Workspace, stage: str, since: float) -> str:
         try: e = read_json(ws.root/'.flowerdiff'/'progress.json')
         except UserError: e = {}
         n, total, rate = e.get('n'), e.get('total'), e.get('rate'); unit, step_rate = f'{e.get("label", "")} '.lstrip(), rate
-    if n is None: return e.get('text', '')
+    if n is None: return ''
     return f'{unit}{n:,}' + (f'/{total:,}' if total else '') + (f', {rate:.0f}/s' if rate else '') + (f', {duration((total - n)/step_rate)} left' if total and step_rate else '')
+
+# %% ../nbs/core/70_pipeline.ipynb #3d5c100e
+class _Notes: # of the training that runs
+    def __init__(self, ws: Workspace, since: float): self.ws, self.since, self.read = ws, round(since, 3), {}
+    def new(self) -> list: # texts
+        texts = []
+        for f in self.ws.work.glob('train-*/events.jsonl'):
+            events, self.read[f] = read_events(f, self.read.get(f, 0)) if f.stat().st_mtime >= self.since - 1 else ([], 0)
+            texts += [e['text'] for e in events if e['event'] == 'note' and e['time'] >= self.since]
+        return texts
 
 # %% ../nbs/core/70_pipeline.ipynb #b30fe057
 class _Display: # lines for good, and in a terminal one that changes
@@ -93,16 +104,20 @@ def _follow(ws: Workspace, stages: list, force: bool, display: _Display) -> list
             for l in dvc.stdout: log.write(l); log.flush(); lines.put(l.rstrip())
         lines.put(None)
     threading.Thread(target=read, daemon=True).start()
+    notes = _Notes(ws, started)
+    def tell_notes(): # those of the training that runs
+        for text in notes.new() if stage == 'train' else (): display.line(stage_line(stage, '...', text))
     try:
         while True:
             try: l = lines.get(timeout=.3)
             except queue.Empty:
+                tell_notes()
                 if stage: display.now(stage, time.time() - started, how_far(ws, stage, started))
                 continue
             if l is None: break
             tail = [*tail[-20:], l]
             if l.startswith("Running stage '"): stage, started = l.split("'")[1], time.time(); ran.append(stage)
-            elif stage and l.startswith(f'{stage:<10}'): display.line(l); stage = None
+            elif stage and l.startswith(f'{stage:<10}'): tell_notes(); display.line(l); stage = None
     except KeyboardInterrupt:
         _stop(dvc); display.clear()
         step = last_event(ws, started).get('step') if stage == 'train' else None

@@ -224,6 +224,11 @@ def _disk(s, got, base): # its line
     stages = ', '.join(f'{k} {bytes_text(v)}' for k, v in needs.items() if v >= 5e4)
     return f'{stages}: {bytes_text(total)}{there}; {bytes_text(free)} free', dict(disk=needs, free=free, lacking=max(0, total - has - free))
 
+# %% ../nbs/core/71_plan.ipynb #9a1053de
+def _job(s, got, base): # its line
+    from flowerdiff.sagemaker import cost_text
+    return f'at SageMaker, {cost_text(s.sagemaker, None)}; training here is only measured to compare', {}
+
 # %% ../nbs/core/71_plan.ipynb #3a3adfae
 def plan(
     workspace: str = None, # the folder; None: the profile's name
@@ -237,7 +242,7 @@ def plan(
     s, seen, reasons = planned(root, profile, overrides)
     got, line = {}, lambda name, text: tell(f'{name:<12}{text}')
     for name, text, numbers in _counts(s, seen, root): line(name, text); got |= numbers
-    for name, f in dict(network=_network, encode=_encoding, train=_training, memory=_memory, disk=_disk).items():
+    for name, f in dict(network=_network, encode=_encoding, train=_training, memory=_memory, disk=_disk, **(dict(job=_job) if s.train.where == 'sagemaker' else {})).items():
         try: text, numbers = f(s, got, root); got |= numbers
         except UserError as e: text = str(e)
         line(name, text)
