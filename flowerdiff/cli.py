@@ -224,7 +224,7 @@ def _bench(a) -> int:
 # %% ../nbs/core/80_cli.ipynb #0f17f799
 def _studio(a) -> int:
     "Serve a page where the model can be played with; Ctrl-C ends it."
-    from flowerdiff.studio import serve
+    from flowerdiff.serving import serve
     return serve(_here(a.workspace, 'garden'), a.port) or 0
 
 # %% ../nbs/core/80_cli.ipynb #1581ddf1
