@@ -72,19 +72,21 @@ def publish_hub(
     last: str | None, # commit published last
     private: bool = True,
     api=None,         # a `huggingface_hub.HfApi`
+    repo_type: str | None = None, # 'space': a Docker Space
 ) -> dict:            # `revision` (the commit), `changed`, `url`
     "One atomic commit with what differs; none when nothing does."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    api = api or HfApi()
+    api, space = api or HfApi(), repo_type == 'space'
+    kind, born = (dict(repo_type=repo_type), {'.gitattributes', 'README.md'}) if space else ({}, {'.gitattributes'}) # born: what a new one has
     try:
-        url = str(api.create_repo(repo, private=private, exist_ok=True))
-        info = api.model_info(repo, files_metadata=True)
+        url = str(api.create_repo(repo, private=private, exist_ok=True, **kind, **(dict(space_sdk='docker') if space else {})))
+        info = (api.space_info if space else api.model_info)(repo, files_metadata=True)
         add, remove = hub_changes(new, info.siblings)
         if not add and not remove: return dict(revision=info.sha, changed=False, url=url)
-        fresh = not [s for s in info.siblings if s.rfilename != '.gitattributes']
+        fresh = not {s.rfilename for s in info.siblings} - born
         check_ours(repo, None if fresh else info.sha, last)
         operations = [CommitOperationAdd(p, str(new/p)) for p in add] + [CommitOperationDelete(p) for p in remove]
-        commit = api.create_commit(repo, operations, commit_message=f'flowerdiff: {len(add)} files', parent_commit=info.sha)
+        commit = api.create_commit(repo, operations, commit_message=f'flowerdiff: {len(add)} files', parent_commit=info.sha, **kind)
     except (HfHubHTTPError, HFValidationError, OSError) as e: raise hub_error(repo, e) from None
     return dict(revision=commit.oid, changed=True, url=url)
