@@ -52,7 +52,9 @@ class Visitors(AsyncMappingKernelManager):
 
 # %% ../nbs/apps/serving.ipynb #25361dce
 def full_page(wait: int = 20) -> str: # seconds until the page looks again
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="{wait}"><title>flowerdiff studio</title>{style()}<body style="margin:0"><div class="fd">{note("Everybody is drawing", "<p>There is no room for one more visitor now. This page looks again by itself.</p>")}</div></body></html>'
+    words = note('Everybody is drawing', '<p>There is no room for one more visitor now. This page looks again by itself.</p>')
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="{wait}"><title>flowerdiff studio</title>{style()}'
+            f'<body data-voila style="margin:0"><div class="fd" style="max-width:none; min-height:100vh; border-radius:0"><div class="fd-head"><h1>flower<i>diff</i> studio</h1></div>{words}</div></body></html>')
 
 class Page(TornadoVoilaHandler):
     "The studio, or why there is no place in it."
