@@ -136,6 +136,12 @@ def test_the_command(cli, workspace, tmp_path):
 
 # ---- running
 
+def test_what_is_installed(python):
+    "Everything that any model may be drawn with, and nothing of training: the tests below then show that it is enough."
+    call = lambda names: subprocess.run([python, '-c', f'import {names}'], env=dict(HOME=os.environ['HOME']), capture_output=True, text=True)
+    assert call('flowerdiff.sampler, flowerdiff.serving, onnxruntime, diffusers, transformers').returncode == 0
+    assert 'No module named' in call('mlflow').stderr and 'No module named' in call('dvc').stderr
+
 def test_the_health_check(space, running):
     "The Dockerfile's own check, at our port."
     check = [a.replace(':7860', f':{running.port}') for a in command(space/'Dockerfile', 'HEALTHCHECK')]
