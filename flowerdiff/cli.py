@@ -242,7 +242,8 @@ def _space(a) -> int:
     where = _here(a.workspace, 'garden')
     out = _shown(make_space(where, a.output, a.wheel))
     print(f'{"space":<10}{out}\n{"try":<10}python {out}/start.py')
-    if not a.push: print(f'{"push":<10}flowerdiff space {where} -o {out}{f" --wheel {a.wheel}" if a.wheel else ""} --push OWNER/NAME'); return 0
+    again = f'flowerdiff space {where} -o {out}{f" --wheel {a.wheel}" if a.wheel else ""} --push OWNER/NAME' if Path(where).is_dir() else f'hf upload OWNER/NAME {out} . --repo-type space'
+    if not a.push: print(f'{"push":<10}{again}'); return 0
     done = push_space(Path(out), a.push, where)
     print(f'{"pushed" if done["changed"] else "unchanged":<10}{done["url"]}'); return 0
 
