@@ -24,13 +24,13 @@ for line in sys.stdin:
     t = time.perf_counter(); pipe(line.strip(), num_inference_steps=int(sys.argv[2]), guidance_scale=4., height=size, width=size); print(time.perf_counter() - t, flush=True)'''
 
 
-def full_size(folder: Path): # a model with random weights, exported
+def full_size(folder: Path, words: int = None): # a model with random weights, exported; words: of the text encoder, None: the tokenizer's
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     torch.manual_seed(0)
     assets = Path(sys.modules['flowerdiff'].__file__).parent / 'assets/garden/clip'
     tokenizer = CLIPTokenizer.from_pretrained(assets, model_max_length=77)
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=words or len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
     unet = UNet2DConditionModel(sample_size=16, layers_per_block=2, block_out_channels=(192, 384, 576), down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
         up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'), cross_attention_dim=768)
     vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4, latent_channels=4, layers_per_block=2, sample_size=128)

@@ -21,6 +21,7 @@ EXAMPLES = '''examples:
   flowerdiff status garden                                  which stages are fresh, stale, skipped and why
   flowerdiff generate "a red rose under a blue sky" -n 4 --seed 7 -o rose.png
   flowerdiff studio garden                                  a page to play with the model
+  flowerdiff space garden --push ada/garden                 the same page on the Hugging Face Hub
 '''
 
 # %% ../nbs/core/80_cli.ipynb #49aa401b
@@ -110,6 +111,7 @@ def parser() -> Parser:
     command(_generate, 'draw pictures from words', _generate_options, workspace=False)
     command(_bench, 'how fast the model draws here, with each backend', _bench_options)
     command(_studio, 'a page in the browser to play with the model', _studio_options)
+    command(_space, 'the folder of a Hugging Face Space with that page, to run or to push', _space_options)
     command(_init, 'make a workspace with its params.yaml, run nothing', _settings)
     command(_doctor, 'what this machine can run, and what would enable the rest', workspace=False)
     return p
@@ -257,8 +259,26 @@ def _bench(a) -> int:
 # %% ../nbs/core/80_cli.ipynb #0f17f799
 def _studio(a) -> int:
     "Serve a page where the model can be played with; Ctrl-C ends it."
-    from flowerdiff.studio import serve
+    from flowerdiff.serving import serve
     return serve(_here(a.workspace, 'garden'), a.port) or 0
+
+# %% ../nbs/core/80_cli.ipynb #17c19108
+def _space_options(c):
+    c.add_argument('-o', '--output', default='space', metavar='DIR', help='the folder to write (space)')
+    c.add_argument('--wheel', metavar='FILE', help='a wheel of flowerdiff to take along, when the package index does not have this version')
+    c.add_argument('--push', metavar='OWNER/NAME', help='make this Space on the Hub, private, or bring it up to date')
+
+# %% ../nbs/core/80_cli.ipynb #0a2fcd53
+def _space(a) -> int:
+    "Write the folder of a Space for a published model: a workspace's, or org/name@commit of the Hub."
+    from flowerdiff.space import make_space, push_space
+    where = _here(a.workspace, 'garden')
+    out = _shown(make_space(where, a.output, a.wheel))
+    print(f'{"space":<10}{out}\n{"try":<10}python {out}/start.py')
+    again = f'flowerdiff space {where} -o {out}{f" --wheel {a.wheel}" if a.wheel else ""} --push OWNER/NAME' if Path(where).is_dir() else f'hf upload OWNER/NAME {out} . --repo-type space'
+    if not a.push: print(f'{"push":<10}{again}'); return 0
+    done = push_space(Path(out), a.push, where)
+    print(f'{"pushed" if done["changed"] else "unchanged":<10}{done["url"]}'); return 0
 
 # %% ../nbs/core/80_cli.ipynb #1581ddf1
 def main(argv: list = None) -> int:

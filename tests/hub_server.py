@@ -60,7 +60,8 @@ class Wrong(Exception):
 class Repo:
     def __init__(self, private, sdk=None):
         self.private, self.sdk, self.commits, self.blobs, self.lock = private, sdk, [], {}, threading.Lock()
-        self.commit('initial commit', {'.gitattributes': self.blob(ATTRIBUTES.encode())}, 'the Hub')
+        born = {'.gitattributes': ATTRIBUTES} | ({'README.md': f'---\nsdk: {sdk}\n---\n'} if sdk else {})
+        self.commit('initial commit', {k: self.blob(v.encode()) for k, v in born.items()}, 'the Hub')
     def blob(self, data): self.blobs[git_sha(data)] = data; return dict(oid=git_sha(data), size=len(data))
     def commit(self, title, files, author):
         oid = hashlib.sha1(json.dumps([self.commits and self.commits[-1]['oid'], title, author, files], sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
 def start(workspace, port):
-    code = f'from flowerdiff.studio import serve; serve({str(workspace)!r}, port={port})'
+    code = f'from flowerdiff.serving import serve; serve({str(workspace)!r}, port={port})'
     return subprocess.Popen([sys.executable, '-c', code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 def stop(server):
