@@ -74,7 +74,7 @@ def toy(tmp_path_factory):
     from nbformat.v4 import new_code_cell, new_notebook
     site = tmp_path_factory.mktemp('toy'); package = site/'flowerdiff'
     (package/'notebooks').mkdir(parents=True); (package/'stages').mkdir()
-    for name in ('__init__', 'section', 'recipe', 'settings', 'wording', 'config', 'fingerprints', 'workspace', 'pictures', 'collection', 'machine', 'suggest', 'execute', 'graph', 'pipeline', 'cli'): shutil.copy(ROOT/'flowerdiff'/f'{name}.py', package)
+    for name in ('__init__', 'section', 'recipe', 'settings', 'wording', 'config', 'fingerprints', 'workspace', 'pictures', 'collection', 'machine', 'tracking', 'suggest', 'execute', 'graph', 'pipeline', 'options', 'cli'): shutil.copy(ROOT/'flowerdiff'/f'{name}.py', package)
     shutil.copytree(ROOT/'flowerdiff'/'profiles', package/'profiles')
     (package/'toolbox.py').write_text('def helper(x):\n    "Doubles."\n    return 2*x\n')
     (package/'stages'/'__init__.py').write_text('')

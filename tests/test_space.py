@@ -7,6 +7,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 import psutil, pytest, yaml
+from flowerdiff.workspace import UserError
+from hub_server import Hub
 from test_studio import BROWSER, FLAGS, PATIENCE, ROOT, browser_only, draw, free_port, shot, stop
 
 COMMIT = 'c0ffee12'*5
@@ -252,7 +254,7 @@ def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path)
     from huggingface_hub import CommitOperationAdd, HfApi
     from flowerdiff.space import make_space, push_space
     home = published(tmp_path/'w'); shutil.copytree(workspace/'published', home/'published')
-    with Hub(dict(hf_ada=dict(user='ada', write=True))) as hub:
+    with Hub(dict(hf_ada=dict(user='ada', write=True)), xet=str(tmp_path/'xet')) as hub:
         api = HfApi(hub.url, token='hf_ada')
         push = lambda: push_space(make_space(home, tmp_path/'space'), 'ada/studio', home, api)
         first = push(); repo = hub.repo('space', 'ada/studio', dict(user='ada', write=True))
