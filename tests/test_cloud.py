@@ -31,6 +31,7 @@ def cloud(tmp_path_factory):
         def call(*args, timeout=1500): return subprocess.run([sys.executable, '-P', '-c', 'import sys; from flowerdiff.cli import main; sys.exit(main())', *map(str, args)], cwd=d, env=env, capture_output=True, text=True, timeout=timeout)
         settings = HERE | SMALL | {'upload.destination': 's3://flowers/meadow', 'publish.repo_name': 'someone/meadow'}
         done = call('run', 'meadow', '--profile', 'cloud', *[a for k, v in settings.items() for a in ('--set', f'{k}={json.dumps(v)}')])
+        (d/'run.txt').write_text(done.stdout)
         yield dict(amazon=amazon, hub=hub, ws=d/'meadow', done=done, call=call, env=env, home=d)
     amazon.close()
 
