@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'START', 'IMAGE', 'explain', 'plain_errors', 'aws_session', 'role_of', 'person_policy', 'role_policies',
-           'price', 'cost_text', 'job_tag', 'find_job', 'send_data', 'make_code', 'start_job']
+           'price', 'cost_text', 'job_tag', 'find_job', 'send_data', 'make_code', 'start_job', 'check_ready']
 
 # %% ../nbs/core/69_sagemaker.ipynb #fa65c0dc
 import json, os, re, shutil, tempfile
@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from .bucket import NoCredentials, S3Store, policy
 from .config import write_params
-from .store import Hashes, object_key, push
+from .store import Hashes, object_key, open_store, push
 from .workspace import UserError, Workspace, fingerprint, write_json
 
 # %% ../nbs/core/69_sagemaker.ipynb #22b43013
@@ -43,6 +43,8 @@ def plain_errors(region: str):
         raise
 
 # %% ../nbs/core/69_sagemaker.ipynb #ab9d0750
+_NO_SDK = "train.where: sagemaker needs Amazon's SDK; pip install 'flowerdiff[sagemaker]'"
+
 def aws_session(): # a boto3.Session
     "Who we are at Amazon, and in which region. Raises `UserError` where one of both is not known."
     import boto3, botocore.exceptions
@@ -171,7 +173,7 @@ def start_job(
     "Send what the job needs and start it. Raises `UserError`."
     role, s, tag = role_of(ws), ws.settings.sagemaker, job_tag(run, store.url)
     try: import sagemaker.train
-    except ImportError: raise UserError("train.where: sagemaker needs Amazon's SDK; pip install 'flowerdiff[sagemaker]'") from None
+    except ImportError: raise UserError(_NO_SDK) from None
     tell(f'SageMaker, {session.region_name}: {cost_text(s, price(session, s.instance_type))}')
     files = send_data(ws, store, tag)
     with tempfile.TemporaryDirectory() as code, plain_errors(session.region_name):
@@ -199,3 +201,11 @@ def _create(session, store: S3Store, tag: str, s, role: str, code: str) -> str: 
         stopping_condition=c.StoppingCondition(**limits), checkpoint_config=c.CheckpointConfig(s3_uri=f'{home}/checkpoints', local_path='/opt/ml/checkpoints'), output_data_config=c.OutputDataConfig(s3_output_path=f'{home}/output'))
     trainer.train([c.InputData(channel_name='data', data_source=data)], wait=False, logs=False)
     return trainer._latest_training_job.training_job_name
+
+# %% ../nbs/core/69_sagemaker.ipynb #8417e8d9
+def check_ready(ws: Workspace):
+    "Raise a `UserError` for what would stop the run when it comes to training."
+    from importlib.util import find_spec
+    if not find_spec('sagemaker'): raise UserError(_NO_SDK)
+    aws_session(); role_of(ws)
+    open_store(ws.settings.upload.destination, ws.root).read('manifest.json')

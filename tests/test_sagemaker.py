@@ -126,6 +126,12 @@ def test_what_is_wrong_at_amazon_is_one_line(amazon, tmp_path, monkeypatch):
     assert 'no AWS credentials' in line_of(ws)
     assert len(amazon.jobs) == jobs_before
 
+def test_a_run_that_could_not_train_does_not_begin(amazon, tmp_path, monkeypatch, cli):
+    "Before pictures are drawn: the role, and a bucket that answers. Without the check the first line would be prepare's."
+    go = lambda: cli('run', tmp_path/'meadow', '--set', 'train.where=sagemaker', '--set', 'upload.destination=s3://nobodys/flowers', '--set', 'prepare.count=20')
+    done = go(); assert done.returncode == 2 and 'no such bucket' in done.stderr and not done.stdout and not (tmp_path/'meadow'/'pictures').exists(), done
+    monkeypatch.delenv('SAGEMAKER_ROLE'); done = go(); assert done.returncode == 2 and 'SAGEMAKER_ROLE' in done.stderr and 'Traceback' not in done.stderr
+
 def test_a_bucket_is_needed(tmp_path):
     with pytest.raises(UserError, match='upload.destination to s3://'): open_workspace(tmp_path/'meadow', 'garden', {'train.where': 'sagemaker'})
     with pytest.raises(UserError, match='max_wait_hours'): open_workspace(tmp_path/'meadow', 'garden', {'sagemaker.max_hours': 20})
