@@ -27,7 +27,7 @@ class Logs:
         client,   # boto3's, for CloudWatch Logs
         job: str, # its name
     ):
-        self.client, self.job, self.tokens = client, job, {}
+        self.client, self.job, self.tokens, self.read = client, job, {}, [] # read: and not yet handed out
 
     def streams(self) -> list[str]: # the first host's first container first
         try: pages = list(self.client.get_paginator('describe_log_streams').paginate(logGroupName=GROUP, logStreamNamePrefix=f'{self.job}/'))
@@ -36,14 +36,14 @@ class Logs:
 
     def new(self) -> list[tuple[str, str]]: # host, line
         "What was printed since the last time."
-        lines = []
         for stream in self.streams():
             host, at_end = stream.rpartition('/')[2].rpartition('-')[0], False
             while not at_end:
                 token = self.tokens.get(stream)
                 got = self.client.get_log_events(logGroupName=GROUP, logStreamName=stream, startFromHead=True, **(dict(nextToken=token) if token else {}))
-                lines += [(host, e['message']) for e in got['events']]
+                self.read += [(host, e['message']) for e in got['events']]
                 self.tokens[stream], at_end = got['nextForwardToken'], got['nextForwardToken'] == token
+        lines, self.read = self.read, []
         return lines
 
 # %% ../nbs/core/75_jobs.ipynb #f6a3e051
