@@ -47,13 +47,19 @@ class Logs:
         return lines
 
 # %% ../nbs/core/75_jobs.ipynb #f6a3e051
+def _event_in(line: str) -> dict: # {}: there is none, or it is not whole
+    try: return json.JSONDecoder().raw_decode(line.partition(EVENT)[2])[0]
+    except ValueError: return {}
+
 class Story:
     "What a job tells, in its run's folder."
     def __init__(self,
         folder: Path, # of the run
     ):
         self.folder, self.events, self.log = folder, folder/'events.jsonl', folder/'train.log'
-        self.known = max((e['time'] for e in read_events(self.events)[0] if 'step' in e), default=0.)
+        told = read_events(self.events)[0]
+        self.known = max((e['time'] for e in told if 'step' in e), default=0.)
+        self.drawn = {(e['kind'], e['step']) for e in told if e['event'] == 'samples'}
         self.waiting, self.tail = [], deque(maxlen=20)
         self.log.write_text('')
 
@@ -61,15 +67,18 @@ class Story:
         "Tell events from the rest."
         with open(self.log, 'a', encoding='utf-8') as log:
             for host, line in lines:
-                if not line.startswith(EVENT): print(f'{host}: {line}', file=log); self.tail.append(line); continue
-                e = json.loads(line.removeprefix(EVENT))
-                if e['time'] > self.known: self.waiting.append(e) if e['event'] in ('samples', *ENDS) else self.write(e)
+                if not (e := _event_in(line)): print(f'{host}: {line}', file=log); self.tail.append(line)
+                elif e['event'] in ENDS or e['event'] == 'samples' and (e['kind'], e['step']) not in self.drawn: self.waiting.append(e)
+                elif e['event'] != 'samples' and e['time'] > self.known: self.write(e)
 
     def write(self, event: dict):
         with open(self.events, 'a', encoding='utf-8') as f: f.write(json.dumps(event) + '\n')
 
-    def close(self):
+    def close(self,
+        steps: int, # of the model that came
+    ):
         "Let out what waited; grids are now where the run's folder is."
+        if not any(e['event'] == 'done' for e in self.waiting): self.waiting.append(dict(event='done', time=round(time.time(), 3), step=steps, total=steps)) # the log came without it, or never came
         for e in self.waiting:
             if 'file' in e: e['file'] = str(self.folder/e['kind']/Path(e['file']).name)
             self.write(e)
@@ -211,7 +220,7 @@ def attend(
             with plain_errors(session.region_name): job = watch_job(session, name, story, tell, poll)
             if job['TrainingJobStatus'] != 'Completed': raise UserError(why_ended(job, story))
             bring_model(ws, session, store, job, folder, tell)
-            story.close()
+            story.close(read_json(ws.root/'train.json')['steps'])
         return 0
     except Exception as e:
         log_event(events, 'failed', message=str(e), mistake=isinstance(e, UserError), kind=type(e).__name__)
