@@ -7,7 +7,7 @@ __all__ = ['GROUP', 'ENDED', 'Logs', 'Story', 'watch_job', 'why_ended', 'unpack'
            'has_model', 'find_or_start', 'attend', 'launch_job', 'job_of', 'can_ask', 'offer_to_stop']
 
 # %% ../nbs/core/75_jobs.ipynb #b3ce5ac6
-import json, os, shutil, subprocess, sys, tarfile, tempfile, time
+import errno, json, os, shutil, subprocess, sys, tarfile, tempfile, time, zlib
 from collections import deque
 from pathlib import Path
 from .bucket import S3Store
@@ -138,7 +138,9 @@ def unpack(
     try:
         with tarfile.open(archive) as tar: tar.extractall(folder, filter='data')
         wrong = [f['path'] for f in read_json(folder/'manifest.json')['files'] if file_sha256(folder/f['path']) != f['sha256']]
-    except (tarfile.TarError, EOFError, OSError, KeyError) as e: wrong = [f'{archive.name} ({type(e).__name__})']
+    except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError, UserError) as e:
+        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): raise # here, not there
+        wrong = [f'{archive.name} ({type(e).__name__})']
     if wrong: raise UserError(f"SageMaker: {', '.join(wrong[:3])} did not arrive as it was packed; run again to bring it once more")
 
 def take_in(
@@ -181,8 +183,9 @@ def drop_checkpoints(
     "Remove what nobody needs once the model is here. Never raises."
     try:
         for page in store.s3.get_paginator('list_objects_v2').paginate(Bucket=store.bucket, Prefix=store.prefix + prefix):
-            if found := [dict(Key=o['Key']) for o in page.get('Contents', [])]: store.s3.delete_objects(Bucket=store.bucket, Delete=dict(Objects=found, Quiet=True))
-    except Exception as e: tell(f'{store.url}/{prefix} was left there ({type(e).__name__}); remove it to save its cost')
+            found = [dict(Key=o['Key']) for o in page.get('Contents', [])]
+            if found and (left := store.s3.delete_objects(Bucket=store.bucket, Delete=dict(Objects=found, Quiet=True)).get('Errors')): raise PermissionError(left[0]['Code'])
+    except Exception as e: tell(f'{store.url}/{prefix} was left there ({type(e).__name__}: {e}); remove it to save its cost')
 
 # %% ../nbs/core/75_jobs.ipynb #2688e876
 def has_model(store: S3Store, job: dict) -> bool: # is it still in the bucket?
@@ -217,7 +220,9 @@ def attend(
             name = find_or_start(ws, session, store, folder.name, tell)
             start_follower(ws, folder)
             story = Story(folder)
-            with plain_errors(session.region_name): job = watch_job(session, name, story, tell, poll)
+            try:
+                with plain_errors(session.region_name): job = watch_job(session, name, story, tell, poll)
+            except UserError as e: raise UserError(f'{e}; the job goes on, run again to follow it') from None
             if job['TrainingJobStatus'] != 'Completed': raise UserError(why_ended(job, story))
             bring_model(ws, session, store, job, folder, tell)
             story.close(read_json(ws.root/'train.json')['steps'])
