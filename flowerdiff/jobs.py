@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'ENDED', 'Logs', 'Story', 'watch_job', 'why_ended', 'unpack', 'take_in', 'bring_model', 'drop_checkpoints',
-           'has_model', 'find_or_start', 'attend', 'launch_job', 'job_of', 'can_ask', 'offer_to_stop']
+           'has_model', 'find_or_start', 'attend', 'launch_job', 'job_of', 'can_attach', 'can_ask', 'offer_to_stop']
 
 # %% ../nbs/core/75_jobs.ipynb #b3ce5ac6
 import errno, json, os, shutil, subprocess, sys, tarfile, tempfile, time, zlib
@@ -195,11 +195,14 @@ def has_model(store: S3Store, job: dict) -> bool: # is it still in the bucket?
         if e.response['Error']['Code'] in ('404', 'NoSuchKey'): return False
         raise
 
+def _lasts(store: S3Store, job: dict | None) -> bool: # does it run, or has a model to fetch?
+    return bool(job) and (job['TrainingJobStatus'] in ('InProgress', 'Stopping') or job['TrainingJobStatus'] == 'Completed' and has_model(store, job))
+
 def find_or_start(ws: Workspace, session, store: S3Store, run: str, tell) -> str: # the job's name
     "The run's job: the one that there is, if it runs or has a model, else a new one."
     with plain_errors(session.region_name):
         job = find_job(session, job_tag(run, store.url))
-        if job and (job['TrainingJobStatus'] in ('InProgress', 'Stopping') or job['TrainingJobStatus'] == 'Completed' and has_model(store, job)): tell(f"SageMaker: found {job['TrainingJobName']}"); return job['TrainingJobName']
+        if _lasts(store, job): tell(f"SageMaker: found {job['TrainingJobName']}"); return job['TrainingJobName']
     name = start_job(ws, session, store, run, tell)
     tell(f'SageMaker: started {name}')
     return name
@@ -246,6 +249,10 @@ def job_of(
     from flowerdiff.stages.train import run_fingerprint
     session, run = aws_session(), ws.work_dir('train', run_fingerprint(ws)).name
     return session, find_job(session, job_tag(run, open_store(ws.settings.upload.destination, ws.root).url))
+
+def can_attach(ws: Workspace) -> bool: # would training start no job?
+    session, job = job_of(ws)
+    with plain_errors(session.region_name): return _lasts(open_store(ws.settings.upload.destination, ws.root), job)
 
 def can_ask() -> bool: # is there a person to answer?
     if 'ipykernel' not in sys.modules: return sys.stdin is not None and sys.stdin.isatty()
