@@ -165,7 +165,8 @@ def bring_model(
     tell=print,
 ):
     "Fetch a finished job's model, and tidy up behind it."
-    s, key = ws.settings.sagemaker, job['ModelArtifacts']['S3ModelArtifacts'].removeprefix(f'{store.url}/')
+    rented, key = job['ResourceConfig'], job['ModelArtifacts']['S3ModelArtifacts'].removeprefix(f'{store.url}/')
+    s = ws.settings.sagemaker.model_copy(update=dict(instance_type=rented['InstanceType'], instance_count=rented['InstanceCount'])) # the settings may be others by now
     billed = job.get('BillableTimeInSeconds', job.get('TrainingTimeInSeconds', 0))
     ws.work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ws.work, prefix='job-') as new:
