@@ -156,7 +156,7 @@ def make_code(
     extra = ['deepspeed']*(t.distributed == 'zero2') + ['bitsandbytes']*(t.optimizer == 'adamw8bit')
     (folder/'requirements.txt').write_text(''.join(f'{p}=={version(p)}\n' for p in PACKAGES + extra))
     shutil.copyfile(ws.root/'params.yaml', folder/'params.yaml')
-    write_params(ws.settings.profile, folder/'params.yaml', {'tracking.enabled': False} | ({'train.init': 'init'} if any(f['path'].startswith('init/') for f in files) else {})) # tracked from here
+    write_params(ws.settings.profile, folder/'params.yaml', {'tracking.enabled': False, 'train.keep_checkpoints': max(3, t.keep_checkpoints)} | ({'train.init': 'init'} if any(f['path'].startswith('init/') for f in files) else {})) # tracked from here; what is removed there is removed in the bucket, perhaps before the next one has arrived
     write_json(folder/'job.json', dict(run=run, files=[{k: f[k] for k in ('path', 'sha256')} for f in files]))
     (folder/'train.py').write_text(START)
 
@@ -178,7 +178,8 @@ def start_job(
     files = send_data(ws, store, tag)
     with tempfile.TemporaryDirectory() as code, plain_errors(session.region_name):
         make_code(ws, Path(code), files, run)
-        return _create(session, store, tag, s, role, code)
+        try: return _create(session, store, tag, s, role, code)
+        except ValueError as e: raise UserError(f"SageMaker, {session.region_name}: {' '.join(str(e).split())[:300]}; check the section sagemaker of params.yaml") from None # the SDK's own words
 
 # %% ../nbs/core/69_sagemaker.ipynb #cc5cc782
 def _create(session, store: S3Store, tag: str, s, role: str, code: str) -> str: # the job's name

@@ -132,6 +132,7 @@ class Settings(Section):
     def _together(self):
         if self.train.where == 'sagemaker' and not self.upload.destination.startswith('s3://'): raise ValueError('train.where: sagemaker reads its data from a bucket; set upload.destination to s3://bucket/prefix')
         if self.train.where == 'sagemaker' and self.train.num_processes > 1: raise ValueError('train.num_processes: SageMaker starts one process for each GPU; set it to 1, and sagemaker.instance_count to the machines you want')
+        if self.train.where == 'sagemaker' and self.train.stream_from and not self.train.stream_from.startswith('s3://'): raise ValueError('train.stream_from: a machine of SageMaker does not see this folder; give s3://bucket/prefix')
         if self.prepare.crop == 'buckets' and self.train.stream: raise ValueError('train.stream reads latents of one shape and prepare.crop: buckets makes many; set train.stream to 0, or prepare.crop to center')
         if self.train.prediction_type == 'flow_prediction' and not self.train.init and self.evaluate.scheduler not in ('auto', 'dpm', 'unipc'):
             raise ValueError(f'evaluate.scheduler: {self.evaluate.scheduler} does not know rectified flow, which train.prediction_type asks for; set it to auto')

@@ -1,7 +1,7 @@
 """Amazon on this machine, for tests: moto's server keeps buckets, roles, logs and training jobs; a proxy in front of it gives the jobs a life.
 
 What SageMaker does, from its documentation and its SDK: it brings each channel (S3Prefix, ManifestFile) and what is under the checkpoints' address to every host, writes /opt/ml/input/config, runs the entry point of the request in a container on each host, copies what appears
-in /opt/ml/checkpoints to S3 now and then, file by file, and, when a spot machine is taken back, kills all containers and begins again with new ones. At the end /opt/ml/model of all hosts becomes model.tar.gz. Here a container is a namespace of its own (mounts, processes, host name) with /opt/ml and /etc/hosts.
+in /opt/ml/checkpoints to S3 now and then, file by file, removes there what is removed here, and, when a spot machine is taken back, kills all containers and begins again with new ones. At the end /opt/ml/model of all hosts becomes model.tar.gz. Here a container is a namespace of its own (mounts, processes, host name) with /opt/ml and /etc/hosts.
 Not here: images (the Python of the tests runs), IAM (whoever asks may), networks (both hosts are 127.0.0.1), streaming modes, SIGTERM before an interruption."""
 import http.client, json, os, shutil, signal, subprocess, sys, tarfile, tempfile, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -175,6 +175,8 @@ class Job:
                         if sent.get(f) == (now := f.stat().st_mtime_ns): continue
                         self.s3.upload_file(str(f), bucket, f'{prefix}/{f.relative_to(root/"checkpoints")}'); sent[f] = now
                     except OSError: pass # it was renamed meanwhile
+                for f in [f for f in sent if f.is_relative_to(root) and not f.exists()]:
+                    if not self.taken: self.s3.delete_object(Bucket=bucket, Key=f'{prefix}/{f.relative_to(root/"checkpoints")}'); del sent[f]
             if last: return
 
     def collect(self, roots):

@@ -241,18 +241,18 @@ def begin(ws: Workspace, folder: Path) -> subprocess.Popen:
 def run(ws: Workspace) -> Result:
     "Train in a process of its own, go on where an earlier run was stopped. Raises `UserError` with the worker's one line."
     if not (ws.encoded/'manifest.json').exists(): raise UserError(f'{ws.encoded}: there are no encoded pictures; run encode first')
-    folder = ws.work_dir('train', run_fingerprint(ws))
+    folder, away = ws.work_dir('train', run_fingerprint(ws)), ws.settings.train.where == 'sagemaker'
     child, watch = None if is_training(folder) else begin(ws, folder), Watch(ws.settings.train.batch_size)
     try: last = follow(folder, child, watch)
     except KeyboardInterrupt:
-        if ws.settings.train.where == 'sagemaker':
+        if away:
             from flowerdiff.jobs import offer_to_stop
             print(offer_to_stop(ws))
         raise
     finally: watch.close()
     if last.get('event') == 'stopped': raise UserError(f"train: stopped at step {last['step']:,} of {last['total']:,}; run again to go on")
     if last.get('mistake'): raise UserError(last['message'])
-    if last.get('event') != 'done': raise RuntimeError(f"training ended without a result ({last.get('kind', 'no word')}: {last.get('message', 'killed?')[:300]}); see {folder/'train.log'}")
+    if last.get('event') != 'done': raise RuntimeError(f"training ended without a result ({last.get('kind', 'no word')}: {last.get('message', 'killed?')[:300]}); see {folder/('sagemaker.log' if away else 'train.log')}" + ('; the job goes on if it was started, run again to follow it' if away else ''))
     return result_of(ws, folder)
 
 def result_of(ws: Workspace, folder: Path) -> Result:
