@@ -39,11 +39,12 @@ def draw_samples(
     ws: Workspace,
     folder: Path,  # where the pictures go
 ) -> list[dict]:   # prompt and file of each
+    from flowerdiff.models import student_steps
     from flowerdiff.sampler import Generator
-    draw, prompts, e = Generator.from_pretrained(ws.model, 'torch'), sample_prompts(ws), ws.settings.evaluate
+    draw, prompts, how = Generator.from_pretrained(ws.model, 'torch'), sample_prompts(ws), shown_how(ws.settings.evaluate, student_steps(ws.model))
     folder.mkdir(parents=True, exist_ok=True)
     samples = [dict(prompt=p, file=f'{folder.name}/{i}.png') for i, p in enumerate(prompts)]
-    for s, picture in zip(samples, draw(prompts, seed=ws.settings.seed, **shown_how(e))): picture.save(folder.parent/s['file'])
+    for s, picture in zip(samples, draw(prompts, seed=ws.settings.seed, **how)): picture.save(folder.parent/s['file'])
     return samples
 
 # %% ../../nbs/stages/10_publish.ipynb #798f4871
@@ -66,11 +67,13 @@ def assemble(
 ):
     "Fill `folder` with the model, its ONNX files and engines when they are of these very weights, samples and the card."
     from flowerdiff.backends import onnx_beside
+    from flowerdiff.models import copy_student_steps
     if not (ws.model/'model_index.json').exists(): raise UserError(f'{ws.model}: no model yet; flowerdiff run {ws.root} trains one')
     onnx = onnx_beside(ws.model); engines = engine_sets(ws, onnx)
     for source, target, files in ((ws.model, folder, model_files(ws.model)), *([(onnx, folder/'onnx', list_files(onnx))] if onnx else []), (ws.tensorrt, folder/'tensorrt', [f for k in engines for f in sorted((ws.tensorrt/k).glob('*.engine'))])):
         for f in files:
             to = target/f.relative_to(source); to.parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(f, to)
+    copy_student_steps(ws.model, folder)
     if engines: write_json(folder/'tensorrt/status.json', dict(sets=engines))
     samples = draw_samples(ws, folder/'samples')
     if (ws.report/'grid.png').exists(): shutil.copyfile(ws.report/'grid.png', folder/'samples/grid.png')
