@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from . import __version__
 from .hub import HUB_ID, snapshot
-from .repository import publish_hub
+from .repository import hub_name, no_token, publish_hub
 from .store import list_files
 from .studio import examples
 from .workspace import UserError, atomic_dir, bytes_text, open_workspace, read_json, write_json, write_jsonl
@@ -247,11 +247,7 @@ def push_space(
     api=None,                # a `huggingface_hub.HfApi`
 ) -> dict:                   # `url`, `changed`, `revision`
     "Make the Space or bring it up to date."
-    from huggingface_hub import get_token
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo): raise UserError(f'{repo}: is not owner/name; the Hub needs both')
+    hub_name(repo, '--push')
     if not Path(workspace).is_dir(): raise UserError(f'{workspace}: no workspace remembers what was pushed; push with: hf upload {repo} {folder} . --repo-type space')
-    if not api and not get_token(): raise UserError(f'{repo}: no token for the Hub; set HF_TOKEN to one with write access (huggingface.co/settings/tokens)')
-    memory = Path(workspace)/'work'/'publish'/f"space-{repo.replace('/', '--')}.json"
-    done = publish_hub(folder, repo, read_json(memory)['revision'] if memory.exists() else None, api=api, repo_type='space')
-    write_json(memory, dict(revision=done['revision']))
-    return done
+    if not api and (why := no_token(repo)): raise UserError(why)
+    return publish_hub(folder, repo, Path(workspace).absolute()/'work'/'publish'/f"space-{repo.replace('/', '--')}.json", api=api, repo_type='space')
