@@ -57,7 +57,7 @@ def examples(
                 except ValueError: continue
                 if not str(row.get('file_name', '')).startswith('train/') or not found: found += [c for c in row.get('captions', [])[:1] if isinstance(c, str) and 3 < len(c) < 60]
                 if len(found) > n: break
-    return list(dict.fromkeys(found)) if len(found) >= 5 else EXAMPLES
+    return list(dict.fromkeys(found)) if len(found) >= 3 else EXAMPLES
 
 # %% ../nbs/apps/studio.ipynb #9295a5c3
 def classed(widget, *names): # adds CSS classes, and returns the widget
