@@ -121,8 +121,9 @@ class Blind:
         names, drawn = self.pair; self._enable(False)
         chosen = dict(zip(('left', 'right'), names)).get(side, '')
         row = dict(time=round(time.time(), 1), prompt=drawn[0][0].prompt, seed=drawn[0][0].seed, left=names[0], right=names[1], chosen=chosen, wishes=[asdict(x[0]) for x in drawn], notes=[x[1].info.get('note', '') for x in drawn])
-        self.rows.append(row); self._draw(chosen); self._count(); self.pair = None
+        self.rows.append(row)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with open(self.file, 'a', encoding='utf-8') as f: f.write(json.dumps(row, ensure_ascii=False) + '\n')
         except OSError as e: self.easel.say(f'The choice counts, but {self.file.name} cannot be written ({e.strerror}): it is forgotten with this page.', bad=True)
+        self._draw(chosen); self._count(); self.pair = None

@@ -94,11 +94,12 @@ def test_blind_test_keeps_its_tally(page, workspace):
     file = workspace/'work'/'blind.jsonl'
     before = len(file.read_text().splitlines()) if file.exists() else 0
     right = page.get_by_role('button', name='Right is better'); right.focus(); page.keyboard.press('Enter')
-    page.locator('.fd-right').get_by_text('★').wait_for()
+    page.locator('.fd-right').get_by_text('★').wait_for(); page.locator('.fd-tally').get_by_text('was better in').wait_for()
     last = json.loads(file.read_text().splitlines()[-1])
     assert len(file.read_text().splitlines()) == before + 1 and last['chosen'] == last['right'] and {last['left'], last['right']} == {'The champion', 'The champion, 5 steps'}
     assert page.locator('.fd-card figcaption').nth(1).inner_text().startswith('★ ' + last['right'])
-    assert re.search(r'was better in \d of \d.*95 % confidence', page.locator('.fd-tally').inner_text()) and right.is_disabled()
+    assert re.search(r'was better in \d of \d.*95 % confidence', page.locator('.fd-tally').inner_text())
+    page.wait_for_function("[...document.querySelectorAll('button')].some(b => b.innerText == 'Right is better' && b.disabled)")
     shot(page, 'blind-chosen')
 
 @browser_only
