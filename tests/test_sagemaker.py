@@ -125,7 +125,7 @@ def test_what_is_wrong_at_amazon_is_one_line(amazon, tmp_path, monkeypatch):
         amazon.refuse = refuse; said = line_of(ws)
         assert all(w in said for w in words), said
     amazon.refuse = None
-    other = workspace(tmp_path/'clearing', 'lines', sagemaker__instance_type='g4dn.xlarge'); assert 'Invalid SageMaker instance type: g4dn.xlarge' in line_of(other)
+    other = workspace(tmp_path/'clearing', 'lines', sagemaker__instance_type='ml.trn1.2xlarge'); assert 'for Trainium instances' in line_of(other) # the SDK's own ValueError
     monkeypatch.delenv('SAGEMAKER_ROLE'); assert 'SAGEMAKER_ROLE' in line_of(ws)
     monkeypatch.delenv('AWS_DEFAULT_REGION'); assert 'AWS_DEFAULT_REGION' in line_of(ws)
     monkeypatch.setenv('AWS_DEFAULT_REGION', 'us-east-1'); monkeypatch.setenv('AWS_ENDPOINT_URL', 'http://127.0.0.1:9'); monkeypatch.setenv('AWS_MAX_ATTEMPTS', '1')
