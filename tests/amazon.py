@@ -47,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         a, body = self.amazon, self.rfile.read(int(self.headers.get('Content-Length') or 0))
         what = self.headers.get('X-Amz-Target', '').split('.')[-1]
-        if what: a.asked.append(what)
+        if what: a.asked.append('{}:{}'.format({'SageMaker': 'sagemaker', 'Logs_20140328': 'logs', 'AWSPriceListService': 'pricing'}.get(service := self.headers['X-Amz-Target'].split('.')[0], service), what)) # as IAM writes it
         if what == 'CreateTrainingJob' and a.refuse: return self.answer(400, dict(__type=a.refuse[0], message=a.refuse[1]))
         if what == 'GetProducts': return self.answer(200, dict(PriceList=[json.dumps(dict(terms=dict(OnDemand=dict(a=dict(priceDimensions=dict(b=dict(pricePerUnit=dict(USD='0.736'))))))))]))
         if what == 'StopTrainingJob': a.jobs[json.loads(body)['TrainingJobName']].stop(); return self.answer(200, {})

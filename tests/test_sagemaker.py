@@ -164,3 +164,11 @@ def test_a_person_is_asked_before_a_job_is_stopped(amazon, tmp_path):
     assert len(amazon.jobs) == before + 1
     said = read_events(folder_of(ws)/'events.jsonl')[0][-1]['message']
     assert 'RuntimeError: the flowers wilted' in said and 'train.log' in said
+
+@contained
+def test_the_policy_allows_what_was_asked_and_no_more(amazon):
+    "Of the tests before: every request is in the tutorial's policy, and what is in it was needed. A right too many or too few fails."
+    rights = {a for s in sagemaker.person_policy('s3://flowers/meadow', ROLE)['Statement'] for a in s['Action'] if a.split(':')[0] in ('sagemaker', 'logs', 'pricing')}
+    asked = set(amazon.asked)
+    if 'sagemaker:StopTrainingJob' not in asked: pytest.skip('the tests before were not run')
+    assert asked == rights
