@@ -136,7 +136,7 @@ def _show(self:Studio): # the panel and the gallery, or how to get a model
     if not self.painter.ready.is_set(): self.say('Loading the model …'); threading.Thread(target=self._loaded, daemon=True).start()
 @patch
 def _look_again(self:Studio):
-    self.painter = Painter(self.painter.workspace)
+    self.painter = type(self.painter)(self.painter.workspace)
     self._show()
 @patch
 def _loaded(self:Studio): # says when the model is there, or why it is not
@@ -178,7 +178,7 @@ def _work(self:Studio, wish: Wish): # in the thread
     try:
         pictures = self.painter.paint(wish, self._step)
         self._add(wish, pictures)
-        self.say(f'{len(pictures)} picture{"s"*(len(pictures) > 1)} in {time.monotonic() - start:.1f} s.')
+        self.say(f'{len(pictures)} picture{"s"*(len(pictures) > 1)} in {time.monotonic() - start:.1f} s. ' + getattr(self.painter, 'said', ''))
         if not self.c['lock'].value: self._dice()
     except Exception as e:
         if type(e).__name__ == 'Cancelled': self.say('Cancelled.')
@@ -189,6 +189,7 @@ def _work(self:Studio, wish: Wish): # in the thread
 
 @patch
 def _step(self:Studio, step) -> bool: # False: stop
+    if hasattr(step, 'place'): return self._waiting(step)
     now = time.monotonic()
     if step.step == 1: self.began = now
     elif now - self.told > .12 or step.step == step.steps:
@@ -196,6 +197,12 @@ def _step(self:Studio, step) -> bool: # False: stop
         self.c['bar'].value = step.step/step.steps
         self.say(f'Step {step.step} of {step.steps}' + (f', {left:.0f} s left' if left >= 1 else ''))
         self.c['now'].value = preview_html(step.preview(96)); self.told = now
+    return not self.stop.is_set()
+
+# %% ../nbs/apps/studio.ipynb #39a23d5f
+@patch
+def _waiting(self:Studio, at) -> bool: # a `flowerdiff.remote.Place`; False: stop
+    if at.place: self.say(f'{at.place} before you' + f', about {at.seconds:.0f} s'*(at.seconds >= 1) + ' …')
     return not self.stop.is_set()
 
 # %% ../nbs/apps/studio.ipynb #8820b049
@@ -226,4 +233,7 @@ def show(
     workspace: str | Path | None = None, # a workspace or a model's folder; None: the server's
 ) -> w.Widget:                           # the page
     "The studio, as a widget."
-    return Studio(Painter(workspace or os.environ.get(ENV, 'garden'))).page
+    where = workspace or os.environ.get(ENV, 'garden')
+    if workspace or not os.environ.get('FLOWERDIFF_SOCKET'): return Studio(Painter(where)).page
+    from flowerdiff.remote import RemotePainter
+    return Studio(RemotePainter(where)).page
