@@ -165,7 +165,7 @@ class Draw(RequestHandler):
         with suppress(StreamClosedError):
             while not job.gone and not (told and told.keys() & LAST):
                 line = job.line or self.desk.place(job)
-                self.write(json.dumps({} if line == told else line) + '\n'); told = line
+                self.write(json.dumps({} if line == told and 'preview' in line else line) + '\n'); told = line
                 await self.flush()
                 with suppress(asyncio.TimeoutError): await asyncio.wait_for(job.news.wait(), BEAT)
                 job.news.clear()
@@ -182,14 +182,14 @@ def end_with_parent(path: Path): # its socket
     os._exit(0)
 
 async def listen(desk: Desk, path: str | Path): # a socket to make
-    app = Application([(r'/draw', Draw, dict(desk=desk)), (r'/about', About, dict(desk=desk))])
+    app = Application([(r'/draw', Draw, dict(desk=desk)), (r'/about', About, dict(desk=desk))], log_function=lambda request: None)
     server = HTTPServer(app, max_body_size=2**16, body_timeout=10, idle_connection_timeout=60)
     server.add_socket(bind_unix_socket(str(path), 0o600))
     return server # runs until it is stopped
 
 def main(workspace: str, path: str, **limits):
     "The generator process: a workspace's model at a socket."
-    logging.disable(logging.WARNING) # what clients send is no news
+    logging.disable(logging.WARNING) # requests that are no HTTP are no news
     threading.Thread(target=end_with_parent, args=(Path(path),), daemon=True).start()
     async def forever():
         await listen(Desk(workspace, **limits), path)

@@ -12,7 +12,7 @@ from flowerdiff.painter import Wish
 from flowerdiff.remote import Cancelled, Line, Place, RemotePainter, Seen, about
 from flowerdiff.workspace import UserError
 from test_studio import ENV, browser, browser_only, draw, fill, free_port, newest, open_page, shot, start, stop
-from test_space import health
+from test_space import health, well
 
 @pytest.fixture(scope='module')
 def workspace(tmp_path_factory):
@@ -174,12 +174,6 @@ b.load_backend = load; main({str(workspace)!r}, {str(tmp_path/"s")!r})'''
 def children(server): # the generator, and the kernels
     found = [(p, ' '.join(p.cmdline())) for p in psutil.Process(server.pid).children(recursive=True)]
     return next(p for p, c in found if 'flowerdiff.generating' in c), [p for p, c in found if 'ipykernel' in c]
-
-def well(url, status=200): # waits
-    for _ in range(600):
-        if (now := health(url))[0] == status: return now[1]
-        time.sleep(.1)
-    raise AssertionError(now)
 
 @pytest.fixture(scope='module')
 def served(workspace):
