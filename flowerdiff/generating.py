@@ -178,7 +178,7 @@ class About(RequestHandler):
 # %% ../nbs/apps/generating.ipynb #ec13e406
 def end_with_parent(path: Path): # its socket
     sys.stdin.buffer.read()
-    with suppress(OSError): path.unlink(); path.parent.rmdir()
+    with suppress(OSError): path.unlink(missing_ok=True); path.parent.rmdir()
     os._exit(0)
 
 async def listen(desk: Desk, path: str | Path): # a socket to make

@@ -20,6 +20,7 @@ from voila.shutdown_kernel_handler import VoilaShutdownKernelHandler
 from voila.tornado.handler import TornadoVoilaHandler
 
 from .generating import Keeper
+from .painter import find_model
 from .remote import SOCKET, about
 from .studio import ENV, note, style
 from .workspace import UserError
@@ -72,7 +73,8 @@ class Goodbye(VoilaShutdownKernelHandler):
 class Health(RequestHandler):
     "200 when there is a model to draw with, 503 when not."
     async def get(self):
-        kernels, model = self.settings['kernel_manager'], await asyncio.to_thread(about, os.environ[SOCKET], 5)
+        kernels, workspace = self.settings['kernel_manager'], Path(os.environ[ENV])
+        model = await asyncio.to_thread(about, os.environ[SOCKET], 5) if find_model(workspace) else dict(state='missing', line=f'no model in {workspace.name}')
         self.set_header('Content-Type', 'text/plain; charset=utf-8'); self.set_header('Cache-Control', 'no-store')
         if model['state'] != 'ready': self.set_status(503); return self.finish(model['line'] + '\n')
         self.finish(f'well; {len(kernels)} of {kernels.most or "any number of"} visitors\n')
