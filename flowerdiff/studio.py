@@ -133,7 +133,8 @@ def _show(self:Studio): # the panel and the gallery, or how to get a model
     dials = classed(w.VBox([c['n'], c['steps'], c['guidance'], row(c['seed'], c['dice'], c['lock']), c['negative']]), 'fd-panel', 'fd-dials')
     self.empty = w.HTML(note('Nothing drawn yet', '<p>Write a few words, or take an example, and press Draw.</p>'))
     self.page.children = [top, classed(w.Box([ask, dials, classed(w.VBox([c['now'], self.empty, c['gallery']]), 'fd-right')]), 'fd-body')]
-    if not self.painter.ready.is_set(): self.say('Loading the model …'); threading.Thread(target=self._loaded, daemon=True).start()
+    if self.painter.ready.is_set(): self._loaded()
+    else: self.say('Loading the model …'); threading.Thread(target=self._loaded, daemon=True).start()
 @patch
 def _look_again(self:Studio):
     self.painter = type(self.painter)(self.painter.workspace)
