@@ -174,7 +174,7 @@ def _draw(self:Studio, _=None):
 # %% ../nbs/apps/studio.ipynb #1278aa98
 @patch
 def _work(self:Studio, wish: Wish): # in the thread
-    start = self.told = time.monotonic()
+    start = self.began = self.told = time.monotonic()
     self.say('Loading the model …' if not self.painter.ready.is_set() else 'Drawing …')
     try:
         pictures = self.painter.paint(wish, self._step)
@@ -203,7 +203,9 @@ def _step(self:Studio, step) -> bool: # False: stop
 # %% ../nbs/apps/studio.ipynb #39a23d5f
 @patch
 def _waiting(self:Studio, at) -> bool: # a `flowerdiff.remote.Place`; False: stop
-    if at.place: self.say(f'{at.place} before you' + f', about {at.seconds:.0f} s'*(at.seconds >= 1) + ' …')
+    if at.place:
+        self.began = time.monotonic()
+        self.say(f'{at.place} before you' + f', about {at.seconds:.0f} s'*(at.seconds >= 1) + ' …')
     return not self.stop.is_set()
 
 # %% ../nbs/apps/studio.ipynb #8820b049
