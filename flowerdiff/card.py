@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'CONTROLS', 'CROWDS', 'CARD_USE', 'CARD_QUALITY', 'CARD_ORIGIN', 'CARD', 'on_the_hub', 'base_models', 'terms',
-           'card_results', 'card_data', 'card_words', 'how_made', 'make_card']
+           'card_results', 'card_data', 'card_words', 'without_folder', 'how_made', 'make_card']
 
 # %% ../nbs/core/57_card.ipynb #804e582f
 import os, re
@@ -153,6 +153,8 @@ def card_words(
     return dict(what=what, data=data, judged=judged, limits=limits, license=s.publish.license if s.publish.license != 'other' else f'[{name}]({link})', data_license=rights)
 
 # %% ../nbs/core/57_card.ipynb #eebd92fd
+def without_folder(v): return Path(v).name if isinstance(v, str) and os.sep in v and '@' not in v else v # a place of this machine by its last name only
+
 def how_made(
     ws: Workspace,
 ) -> dict: # setting -> value, what a reader of the card wants to know about training
@@ -160,8 +162,7 @@ def how_made(
     trained = read_json(ws.root/'train.json') if (ws.root/'train.json').exists() else {}
     made = {'autoencoder': c.autoencoder, 'text encoder': c.text_encoder, 'UNet channels': ', '.join(map(str, t.channels)), 'prediction': t.prediction_type, 'epochs': t.epochs, 'batch size': t.batch_size,
             'learning rate': t.lr, 'min-SNR gamma': t.min_snr_gamma, 'caption dropout': t.caption_dropout, 'seed': ws.settings.seed}
-    hide = lambda v: Path(v).name if isinstance(v, str) and os.sep in v and '@' not in v else v # nobody's folders
-    return {k: hide(v) for k, v in made.items()} | {k: trained[k] for k in ('steps', 'device') if k in trained}
+    return {k: without_folder(v) for k, v in made.items()} | {k: trained[k] for k in ('steps', 'device') if k in trained}
 
 # %% ../nbs/core/57_card.ipynb #634f67bc
 def make_card(
@@ -174,10 +175,11 @@ def make_card(
 ) -> str:          # README.md
     "The model card, header and page."
     from huggingface_hub import ModelCard
+    from flowerdiff.models import student_steps
     metrics = read_json(ws.report/'metrics.json') if (ws.report/'metrics.json').exists() else {}
     found, e, network = numbers(metrics), ws.settings.evaluate, (metrics.get('protocol') or {}).get('features', '').replace('none', '')
-    card = ModelCard.from_template(card_data(ws, name, found, samples, network), template_str=CARD, network=network, name=name, repo=repo, grid=(ws.report/'grid.png').exists(), onnx=onnx, lora=ws.settings.train.init if (ws.model/'lora').is_dir() else '',
+    card = ModelCard.from_template(card_data(ws, name, found, samples, network), template_str=CARD, network=network, name=name, repo=repo, grid=(ws.report/'grid.png').exists(), onnx=onnx, lora=without_folder(ws.settings.train.init) if (ws.model/'lora').is_dir() else '',
         prompt=samples[0]['prompt'].replace('"', "'") if samples else 'a red rose', size=ws.settings.prepare.resolution, results={k: written(v, k) for k, v in found.items()},
         made=how_made(ws), engines=[f"{e['gpu'] or ', '.join(e['targets'])} ({e['package']} {e['version']}, {e['precision']})" for e in engines.values()],
-        controls=sorted({f'`{c[1:]}`' for c in CONTROLS for k in found if k.endswith(c)}), **shown_how(e), **card_words(ws))
+        controls=sorted({f'`{c[1:]}`' for c in CONTROLS for k in found if k.endswith(c)}), **shown_how(e, student_steps(ws.model)), **card_words(ws))
     return f'{str(card).strip()}\n'

@@ -54,7 +54,7 @@ def _run(a) -> int:
     from flowerdiff import pipeline
     workspace = _meant(a)
     root = _root(workspace, a)
-    if a.attach: a.from_stage = _job_there(root)
+    if a.attach: a.from_stage = _job_there(root, a.set)
     try: ran = pipeline.run(workspace, a.profile, a.set, a.pictures, a.from_stage, a.only, a.force)
     except pipeline.Stopped: _ask_about_job(root); raise
     if not ran: print(f'nothing to do: {"all stages are" if not (a.only or a.from_stage) else (a.only + " is" if a.only else "these stages are")} fresh; --force runs them anyway')
@@ -87,13 +87,14 @@ def _ask_about_job(root: Path): # after Ctrl-C
     from flowerdiff.jobs import offer_to_stop
     if said := offer_to_stop(ws): print(said)
 
-def _job_there(root: Path) -> str: # the stage to go on from
+def _job_there(root: Path, changes: list) -> str: # the stage to go on from
     from flowerdiff.workspace import UserError, open_workspace
     if not (root/'params.yaml').exists(): raise UserError(f'{_shown(root)}: is not a workspace; give the one whose job runs')
+    if changes: raise UserError('--attach follows the job that runs, with the settings that it has; leave --set out')
     if (ws := open_workspace(root)).settings.train.where == 'sagemaker':
-        from flowerdiff.jobs import job_of
-        if (job := job_of(ws)[1]) and job['TrainingJobStatus'] in ('InProgress', 'Stopping', 'Completed'): return 'train'
-    raise UserError(f'{_shown(root)}: no job of it runs at SageMaker; leave --attach out to start one')
+        from flowerdiff.jobs import can_attach
+        if can_attach(ws): return 'train'
+    raise UserError(f'{_shown(root)}: no job of it runs at SageMaker, and none has left a model; leave --attach out to start one')
 
 # %% ../nbs/core/80_cli.ipynb #7a6c4bdc
 def _plan(a) -> int:

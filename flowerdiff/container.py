@@ -96,7 +96,7 @@ def main(
     try: root = prepare(ml, job)
     except UserError as e: return fail(ml, str(e))
     with relay(folder/'events.jsonl') if first else nullcontext(): status = work(str(root), str(folder))
-    told = [e for e in read_events(folder/'events.jsonl')[0] if e['event'] == 'failed'] if first else []
-    if status == 2 and first: return fail(ml, told[-1]['message'] if told else 'train: did not start; the log says why')
+    told = [e for e in read_events(folder/'events.jsonl')[0] if e['event'] == 'failed']
+    if status == 2: return fail(ml, told[-1]['message'] if told else 'train: did not start; the log says why')
     if status == 0 and first: deliver(root, folder, ml/'model')
     return status

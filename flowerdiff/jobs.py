@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'ENDED', 'Logs', 'Story', 'watch_job', 'why_ended', 'unpack', 'take_in', 'bring_model', 'drop_checkpoints',
-           'has_model', 'find_or_start', 'attend', 'launch_job', 'job_of', 'can_ask', 'offer_to_stop']
+           'has_model', 'find_or_start', 'attend', 'launch_job', 'job_of', 'can_attach', 'can_ask', 'offer_to_stop']
 
 # %% ../nbs/core/75_jobs.ipynb #b3ce5ac6
-import json, os, shutil, subprocess, sys, tarfile, tempfile, time
+import errno, json, os, shutil, subprocess, sys, tarfile, tempfile, time, zlib
 from collections import deque
 from pathlib import Path
 from .bucket import S3Store
@@ -27,7 +27,7 @@ class Logs:
         client,   # boto3's, for CloudWatch Logs
         job: str, # its name
     ):
-        self.client, self.job, self.tokens = client, job, {}
+        self.client, self.job, self.tokens, self.read = client, job, {}, [] # read: and not yet handed out
 
     def streams(self) -> list[str]: # the first host's first container first
         try: pages = list(self.client.get_paginator('describe_log_streams').paginate(logGroupName=GROUP, logStreamNamePrefix=f'{self.job}/'))
@@ -36,24 +36,30 @@ class Logs:
 
     def new(self) -> list[tuple[str, str]]: # host, line
         "What was printed since the last time."
-        lines = []
         for stream in self.streams():
             host, at_end = stream.rpartition('/')[2].rpartition('-')[0], False
             while not at_end:
                 token = self.tokens.get(stream)
                 got = self.client.get_log_events(logGroupName=GROUP, logStreamName=stream, startFromHead=True, **(dict(nextToken=token) if token else {}))
-                lines += [(host, e['message']) for e in got['events']]
+                self.read += [(host, e['message']) for e in got['events']]
                 self.tokens[stream], at_end = got['nextForwardToken'], got['nextForwardToken'] == token
+        lines, self.read = self.read, []
         return lines
 
 # %% ../nbs/core/75_jobs.ipynb #f6a3e051
+def _event_in(line: str) -> dict: # {}: there is none, or it is not whole
+    try: return json.JSONDecoder().raw_decode(line.partition(EVENT)[2])[0]
+    except ValueError: return {}
+
 class Story:
     "What a job tells, in its run's folder."
     def __init__(self,
         folder: Path, # of the run
     ):
         self.folder, self.events, self.log = folder, folder/'events.jsonl', folder/'train.log'
-        self.known = max((e['time'] for e in read_events(self.events)[0] if 'step' in e), default=0.)
+        told = read_events(self.events)[0]
+        self.known = max((e['time'] for e in told if 'step' in e), default=0.)
+        self.drawn = {(e['kind'], e['step']) for e in told if e['event'] == 'samples'}
         self.waiting, self.tail = [], deque(maxlen=20)
         self.log.write_text('')
 
@@ -61,15 +67,18 @@ class Story:
         "Tell events from the rest."
         with open(self.log, 'a', encoding='utf-8') as log:
             for host, line in lines:
-                if not line.startswith(EVENT): print(f'{host}: {line}', file=log); self.tail.append(line); continue
-                e = json.loads(line.removeprefix(EVENT))
-                if e['time'] > self.known: self.waiting.append(e) if e['event'] in ('samples', *ENDS) else self.write(e)
+                if not (e := _event_in(line)): print(f'{host}: {line}', file=log); self.tail.append(line)
+                elif e['event'] in ENDS or e['event'] == 'samples' and (e['kind'], e['step']) not in self.drawn: self.waiting.append(e)
+                elif e['event'] != 'samples' and e['time'] > self.known: self.write(e)
 
     def write(self, event: dict):
         with open(self.events, 'a', encoding='utf-8') as f: f.write(json.dumps(event) + '\n')
 
-    def close(self):
+    def close(self,
+        steps: int, # of the model that came
+    ):
         "Let out what waited; grids are now where the run's folder is."
+        if not any(e['event'] == 'done' for e in self.waiting): self.waiting.append(dict(event='done', time=round(time.time(), 3), step=steps, total=steps)) # the log came without it, or never came
         for e in self.waiting:
             if 'file' in e: e['file'] = str(self.folder/e['kind']/Path(e['file']).name)
             self.write(e)
@@ -129,7 +138,9 @@ def unpack(
     try:
         with tarfile.open(archive) as tar: tar.extractall(folder, filter='data')
         wrong = [f['path'] for f in read_json(folder/'manifest.json')['files'] if file_sha256(folder/f['path']) != f['sha256']]
-    except (tarfile.TarError, EOFError, OSError, KeyError) as e: wrong = [f'{archive.name} ({type(e).__name__})']
+    except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError, UserError) as e:
+        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): raise # here, not there
+        wrong = [f'{archive.name} ({type(e).__name__})']
     if wrong: raise UserError(f"SageMaker: {', '.join(wrong[:3])} did not arrive as it was packed; run again to bring it once more")
 
 def take_in(
@@ -154,7 +165,8 @@ def bring_model(
     tell=print,
 ):
     "Fetch a finished job's model, and tidy up behind it."
-    s, key = ws.settings.sagemaker, job['ModelArtifacts']['S3ModelArtifacts'].removeprefix(f'{store.url}/')
+    rented, key = job['ResourceConfig'], job['ModelArtifacts']['S3ModelArtifacts'].removeprefix(f'{store.url}/')
+    s = ws.settings.sagemaker.model_copy(update=dict(instance_type=rented['InstanceType'], instance_count=rented['InstanceCount'])) # the settings may be others by now
     billed = job.get('BillableTimeInSeconds', job.get('TrainingTimeInSeconds', 0))
     ws.work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ws.work, prefix='job-') as new:
@@ -172,8 +184,9 @@ def drop_checkpoints(
     "Remove what nobody needs once the model is here. Never raises."
     try:
         for page in store.s3.get_paginator('list_objects_v2').paginate(Bucket=store.bucket, Prefix=store.prefix + prefix):
-            if found := [dict(Key=o['Key']) for o in page.get('Contents', [])]: store.s3.delete_objects(Bucket=store.bucket, Delete=dict(Objects=found, Quiet=True))
-    except Exception as e: tell(f'{store.url}/{prefix} was left there ({type(e).__name__}); remove it to save its cost')
+            found = [dict(Key=o['Key']) for o in page.get('Contents', [])]
+            if found and (left := store.s3.delete_objects(Bucket=store.bucket, Delete=dict(Objects=found, Quiet=True)).get('Errors')): raise PermissionError(left[0]['Code'])
+    except Exception as e: tell(f'{store.url}/{prefix} was left there ({type(e).__name__}: {e}); remove it to save its cost')
 
 # %% ../nbs/core/75_jobs.ipynb #2688e876
 def has_model(store: S3Store, job: dict) -> bool: # is it still in the bucket?
@@ -183,11 +196,14 @@ def has_model(store: S3Store, job: dict) -> bool: # is it still in the bucket?
         if e.response['Error']['Code'] in ('404', 'NoSuchKey'): return False
         raise
 
+def _lasts(store: S3Store, job: dict | None) -> bool: # does it run, or has a model to fetch?
+    return bool(job) and (job['TrainingJobStatus'] in ('InProgress', 'Stopping') or job['TrainingJobStatus'] == 'Completed' and has_model(store, job))
+
 def find_or_start(ws: Workspace, session, store: S3Store, run: str, tell) -> str: # the job's name
     "The run's job: the one that there is, if it runs or has a model, else a new one."
     with plain_errors(session.region_name):
         job = find_job(session, job_tag(run, store.url))
-        if job and (job['TrainingJobStatus'] in ('InProgress', 'Stopping') or job['TrainingJobStatus'] == 'Completed' and has_model(store, job)): tell(f"SageMaker: found {job['TrainingJobName']}"); return job['TrainingJobName']
+        if _lasts(store, job): tell(f"SageMaker: found {job['TrainingJobName']}"); return job['TrainingJobName']
     name = start_job(ws, session, store, run, tell)
     tell(f'SageMaker: started {name}')
     return name
@@ -208,10 +224,12 @@ def attend(
             name = find_or_start(ws, session, store, folder.name, tell)
             start_follower(ws, folder)
             story = Story(folder)
-            with plain_errors(session.region_name): job = watch_job(session, name, story, tell, poll)
+            try:
+                with plain_errors(session.region_name): job = watch_job(session, name, story, tell, poll)
+            except UserError as e: raise UserError(f'{e}; the job goes on, run again to follow it') from None
             if job['TrainingJobStatus'] != 'Completed': raise UserError(why_ended(job, story))
             bring_model(ws, session, store, job, folder, tell)
-            story.close()
+            story.close(read_json(ws.root/'train.json')['steps'])
         return 0
     except Exception as e:
         log_event(events, 'failed', message=str(e), mistake=isinstance(e, UserError), kind=type(e).__name__)
@@ -232,6 +250,10 @@ def job_of(
     from flowerdiff.stages.train import run_fingerprint
     session, run = aws_session(), ws.work_dir('train', run_fingerprint(ws)).name
     return session, find_job(session, job_tag(run, open_store(ws.settings.upload.destination, ws.root).url))
+
+def can_attach(ws: Workspace) -> bool: # would training start no job?
+    session, job = job_of(ws)
+    with plain_errors(session.region_name): return _lasts(open_store(ws.settings.upload.destination, ws.root), job)
 
 def can_ask() -> bool: # is there a person to answer?
     if 'ipykernel' not in sys.modules: return sys.stdin is not None and sys.stdin.isatty()

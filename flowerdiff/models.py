@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB_FILES', 'PIPELINES', 'from_hub', 'find_model', 'readable', 'read_config', 'scheduler_config', 'student_steps',
-           'load_part', 'weights_fingerprint']
+           'copy_student_steps', 'load_part', 'weights_fingerprint']
 
 # %% ../nbs/core/28_models.ipynb #11d2a7fc
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from .components import opening
 from .hub import HUB_ID, snapshot
-from .workspace import UserError, out_of_memory, read_json
+from .workspace import UserError, out_of_memory, read_json, write_json
 
 # %% ../nbs/core/28_models.ipynb #8d1f6f87
 HUB_FILES = ['*.json', '*.safetensors', '*.txt', '*.onnx', '*.onnx_data', '*.engine']
@@ -86,6 +86,14 @@ def student_steps(
     path = folder/'train_settings.json'
     if not path.is_file(): return 0
     with readable(path): return int(read_json(path).get('train', {}).get('distill', 0))
+
+# %% ../nbs/core/28_models.ipynb #91869931
+def copy_student_steps(
+    model: Path,  # model folder
+    folder: Path, # of its copy
+):
+    "What `student_steps` reads; nothing of a model that is no student."
+    if n := student_steps(model): write_json(folder/'train_settings.json', dict(train=dict(distill=n)))
 
 # %% ../nbs/core/28_models.ipynb #a36d66ee
 def load_part(

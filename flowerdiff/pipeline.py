@@ -92,6 +92,12 @@ def _check_inputs(ws: Workspace, stages: list): # what the chosen stages read ha
                 raise UserError(f'{s} needs {ws.root/r}, which is not there; run {maker} first')
         made |= set(GRAPH[s][2])
 
+# %% ../nbs/core/70_pipeline.ipynb #80b5cd84
+def _check_cloud(ws: Workspace, stages: list): # before hours of work: could the training begin that is rented?
+    if ws.settings.train.where == 'here' or 'train' not in stages or (ws.root/'train.json').exists(): return
+    from flowerdiff.sagemaker import check_ready
+    check_ready(ws)
+
 # %% ../nbs/core/70_pipeline.ipynb #675bf4ce
 class Stopped(Exception):
     "Ctrl-C: what is made stays, running again goes on."
@@ -211,7 +217,7 @@ def run(
     if not ws.settings.prepare.source: raise UserError('prepare.source is empty; give --pictures DIR, a folder of pictures')
     with disk_errors(), lock(ws):
         ws.work.mkdir(exist_ok=True)
-        refresh(ws); _check_inputs(ws, stages); _forget_the_dead(ws)
+        refresh(ws); _check_inputs(ws, stages); _check_cloud(ws, stages); _forget_the_dead(ws)
         if force: _start_over(ws, stages)
         (ws.root/'.flowerdiff'/'failure.json').unlink(missing_ok=True)
         with _as_ctrl_c(): return _follow(ws, stages, force, display)

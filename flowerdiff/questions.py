@@ -60,8 +60,12 @@ def drawn_how(
     "How pictures are drawn that are measured."
     return dict(steps=evaluate.steps, guidance=evaluate.guidance) | ({} if evaluate.scheduler == 'auto' else dict(scheduler=evaluate.scheduler))
 
-def shown_how(evaluate) -> dict: # the same with the model's own scheduler
-    return dict(steps=min(evaluate.steps, ENOUGH), guidance=evaluate.guidance)
+def shown_how(
+    evaluate,         # settings.evaluate
+    student: int = 0, # steps of a distilled model, which has its own and needs no guidance
+) -> dict:            # steps, guidance
+    "How they are drawn with the model's own scheduler."
+    return dict(steps=student, guidance=1.) if student else dict(steps=min(evaluate.steps, ENOUGH), guidance=evaluate.guidance)
 
 def draw_all(
     generator,    # `Generator`

@@ -4,38 +4,40 @@
 
 # %% auto #0
 __all__ = ['ADVICE', 'BORN', 'check_ours', 'publish_folder', 'git_sha', 'hub_changes', 'wait_asked', 'patient_client',
-           'hub_error', 'hub_repository', 'publish_hub']
+           'hub_error', 'no_token', 'hub_name', 'hub_repository', 'publish_hub']
 
 # %% ../nbs/core/64_repository.ipynb #6ab8b511
 import hashlib, json, re, shutil
 from contextlib import contextmanager
 from pathlib import Path
 from .store import list_files, make_manifest
-from .workspace import UserError, atomic_dir, file_sha256
+from .workspace import UserError, atomic_dir, file_sha256, read_json, write_json
 
 # %% ../nbs/core/64_repository.ipynb #31e8688d
 def check_ours(
     where: str,         # the repository, for the message
     now: str | None,    # its present revision, None when it does not exist
-    ours: str | None,   # the revision that this workspace published last
+    memory: Path,       # file with the revision that this workspace published last
     new: str | None = None, # the revision about to be published
 ):
     "Raise a `UserError` when the repository holds what this workspace did not publish."
-    if now not in (None, ours, new):
-        raise UserError(f'{where}: holds revision {now[:12]}, which this workspace did not publish; leave it there and set another publish.repo_name, or remove it yourself')
+    if now in (None, new) or memory.exists() and read_json(memory)['revision'] == now: return
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    raise UserError(f'{where}: holds revision {now[:12]}, which this workspace did not publish; take another name, or look at it and, to replace it, write {{"revision": "{now}"}} into {memory} and run again')
 
 # %% ../nbs/core/64_repository.ipynb #1b865343
 def publish_folder(
     new: Path,         # the assembled repository
     target: Path,      # where it belongs
-    last: str | None,  # revision published last
+    memory: Path,      # file that remembers the revision
 ) -> dict:             # `revision`, `changed`
     "Replace `target` by `new` at once; nothing is written when it is the same already."
     manifest = make_manifest(new)
     now = make_manifest(target)['revision'] if target.exists() and any(target.iterdir()) else None
-    check_ours(str(target), now, last, manifest['revision'])
+    check_ours(str(target), now, memory, manifest['revision'])
     if now != manifest['revision']:
         with atomic_dir(target) as folder: shutil.copytree(new, folder, dirs_exist_ok=True)
+    write_json(memory, dict(revision=manifest['revision']))
     return dict(revision=manifest['revision'], changed=now != manifest['revision'])
 
 # %% ../nbs/core/64_repository.ipynb #0996a15e
@@ -85,9 +87,10 @@ def patient_client(
     finally: set_client_factory(before)
 
 # %% ../nbs/core/64_repository.ipynb #aac11790
-ADVICE = {401: 'the token is not valid; set HF_TOKEN to one that may write to this repository (huggingface.co/settings/tokens)', 402: 'the storage quota is full; free some space, and run again',
-          403: 'the token may not write there; give it write access to this repository, and make the repository first if it is new', 404: 'no such owner, or the token may not see it; check publish.repo_name',
-          409: 'the Hub is busy with this repository; run again', 412: 'somebody else commits there, and nothing of that was overwritten; look at it there, or set another publish.repo_name', 413: 'the storage quota is full; free some space, and run again'}
+_TOKEN = 'set HF_TOKEN to one that may write to this repository (huggingface.co/settings/tokens)'
+ADVICE = {401: f'the token is not valid; {_TOKEN}', 402: 'the storage quota is full; free some space, and run again',
+          403: 'the token may not write there; give it write access to this repository, and make the repository first if it is new', 404: 'no such owner, or the token may not see it; check the name',
+          409: 'the Hub is busy with this repository; run again', 412: 'somebody else commits there, and nothing of that was overwritten; look at it there, then run again', 413: 'the storage quota is full; free some space, and run again'}
 
 def _told(error): # status of the Hub's answer (0: none came), its words, seconds that it asks to wait
     chain = [error]
@@ -107,6 +110,24 @@ def hub_error(
     if not status: return UserError(f'{repo}: {said}' if isinstance(error, ValueError) else f'{repo}: the connection failed ({said.rstrip(".")}); run again: what arrived is not sent twice')
     return UserError(f"{repo}: {ADVICE.get(status) or ('the Hub asks to slow down; ' + again if status == 429 else f'the Hub answered {status}' + f' ({said})'*bool(said) + f'; {again}'*(status >= 500))}")
 
+# %% ../nbs/core/64_repository.ipynb #736bec1b
+def no_token(
+    repo: str, # 'owner/name', for the message
+) -> str:      # why nothing can be sent there; '' when there is a token
+    from huggingface_hub import get_token
+    return '' if get_token() else f'{repo}: no token for the Hub; {_TOKEN}'
+
+def hub_name(
+    name: str,
+    where: str, # the setting or option that has it
+) -> str:       # the same, when the Hub would take it
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+    if name.count('/') != 1: raise UserError(f"{where}: '{name}' is not owner/name; the Hub needs both")
+    try: validate_repo_id(name)
+    except HFValidationError as e: raise UserError(f'{where}: {e}') from None
+    return name
+
 # %% ../nbs/core/64_repository.ipynb #0565507a
 BORN = dict(model={'.gitattributes'}, space={'.gitattributes', 'README.md'}) # what a new one holds
 
@@ -123,14 +144,14 @@ def hub_repository(
     except RepositoryNotFoundError:
         api.create_repo(repo, private=private, exist_ok=True, repo_type=repo_type, **(dict(space_sdk='docker') if repo_type == 'space' else {}))
         info = _info(api, repo, repo_type)
-    if private and info.private is False: raise UserError(f'{repo}: is public there and publish.private is true here; make it private in its settings on the Hub, or set publish.private to false')
+    if private and info.private is False and repo_type == 'model': raise UserError(f'{repo}: is public there and publish.private is true here; make it private in its settings on the Hub, or set publish.private to false')
     return info
 
 # %% ../nbs/core/64_repository.ipynb #11d7286e
 def publish_hub(
     new: Path,        # the assembled repository
     repo: str,        # 'owner/name'
-    last: str | None, # commit published last
+    memory: Path,     # file that remembers the commit
     private: bool = True,
     api=None,         # a `huggingface_hub.HfApi`
     repo_type: str = 'model', # or 'space'
@@ -143,11 +164,12 @@ def publish_hub(
         with patient_client():
             info = hub_repository(api, repo, private, repo_type); add, remove = hub_changes(new, info.siblings)
             done = dict(revision=info.sha, changed=False, url=f"{api.endpoint}/{'spaces/'*(repo_type == 'space')}{repo}", private=info.private)
-            if not add and not remove: return done
-            check_ours(repo, info.sha if {s.rfilename for s in info.siblings} - BORN[repo_type] else None, last)
-            operations = [CommitOperationAdd(p, str(new/p)) for p in add] + [CommitOperationDelete(p) for p in remove]
-            return done | dict(revision=_commit(api, repo, new, operations, info.sha, repo_type), changed=True)
+            if operations := [CommitOperationAdd(p, str(new/p)) for p in add] + [CommitOperationDelete(p) for p in remove]:
+                check_ours(repo, info.sha if {s.rfilename for s in info.siblings} - BORN[repo_type] else None, memory)
+                done |= dict(revision=_commit(api, repo, new, operations, info.sha, repo_type), changed=True)
     except (HTTPError, OSError, ValueError, RuntimeError) as e: raise hub_error(repo, e) from e
+    write_json(memory, dict(revision=done['revision']))
+    return done
 
 # %% ../nbs/core/64_repository.ipynb #76730af7
 def _commit(api, repo, new, operations, parent, repo_type) -> str: # the commit

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'START', 'IMAGE', 'explain', 'plain_errors', 'aws_session', 'role_of', 'person_policy', 'role_policies',
-           'price', 'cost_text', 'job_tag', 'find_job', 'send_data', 'make_code', 'start_job']
+           'price', 'cost_text', 'job_tag', 'find_job', 'send_data', 'make_code', 'start_job', 'check_ready']
 
 # %% ../nbs/core/69_sagemaker.ipynb #fa65c0dc
 import json, os, re, shutil, tempfile
@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from .bucket import NoCredentials, S3Store, policy
 from .config import write_params
-from .store import Hashes, object_key, push
+from .store import Hashes, object_key, open_store, push
 from .workspace import UserError, Workspace, fingerprint, write_json
 
 # %% ../nbs/core/69_sagemaker.ipynb #22b43013
@@ -43,6 +43,8 @@ def plain_errors(region: str):
         raise
 
 # %% ../nbs/core/69_sagemaker.ipynb #ab9d0750
+_NO_SDK = "train.where: sagemaker needs Amazon's SDK; pip install 'flowerdiff[sagemaker]'"
+
 def aws_session(): # a boto3.Session
     "Who we are at Amazon, and in which region. Raises `UserError` where one of both is not known."
     import boto3, botocore.exceptions
@@ -154,7 +156,7 @@ def make_code(
     extra = ['deepspeed']*(t.distributed == 'zero2') + ['bitsandbytes']*(t.optimizer == 'adamw8bit')
     (folder/'requirements.txt').write_text(''.join(f'{p}=={version(p)}\n' for p in PACKAGES + extra))
     shutil.copyfile(ws.root/'params.yaml', folder/'params.yaml')
-    write_params(ws.settings.profile, folder/'params.yaml', {'tracking.enabled': False} | ({'train.init': 'init'} if any(f['path'].startswith('init/') for f in files) else {})) # tracked from here
+    write_params(ws.settings.profile, folder/'params.yaml', {'tracking.enabled': False, 'train.keep_checkpoints': max(3, t.keep_checkpoints)} | ({'train.init': 'init'} if any(f['path'].startswith('init/') for f in files) else {})) # tracked from here; what is removed there is removed in the bucket, perhaps before the next one has arrived
     write_json(folder/'job.json', dict(run=run, files=[{k: f[k] for k in ('path', 'sha256')} for f in files]))
     (folder/'train.py').write_text(START)
 
@@ -171,12 +173,13 @@ def start_job(
     "Send what the job needs and start it. Raises `UserError`."
     role, s, tag = role_of(ws), ws.settings.sagemaker, job_tag(run, store.url)
     try: import sagemaker.train
-    except ImportError: raise UserError("train.where: sagemaker needs Amazon's SDK; pip install 'flowerdiff[sagemaker]'") from None
+    except ImportError: raise UserError(_NO_SDK) from None
     tell(f'SageMaker, {session.region_name}: {cost_text(s, price(session, s.instance_type))}')
     files = send_data(ws, store, tag)
     with tempfile.TemporaryDirectory() as code, plain_errors(session.region_name):
         make_code(ws, Path(code), files, run)
-        return _create(session, store, tag, s, role, code)
+        try: return _create(session, store, tag, s, role, code)
+        except ValueError as e: raise UserError(f"SageMaker, {session.region_name}: {' '.join(str(e).split())[:300]}; check the section sagemaker of params.yaml") from None # the SDK's own words
 
 # %% ../nbs/core/69_sagemaker.ipynb #cc5cc782
 def _create(session, store: S3Store, tag: str, s, role: str, code: str) -> str: # the job's name
@@ -199,3 +202,11 @@ def _create(session, store: S3Store, tag: str, s, role: str, code: str) -> str: 
         stopping_condition=c.StoppingCondition(**limits), checkpoint_config=c.CheckpointConfig(s3_uri=f'{home}/checkpoints', local_path='/opt/ml/checkpoints'), output_data_config=c.OutputDataConfig(s3_output_path=f'{home}/output'))
     trainer.train([c.InputData(channel_name='data', data_source=data)], wait=False, logs=False)
     return trainer._latest_training_job.training_job_name
+
+# %% ../nbs/core/69_sagemaker.ipynb #8417e8d9
+def check_ready(ws: Workspace):
+    "Raise a `UserError` for what would stop the run when it comes to training."
+    from importlib.util import find_spec
+    if not find_spec('sagemaker'): raise UserError(_NO_SDK)
+    aws_session(); role_of(ws)
+    open_store(ws.settings.upload.destination, ws.root).read('manifest.json')

@@ -130,10 +130,18 @@ class Settings(Section):
     tracking: Tracking = Tracking()
     @model_validator(mode='after')
     def _together(self):
-        if self.train.where == 'sagemaker' and not self.upload.destination.startswith('s3://'): raise ValueError('train.where: sagemaker reads its data from a bucket; set upload.destination to s3://bucket/prefix')
-        if self.train.where == 'sagemaker' and self.train.num_processes > 1: raise ValueError('train.num_processes: SageMaker starts one process for each GPU; set it to 1, and sagemaker.instance_count to the machines you want')
         if self.prepare.crop == 'buckets' and self.train.stream: raise ValueError('train.stream reads latents of one shape and prepare.crop: buckets makes many; set train.stream to 0, or prepare.crop to center')
         if self.train.prediction_type == 'flow_prediction' and not self.train.init and self.evaluate.scheduler not in ('auto', 'dpm', 'unipc'):
             raise ValueError(f'evaluate.scheduler: {self.evaluate.scheduler} does not know rectified flow, which train.prediction_type asks for; set it to auto')
         if not self.train.init and self.evaluate.steps > self.train.timesteps: raise ValueError(f'evaluate.steps: {self.evaluate.steps} are more than train.timesteps has ({self.train.timesteps}); lower it')
+        return self
+    @model_validator(mode='after')
+    def _rented(self):
+        t, machines = self.train, self.sagemaker.instance_count
+        if t.where == 'here': return self
+        if not self.upload.destination.startswith('s3://'): raise ValueError('train.where: sagemaker reads its data from a bucket; set upload.destination to s3://bucket/prefix')
+        if t.num_processes > 1: raise ValueError('train.num_processes: SageMaker starts one process for each GPU; set it to 1, and sagemaker.instance_count to the machines you want')
+        if t.stream_from and not t.stream_from.startswith('s3://'): raise ValueError('train.stream_from: a machine of SageMaker does not see this folder; give s3://bucket/prefix')
+        if t.distributed == 'single' and machines > 1: raise ValueError(f'train.distributed: single is for one process and sagemaker.instance_count is {machines}; use ddp or zero2, or one machine')
+        if t.batch_size < machines: raise ValueError(f'train.batch_size: {t.batch_size} samples are too few for {machines} machines; give each at least one')
         return self

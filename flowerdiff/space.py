@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDS', 'CUDA', 'BASE', 'MARK', 'DOCKERFILE', 'README', 'PRIVATE', 'START', 'FILES', 'HUB', 'Source', 'pinned_spec',
            'source', 'weights_gb', 'visitors', 'memory_for', 'pinned', 'dockerfile', 'readme', 'model_parts',
-           'check_ours', 'make_space', 'room', 'fetch', 'start', 'push_space']
+           'write_examples', 'check_ours', 'make_space', 'card_prompts', 'room', 'fetch', 'start', 'push_space']
 
 # %% ../nbs/apps/space.ipynb #ea716d12
 import json, math, os, re, shutil, sys, tempfile
@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from . import __version__
 from .hub import HUB_ID, snapshot
-from .repository import publish_hub
+from .repository import hub_name, no_token, publish_hub
 from .store import list_files
 from .studio import examples
 from .workspace import UserError, atomic_dir, bytes_text, open_workspace, read_json, write_json, write_jsonl
@@ -170,10 +170,13 @@ from flowerdiff.space import start
 start({spec!r}, {name!r}, host=os.environ.get('HOST', '127.0.0.1'), port=int(os.environ.get('PORT', 7860)))
 '''
 
-FILES = ['*.json', '*.safetensors', '*.txt', '*.onnx', '*.onnx_data'] # of a model's repository
+FILES = ['*.json', '*.safetensors', '*.txt', '*.onnx', '*.onnx_data'] # of a model's repository; engines want a GPU
 
 def model_parts(folder: Path) -> list[Path]: # what drawing needs of a published model
     return [p for p in list_files(folder) if p.suffix in {Path(f).suffix for f in FILES} and p.relative_to(folder).parts[0] != 'samples']
+
+def write_examples(captions: Path, words: list[str]): # where and as the studio reads them
+    write_jsonl(captions/'metadata.jsonl', [dict(file_name=f'{i}.jpg', captions=[w]) for i, w in enumerate(words)])
 
 def check_ours(folder: Path): # raises a UserError for a folder that something else made
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder/'Dockerfile').is_file() and (folder/'Dockerfile').read_text(encoding='utf-8').startswith(MARK))):
@@ -192,7 +195,7 @@ def make_space(
     with atomic_dir(folder) as new:
         (new/'start.py').write_text(START.format(spec=s.spec, name=s.name), encoding='utf-8')
         (new/'requirements.txt').write_text('--extra-index-url https://download.pytorch.org/whl/cpu\n' + '\n'.join(pinned()) + '\n', encoding='utf-8')
-        if s.words: write_jsonl(new/'captions'/'metadata.jsonl', [dict(file_name=f'{i}.jpg', captions=[w]) for i, w in enumerate(s.words)])
+        if s.words: write_examples(new/'captions', s.words)
         for p in model_parts(s.folder) if s.folder else []:
             to = new/'model'/p.relative_to(s.folder); to.parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(p, to)
         if wheel: shutil.copyfile(wheel, new/wheel.name)
@@ -202,6 +205,11 @@ def make_space(
     return folder
 
 # %% ../nbs/apps/space.ipynb #37f25108
+def card_prompts(model: Path) -> list[str]: # of the pictures on its card; none where there is no card, or another kind of one
+    from huggingface_hub import ModelCard
+    try: return [w['text'] for w in ModelCard((model/'README.md').read_text(encoding='utf-8')).data.widget]
+    except Exception: return []
+
 def room(
     model: Path,    # the model's folder
     captions: Path, # the Space's examples, which may be missing
@@ -210,6 +218,7 @@ def room(
     new = Path(tempfile.mkdtemp(prefix='space-'))/name; new.mkdir()
     for kind, to in (('model', model), ('captions', captions)):
         if to.is_dir(): (new/kind).symlink_to(to.absolute())
+    if not captions.is_dir(): write_examples(new/'captions', card_prompts(model))
     return new
 
 # %% ../nbs/apps/space.ipynb #dfd800a5
@@ -217,7 +226,7 @@ def fetch(
     spec: str, # org/name@commit
 ) -> Path:     # its files, in the Hub's cache
     "A model at its commit. A token is taken from HF_TOKEN."
-    try: return snapshot(spec, allow_patterns=FILES)
+    try: return snapshot(spec, allow_patterns=[*FILES, 'README.md'])
     except Exception as e: raise UserError(f"{spec}: the Hub does not give it ({type(e).__name__}); {'see whether the token in HF_TOKEN may read it' if os.environ.get('HF_TOKEN') else 'if it is private, set the secret HF_TOKEN to a token that may read it'}") from e
 
 # %% ../nbs/apps/space.ipynb #101981ac
@@ -247,11 +256,7 @@ def push_space(
     api=None,                # a `huggingface_hub.HfApi`
 ) -> dict:                   # `url`, `changed`, `revision`
     "Make the Space or bring it up to date."
-    from huggingface_hub import get_token
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo): raise UserError(f'{repo}: is not owner/name; the Hub needs both')
+    hub_name(repo, '--push')
     if not Path(workspace).is_dir(): raise UserError(f'{workspace}: no workspace remembers what was pushed; push with: hf upload {repo} {folder} . --repo-type space')
-    if not api and not get_token(): raise UserError(f'{repo}: no token for the Hub; set HF_TOKEN to one with write access (huggingface.co/settings/tokens)')
-    memory = Path(workspace)/'work'/'publish'/f"space-{repo.replace('/', '--')}.json"
-    done = publish_hub(folder, repo, read_json(memory)['revision'] if memory.exists() else None, api=api, repo_type='space')
-    write_json(memory, dict(revision=done['revision']))
-    return done
+    if not api and (why := no_token(repo)): raise UserError(why)
+    return publish_hub(folder, repo, Path(workspace).absolute()/'work'/'publish'/f"space-{repo.replace('/', '--')}.json", api=api, repo_type='space')

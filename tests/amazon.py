@@ -1,7 +1,7 @@
 """Amazon on this machine, for tests: moto's server keeps buckets, roles, logs and training jobs; a proxy in front of it gives the jobs a life.
 
 What SageMaker does, from its documentation and its SDK: it brings each channel (S3Prefix, ManifestFile) and what is under the checkpoints' address to every host, writes /opt/ml/input/config, runs the entry point of the request in a container on each host, copies what appears
-in /opt/ml/checkpoints to S3 now and then, file by file, and, when a spot machine is taken back, kills all containers and begins again with new ones. At the end /opt/ml/model of all hosts becomes model.tar.gz. Here a container is a namespace of its own (mounts, processes, host name) with /opt/ml and /etc/hosts.
+in /opt/ml/checkpoints to S3 now and then, file by file, removes there what is removed here, and, when a spot machine is taken back, kills all containers and begins again with new ones. At the end /opt/ml/model of all hosts becomes model.tar.gz. Here a container is a namespace of its own (mounts, processes, host name) with /opt/ml and /etc/hosts.
 Not here: images (the Python of the tests runs), IAM (whoever asks may), networks (both hosts are 127.0.0.1), streaming modes, SIGTERM before an interruption."""
 import http.client, json, os, shutil, signal, subprocess, sys, tarfile, tempfile, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         a, body = self.amazon, self.rfile.read(int(self.headers.get('Content-Length') or 0))
         what = self.headers.get('X-Amz-Target', '').split('.')[-1]
-        if what: a.asked.append(what)
+        if what: a.asked.append('{}:{}'.format({'SageMaker': 'sagemaker', 'Logs_20140328': 'logs', 'AWSPriceListService': 'pricing'}.get(service := self.headers['X-Amz-Target'].split('.')[0], service), what)) # as IAM writes it
         if what == 'CreateTrainingJob' and a.refuse: return self.answer(400, dict(__type=a.refuse[0], message=a.refuse[1]))
         if what == 'GetProducts': return self.answer(200, dict(PriceList=[json.dumps(dict(terms=dict(OnDemand=dict(a=dict(priceDimensions=dict(b=dict(pricePerUnit=dict(USD='0.736'))))))))]))
         if what == 'StopTrainingJob': a.jobs[json.loads(body)['TrainingJobName']].stop(); return self.answer(200, {})
@@ -175,6 +175,8 @@ class Job:
                         if sent.get(f) == (now := f.stat().st_mtime_ns): continue
                         self.s3.upload_file(str(f), bucket, f'{prefix}/{f.relative_to(root/"checkpoints")}'); sent[f] = now
                     except OSError: pass # it was renamed meanwhile
+                for f in [f for f in sent if f.is_relative_to(root) and not f.exists()]:
+                    if not self.taken: self.s3.delete_object(Bucket=bucket, Key=f'{prefix}/{f.relative_to(root/"checkpoints")}'); del sent[f]
             if last: return
 
     def collect(self, roots):

@@ -35,11 +35,12 @@ def test_the_folder_is_optimums(ws):
     assert list(ins('vae_decoder')) == ['latent_sample'] and outs('vae_decoder') == ['sample'] and outs('vae_encoder') == ['latent_parameters']
 
 def test_a_student_is_drawn_as_one_by_every_backend(copy, monkeypatch):
-    write_json(copy.model/'train_settings.json', dict(train=dict(distill=2)))
+    write_json(copy.model/'train_settings.json', dict(run_id='secret', train=dict(distill=2)))
     real, asked = export.compare_backends, []; monkeypatch.setattr(export, 'compare_backends', lambda *a: asked.append(a[3]) or real(*a))
     export.run(str(copy.root))
     opened = {name: load_backend(copy.root, name) for name in ('torch', 'onnx', 'openvino', 'auto')}
     assert {(b.steps, b.guidance) for b in opened.values()} == {(2, 1.)} and (asked[0]['steps'], asked[0]['guidance']) == (2, 1.)
+    assert read_json(copy.onnx/'train_settings.json') == dict(train=dict(distill=2)) # published with it: no more than drawing needs
 
 @pytest.mark.parametrize('name', ['onnx', 'openvino'])
 @pytest.mark.parametrize('n, size', [(1, None), (3, None), (2, 48)])

@@ -1,5 +1,5 @@
 "The stage publishes to the Hub: the real client, in a process of its own as a person has it, against tests/hub_server.py. Each test names the change that breaks it."
-import json, os, shutil, subprocess, sys, time
+import json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 import pytest
 from PIL import Image
@@ -135,10 +135,12 @@ def test_private_unless_asked_and_never_into_a_public_one(hub, publish):
     assert hub.repos['model', 'someone/kept'].private and done['private'] is True
 
 def test_moved_on_is_not_overwritten(hub, publish, ws):
-    "Breaks when `check_ours` is not asked, or the commit has no parent."
+    "Breaks when `check_ours` is not asked, its line leads nowhere, or the commit has no parent."
     publish('someone/moved', ws.root); repo = hub.repos['model', 'someone/moved']
     repo.commit('by hand', dict(repo.files, **{'README.md': repo.blob(b'better words')}), 'a colleague'); head = repo.head
-    one_line(publish('someone/moved', ws.root), head[:12], 'did not publish')
+    back = publish('someone/moved', ws.root); one_line(back, head[:12], 'did not publish')
+    said, memory = re.search(r'write (.*) into (.*) and run again', back['error']).groups(); Path(memory).write_text(said) # as the line says
+    assert publish('someone/moved', ws.root)['value']['published']['changed'] and repo.commits[-2]['oid'] == head
     publish('someone/race', ws.root); repo = hub.repos['model', 'someone/race']
     hub.fault('POST .*/race/commit', first=lambda: repo.commit('faster', dict(repo.files, **{'note.txt': repo.blob(b'me first')}), 'a colleague'))
     one_line(publish('someone/race', ws.root, **{'publish.license': 'mit'}), 'somebody else commits there')

@@ -44,6 +44,16 @@ def test_diffusers_opens_it_and_draws_the_same(ws):
     assert not [n for n in names if 'record' in n or 'train_settings' in n or n.endswith(('.bin', '.pt', '.pkl'))]
     assert read_json(ws.root/'published.json')['revision'] == result.published['revision']
 
+def test_a_student_travels_as_one(ws):
+    "Breaks when the published model does not say its steps, says more of its training, or the card and its samples have the teacher's."
+    from flowerdiff.sampler import Generator
+    from flowerdiff.stages.publish import sample_prompts
+    write_json(ws.model/'train_settings.json', dict(run_id='secret-run', train=dict(distill=1, stream_from='s3://secret')))
+    done = run(ws.root); folder = Path(done.published['url']); draw = Generator.from_pretrained(folder, 'torch')
+    assert (draw.backend.steps, draw.backend.guidance) == (1, 1.) and read_json(folder/'train_settings.json') == dict(train=dict(distill=1))
+    assert 'num_inference_steps=1, guidance_scale=1.0' in done.card
+    assert all(np.array_equal(a, Image.open(folder/f'samples/{i}.png')) for i, a in enumerate(draw(sample_prompts(ws))))
+
 def test_nothing_changed_nothing_written(ws):
     first = run(ws.root); before = stamps(ws.root/'published')
     again = run(ws.root)

@@ -168,15 +168,40 @@ def test_site_settings_meet():
     files = [html['css'], *big['filters'], big['website']['favicon'], *(t for ts in html['theme'].values() for t in ts if t.endswith('.scss')), *(i['href'] for i in big['website']['navbar']['left'])]
     assert not [f for f in files if not (ROOT/'nbs'/f).exists()]
 
-def relative_links(text: str) -> set:
+def test_sidebar_is_a_path():
+    "Front page, the stages in their order, then guides; the reference last, each part of it by number: what a chapter builds on stands before it."
+    side = yaml.safe_load((ROOT/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']
+    parts = {it['section']: it['contents'] for it in side[1:]}
+    assert side[0] == 'index.ipynb' and list(parts)[0] == 'The ten stages' and list(parts)[-1] == 'Reference'
+    for part in (parts['The ten stages'], *(it['contents'] for it in parts['Reference'])): assert part == sorted(part)
+    assert all(p.startswith('core/') for p in pages(parts['Reference'])) and not any(p.startswith('core/') for p in pages([it for it in side[:-1]]))
+
+def links(text: str) -> set: # (file, heading) of each relative link and image; '' is this page
     text = re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.S)
     found = re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', text)
-    return {(a or b).split('#')[0] for a, b in found if not re.match(r'[a-z]+:|#', a or b)}
+    return {(a or b).partition('#')[::2] for a, b in found if not re.match(r'[a-z]+:', a or b)}
+
+def headings(path: Path) -> set: # their ids, as pandoc and GitHub make them
+    text = re.sub(r'```.*?```', '', markdown(path), flags=re.S)
+    plain = lambda h: re.sub(r'\[([^]]*)\]\([^)]*\)|[`*]', r'\1', h).strip().lower()
+    return {re.sub(r'\s', '-', re.sub(r'[^\w\s.-]', '', plain(h))) for h in re.findall(r'^#+ (.+)$', text, re.M)}
+
+def broken(path: Path, text: str) -> list: # links of a page that lead nowhere
+    out = []
+    for file, heading in links(text):
+        to = path.parent/file if file else path
+        if not to.exists(): out.append(file)
+        elif heading and heading not in headings(to): out.append(f'{file}#{heading}')
+    return out
 
 @pytest.mark.parametrize('path', [ROOT/'README.md', ROOT/'benchmarks/README.md', ROOT/'CHANGELOG.md', *NOTEBOOKS], **ids)
-def test_links_lead_somewhere(path):
-    missing = [l for l in relative_links(markdown(path)) if not l.startswith('attachment:') and not (path.parent/l).exists()]
-    assert not missing
+def test_links_lead_somewhere(path): assert not broken(path, markdown(path))
+
+def test_broken_links_are_seen():
+    path = ROOT/'nbs/tutorials/05_change.ipynb'
+    good = '[a](11_benchmarks.ipynb#what-each-choice-buys) ![b](../images/drawn.png) [c](#a-grid) [d](https://example.org/none) `[e](none.md)` <img src="../images/banner.png">'
+    assert not broken(path, good)
+    for bad in ('[a](12_none.ipynb)', '![a](../images/none.png)', '[a](11_benchmarks.ipynb#none)', '[a](#none)', '<img src="none.png">', '[a](../../benchmarks/none.py)'): assert len(broken(path, good + bad)) == 1, bad
 
 def test_readme_commands_are_there():
     commands = re.findall(r'^bash (\S+)', (ROOT/'README.md').read_text(), re.M)

@@ -254,10 +254,19 @@ def test_the_model_is_fetched_at_its_commit(workspace, python, open_tmp):
         if commit == COMMIT: assert well(server.url); stop(server.process)
         else: assert 'HF_TOKEN' in line and server.process.stdout.read() == '' and server.process.wait(60) == 1
 
+def test_the_card_comes_with_the_model_and_gives_the_examples(tmp_path, monkeypatch):
+    "Breaks when only what drawing needs is fetched: then a Space of `org/name@commit` shows the garden's examples."
+    from flowerdiff import space
+    from flowerdiff.studio import examples
+    words = [f'a portrait of {w}' for w in ('a man', 'a woman', 'a child')]
+    (tmp_path/'README.md').write_text('---\nwidget:\n' + ''.join(f'- text: {w}\n  output:\n    url: a.png\n' for w in words) + '---\n')
+    monkeypatch.setattr(space, 'snapshot', lambda spec, allow_patterns: tmp_path if 'README.md' in allow_patterns else tmp_path/'none')
+    assert examples(space.room(space.fetch(f'ada/people@{COMMIT}'), tmp_path/'captions', 'people')) == words
+
 # ---- to the Hub
 
 def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path):
-    "The real client against the Hub's stand-in; what is there is what was written, private, with Docker; what somebody else changed there is not overwritten."
+    "The real client against the Hub's stand-in; what is there is what was written, private, with Docker; it may be made public, and what somebody else changed there is not overwritten."
     from huggingface_hub import CommitOperationAdd, HfApi
     from flowerdiff.space import make_space, push_space
     home = published(tmp_path/'w'); shutil.copytree(workspace/'published', home/'published')
@@ -268,6 +277,7 @@ def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path)
         assert first['changed'] and first['url'] == f'{hub.url}/spaces/ada/studio' and (repo.private, repo.sdk) == (True, 'docker')
         assert set(repo.files) - {'.gitattributes'} == {p.relative_to(tmp_path/'space').as_posix() for p in (tmp_path/'space').rglob('*') if p.is_file()}
         n = len(repo.commits); assert not push()['changed'] and len(repo.commits) == n
+        repo.private = False # its owner shows it to everybody
         shutil.rmtree(home/'captions'); (tmp_path/'space/README.md').unlink()
         assert push()['changed'] and len(repo.commits) == n + 1
         api.create_commit('ada/studio', [CommitOperationAdd('theirs.txt', b'by hand')], repo_type='space', commit_message='by hand')

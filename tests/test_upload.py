@@ -253,7 +253,7 @@ def test_a_file_written_a_moment_ago_is_not_trusted(tmp_path):
 # ---- the journey of a set
 
 def test_from_one_machine_to_another(cli, bucket, tiny_workspace, tmp_path, monkeypatch):
-    "A run sends its data to a bucket; elsewhere two lines make the same model of it, byte for byte, though the first machine is gone. A workspace that is there keeps its settings and what the set does not name."
+    "A run sends its data to a bucket; elsewhere the same model is trained from it, byte for byte, though the first machine is gone (the stages after it are tests of their own). A workspace that is there keeps its settings and what the set does not name."
     def run(*args, says=None, code=0):
         p = cli(*args, cwd=tmp_path)
         assert p.returncode == code and 'Traceback' not in p.stderr, p.stdout + p.stderr
@@ -267,8 +267,8 @@ def test_from_one_machine_to_another(cli, bucket, tiny_workspace, tmp_path, monk
     data = lambda root: {k: v for k, v in tree(root).items() if k.split('/')[0] in ('pictures', 'captions', 'encoded', 'params.yaml')}
     assert data(tmp_path/'meadow') == data(home)
     shutil.rmtree(home)
-    run('run', 'meadow', '--from', 'train', says='flowerdiff generate')
-    weights = 'model/unet/diffusion_pytorch_model.safetensors'
+    run('run', 'meadow', '--only', 'train')
+    weights = 'candidate/unet/diffusion_pytorch_model.safetensors'
     assert (tmp_path/'meadow'/weights).read_bytes() == (tiny_workspace/weights).read_bytes()
     open_workspace(tmp_path/'meadow', overrides={'train.lr': .0123})
     # the set again: a spoiled picture is mended, a person's settings and files stay

@@ -2,13 +2,13 @@
 
 A tiny random model, whose pictures are compared with the Generator's own, pixel by pixel. Each test names, in the comment below it, the change to the program that it would notice."""
 import json, os, random, signal, stat, subprocess, sys, threading, time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 import numpy as np
 import psutil, pytest
 from flowerdiff.generating import Keeper
-from flowerdiff.painter import Wish
+from flowerdiff.painter import Painter, Wish
 from flowerdiff.remote import Cancelled, Line, Place, RemotePainter, Seen, about
 from flowerdiff.workspace import UserError
 from test_studio import ENV, browser, browser_only, draw, fill, free_port, newest, open_page, shot, start, stop
@@ -107,7 +107,7 @@ def hostile(i, rng): # the body of a request
     wild = [None, True, [], {}, 7, -1, 1e309, 10**30, 'a rose', [['a rose']], {'prompt': 'a rose'}]
     kind = i % 5
     if kind < 2: return json.dumps(dict(who=f'w{i}', wish=dict(prompt=rng.choice(odd), negative=rng.choice(odd), steps=2, seed=i))).encode()
-    if kind == 2: return json.dumps(dict(who=rng.choice([f'w{i}', *wild]), wish={**vars(Wish('a rose', steps=2)), rng.choice(['prompt', 'negative', 'seed', 'steps', 'guidance', 'n', 'size']): rng.choice(wild)})).encode()
+    if kind == 2: return json.dumps(dict(who=rng.choice([f'w{i}', *wild]), wish={**vars(Wish('a rose', steps=2)), rng.choice([*vars(Wish('')), 'size']): rng.choice([*wild, rng.choice(odd)])})).encode()
     if kind == 3: return rng.randbytes(rng.randrange(1, 3000))
     return rng.choice([b'', b'[' * 60_000, b'{"who": "a", "wish": ' + b'9'*50_000 + b'}', json.dumps(rng.choice(wild)).encode(), b'x'*(10_000_000 if i % 50 == 4 else 70_000), b'{"who":"a"', json.dumps(dict(who='x'*999, wish=dict(prompt='a rose'))).encode()])
 
@@ -122,7 +122,7 @@ def sent(keeper, body): # (status, last line); status 0: hung up, as on what is 
 
 def test_five_hundred_hostile_requests(workspace, keeper):
     "Each is drawn or refused in a line, by the process that was there before, and it does not grow."
-    # `wish_of` without its check of types; JSON's RecursionError not caught; a list that keeps all jobs; no `max_body_size`
+    # `wish_of` without its check of types; `check` that repeats a name as it came; JSON's RecursionError not caught; a list that keeps all jobs; no `max_body_size`
     process, rng, seen = psutil.Process(keeper.process.pid), random.Random(0), []
     for i in range(500):
         if i == 50: early = process.memory_info().rss
@@ -148,8 +148,8 @@ def test_a_generator_that_keeps_dying_is_left_alone(tmp_path):
     keeper.close()
 
 def test_a_backend_that_fails_midway(workspace, tmp_path):
-    "PyTorch draws the wish instead, and says so."
-    # `_paint` without its except; a wish that goes on from the step that failed
+    "PyTorch draws the wish instead, says so, and the page's strip begins anew."
+    # a desk that sends pictures without their note; first steps, or those of the strip, that are told only now and then
     code = f'''
 import flowerdiff.backends as b; from flowerdiff.generating import main
 real, calls = b.load_backend, []
@@ -163,11 +163,23 @@ def load(where, name='auto'):
     return out
 b.load_backend = load; main({str(workspace)!r}, {str(tmp_path/"s")!r})'''
     with subprocess.Popen([sys.executable, '-c', code], env=ENV, stdin=subprocess.PIPE) as process:
-        painter, wish = RemotePainter(workspace, str(tmp_path/'s')), Wish('a blue iris', seed=5, steps=6)
-        picture = painter.paint(wish)[0]
-        assert 'onnx failed' in painter.said and 'PyTorch draws now' in painter.said
-        assert np.array_equal(own(workspace, [wish])[0], np.array(picture)) and painter.paint(wish) and not painter.said
+        painter, wish, heard = RemotePainter(workspace, str(tmp_path/'s')), Wish('a blue iris', seed=5, steps=6, strip=6), []
+        picture = painter.paint(wish, heard.append)[0]
+        assert picture.info['note'] == 'ONNX Runtime failed (RuntimeError: a kernel of the runtime failed); PyTorch drew this'
+        steps = [x.step for x in heard if isinstance(x, Seen)]
+        assert steps == [1, 2, 1, 2, 3, 4, 5, 6] and len(heard[-1].preview(96)) == 1
+        assert np.array_equal(own(workspace, [wish])[0], np.array(picture)) and 'note' not in painter.paint(wish)[0].info
         process.stdin.close(); process.wait(20)
+
+def test_every_field_of_a_wish(workspace, keeper):
+    "Sampler and backend are those asked for; a model that is not here is a line, and the next wish is drawn."
+    # a desk whose painter is given only words, seed and steps; an error that ends the process
+    painter, wish = RemotePainter(workspace, keeper.socket), Wish('a red rose', seed=2, steps=6, backend='torch')
+    plain, euler = (np.array(painter.paint(w)[0]) for w in (wish, replace(wish, scheduler='euler')))
+    assert np.abs(plain.astype(int) - euler).mean() > .5
+    assert 'PyTorch drew this' in painter.paint(replace(wish, backend='tensorrt'))[0].info['note']
+    with pytest.raises(UserError, match='The student is not here'): painter.paint(replace(wish, model='student'))
+    assert np.array_equal(np.array(painter.paint(wish)[0]), plain) and painter.choices() == Painter(workspace).choices()
 
 # ---- pages
 

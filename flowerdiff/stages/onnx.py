@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..backends import BACKENDS, EXACT, open_backend, reads_onnx, why_not
 from ..bench import race_pictures
 from ..metrics import psnr
-from ..models import student_steps, weights_fingerprint
+from ..models import copy_student_steps, student_steps, weights_fingerprint
 from ..networks import TorchBackend
 from ..questions import shown_how
 from ..runtimes import onnx_session
@@ -225,8 +225,7 @@ def describe_parity(parity: dict) -> str:
 # %% ../../nbs/stages/08_onnx.ipynb #9a610686
 def copy_configs(model: Path, folder: Path):
     "Everything of the model that is not weights, where Optimum looks for it."
-    for name in ('model_index.json', 'train_settings.json'): # the latter tells a student's steps; models from elsewhere have none
-        if (model/name).exists(): shutil.copy(model/name, folder)
+    shutil.copy(model/'model_index.json', folder); copy_student_steps(model, folder)
     for part in ('scheduler', 'tokenizer'): shutil.copytree(model/part, folder/part)
     for source, part in (('text_encoder', 'text_encoder'), ('unet', 'unet'), ('vae', 'vae_decoder'), ('vae', 'vae_encoder')): shutil.copy(model/source/'config.json', folder/part)
 
@@ -237,8 +236,7 @@ PROMPTS = ('a red rose under a blue sky', 'three purple irises in a meadow', 'a 
 def run(ws: Workspace) -> Result:
     "Export `model/` to `onnx/`; raises a UserError, and leaves the old folder, when the pictures differ."
     s, backend = ws.settings, TorchBackend(ws.model, 'cpu')
-    prompts, student = list(PROMPTS), student_steps(ws.model)
-    how = dict(seed=s.seed) | (dict(steps=student, guidance=backend.guidance) if student else shown_how(s.evaluate))
+    prompts, how = list(PROMPTS), dict(seed=s.seed, **shown_how(s.evaluate, student_steps(ws.model)))
     with atomic_dir(ws.onnx) as folder:
         report = {}
         for name, part in parts_of(backend).items():

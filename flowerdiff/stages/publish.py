@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from ..card import make_card
 from ..questions import shown_how
-from ..repository import publish_folder, publish_hub
+from ..repository import hub_name, no_token, publish_folder, publish_hub
 from ..store import list_files, make_manifest
 from ..workspace import UserError, Workspace, read_json, read_jsonl, stage, write_json
 
@@ -39,11 +39,12 @@ def draw_samples(
     ws: Workspace,
     folder: Path,  # where the pictures go
 ) -> list[dict]:   # prompt and file of each
+    from flowerdiff.models import student_steps
     from flowerdiff.sampler import Generator
-    draw, prompts, e = Generator.from_pretrained(ws.model, 'torch'), sample_prompts(ws), ws.settings.evaluate
+    draw, prompts, how = Generator.from_pretrained(ws.model, 'torch'), sample_prompts(ws), shown_how(ws.settings.evaluate, student_steps(ws.model))
     folder.mkdir(parents=True, exist_ok=True)
     samples = [dict(prompt=p, file=f'{folder.name}/{i}.png') for i, p in enumerate(prompts)]
-    for s, picture in zip(samples, draw(prompts, seed=ws.settings.seed, **shown_how(e))): picture.save(folder.parent/s['file'])
+    for s, picture in zip(samples, draw(prompts, seed=ws.settings.seed, **how)): picture.save(folder.parent/s['file'])
     return samples
 
 # %% ../../nbs/stages/10_publish.ipynb #798f4871
@@ -66,11 +67,13 @@ def assemble(
 ):
     "Fill `folder` with the model, its ONNX files and engines when they are of these very weights, samples and the card."
     from flowerdiff.backends import onnx_beside
+    from flowerdiff.models import copy_student_steps
     if not (ws.model/'model_index.json').exists(): raise UserError(f'{ws.model}: no model yet; flowerdiff run {ws.root} trains one')
     onnx = onnx_beside(ws.model); engines = engine_sets(ws, onnx)
     for source, target, files in ((ws.model, folder, model_files(ws.model)), *([(onnx, folder/'onnx', list_files(onnx))] if onnx else []), (ws.tensorrt, folder/'tensorrt', [f for k in engines for f in sorted((ws.tensorrt/k).glob('*.engine'))])):
         for f in files:
             to = target/f.relative_to(source); to.parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(f, to)
+    copy_student_steps(ws.model, folder)
     if engines: write_json(folder/'tensorrt/status.json', dict(sets=engines))
     samples = draw_samples(ws, folder/'samples')
     if (ws.report/'grid.png').exists(): shutil.copyfile(ws.report/'grid.png', folder/'samples/grid.png')
@@ -86,13 +89,7 @@ def repo_name(
     if kind != 'hub':
         if '..' in Path(p.repo_name).parts or Path(p.repo_name).is_absolute(): raise UserError(f"publish.repo_name: '{p.repo_name}' leads out of {p.destination}; give a plain name")
         return 'folder', p.repo_name or ws.root.name
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-    name = name or p.repo_name
-    if name.count('/') != 1: raise UserError(f"publish.repo_name: '{name}' is not owner/name; the Hub needs both")
-    try: validate_repo_id(name)
-    except HFValidationError as e: raise UserError(f'publish.repo_name: {e}') from None
-    return 'hub', name
+    return 'hub', hub_name(name or p.repo_name, 'publish.repo_name')
 
 # %% ../../nbs/stages/10_publish.ipynb #75bbdd0e
 @dataclass
@@ -114,21 +111,16 @@ class Result:
 def run(ws: Workspace) -> Result:
     "Publish `model/` with its card to `publish.destination`; writes `published.json`."
     p, (kind, name) = ws.settings.publish, repo_name(ws)
-    if kind == 'hub':
-        from huggingface_hub import get_token
-        if not get_token():
-            why = f'{name}: no token for the Hub; set HF_TOKEN to one that may write to this repository (huggingface.co/settings/tokens)'
-            write_json(ws.root/'published.json', dict(repository=name, skipped=why, files=[]))
-            return Result('not published', skipped=why)
+    if kind == 'hub' and (why := no_token(name)):
+        write_json(ws.root/'published.json', dict(repository=name, skipped=why, files=[]))
+        return Result('not published', skipped=why)
     target = ws.root/Path(p.destination).expanduser()/name
     url, memory = (name if kind == 'hub' else str(target)), ws.work/'publish'/f"{kind}-{name.replace('/', '--')}.json"
-    last = read_json(memory)['revision'] if memory.exists() else None
     ws.work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ws.work, prefix='publish-') as made:
         made = Path(made)
         assemble(ws, made, name.split('/')[-1], name if kind == 'hub' else os.path.relpath(target, ws.root.parent))
-        done = publish_hub(made, name, last, p.private) if kind == 'hub' else publish_folder(made, target, last)
-        write_json(memory, dict(revision=done['revision']))
+        done = publish_hub(made, name, memory, p.private) if kind == 'hub' else publish_folder(made, target, memory)
         manifest, card = make_manifest(made), (made/'README.md').read_text(encoding='utf-8')
     published = dict(dict(repository=name, kind=kind, url=url, private=p.private), **done, bytes=manifest['bytes'], files=manifest['files'])
     write_json(ws.root/'published.json', published)

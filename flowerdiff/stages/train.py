@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAY', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint', 'run_fingerprint', 'git_commit', 'write_result',
            'load_training', 'bringer', 'apprentice', 'adapted', 'start_run', 'work', 'rate_of', 'looker', 'Result',
-           'begin', 'run', 'result_of']
+           'begin', 'result_of', 'run']
 
 # %% ../../nbs/stages/05_train.ipynb #644c9368
 import math, os, subprocess, sys
@@ -237,24 +237,7 @@ def begin(ws: Workspace, folder: Path) -> subprocess.Popen:
     from flowerdiff.jobs import launch_job
     return launch_job(ws.root, folder)
 
-@stage('train')
-def run(ws: Workspace) -> Result:
-    "Train in a process of its own, go on where an earlier run was stopped. Raises `UserError` with the worker's one line."
-    if not (ws.encoded/'manifest.json').exists(): raise UserError(f'{ws.encoded}: there are no encoded pictures; run encode first')
-    folder = ws.work_dir('train', run_fingerprint(ws))
-    child, watch = None if is_training(folder) else begin(ws, folder), Watch(ws.settings.train.batch_size)
-    try: last = follow(folder, child, watch)
-    except KeyboardInterrupt:
-        if ws.settings.train.where == 'sagemaker':
-            from flowerdiff.jobs import offer_to_stop
-            print(offer_to_stop(ws))
-        raise
-    finally: watch.close()
-    if last.get('event') == 'stopped': raise UserError(f"train: stopped at step {last['step']:,} of {last['total']:,}; run again to go on")
-    if last.get('mistake'): raise UserError(last['message'])
-    if last.get('event') != 'done': raise RuntimeError(f"training ended without a result ({last.get('kind', 'no word')}: {last.get('message', 'killed?')[:300]}); see {folder/'train.log'}")
-    return result_of(ws, folder)
-
+# %% ../../nbs/stages/05_train.ipynb #c486a3c5
 def result_of(ws: Workspace, folder: Path) -> Result:
     "What a finished run left."
     t = read_json(ws.root/'train.json')
@@ -262,6 +245,25 @@ def result_of(ws: Workspace, folder: Path) -> Result:
     went_on = f", went on from step {t['resumed_from']:,}" if t['resumed_from'] else ''
     billed = f", SageMaker billed {t['instances']} for {t['billed_seconds']:,} s" if 'job' in t else ''
     return Result(f"{t['steps']:,} steps, {t['samples_per_second']:.0f} samples/s, validation {t['validation']['loss']:.4f}{went_on}{billed}", t, samples)
+
+# %% ../../nbs/stages/05_train.ipynb #d4be5ba1
+@stage('train')
+def run(ws: Workspace) -> Result:
+    "Train in a process of its own, go on where an earlier run was stopped. Raises `UserError` with the worker's one line."
+    if not (ws.encoded/'manifest.json').exists(): raise UserError(f'{ws.encoded}: there are no encoded pictures; run encode first')
+    folder, away = ws.work_dir('train', run_fingerprint(ws)), ws.settings.train.where == 'sagemaker'
+    child, watch = None if is_training(folder) else begin(ws, folder), Watch(ws.settings.train.batch_size)
+    try: last = follow(folder, child, watch)
+    except KeyboardInterrupt:
+        if away:
+            from flowerdiff.jobs import offer_to_stop
+            print(offer_to_stop(ws))
+        raise
+    finally: watch.close()
+    if last.get('event') == 'stopped': raise UserError(f"train: stopped at step {last['step']:,} of {last['total']:,}; run again to go on")
+    if last.get('mistake'): raise UserError(last['message'])
+    if last.get('event') != 'done': raise RuntimeError(f"training ended without a result ({last.get('kind', 'no word')}: {last.get('message', 'killed?')[:300]}); see {folder/('sagemaker.log' if away else 'train.log')}" + ('; the job goes on if it was started, run again to follow it' if away else ''))
+    return result_of(ws, folder)
 
 # %% ../../nbs/stages/05_train.ipynb #0cd740af
 if __name__ == '__main__' and '__file__' in globals(): # a process of torchrun, not a notebook
