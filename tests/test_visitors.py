@@ -229,7 +229,7 @@ def test_a_generator_that_is_killed(pages, served):
     "The page says one line; the server starts another one, and the next wish is drawn."
     # no `look`; a page that shows the error of its connection
     page, (generator, _) = pages[0], children(served[0])
-    page.get_by_role('button', name='Draw', exact=True).click(); page.get_by_text('Step').wait_for()
+    page.get_by_role('button', name='Draw', exact=True).click(); page.locator('.fd-say').get_by_text('Step').wait_for()
     generator.kill()
     page.get_by_text('being started again').wait_for(); shot(page, 'killed')
     assert page.locator('.fd-say.bad').inner_text().count('\n') == 0
