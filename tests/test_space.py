@@ -155,7 +155,7 @@ def test_the_health_check(space, running):
     check = [a.replace(':7860', f':{running.port}') for a in command(space/'Dockerfile', 'HEALTHCHECK')]
     well(running.url)
     assert check != command(space/'Dockerfile', 'HEALTHCHECK') and subprocess.run([sys.executable, *check[1:]]).returncode == 0
-    assert well(running.url) == 'well; 0 of 15 visitors\n' # for a small model in 3 GB
+    assert well(running.url) == 'well; 0 of 16 visitors\n' # for a small model in 3 GB
     assert subprocess.run([sys.executable, *[a.replace(f':{running.port}', f':{free_port()}') for a in check[1:]]], capture_output=True).returncode
 
 @pytest.fixture(scope='module')
@@ -189,15 +189,15 @@ def test_a_picture_inside_the_hubs_frame(browser, space, running):
     frame.get_by_text(re.compile(r'picture in [\d.]+ s')).wait_for()
     assert frame.locator('.fd-card img').first.evaluate('e => e.decode().then(() => e.naturalWidth)') == 32
     shot(page, 'space')
-    assert page.context.cookies() == [] and page.foreign == [] and health(running.url) == (200, 'well; 1 of 15 visitors\n')
+    assert page.context.cookies() == [] and page.foreign == [] and health(running.url) == (200, 'well; 1 of 16 visitors\n')
     processes = [psutil.Process(running.process.pid), *psutil.Process(running.process.pid).children(recursive=True)]
     assert len(processes) > 1 and all(0 not in p.uids() for p in processes), 'the server and its kernel run as nobody in particular'
     assert sorted((str(p), p.stat().st_mtime_ns) for p in space.rglob('*')) == before
     page.goto('about:blank')
     for _ in range(100):
-        if health(running.url)[1] == 'well; 0 of 15 visitors\n': break
+        if health(running.url)[1] == 'well; 0 of 16 visitors\n': break
         time.sleep(.2)
-    assert health(running.url)[1] == 'well; 0 of 15 visitors\n'
+    assert health(running.url)[1] == 'well; 0 of 16 visitors\n'
 
 def blocked(page):
     for _ in range(100):
