@@ -1,4 +1,4 @@
-"""What a Space takes of memory: the server and its kernels, while one visitor after the other draws four pictures and stays.
+"""What a Space takes of memory: the server, the generator and the kernels, while one visitor after the other draws four pictures and stays.
 
     python benchmarks/space_memory.py [--model FOLDER] [--visitors 2] [--onnx]
 
@@ -22,7 +22,7 @@ class Peak(threading.Thread):
             for p in [self.root, *self.root.children(recursive=True)]:
                 try: now.append(p.memory_full_info())
                 except psutil.Error: pass # it has ended
-            self.rss, self.pss, self.kernels = max(self.rss, sum(m.rss for m in now) / 1e9), max(self.pss, sum(m.pss for m in now) / 1e9), len(now) - 1
+            self.rss, self.pss, self.kernels = max(self.rss, sum(m.rss for m in now) / 1e9), max(self.pss, sum(m.pss for m in now) / 1e9), len(now) - 2 # not the server and the generator
             time.sleep(.2)
 
 

@@ -176,6 +176,7 @@ class Easel:
             self.button.disabled, self.cancel.disabled = False, True
 
     def _step(self, step, wish, before: int, total: int) -> bool: # False: stop
+        if hasattr(step, 'place'): return self._waiting(step)
         now = time.monotonic()
         if step.step == 1: self.began, self.strip = now, [] # again, when another backend begins anew
         kept = step.step in strip_steps(step.steps, wish.strip)
@@ -188,6 +189,10 @@ class Easel:
             self.bar.value = done/total
             self.say('Drawing …' if self.quiet else f'Step {done} of {total}' + (f', {left:.0f} s left' if left >= 1 else ''))
             if not self.quiet: self.now.value = preview_html(small)
+        return not self.stop.is_set()
+
+    def _waiting(self, at) -> bool: # a `flowerdiff.remote.Place`; False: stop
+        if at.place: self.say(f'{at.place} before you' + f', about {at.seconds:.0f} s'*(at.seconds >= 1) + ' …')
         return not self.stop.is_set()
 
 # %% ../nbs/apps/easel.ipynb #7bed1a33

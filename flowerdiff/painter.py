@@ -43,7 +43,7 @@ class Wish:
         for name in ('steps', 'guidance', 'n'):
             if not 1 <= getattr(self, name) <= LIMITS[name]: raise UserError(f'{name}: from 1 to {LIMITS[name]}, please.')
         for name, known in (('backend', BACKENDS), ('scheduler', SCHEDULERS), ('model', MODELS)):
-            if getattr(self, name) not in known: raise UserError(f"{name}: '{getattr(self, name)[:40]}' is not one of {', '.join(known)}.")
+            if getattr(self, name) not in known: raise UserError(f"{name}: {getattr(self, name)[:40]!r} is not one of {', '.join(known)}.")
         if not 0 <= self.strip <= LIMITS['strip']: raise UserError(f"strip: from 0 to {LIMITS['strip']}, please.")
         if not 0 <= self.seed < 2**32: raise UserError('The seed is a whole number from 0 to 4,294,967,295.')
         return self

@@ -11,7 +11,7 @@ import asyncio, os
 from importlib.resources import files
 from pathlib import Path
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-from tornado.ioloop import IOLoop
+from tornado.ioloop import IOLoop, PeriodicCallback
 from tornado.web import HTTPError, RequestHandler
 from traitlets import Integer
 from traitlets.config import Config
@@ -19,7 +19,9 @@ from voila.app import Voila
 from voila.shutdown_kernel_handler import VoilaShutdownKernelHandler
 from voila.tornado.handler import TornadoVoilaHandler
 
+from .generating import Keeper
 from .painter import find_model
+from .remote import SOCKET, about
 from .studio import ENV, note, style
 from .workspace import UserError
 
@@ -70,10 +72,11 @@ class Goodbye(VoilaShutdownKernelHandler):
 # %% ../nbs/apps/serving.ipynb #d9c5f4a3
 class Health(RequestHandler):
     "200 when there is a model to draw with, 503 when not."
-    def get(self):
+    async def get(self):
         kernels, workspace = self.settings['kernel_manager'], Path(os.environ[ENV])
+        model = await asyncio.to_thread(about, os.environ[SOCKET], 5) if find_model(workspace) else dict(state='missing', line=f'no model in {workspace.name}')
         self.set_header('Content-Type', 'text/plain; charset=utf-8'); self.set_header('Cache-Control', 'no-store')
-        if not find_model(workspace): self.set_status(503); return self.finish(f'no model in {workspace.name}\n')
+        if model['state'] != 'ready': self.set_status(503); return self.finish(model['line'] + '\n')
         self.finish(f'well; {len(kernels)} of {kernels.most or "any number of"} visitors\n')
 
 # %% ../nbs/apps/serving.ipynb #c9e656c1
@@ -115,16 +118,22 @@ def serve(
     open_browser: bool = False,
     ip: str = '127.0.0.1',     # 0.0.0.0 lets other machines in
     idle_minutes: float = 10., # a kernel that no page is connected to is stopped after so long
-    visitors: int = 0,         # at a time; 0: as many as come
+    visitors: int = 20,        # at a time; 0: as many as come
     frames: str = '',          # other sites that may show the page in a frame
 ):
     "Serve the studio until it is stopped (Ctrl-C)."
     free_port(ip, port)
     os.environ[ENV] = str(Path(workspace).expanduser().absolute())
+    keeper = Keeper(os.environ[ENV]); os.environ[SOCKET] = keeper.socket
+    try: _serve(keeper, configured(port, ip, open_browser, idle_minutes, visitors, frames))
+    finally: keeper.close()
+
+def _serve(keeper: Keeper, config: Config):
     assets = str(files('flowerdiff')/'assets'/'studio')
     os.environ['JUPYTER_PATH'] = os.pathsep.join([assets, *filter(None, [os.environ.get('JUPYTER_PATH')])])
-    app = Server.instance(config=configured(port, ip, open_browser, idle_minutes, visitors, frames), log_level='ERROR')
+    app = Server.instance(config=config, log_level='ERROR')
     app.initialize(argv=[])
-    address = f'http://{"localhost" if ip in ("127.0.0.1", "0.0.0.0") else ip}:{port}'
+    address = f'http://{"localhost" if app.ip in ("127.0.0.1", "0.0.0.0") else app.ip}:{app.port}'
     IOLoop.current().add_callback(lambda: print(f'The studio is at {address} (Ctrl-C stops it)', flush=True)) # once it listens
+    PeriodicCallback(keeper.look, 1000).start()
     app.start()

@@ -67,12 +67,12 @@ def weights_gb(
 
 def visitors(
     weights: float, # GB
-    memory: float,  # GB that the server and all its kernels may take
-) -> int:           # at least one
-    return max(1, int((memory - .15)/(.65 + 2*weights)))
+    memory: float,  # GB that the server, the generator and all kernels may take
+) -> int:           # from 1 to 20
+    return min(20, max(1, int((memory - .9 - 2*weights)/.13)))
 
-def memory_for(weights: float) -> int: # GB in which two visitors have room; a free Space has 16
-    return next((gb for gb in (3, 8, 16) if visitors(weights, gb) > 1), 16)
+def memory_for(weights: float) -> int: # GB in which ten visitors have room; a free Space has 16
+    return next((gb for gb in (3, 8, 16) if visitors(weights, gb) >= 10), 16)
 
 # %% ../nbs/apps/space.ipynb #65a61a6d
 NEEDS = 'torch diffusers transformers safetensors tokenizers huggingface_hub onnxruntime ipywidgets ipykernel voila fastcore pydantic ruamel.yaml psutil tqdm numpy pillow packaging'.split()
@@ -142,7 +142,7 @@ pip install -r requirements.txt && pip install --no-deps {package}
 python start.py
 ```
 
-`PORT` is another port, `HOST=0.0.0.0` lets other machines in. Each visitor has the model in a process of their own: `memory=` in `start.py` is how many GB that may take together, and so how many can be there at a time.
+`PORT` is another port, `HOST=0.0.0.0` lets other machines in. One process draws for all visitors: `memory=` in `start.py` is how many GB everything may take together, and so how many visitors can be there at a time.
 {private}'''
 PRIVATE = '''
 ## The model is private
@@ -237,7 +237,7 @@ def start(
     name: str,             # that the page shows
     host: str = '127.0.0.1', # 0.0.0.0 lets other machines in
     port: int = 7860,
-    memory: float = None,  # GB for all visitors together; None: room for two, see `memory_for`
+    memory: float = None,  # GB for everything together; None: room for ten visitors, see `memory_for`
 ):
     "What start.py does: get the model, serve the studio until it is stopped."
     from flowerdiff.serving import serve

@@ -84,7 +84,8 @@ def _show(self:Studio): # the panel and the gallery
     dials = classed(w.VBox([c['n'], *self.dials.widgets, row(c['seed'], c['dice'], c['lock']), c['negative'], c['strip']]), 'fd-panel', 'fd-dials')
     self.empty = w.HTML(note('Nothing drawn yet', '<p>Write a few words, or take an example, and press Draw.</p>'))
     self.page = classed(w.Box([ask, dials, classed(w.VBox([c['now'], self.empty, c['gallery']]), 'fd-right')]), 'fd-body')
-    if not self.painter.ready.is_set(): self.easel.say('Loading the model …'); threading.Thread(target=self._loaded, daemon=True).start()
+    if self.painter.ready.is_set(): self._loaded()
+    else: self.easel.say('Loading the model …'); threading.Thread(target=self._loaded, daemon=True).start()
 @patch
 def _loaded(self:Studio): # says when the model is there, or why it is not
     self.painter.ready.wait()
@@ -150,7 +151,7 @@ class Tabs:
         return w.VBox([w.HTML(no_model(self.painter.workspace)), classed(row(again), 'fd-center')])
 
     def _look_again(self):
-        self.painter = Painter(self.painter.workspace); self.made.clear()
+        self.painter = type(self.painter)(self.painter.workspace); self.made.clear()
         self._turn(self.pick.value)
 
 # %% ../nbs/apps/studio.ipynb #40798b7c
@@ -160,4 +161,7 @@ def show(
     workspace: str | Path | None = None, # a workspace or a model's folder; None: the server's
 ) -> w.Widget:                           # the page
     "The studio, as a widget."
-    return Tabs(Painter(workspace or os.environ.get(ENV, 'garden'))).page
+    where = workspace or os.environ.get(ENV, 'garden')
+    if workspace or not os.environ.get('FLOWERDIFF_SOCKET'): return Tabs(Painter(where)).page
+    from flowerdiff.remote import RemotePainter
+    return Tabs(RemotePainter(where)).page
