@@ -83,7 +83,7 @@ def _example(root: Path) -> str: # a prompt that suits the model
 # %% ../nbs/core/80_cli.ipynb #3561b41f
 def _ask_about_job(root: Path): # after Ctrl-C
     from flowerdiff.workspace import open_workspace
-    if (ws := open_workspace(root)).settings.train.where != 'sagemaker': return
+    if not (root/'params.yaml').exists() or (ws := open_workspace(root)).settings.train.where != 'sagemaker': return # stopped before there was anything
     from flowerdiff.jobs import offer_to_stop
     if said := offer_to_stop(ws): print(said)
 

@@ -188,6 +188,14 @@ def _step_loss(
     late = (tokens == model.config.text_config.eos_token_id).to(device)
     return contrastive_loss(logits, contradicts(*truths)) + attribute_loss(heads, out, *truths, late)
 
+# %% ../nbs/core/22_clip.ipynb #86937eba
+def _update(opt, params: list, loss: Tensor, logit_scale: Tensor):
+    "One step down; the temperature stays at or above CLIP's 1/100."
+    opt.zero_grad(); loss.backward()
+    nn.utils.clip_grad_norm_(params, 1.)
+    opt.step()
+    logit_scale.data.clamp_(max=np.log(100))
+
 # %% ../nbs/core/22_clip.ipynb #81c4d85c
 def train_clip(
     pictures: np.ndarray,    # [N, H, W, 3] uint8, in memory or mapped
@@ -225,11 +233,7 @@ def train_clip(
         idx, k, x = draw_batch(rng, pictures, which, batch_size)
         text = torch.tensor([which[i][j] for i, j in zip(idx, k)])
         loss = _step_loss(model, heads, x.to(device), text, ids, (facts[idx, k], values[idx]) if truths else None, part < look_first, bf16)
-        opt.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.)
-        opt.step()
-        model.logit_scale.data.clamp_(max=np.log(100))
+        _update(opt, params, loss, model.logit_scale)
         mean = loss.item() if mean is None else .98*mean + .02*loss.item()
         if (step + 1) % 200 == 0:
             seconds = time.time() - start

@@ -158,6 +158,14 @@ def test_sidebar_has_every_notebook():
     assert len(listed) == len(set(listed))
     assert set(listed) == {str(p.relative_to(ROOT/'nbs')) for p in NOTEBOOKS} - {'apps/app.ipynb'}
 
+def test_notebooks_leave_nothing_behind():
+    "Here after all of them have run: a folder or a file that one has made, or that came along by accident, is found."
+    site, left = {'_quarto.yml', 'nbdev.yml', 'sidebar.yml', 'quiet.lua', 'styles.css', 'theme.scss', 'theme-dark.scss'}, []
+    for p in (ROOT/'nbs').rglob('*'):
+        if p.is_dir() or p.suffix == '.ipynb' or '.ipynb_checkpoints' in p.parts: continue
+        if p.relative_to(ROOT/'nbs').parts[0] != 'images' and name(p) not in {f'nbs/{f}' for f in site}: left.append(name(p))
+    assert not left
+
 def test_site_settings_meet():
     "nbs/_quarto.yml only points to the root's; what that names is there."
     small = yaml.safe_load((ROOT/'nbs/_quarto.yml').read_text())

@@ -54,7 +54,7 @@ def test_a_job_that_was_interrupted_is_the_run_that_was_not(amazon, tmp_path):
     first = threading.Thread(target=follow, daemon=True); first.start()
     until(lambda: any(e['event'] == 'start' for e in read_events(folder_of(ws)/'events.jsonl')[0]), 200) # it trains; who follows it dies
     subprocess.run(['pkill', '-9', '-f', f'flowerdiff.jobs {ws.root}'], check=True); first.join(30)
-    assert 'sagemaker.log; the job goes on' in died[0], died
+    assert 'train.log; the job goes on' in died[0], died
     open_workspace(ws.root, None, {'sagemaker.instance_count': 5}) # for the next job, not for this one
     result = run(ws.root)
 
@@ -66,7 +66,7 @@ def test_a_job_that_was_interrupted_is_the_run_that_was_not(amazon, tmp_path):
     for said in ('at most 12 machine hours, $8.83', 'started flowerdiff-train-', 'found flowerdiff-train-', 'billed'): assert [n for n in told if said in n], (said, told)
     events = read_events(folder_of(ws)/'events.jsonl')[0]
     assert [e['step'] for e in events if e['event'] == 'start'] == [0, t['resumed_from']] and events[-1]['event'] == 'done', 'each event once'
-    log = (folder_of(ws)/'train.log').read_text()
+    log = (folder_of(ws)/'containers.log').read_text()
     assert 'algo-1: ' in log and 'algo-2: ' in log and 'Running Torchrun Driver' in log
     assert not amazon.keys('flowers', f'meadow/jobs/{sagemaker.job_tag(folder_of(ws).name, "s3://flowers/meadow")}/checkpoints'), 'the checkpoints have served'
     metrics_in_mlflow(ws)
@@ -163,7 +163,7 @@ def test_a_person_is_asked_before_a_job_is_stopped(amazon, tmp_path):
         amazon.container = 'echo "RuntimeError: the flowers wilted"; exit 3'; assert attend() == 2
     assert len(amazon.jobs) == before + 1
     said = read_events(folder_of(ws)/'events.jsonl')[0][-1]['message']
-    assert 'RuntimeError: the flowers wilted' in said and 'train.log' in said
+    assert 'RuntimeError: the flowers wilted' in said and 'containers.log' in said
 
 @contained
 def test_the_policy_allows_what_was_asked_and_no_more(amazon):

@@ -17,7 +17,7 @@ from ..batches import Split, load_split
 from ..distill import Teacher, student_settings
 from ..finetune import add_lora, as_trained, base_unet, find_base, merged, save_lora
 from ..models import read_config
-from ..processes import STOPPED, Stop, Watch, follow, is_training, launch, only_one
+from ..processes import STOPPED, Stop, Watch, follow, is_training, launch, only_one, start
 from ..shards import Shards
 from ..store import fetch, open_store, read_manifest
 from ..streaming import StreamedSplit
@@ -234,8 +234,7 @@ class Result:
 def begin(ws: Workspace, folder: Path) -> subprocess.Popen:
     "The process that trains, or that has it done elsewhere."
     if ws.settings.train.where == 'here': return launch('flowerdiff.stages.train', ws.root, folder, ws.settings.train.num_processes)
-    from flowerdiff.jobs import launch_job
-    return launch_job(ws.root, folder)
+    return start(['flowerdiff.jobs', ws.root, folder], folder/'train.log')
 
 # %% ../../nbs/stages/05_train.ipynb #c486a3c5
 def result_of(ws: Workspace, folder: Path) -> Result:
@@ -262,7 +261,7 @@ def run(ws: Workspace) -> Result:
     finally: watch.close()
     if last.get('event') == 'stopped': raise UserError(f"train: stopped at step {last['step']:,} of {last['total']:,}; run again to go on")
     if last.get('mistake'): raise UserError(last['message'])
-    if last.get('event') != 'done': raise RuntimeError(f"training ended without a result ({last.get('kind', 'no word')}: {last.get('message', 'killed?')[:300]}); see {folder/('sagemaker.log' if away else 'train.log')}" + ('; the job goes on if it was started, run again to follow it' if away else ''))
+    if last.get('event') != 'done': raise RuntimeError(f"training ended without a result ({last.get('kind', 'no word')}: {last.get('message', 'killed?')[:300]}); see {folder/'train.log'}" + ('; the job goes on if it was started, run again to follow it' if away else ''))
     return result_of(ws, folder)
 
 # %% ../../nbs/stages/05_train.ipynb #0cd740af
