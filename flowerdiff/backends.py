@@ -25,6 +25,7 @@ def onnx_beside(
         except UserError: continue
         if parity.get('passed') and parity.get('model') == weights_fingerprint(folder): return onnx
 
+# %% ../nbs/core/45_backends.ipynb #66f1fc3b
 def fastest(
     onnx: Path, # an export
     among=None, # names; None: all
@@ -35,6 +36,7 @@ def fastest(
     good = [k for k, v in seen.items() if v['keeps'] and k in BACKENDS and (among is None or k in among) and not why_not(k, onnx)]
     return min(good, key=lambda k: seen[k]['milliseconds'], default='onnx')
 
+# %% ../nbs/core/45_backends.ipynb #2e04b585
 def automatic(
     onnx: Path | None,    # an export of the weights
     weights: bool = True, # are they there for PyTorch as well?
@@ -63,6 +65,7 @@ def why_not(
 
 def reads_onnx(name: str) -> bool: return not name.startswith('torch') # or the model folder itself
 
+# %% ../nbs/core/45_backends.ipynb #c0d22f37
 def open_backend(
     name: str,    # one of `BACKENDS`
     folder: Path, # that it reads
