@@ -112,6 +112,26 @@ def test_notebook_is_fit_to_read(path):
     places = [t for t in texts if re.search(r'(?<![\w/.])/(work|root|home|Users)/\w', t)]
     assert not places, f'a path of the machine that made it: {places[0][:200]}'
 
+def seen_by_reader(cell) -> bool: # on the page: hidden cells, imports and exported cells that define nothing public are not, an exported function is, as its signature
+    if cell.cell_type != 'code': return cell.cell_type == 'markdown'
+    if re.search(r'^#\s*\|\s*(hide|default_exp)\b', cell.source, re.M) or re.search(r'^\s*[!%]', cell.source, re.M): return False
+    body = ast.parse(cell.source).body
+    if re.search(r'^#\s*\|\s*export', cell.source, re.M): return any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_') for n in body)
+    return not all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
+
+def shows_something(cell) -> bool: # a picture, or a text with a number in it
+    for o in cell.get('outputs', []):
+        data = o.get('data', {})
+        if any(k.startswith('image/') for k in data): return True
+        if re.search(r'\d', ''.join(o.get('text', '')) + ''.join(data.get('text/plain', '')) + re.sub(r'<[^>]*>', '', ''.join(data.get('text/html', '')))): return True
+    return False
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name in ('core', 'apps') and p.name != 'app.ipynb'], **ids)
+def test_opens_with_something_to_see(path):
+    "A chapter opens with what it is for and a picture or a number by the third cell that its reader sees."
+    seen = [c for c in nbformat.read(path, 4).cells if seen_by_reader(c)][:3]
+    assert any(map(shows_something, seen)), f'{name(path)}: the first three cells on its page show neither a picture nor a number; open with what the chapter makes'
+
 @pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name == 'stages'], **ids)
 def test_stage_notebook_runs_the_library(path):
     "One parameters cell for papermill; the last cell calls the exported stage and is not run by the tests."
