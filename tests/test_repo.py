@@ -121,9 +121,9 @@ def seen_by_reader(cell) -> bool: # on the page: hidden cells, imports and expor
 
 def shows_something(cell) -> bool: # a picture, or a text with a number in it
     for o in cell.get('outputs', []):
-        data = o.get('data', {})
-        if any(k.startswith('image/') for k in data): return True
-        if re.search(r'\d', ''.join(o.get('text', '')) + ''.join(data.get('text/plain', '')) + re.sub(r'<[^>]*>', '', ''.join(data.get('text/html', '')))): return True
+        data = o.get('data', {}); page = ''.join(data.get('text/html', ''))
+        if any(k.startswith('image/') or k.endswith('widget-view+json') for k in data) or re.search(r'<img |<svg|<iframe srcdoc', page): return True
+        if re.search(r'\d', ''.join(o.get('text', '')) + ''.join(data.get('text/plain', '')) + ''.join(data.get('text/markdown', '')) + re.sub(r'<[^>]*>', '', page)): return True
     return False
 
 @pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name in ('core', 'apps') and p.name != 'app.ipynb'], **ids)
