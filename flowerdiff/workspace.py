@@ -191,7 +191,11 @@ def stage(
     "Makes `run(ws) -> Result` the public `run(workspace, profile, overrides) -> Result`, which leaves `work/records/<stage>.json`. The plain function stays as `run.plain`."
     def decorate(f):
         @functools.wraps(f)
-        def run(workspace: str = '.', profile: str = None, overrides=None):
+        def run(
+            workspace: str = '.',  # the folder
+            profile: str = None,   # settings to begin with, where the workspace is new
+            overrides: list | dict = None, # settings to change, such as 'train.lr=1e-3'
+        ):
             ws = open_workspace(workspace, profile, overrides)
             start = time.time()
             with disk_errors(): result = f(ws); record(ws, name, result, time.time() - start)
