@@ -114,7 +114,9 @@ def test_what_pages_say_to_type(path):
         if language == 'python': compile(block, path.name, 'exec'); assert path.name in ('README.md', 'index.ipynb'), 'code in markdown is not run: make it a cell' # README's is run by test_repo
     for said in re.findall(r'`(flowerdiff [a-z]+ [^`]+)`', text):
         if not re.search(r'[A-Z.]{3}|…', said): check_command(said)
+    from flowerdiff.cli import parser
     from flowerdiff.config import load_profile
+    for said in re.findall(r'`flowerdiff ([a-z]+)[^`]*`', text): parser().parse_args([said, *(['a rose'] if said == 'generate' else [])])
     have = load_profile('garden').model_dump()
     for section, name in re.findall(r'`([a-z]+)\.([a-z_]+)(?:=[^`]*|: [^`]*)`', text):
         if section in have: assert name in have[section], f'{section}.{name} is not a setting'

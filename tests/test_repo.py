@@ -1,5 +1,5 @@
 "The repository's own rules: what a reader, a reviewer and a release rely on."
-import ast, builtins, importlib, json, os, re, shlex, shutil, subprocess, sys
+import ast, builtins, importlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat, pytest, yaml
 
@@ -238,14 +238,6 @@ def test_readme_commands_are_there():
 
 def markdown(path: Path) -> str:
     return path.read_text() if path.suffix == '.md' else '\n\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
-
-@pytest.mark.parametrize('path', [ROOT/'README.md', ROOT/'benchmarks/README.md', *NOTEBOOKS], **ids)
-def test_commands_told_of_exist(path):
-    "Every `flowerdiff ...` line of the pages is one that the command line understands."
-    from flowerdiff.cli import parser
-    for block in re.findall(r'```(?:sh|bash)\n(.*?)```', markdown(path), re.S):
-        for line in re.findall(r'^flowerdiff (.+)', block.replace('\\\n', ' '), re.M): parser().parse_args(shlex.split(line, comments=True))
-    for said in re.findall(r'`flowerdiff ([a-z]+)[^`]*`', markdown(path)): parser().parse_args([said, *(['a rose'] if said == 'generate' else [])])
 
 def test_readme_python_example(tiny_workspace, tmp_path):
     "The example of the front page, with the miniature garden in place of a real one."
