@@ -6,7 +6,7 @@
 __all__ = ['contestants', 'wilson', 'tally', 'in_words', 'read_tally', 'Blind']
 
 # %% ../nbs/apps/blind.ipynb #2e3e710e
-import html, json, math, random, time
+import html, json, math, random, threading, time
 from dataclasses import asdict
 from pathlib import Path
 import ipywidgets as w
@@ -56,11 +56,11 @@ def in_words(one: str, other: str, counts: tuple) -> str:
 def read_tally(file: Path) -> list:
     try: lines = file.read_text(encoding='utf-8', errors='replace').splitlines()
     except OSError: return []
-    def row(line):
+    def decision(line):
         try: r = json.loads(line)
         except ValueError: return None
         return r if isinstance(r, dict) and {'left', 'right', 'chosen'} <= set(r) else None
-    return [r for r in map(row, lines) if r]
+    return [r for r in map(decision, lines) if r]
 
 # %% ../nbs/apps/blind.ipynb #baf294ee
 class Blind:
@@ -69,12 +69,12 @@ class Blind:
         painter: Painter,
         words: list, # prompts to take
     ):
-        self.words, self.file, self.pair = words, painter.workspace/'work'/'blind.jsonl', None
+        self.words, self.file, self.pair, self.lock = words, painter.workspace/'work'/'blind.jsonl', None, threading.Lock()
         self.rows, self.who, self.easel = read_tally(self.file), contestants(painter.choices()), Easel(painter, 'Next pair', quiet=True)
         names = [*self.who]; models = [x for x in names if ',' not in x]
         pick = lambda title, value: classed(w.Dropdown(options=names, value=value, description=title, layout=w.Layout(width='100%')), 'fd-tall')
         self.one, self.other = pick('One', names[0]), pick('The other', models[1] if len(models) > 1 else next(x for x in names if ',' in x))
-        self.prompt = classed(w.Text(description='Words', placeholder='chosen by chance', layout=w.Layout(width='100%')), 'fd-tall')
+        self.prompt = classed(w.Text(description='Words', placeholder='chosen by chance', continuous_update=False, layout=w.Layout(width='100%')), 'fd-tall')
         self.choose = {k: w.Button(description=label, disabled=True) for k, label in dict(left='Left is better', same='No difference', right='Right is better').items()}
         for k, b in self.choose.items(): b.on_click(lambda _, k=k: self._chosen(k))
         for x in (self.one, self.other): x.observe(lambda _: self._forget(), 'value')
@@ -85,7 +85,8 @@ class Blind:
         self._count()
 
     def _forget(self): # other contestants: the pair on the page is none of theirs
-        self._enable(False); self.pair = None; self._count()
+        with self.lock: self._enable(False); self.pair = None
+        self._count()
         self.shown.value = note('Which is better?', '<p>Press Next pair.</p>')
 
     def _enable(self, on: bool):
@@ -103,27 +104,28 @@ class Blind:
         chance.shuffle(names); self._enable(False)
         self.easel.start([Wish(prompt, seed=seed, **self.who[x]) for x in names], lambda drawn: self._show(names, drawn))
 
-    def _show(self, names: list, drawn: list):
-        if set(names) != {self.one.value, self.other.value}: return # chosen anew meanwhile
-        self.pair = names, [some[0] for some in drawn]
-        self._draw(); self._enable(True)
+    def _show(self, names: list, drawn: list): # in the easel's thread: a choice waits until all buttons are there
+        with self.lock:
+            if set(names) != {self.one.value, self.other.value}: return # chosen anew meanwhile
+            self.pair = names, [some[0] for some in drawn]
+            self._draw(*self.pair); self._enable(True)
 
-    def _draw(self, chosen: str | None = None): # names only once there is a choice
+    def _draw(self, names: list, drawn: list, chosen: str | None = None): # names only once there is a choice
         def card(side, name, wish, picture):
             told = f'{"★ " if name == chosen else ""}{name}<small>{html.escape(wish.line())}</small><small class="fd-warn">{html.escape(picture.info.get("note", ""))}</small>' if chosen is not None else side
             return f'<div class="fd-card"><figure>{shot(data_url(to_png(picture)), side + ": " + wish.prompt, picture.size)}<figcaption>{told}</figcaption></figure></div>'
-        names, drawn = self.pair
         cards = ''.join(card(side, name, wish, picture) for side, name, (wish, picture, _) in zip(('Left', 'Right'), names, drawn))
         self.shown.value = f'<div class="fd-title fd-words">{html.escape(drawn[0][0].prompt)}</div><div class="fd-two">{cards}</div>'
 
     def _chosen(self, side: str):
-        if not self.pair: return
-        names, drawn = self.pair; self._enable(False)
+        with self.lock:
+            if not self.pair: return
+            (names, drawn), self.pair = self.pair, None; self._enable(False)
         chosen = dict(zip(('left', 'right'), names)).get(side, '')
-        row = dict(time=round(time.time(), 1), prompt=drawn[0][0].prompt, seed=drawn[0][0].seed, left=names[0], right=names[1], chosen=chosen, wishes=[asdict(x[0]) for x in drawn], notes=[x[1].info.get('note', '') for x in drawn])
-        self.rows.append(row)
+        decision = dict(time=round(time.time(), 1), prompt=drawn[0][0].prompt, seed=drawn[0][0].seed, left=names[0], right=names[1], chosen=chosen, wishes=[asdict(x[0]) for x in drawn], notes=[x[1].info.get('note', '') for x in drawn])
+        self.rows.append(decision)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file, 'a', encoding='utf-8') as f: f.write(json.dumps(row, ensure_ascii=False) + '\n')
+            with open(self.file, 'a', encoding='utf-8') as f: f.write(json.dumps(decision, ensure_ascii=False) + '\n')
         except OSError as e: self.easel.say(f'The choice counts, but {self.file.name} cannot be written ({e.strerror}): it is forgotten with this page.', bad=True)
-        self._draw(chosen); self._count(); self.pair = None
+        self._draw(names, drawn, chosen); self._count()

@@ -133,7 +133,7 @@ class Easel:
         label: str = 'Draw',
         quiet: bool = False, # neither steps nor previews
     ):
-        self.painter, self.quiet, self.stop, self.thread, self.strip = painter, quiet, threading.Event(), None, []
+        self.painter, self.quiet, self.stop, self.busy, self.strip = painter, quiet, threading.Event(), False, []
         self.button, self.cancel = classed(w.Button(description=label), 'fd-draw'), w.Button(description='Cancel', disabled=True)
         self.bar, self.line, self.now = w.FloatProgress(value=0, min=0, max=1), w.HTML(), w.HTML()
         self.cancel.on_click(lambda _: self.stop.set())
@@ -141,9 +141,6 @@ class Easel:
     def say(self, text: str, bad: bool = False):
         "One line under the button, which a screen reader reads out."
         self.line.value = f'<div class="fd-say{" bad" if bad else ""}" role="status" aria-live="polite">{html.escape(text)}</div>'
-
-    @property
-    def busy(self) -> bool: return self.thread is not None and self.thread.is_alive()
 
     def start(self,
         wishes: list,   # of `Wish`
@@ -153,7 +150,7 @@ class Easel:
         try:
             for wish in wishes: wish.check()
         except Exception as e: return self.say(friendly(e), bad=True)
-        self.stop.clear(); self.button.disabled, self.cancel.disabled = True, False
+        self.stop.clear(); self.busy, self.button.disabled, self.cancel.disabled = True, True, False
         self.thread = threading.Thread(target=self._work, args=(wishes, done), daemon=True)
         self.thread.start()
 
@@ -172,8 +169,8 @@ class Easel:
             if type(e).__name__ == 'Cancelled': self.say('Cancelled.')
             else: self.say(friendly(e), bad=True)
         finally:
-            self.now.value, self.bar.value = '', 0
-            self.button.disabled, self.cancel.disabled = False, True
+            self.now.value, self.bar.value, self.cancel.disabled = '', 0, True
+            self.busy = self.button.disabled = False # last: who sees that it can be pressed is heard
 
     def _step(self, step, wish, before: int, total: int) -> bool: # False: stop
         if hasattr(step, 'place'): return self._waiting(step)
@@ -197,9 +194,9 @@ class Easel:
 
 # %% ../nbs/apps/easel.ipynb #7bed1a33
 def ask_for(words: str) -> dict: # name -> widget; the words are an example
-    full = w.Layout(width='100%')
-    return dict(prompt=classed(w.Textarea(description='What shall it draw?', placeholder=words, layout=full), 'fd-tall', 'fd-prompt'),
-                negative=classed(w.Text(description='What not?', placeholder='nothing in particular', layout=full), 'fd-tall'),
+    once = dict(continuous_update=False, layout=w.Layout(width='100%')) # told when they are left, not letter by letter: a click on Draw cannot overtake them
+    return dict(prompt=classed(w.Textarea(description='What shall it draw?', placeholder=words, **once), 'fd-tall', 'fd-prompt'),
+                negative=classed(w.Text(description='What not?', placeholder='nothing in particular', **once), 'fd-tall'),
                 seed=w.BoundedIntText(value=7, min=0, max=2**32 - 1, description='Seed'), dice=w.Button(description='Dice', tooltip='another seed'))
 
 def asked(c: dict) -> dict: # what they say; an empty prompt is its example
