@@ -51,7 +51,7 @@ def in_words(one: str, other: str, counts: tuple) -> str:
     if not n: return f'No decision yet between {one} and {other}.{equal}'
     low, high = wilson(a, n)
     verdict = f'{one} is better' if low > .5 else f'{other} is better' if high < .5 else 'not settled yet'
-    return f'{one} was better in {a} of {n} ({a/n:.0%}), {other} in {b}; with 95 % confidence the share is between {low:.0%} and {high:.0%}: {verdict}.{equal}'
+    return f'{one} was better in {a} of {n} ({a/n:.0%}), {other} in {b}; with 95% confidence the share is between {low:.0%} and {high:.0%}: {verdict}.{equal}'
 
 # %% ../nbs/apps/blind.ipynb #f5aedc31
 def read_tally(file: Path) -> list:

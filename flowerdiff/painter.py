@@ -108,7 +108,8 @@ def friendly(
     error: Exception,
     short: bool = False, # only what happened
 ) -> str:                # one line, in words
-    first = (str(error).strip().splitlines() or [''])[0][:200]
+    first = (str(error).strip().splitlines() or [''])[0]
+    if len(first) > 200: first = first[:199] + '…'
     if isinstance(error, UserError): return first
     if isinstance(error, MemoryError) or 'out of memory' in first: return 'Not enough memory for that: ask for fewer pictures.'
     if short: return f'{type(error).__name__}: {first[:80]}'
@@ -146,6 +147,7 @@ def _drawer(self:Painter, wish: Wish): # what is open for a wish, or is opened n
         new = self._opened_for(wish)
         while len(self.opened) >= self.kept: self.opened.pop(next(iter(self.opened)))
         self.opened[key] = new
+        if wish.model == 'champion': self.error = '' # it may have been half copied the first time
     self.opened[key] = self.opened.pop(key) # the youngest is last
     return self.opened[key]
 @patch
@@ -154,7 +156,8 @@ def _opened_for(self:Painter, wish: Wish):
     from flowerdiff.sampler import Generator
     folder = models(self.workspace).get(wish.model)
     if not folder: raise UserError(f'{MODELS[wish.model]} is not here.')
-    return Generator.from_pretrained(folder, wish.backend)
+    try: return Generator.from_pretrained(folder, wish.backend)
+    except UserError as e: raise UserError(re.sub(r' \(.*\)', '', str(e)).replace(f'{folder}/', f'{MODELS[wish.model]}, ')) from e # a page names no folders of its server
 
 # %% ../nbs/core/47_painter.ipynb #633615f0
 @patch
@@ -172,7 +175,6 @@ def paint(self:Painter,
 ) -> list:                           # of PIL.Image; where another backend had to help, `info['note']` says so
     "Draw a wish; waits until the model is loaded and nobody else is drawing."
     self.ready.wait()
-    if self.error and wish.model == 'champion': raise UserError(self.error)
     with self.lock:
         try: return self._drawn(wish, on_step)
         except Exception as e:

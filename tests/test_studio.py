@@ -2,20 +2,21 @@
 
 FLOWERDIFF_TEST_GARDEN=WORKSPACE serves a trained garden, whose pictures a judge looks at; else a tiny random model, whose pictures are compared with the Generator's own, pixel by pixel.
 FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots."""
-import json, re, socket, subprocess, sys
+import json, re, shutil, socket, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from browser import ENV, GARDEN, browser, browser_only, draw, fill, generator, open_page, says, served, shot, start, visitor
+from browser import ENV, GARDEN, browser, browser_only, draw, fill, generator, open_page, says, served, shot, visitor
 
 @pytest.fixture(scope='module')
 def workspace(tmp_path_factory):
     if GARDEN: return Path(GARDEN)
-    sys.path.insert(0, str(Path(__file__).parent))
     from tiny import tiny_model
     folder = tmp_path_factory.mktemp('studio')/'meadow'
-    tiny_model(folder/'model')
+    for k, size in dict(model=32, student=48).items(): tiny_model(folder/k, size)
+    tiny_model(folder/'work'/'previous', 16)
+    (folder/'student'/'train_settings.json').write_text('{"train": {"distill": 4}}')
     return folder
 
 @pytest.fixture(scope='module')
@@ -27,6 +28,13 @@ def url(studio): return studio[1]
 
 @pytest.fixture(scope='module')
 def page(browser, url): return visitor(browser, url) # one for most tests: a kernel costs seconds
+
+def readout(page, i): return page.locator('.fd-dials .widget-readout').nth(i) # what the slider says
+
+def own(folder, wish): # what a Generator draws, with as many threads as the server's: the last bit depends on them
+    code = f"from flowerdiff import Generator; Generator.from_pretrained({str(folder)!r})({wish['prompt']!r}, seed={wish['seed']}, steps={wish['steps']}, guidance={wish['guidance']})[0].save({str(folder/'own.png')!r})"
+    subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
+    return np.array(Image.open(folder/'own.png'))
 
 @browser_only
 def test_the_right_picture(page, workspace):
@@ -42,9 +50,7 @@ def test_the_right_picture(page, workspace):
         right = [dict(species='rose', color='red', background='blue sky').items() <= s.items() for s in seen]
         assert sum(right) >= 3, seen
     else:
-        code = f"from flowerdiff import Generator; Generator.from_pretrained({str(workspace)!r})({wish['prompt']!r}, seed=7, steps={wish['steps']}, guidance={wish['guidance']})[0].save({str(workspace/'own.png')!r})"
-        subprocess.run([sys.executable, '-c', code], check=True, env=ENV) # with as many threads as the server's: the last bit depends on them
-        assert np.array_equal(np.array(Image.open(workspace/'own.png')), np.array(picture))
+        assert np.array_equal(own(workspace, wish), np.array(picture))
         other = draw(page, 'a blue iris', 7)
         assert np.abs(np.array(other).astype(int) - np.array(picture)).mean() > 2
     assert page.foreign == []
@@ -57,6 +63,24 @@ def test_same_seed_same_picture_and_reuse(page):
     page.locator('.fd-card').nth(1).get_by_role('button', name='Use again').click()
     says(page.locator('.fd-prompt textarea'), 'a yellow rose'); says(page.get_by_label('Seed', exact=True), 11)
     assert np.array_equal(np.array(draw(page)), np.array(first))
+
+@browser_only
+@pytest.mark.skipif(bool(GARDEN), reason='a garden has no such models')
+@pytest.mark.parametrize('model, label, steps, guidance', [('student', 'The student', 4, 1.), ('work/previous', 'The previous champion', 20, 4.)])
+def test_another_model_of_the_workspace(page, workspace, model, label, steps, guidance):
+    # a painter that opens the champion whatever is asked for; dials that stay when another model is chosen
+    page.get_by_label('Model', exact=True).select_option(label=label)
+    for i, said in enumerate((str(steps), f'{guidance:.1f}'), 1): readout(page, i).get_by_text(said, exact=True).wait_for()
+    drawn = draw(page, 'a red rose', 5)
+    assert page.locator('.fd-card small').first.inner_text() == f'seed 5 · {steps} steps · guidance {guidance:g} · {label}'
+    assert np.array_equal(own(workspace/model, dict(prompt='a red rose', seed=5, steps=steps, guidance=guidance)), np.array(drawn))
+    page.get_by_label('Model', exact=True).select_option(index=0); readout(page, 1).get_by_text('20', exact=True).wait_for()
+
+@browser_only
+def test_no_words_are_the_example(page):
+    # a wish of the empty field; blanks that count as words
+    fill(page, 'What shall it draw?', '  '); draw(page)
+    assert page.locator('.fd-card figcaption').first.inner_text().startswith(page.locator('.fd-prompt textarea').get_attribute('placeholder') + '\n')
 
 @browser_only
 def test_several_pictures_and_their_seeds(page):
@@ -82,7 +106,7 @@ def test_cancel(page, studio):
     assert page.locator('.fd-card').count() == n and page.locator('.fd-now').count() == 0
     page.get_by_role('button', name='Draw', exact=True).and_(page.locator(':enabled')).wait_for()
     page.locator('.fd-card').first.get_by_role('button', name='Use again').click() # the steps, too
-    page.locator('.fd-dials .widget-readout').nth(1).get_by_text('20', exact=True).wait_for()
+    readout(page, 1).get_by_text('20', exact=True).wait_for()
 
 @browser_only
 def test_what_people_type_is_text(page):
@@ -117,21 +141,39 @@ def test_a_phone_in_the_dark(browser, url):
     assert wide <= 390 and sum(map(int, re.findall(r'\d+', dark)[:3])) < 150
     assert ask['x'] >= 0 and ask['x'] + ask['width'] <= 390 and ask['y'] + ask['height'] <= card['y'] and card['y'] + card['height'] <= dials['y']
 
+def one_line(page, words): # in red, and nothing else
+    page.locator('.fd-say.bad').get_by_text(words).wait_for()
+    assert '\n' not in page.locator('.fd-say.bad').inner_text() and 'Traceback' not in page.content()
+
 @browser_only
-def test_no_model_yet(browser, tmp_path):
-    with served(tmp_path/'empty') as (_, url):
+def test_a_model_appears_damaged_and_is_replaced(browser, tmp_path):
+    "No model, then half a file, then a whole one: the page stays, and says each in a line."
+    # a page that keeps the painter of a workspace without a model; `friendly` without its first line alone; a painter that refuses every model when the champion is damaged; a desk that does not look at files again
+    from tiny import tiny_model
+    folder, good = tmp_path/'empty', tiny_model(tmp_path/'good')
+    with served(folder) as (_, url):
         page = open_page(browser, url)
-        page.get_by_text(f'flowerdiff run {tmp_path}/empty').wait_for()
+        page.get_by_text(f'flowerdiff run {folder}').wait_for()
         page.get_by_role('button', name='Look again').click()
         shot(page, 'no-model')
         assert page.get_by_role('button', name='Draw', exact=True).count() == 0
+        shutil.copytree(good, folder/'work'/'previous'); shutil.copytree(good, folder/'model')
+        weights = next((folder/'model'/'unet').glob('*.safetensors')); weights.write_bytes(weights.read_bytes()[:20_000])
+        page.get_by_role('button', name='Look again').click()
+        one_line(page, 'The champion, unet: can not be opened; copy it again'); shot(page, 'damaged')
+        page.get_by_role('button', name='Draw', exact=True).click(); page.locator('.fd-say:not(.bad)').or_(page.locator('.fd-say.bad')).first.wait_for(); one_line(page, 'The champion, unet: can not be opened; copy it again')
+        page.get_by_label('Model', exact=True).select_option(label='The previous champion')
+        page.get_by_role('button', name='Draw', exact=True).click(); page.locator('.fd-card').first.wait_for()
+        page.get_by_label('Model', exact=True).select_option(label='The champion')
+        shutil.rmtree(folder/'model'); shutil.copytree(good, folder/'model')
+        assert draw(page, 'a red rose', 5).size == (32, 32)
 
-def test_a_port_in_use_is_one_line(tmp_path):
+def test_a_port_in_use_is_one_line(cli, tmp_path):
+    # `serve` without `free_port`, or a command line that shows its traceback
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); s.listen()
-        server = start(tmp_path, s.getsockname()[1])
-        out = server.communicate(timeout=120)[0].strip().splitlines()
-    assert server.returncode and 'in use' in out[-1] and '--port' in out[-1]
+        done = cli('studio', tmp_path, '--port', s.getsockname()[1])
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1 and 'in use' in done.stderr and '--port' in done.stderr, done
 
 def test_the_studio_needs_nothing_of_training():
     code = "import sys, flowerdiff.studio; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'diffusers', 'accelerate', 'mlflow', 'voila') or m in ('flowerdiff.engine', 'flowerdiff.stages.train')])"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from browser import ENV, GARDEN, browser, browser_only, draw, fill, open_page, picture, press, served, shot, visitor
+from browser import ENV, GARDEN, browser, browser_only, draw, fill, open_page, picture, press, says, served, shot, visitor
 
 TABS = {'Studio': '.fd-ask .fd-chips', 'Compare': '.fd-three', 'Blind test': '.fd-choose', 'Explore': '.fd-explore .fd-card'} # what only that tab has
 
@@ -73,6 +73,13 @@ def test_two_settings_side_by_side(page):
     srcs = [i.get_attribute('src') for i in page.locator('.fd-pair .fd-shot img').all()]
     assert len(srcs) == 2 and srcs[0] != srcs[1]
     shot(page, 'compare')
+    # `_reuse` that gives both sides the left dials, or leaves the words
+    fill(page, 'What shall it draw?', 'a white daisy'); fill(page, 'Seed', 4)
+    steps = page.locator('.fd-three .fd-panel').nth(2).locator('.widget-readout').first
+    page.locator('.fd-three .fd-panel').nth(2).get_by_role('slider').first.focus(); page.keyboard.press('End'); steps.get_by_text('60', exact=True).wait_for()
+    page.get_by_role('button', name='Use again').click()
+    says(page.locator('.fd-prompt textarea'), 'a red rose'); says(page.get_by_label('Seed', exact=True), 3); steps.get_by_text('10', exact=True).wait_for()
+    assert page.locator('.fd-three .fd-panel').nth(1).locator('.widget-readout').first.inner_text() == '20'
 
 @browser_only
 def test_blind_test_keeps_its_tally(page, workspace):
@@ -90,7 +97,7 @@ def test_blind_test_keeps_its_tally(page, workspace):
     last = json.loads(file.read_text().splitlines()[-1])
     assert len(file.read_text().splitlines()) == before + 1 and last['chosen'] == last['right'] and {last['left'], last['right']} == {'The champion', 'The champion, 5 steps'}
     assert page.locator('.fd-card figcaption').nth(1).inner_text().startswith('★ ' + last['right'])
-    assert re.search(r'was better in \d of \d.*95 % confidence', page.locator('.fd-tally').inner_text())
+    assert re.search(r'was better in \d of \d.*95% confidence', page.locator('.fd-tally').inner_text())
     page.wait_for_function("[...document.querySelectorAll('button')].some(b => b.innerText == 'Right is better' && b.disabled)")
     shot(page, 'blind-chosen')
 
