@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import Callable
 import ipywidgets as w
+from fastcore.basics import patch
 from .painter import LIMITS, Painter, Wish, file_name, friendly, strip_steps, to_png
 
 # %% ../nbs/apps/easel.ipynb #b449944d
@@ -133,7 +134,7 @@ class Easel:
         label: str = 'Draw',
         quiet: bool = False, # neither steps nor previews
     ):
-        self.painter, self.quiet, self.stop, self.thread, self.strip = painter, quiet, threading.Event(), None, []
+        self.painter, self.quiet, self.stop, self.busy, self.strip = painter, quiet, threading.Event(), False, []
         self.button, self.cancel = classed(w.Button(description=label), 'fd-draw'), w.Button(description='Cancel', disabled=True)
         self.bar, self.line, self.now = w.FloatProgress(value=0, min=0, max=1), w.HTML(), w.HTML()
         self.cancel.on_click(lambda _: self.stop.set())
@@ -142,64 +143,72 @@ class Easel:
         "One line under the button, which a screen reader reads out."
         self.line.value = f'<div class="fd-say{" bad" if bad else ""}" role="status" aria-live="polite">{html.escape(text)}</div>'
 
-    @property
-    def busy(self) -> bool: return self.thread is not None and self.thread.is_alive()
+# %% ../nbs/apps/easel.ipynb #bdb7d5ce
+@patch
+def _step(self:Easel, step, wish: Wish, before: int, total: int) -> bool: # steps of the wishes before this one, and of all; False: stop
+    if hasattr(step, 'place'): return self._waiting(step)
+    now = time.monotonic()
+    if step.step == 1: self.began, self.strip = now, [] # again, when another backend begins anew
+    kept, told = step.step in strip_steps(step.steps, wish.strip), now - self.told > .12 or step.step == step.steps
+    small = step.preview(96) if kept or told and not self.quiet else []
+    if kept: self.strip.append(small)
+    if told: self.told = now; self._tell(before + step.step, total, (now - self.began)/max(1, step.step - 1)*(step.step > 1), small)
+    return not self.stop.is_set()
+@patch
+def _tell(self:Easel, done: int, total: int, pace: float, small: list): # seconds a step; pictures to show
+    self.bar.value, left = done/total, pace*(total - done)
+    self.say('Drawing …' if self.quiet else f'Step {done} of {total}' + (f', {left:.0f} s left' if left >= 1 else ''))
+    if not self.quiet: self.now.value = preview_html(small)
+@patch
+def _waiting(self:Easel, at) -> bool: # a `flowerdiff.remote.Place`; False: stop
+    if at.place: self.say(f'{at.place} before you' + f', about {at.seconds:.0f} s'*(at.seconds >= 1) + ' …')
+    return not self.stop.is_set()
 
-    def start(self,
-        wishes: list,   # of `Wish`
-        done: Callable, # called in the thread with a list of (wish, picture, strip) of each wish
-    ):
-        if self.busy: return
-        try:
-            for wish in wishes: wish.check()
-        except Exception as e: return self.say(friendly(e), bad=True)
-        self.stop.clear(); self.button.disabled, self.cancel.disabled = True, False
-        self.thread = threading.Thread(target=self._work, args=(wishes, done), daemon=True)
-        self.thread.start()
-
-    def _work(self, wishes, done): # in the thread
-        start, out, total = time.monotonic(), [], sum(wish.steps for wish in wishes)
-        self.say('Drawing …' if self.painter.ready.is_set() else 'Loading the model …')
-        try:
-            for i, wish in enumerate(wishes):
-                self.strip, self.told = [], 0
-                pictures = self.painter.paint(wish, lambda step: self._step(step, wish, sum(x.steps for x in wishes[:i]), total))
-                out.append([(replace(wish, seed=wish.seed + k, n=1), p, [s[k] for s in self.strip]) for k, p in enumerate(pictures)])
-            n, notes = sum(map(len, out)), {p.info.get('note', '') for some in out for _, p, _ in some} - {''}
-            done(out)
-            self.say(f'{n} picture{"s"*(n > 1)} in {time.monotonic() - start:.1f} s.' + ''.join(f' {x}.' for x in notes if not self.quiet))
-        except Exception as e:
-            if type(e).__name__ == 'Cancelled': self.say('Cancelled.')
-            else: self.say(friendly(e), bad=True)
-        finally:
-            self.now.value, self.bar.value = '', 0
-            self.button.disabled, self.cancel.disabled = False, True
-
-    def _step(self, step, wish, before: int, total: int) -> bool: # False: stop
-        if hasattr(step, 'place'): return self._waiting(step)
-        now = time.monotonic()
-        if step.step == 1: self.began, self.strip = now, [] # again, when another backend begins anew
-        kept = step.step in strip_steps(step.steps, wish.strip)
-        told = now - self.told > .12 or step.step == step.steps
-        small = step.preview(96) if kept or told and not self.quiet else []
-        if kept: self.strip.append(small)
-        if told:
-            done, self.told = before + step.step, now
-            left = (now - self.began)/max(1, step.step - 1)*(total - done) if step.step > 1 else 0
-            self.bar.value = done/total
-            self.say('Drawing …' if self.quiet else f'Step {done} of {total}' + (f', {left:.0f} s left' if left >= 1 else ''))
-            if not self.quiet: self.now.value = preview_html(small)
-        return not self.stop.is_set()
-
-    def _waiting(self, at) -> bool: # a `flowerdiff.remote.Place`; False: stop
-        if at.place: self.say(f'{at.place} before you' + f', about {at.seconds:.0f} s'*(at.seconds >= 1) + ' …')
-        return not self.stop.is_set()
+# %% ../nbs/apps/easel.ipynb #16f69dfe
+@patch
+def start(self:Easel,
+    wishes: list,   # of `Wish`
+    done: Callable, # called in the thread with a list of (wish, picture, strip) of each wish
+):
+    if self.busy: return
+    try:
+        for wish in wishes: wish.check()
+    except Exception as e: return self.say(friendly(e), bad=True)
+    self.stop.clear(); self.busy, self.button.disabled, self.cancel.disabled = True, True, False
+    self.thread = threading.Thread(target=self._work, args=(wishes, done), daemon=True)
+    self.thread.start()
+@patch
+def _work(self:Easel, wishes: list, done: Callable): # in the thread
+    began = time.monotonic()
+    self.say('Drawing …' if self.painter.ready.is_set() else 'Loading the model …')
+    try:
+        done(drawn := self._drawn(wishes))
+        self.say(self._summary([p for some in drawn for _, p, _ in some], time.monotonic() - began))
+    except Exception as e:
+        if type(e).__name__ == 'Cancelled': self.say('Cancelled.')
+        else: self.say(friendly(e), bad=True)
+    finally:
+        self.now.value, self.bar.value, self.cancel.disabled = '', 0, True
+        self.busy = self.button.disabled = False # last: who sees that it can be pressed is heard
+@patch
+def _drawn(self:Easel, wishes: list) -> list: # of (wish, picture, strip) of each wish
+    out, before, total = [], 0, sum(wish.steps for wish in wishes)
+    for wish in wishes:
+        self.strip, self.told = [], 0
+        pictures = self.painter.paint(wish, lambda step: self._step(step, wish, before, total))
+        out.append([(replace(wish, seed=wish.seed + k, n=1), p, [s[k] for s in self.strip]) for k, p in enumerate(pictures)])
+        before += wish.steps
+    return out
+@patch
+def _summary(self:Easel, pictures: list, seconds: float) -> str:
+    n, notes = len(pictures), {p.info.get('note', '') for p in pictures} - {''}
+    return f'{n} picture{"s"*(n > 1)} in {seconds:.1f} s.' + ''.join(f' {x}.' for x in notes if not self.quiet)
 
 # %% ../nbs/apps/easel.ipynb #7bed1a33
 def ask_for(words: str) -> dict: # name -> widget; the words are an example
-    full = w.Layout(width='100%')
-    return dict(prompt=classed(w.Textarea(description='What shall it draw?', placeholder=words, layout=full), 'fd-tall', 'fd-prompt'),
-                negative=classed(w.Text(description='What not?', placeholder='nothing in particular', layout=full), 'fd-tall'),
+    once = dict(continuous_update=False, layout=w.Layout(width='100%')) # told when they are left, not letter by letter: a click on Draw cannot overtake them
+    return dict(prompt=classed(w.Textarea(description='What shall it draw?', placeholder=words, **once), 'fd-tall', 'fd-prompt'),
+                negative=classed(w.Text(description='What not?', placeholder='nothing in particular', **once), 'fd-tall'),
                 seed=w.BoundedIntText(value=7, min=0, max=2**32 - 1, description='Seed'), dice=w.Button(description='Dice', tooltip='another seed'))
 
 def asked(c: dict) -> dict: # what they say; an empty prompt is its example

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'BACKENDS', 'SCHEDULERS', 'MODELS', 'Wish', 'find_model', 'usual', 'strip_steps', 'why_not', 'schedulers',
-           'models', 'Painter', 'friendly', 'to_png', 'file_name']
+           'models', 'friendly', 'Painter', 'to_png', 'file_name']
 
 # %% ../nbs/core/47_painter.ipynb #60f9b4f1
 import glob, io, json, re, threading
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable
+from fastcore.basics import patch
 
 from .workspace import UserError
 
@@ -56,8 +57,8 @@ class Wish:
 def find_model(
     workspace: str | Path,
 ) -> Path | None: # folder of the model, None when there is none yet
-    folders = [Path(workspace)/'model', Path(workspace)]
-    return next((f for f in folders if (f/'model_index.json').is_file()), None)
+    places = [Path(workspace), Path(workspace)/'model']
+    return next((f for f in places if (f/'model_index.json').is_file()), None)
 
 # %% ../nbs/core/47_painter.ipynb #a80d18bb
 def usual(
@@ -102,6 +103,18 @@ def models(workspace: str | Path) -> dict: # name -> folder, of those that are t
     folders = dict(champion=find_model(workspace), student=Path(workspace)/'student', previous=Path(workspace)/'work'/'previous')
     return {k: f for k, f in folders.items() if f and (f/'model_index.json').is_file()}
 
+# %% ../nbs/core/47_painter.ipynb #f35a8c4b
+def friendly(
+    error: Exception,
+    short: bool = False, # only what happened
+) -> str:                # one line, in words
+    first = (str(error).strip().splitlines() or [''])[0]
+    if len(first) > 200: first = first[:199] + '…'
+    if isinstance(error, UserError): return first
+    if isinstance(error, MemoryError) or 'out of memory' in first: return 'Not enough memory for that: ask for fewer pictures.'
+    if short: return f'{type(error).__name__}: {first[:80]}'
+    return f'That did not work ({type(error).__name__}: {first}). Try again, or start the studio anew.'
+
 # %% ../nbs/core/47_painter.ipynb #e7c9804e
 class Painter:
     "Loads the model of a workspace in the background, and draws."
@@ -117,70 +130,77 @@ class Painter:
     @property
     def exists(self) -> bool: return self.load is not None or find_model(self.workspace) is not None
 
-    def choices(self) -> dict: # models: [(name, label)], backends: [(name, label, why not or '')], schedulers: [(name, label)], usual: name of a model -> (steps, guidance)
-        "What a wish can have here; nothing heavy is loaded for it."
-        there = models(self.workspace); folder = there.get('champion', self.workspace)
-        return dict(models=[(k, MODELS[k]) for k in there] or [('champion', MODELS['champion'])], backends=[(k, v, why_not(k, folder)) for k, v in BACKENDS.items()],
-                    schedulers=[(k, SCHEDULERS[k]) for k in schedulers(folder)], usual={k: usual(f) for k, f in there.items()})
+# %% ../nbs/core/47_painter.ipynb #1ee85fdc
+@patch
+def _open(self:Painter): # in a thread, once
+    try: self._drawer(Wish('-'))
+    except Exception as e:
+        try: self._drawer(Wish('-', backend='torch'))
+        except Exception: self.error = friendly(e)
+    finally: self.ready.set()
 
-    def _open(self):
-        try: self._drawer(Wish('-'))
+# %% ../nbs/core/47_painter.ipynb #ca759118
+@patch
+def _drawer(self:Painter, wish: Wish): # what is open for a wish, or is opened now
+    key = wish.model, wish.backend
+    if key not in self.opened:
+        new = self._opened_for(wish)
+        while len(self.opened) >= self.kept: self.opened.pop(next(iter(self.opened)))
+        self.opened[key] = new
+        if wish.model == 'champion': self.error = '' # it may have been half copied the first time
+    self.opened[key] = self.opened.pop(key) # the youngest is last
+    return self.opened[key]
+@patch
+def _opened_for(self:Painter, wish: Wish):
+    if self.load is not None: return self.load()
+    from flowerdiff.sampler import Generator
+    folder = models(self.workspace).get(wish.model)
+    if not folder: raise UserError(f'{MODELS[wish.model]} is not here.')
+    try: return Generator.from_pretrained(folder, wish.backend)
+    except UserError as e: raise UserError(re.sub(r' \(.*\)', '', str(e)).replace(f'{folder}/', f'{MODELS[wish.model]}, ')) from e # a page names no folders of its server
+
+# %% ../nbs/core/47_painter.ipynb #633615f0
+@patch
+def choices(self:Painter) -> dict: # models: [(name, label)], backends: [(name, label, why not or '')], schedulers: [(name, label)], usual: name of a model -> (steps, guidance)
+    "What a wish can have here; nothing heavy is loaded for it."
+    there = models(self.workspace); folder = there.get('champion', self.workspace)
+    return dict(models=[(k, MODELS[k]) for k in there] or [('champion', MODELS['champion'])], backends=[(k, v, why_not(k, folder)) for k, v in BACKENDS.items()],
+                schedulers=[(k, SCHEDULERS[k]) for k in schedulers(folder)], usual={k: usual(f) for k, f in there.items()})
+
+# %% ../nbs/core/47_painter.ipynb #d7b1f4c3
+@patch
+def paint(self:Painter,
+    wish: Wish,
+    on_step: Callable | None = None, # called with a `flowerdiff.sampling.Step`; returning False cancels
+) -> list:                           # of PIL.Image; where another backend had to help, `info['note']` says so
+    "Draw a wish; waits until the model is loaded and nobody else is drawing."
+    self.ready.wait()
+    with self.lock:
+        try: return self._drawn(wish, on_step)
         except Exception as e:
-            try: self._drawer(Wish('-', backend='torch'))
-            except Exception: self.error = friendly(e)
-        finally: self.ready.set()
+            if not self._another(wish, e): raise
+            return self._instead(wish, e, on_step)
+@patch
+def _drawn(self:Painter, wish: Wish, on_step) -> list:
+    own = {} if wish.scheduler == 'auto' else dict(scheduler=wish.scheduler)
+    return self._drawer(wish)(wish.prompt, n=wish.n, seed=wish.seed, steps=wish.steps, guidance=wish.guidance, negative=wish.negative, callback=on_step, **own)
 
-    def _drawer(self, wish: Wish): # opens what a wish asks for, or has it open
-        key = wish.model, wish.backend
-        if key not in self.opened:
-            if self.load is None:
-                from flowerdiff.sampler import Generator
-                folder = models(self.workspace).get(wish.model)
-                if not folder: raise UserError(f'{MODELS[wish.model]} is not here.')
-                new = Generator.from_pretrained(folder, wish.backend)
-            else: new = self.load()
-            while len(self.opened) >= self.kept: self.opened.pop(next(iter(self.opened)))
-            self.opened[key] = new
-        self.opened[key] = self.opened.pop(key) # the youngest is last
-        return self.opened[key]
-
-    def _drawn(self, wish: Wish, on_step) -> list:
-        own = {} if wish.scheduler == 'auto' else dict(scheduler=wish.scheduler)
-        return self._drawer(wish)(wish.prompt, n=wish.n, seed=wish.seed, steps=wish.steps, guidance=wish.guidance, negative=wish.negative, callback=on_step, **own)
-
-    def paint(self,
-        wish: Wish,
-        on_step: Callable | None = None, # called with a `flowerdiff.sampling.Step`; returning False cancels
-    ) -> list:                           # of PIL.Image; where another backend had to help, `info['note']` says so
-        "Draw a wish; waits until the model is loaded and nobody else is drawing."
-        self.ready.wait()
-        if self.error: raise UserError(self.error)
-        with self.lock:
-            try: return self._drawn(wish, on_step)
-            except Exception as e:
-                if not self._another(wish, e): raise
-                failed = getattr(getattr(self.opened.pop((wish.model, wish.backend), None), 'backend', None), 'name', wish.backend)
-                try: pictures = self._drawn(replace(wish, backend='torch'), on_step)
-                except Exception as second: raise (second if type(second).__name__ == 'Cancelled' else e) from None
-                note = f"{BACKENDS.get(failed, failed)} failed ({friendly(e, short=True)}); PyTorch drew this"
-                for p in pictures: p.info['note'] = note
-                return pictures
-
-    def _another(self, wish: Wish, error: Exception) -> bool: # is it worth a try with PyTorch? Not when the wish is at fault
-        opened = self.opened.get((wish.model, wish.backend))
-        name = getattr(getattr(opened, 'backend', None), 'name', wish.backend)
-        return type(error).__name__ != 'Cancelled' and name != 'torch' and self.load is None and not (opened and isinstance(error, UserError)) and wish.model in models(self.workspace)
-
-# %% ../nbs/core/47_painter.ipynb #f35a8c4b
-def friendly(
-    error: Exception,
-    short: bool = False, # only what happened
-) -> str:                # one line, in words
-    first = (str(error).strip().splitlines() or [''])[0][:200]
-    if isinstance(error, UserError): return first
-    if isinstance(error, MemoryError) or 'out of memory' in first: return 'Not enough memory for that: ask for fewer pictures.'
-    if short: return f'{type(error).__name__}: {first[:80]}'
-    return f'That did not work ({type(error).__name__}: {first}). Try again, or start the studio anew.'
+# %% ../nbs/core/47_painter.ipynb #79e1d6f7
+@patch
+def _name(self:Painter, wish: Wish) -> str: # of the backend that is open for a wish; of the one it asks for when none is
+    try: return self.opened[wish.model, wish.backend].backend.name
+    except (KeyError, AttributeError): return wish.backend
+@patch
+def _another(self:Painter, wish: Wish, error: Exception) -> bool: # is it worth a try with PyTorch? Not when the wish is at fault
+    own_fault = isinstance(error, UserError) and (wish.model, wish.backend) in self.opened
+    return self.load is None and type(error).__name__ != 'Cancelled' and self._name(wish) != 'torch' and not own_fault and wish.model in models(self.workspace)
+@patch
+def _instead(self:Painter, wish: Wish, error: Exception, on_step) -> list: # PyTorch draws; the failed model is let go
+    failed = self._name(wish); self.opened.pop((wish.model, wish.backend), None)
+    try: pictures = self._drawn(replace(wish, backend='torch'), on_step)
+    except Exception as second: raise (second if type(second).__name__ == 'Cancelled' else error) from None
+    for p in pictures: p.info['note'] = f"{BACKENDS.get(failed, failed)} failed ({friendly(error, short=True)}); PyTorch drew this"
+    return pictures
 
 # %% ../nbs/core/47_painter.ipynb #52cdd896
 def to_png(

@@ -111,7 +111,7 @@ def _add(self:Studio, drawn: list): # newest first
     old = self.c['gallery'].children[self.shown - len(cards):]
     self.c['gallery'].children = [*cards, *self.c['gallery'].children][:self.shown]
     for card in old: close(card)
-    if not self.c['lock'].value: self._dice()
+    if not self.c['lock'].value and self.c['seed'].value == drawn[0][0][0].seed: self._dice() # not over a seed that was typed meanwhile
 @patch
 def _card(self:Studio, wish: Wish, picture, strip: list) -> w.Widget:
     png, again = to_png(picture, wish), w.Button(description='Use again', tooltip='put these settings into the panel')

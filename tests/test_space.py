@@ -9,7 +9,7 @@ from urllib.request import urlopen
 import psutil, pytest, yaml
 from flowerdiff.workspace import UserError
 from hub_server import Hub
-from test_studio import BROWSER, FLAGS, PATIENCE, ROOT, browser_only, draw, free_port, shot, stop
+from browser import PATIENCE, ROOT, browser_only, chromium, draw, free_port, shot, stop
 
 COMMIT = 'c0ffee12'*5
 SOMEBODY = 1000 # the Hub's number
@@ -160,11 +160,7 @@ def test_the_health_check(space, running):
 
 @pytest.fixture(scope='module')
 def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p: # a page of the world may not open this machine's, which here stands for the Hub's
-        b = p.chromium.launch(executable_path=BROWSER, args=[*FLAGS, '--disable-features=LocalNetworkAccessChecks'])
-        yield b
-        b.close()
+    with chromium('--disable-features=LocalNetworkAccessChecks') as b: yield b # a page of the world may not open this machine's, which here stands for the Hub's
 
 def framed(browser, site, url):
     "A page of `site` that shows `url` in a frame of the size that the Hub gives a Space."

@@ -1,12 +1,12 @@
 """The studio's dials and tabs in a real browser, with a tiny random model and a miniature garden.
 
 FLOWERDIFF_TEST_GARDEN=WORKSPACE shows a trained garden instead (one that may be written to); FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots of every tab."""
-import base64, io, json, re, shutil, subprocess, sys
+import json, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_studio import ENV, GARDEN, browser, browser_only, draw, fill, free_port, open_page, shot, start, stop
+from browser import ENV, GARDEN, browser, browser_only, draw, fill, open_page, picture, press, says, served, shot, visitor
 
 TABS = {'Studio': '.fd-ask .fd-chips', 'Compare': '.fd-three', 'Blind test': '.fd-choose', 'Explore': '.fd-explore .fd-card'} # what only that tab has
 
@@ -19,18 +19,10 @@ def workspace(request, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def url(workspace):
-    server = start(workspace, port := free_port())
-    line = server.stdout.readline()
-    assert 'http://localhost' in line, line + server.stdout.read()
-    yield f'http://127.0.0.1:{port}'
-    stop(server)
+    with served(workspace) as (_, url): yield url
 
 @pytest.fixture(scope='module')
-def page(browser, url):
-    page = open_page(browser, url)
-    page.get_by_text('Ready.').wait_for()
-    page.get_by_role('button', name='Lock').click()
-    return page
+def page(browser, url): return visitor(browser, url)
 
 def tab(page, name): page.locator('.fd-tabs').get_by_role('button', name=name, exact=True).click(); page.locator(TABS[name]).first.wait_for()
 def pick(page, name): page.locator('.fd-dials .fd-pick').get_by_role('button', name=name, exact=True).click()
@@ -50,12 +42,12 @@ def test_backend_and_sampler(page, workspace):
         assert trt.is_disabled() and 'TensorRT: no NVIDIA GPU here' in page.locator('.fd-why').inner_text()
     pick(page, 'ONNX Runtime')
     page.get_by_label('Sampler', exact=True).select_option(label='Euler')
-    picture = draw(page, 'a red rose', 5)
+    drawn = draw(page, 'a red rose', 5)
     line = page.locator('.fd-card small').first.inner_text()
     assert 'Euler' in line and 'ONNX Runtime' in line and not page.locator('.fd-card .fd-warn').count()
     how = dict(seed=5, steps=20, guidance=4.)
     right, wrong = own(workspace, backend='onnx', scheduler='euler', **how), own(workspace, backend='onnx', **how)
-    assert far(right, picture) < .02 and far(wrong, picture) > 10*far(right, picture) + .5
+    assert far(right, drawn) < .02 and far(wrong, drawn) > 10*far(right, drawn) + .5
     pick(page, 'PyTorch'); page.get_by_label('Sampler', exact=True).select_option(index=0)
     shot(page, 'studio')
 
@@ -63,10 +55,10 @@ def test_backend_and_sampler(page, workspace):
 def test_strip_of_the_denoising(page):
     "Breaks when steps are kept from the wrong end, or not as many as asked."
     tab(page, 'Studio')
-    picture = draw(page, 'a red rose', 5)
-    strip = [Image.open(io.BytesIO(base64.b64decode(i.get_attribute('src').partition(',')[2]))) for i in page.locator('.fd-card').first.locator('.fd-strip img').all()]
+    drawn = draw(page, 'a red rose', 5)
+    strip = [picture(i) for i in page.locator('.fd-card').first.locator('.fd-strip img').all()]
     assert len(strip) == 6
-    errors = [far(s, picture) for s in strip]
+    errors = [far(s, drawn) for s in strip]
     assert errors[-1] < errors[0] and far(strip[0], strip[-1]) > 1, errors
 
 @browser_only
@@ -81,6 +73,13 @@ def test_two_settings_side_by_side(page):
     srcs = [i.get_attribute('src') for i in page.locator('.fd-pair .fd-shot img').all()]
     assert len(srcs) == 2 and srcs[0] != srcs[1]
     shot(page, 'compare')
+    # `_reuse` that gives both sides the left dials, or leaves the words
+    fill(page, 'What shall it draw?', 'a white daisy'); fill(page, 'Seed', 4)
+    steps = page.locator('.fd-three .fd-panel').nth(2).locator('.widget-readout').first
+    page.locator('.fd-three .fd-panel').nth(2).get_by_role('slider').first.focus(); page.keyboard.press('End'); steps.get_by_text('60', exact=True).wait_for()
+    page.get_by_role('button', name='Use again').click()
+    says(page.locator('.fd-prompt textarea'), 'a red rose'); says(page.get_by_label('Seed', exact=True), 3); steps.get_by_text('10', exact=True).wait_for()
+    assert page.locator('.fd-three .fd-panel').nth(1).locator('.widget-readout').first.inner_text() == '20'
 
 @browser_only
 def test_blind_test_keeps_its_tally(page, workspace):
@@ -93,12 +92,12 @@ def test_blind_test_keeps_its_tally(page, workspace):
     shot(page, 'blind')
     file = workspace/'work'/'blind.jsonl'
     before = len(file.read_text().splitlines()) if file.exists() else 0
-    right = page.get_by_role('button', name='Right is better'); right.focus(); page.keyboard.press('Enter')
+    press(page.get_by_role('button', name='Right is better'))
     page.locator('.fd-right').get_by_text('★').wait_for(); page.locator('.fd-tally').get_by_text('was better in').wait_for()
     last = json.loads(file.read_text().splitlines()[-1])
     assert len(file.read_text().splitlines()) == before + 1 and last['chosen'] == last['right'] and {last['left'], last['right']} == {'The champion', 'The champion, 5 steps'}
     assert page.locator('.fd-card figcaption').nth(1).inner_text().startswith('★ ' + last['right'])
-    assert re.search(r'was better in \d of \d.*95 % confidence', page.locator('.fd-tally').inner_text())
+    assert re.search(r'was better in \d of \d.*95% confidence', page.locator('.fd-tally').inner_text())
     page.wait_for_function("[...document.querySelectorAll('button')].some(b => b.innerText == 'Right is better' && b.disabled)")
     shot(page, 'blind-chosen')
 
@@ -109,6 +108,7 @@ def test_explore_the_run(page, workspace):
     rows = [json.loads(l) for l in (workspace/'captions'/'metadata.jsonl').read_text().splitlines()]
     first = page.locator('.fd-explore .fd-card').first
     assert rows[0]['captions'][0] in first.inner_text() and rows[0]['file_name'] in first.inner_text() and first.locator('img').evaluate('e => e.decode().then(() => e.naturalWidth)') > 0
+    page.locator('svg.chart polyline').nth(1).wait_for(state='attached')
     assert page.locator('svg.chart polyline').count() == 2 and 'validation loss' in page.locator('.fd-halves').inner_text()
     assert page.locator('.fd-grid').evaluate('e => e.decode().then(() => e.naturalWidth)') > 0
     shot(page, 'explore')
@@ -122,7 +122,8 @@ def test_explore_the_run(page, workspace):
 @browser_only
 def test_keys_alone(page):
     "Breaks when a tab or Draw is no button, or cannot be reached with Tab."
-    tab(page, 'Studio'); page.locator('.fd-tabs button').first.focus()
+    tab(page, 'Studio'); page.get_by_role('button', name='Draw', exact=True).wait_for()
+    page.locator('.fd-tabs button').first.focus()
     reached = []
     for _ in range(14):
         page.keyboard.press('Tab'); reached.append(page.evaluate('document.activeElement.innerText || document.activeElement.tagName'))

@@ -11,7 +11,7 @@ from flowerdiff.generating import Keeper
 from flowerdiff.painter import Painter, Wish
 from flowerdiff.remote import Cancelled, Line, Place, RemotePainter, Seen, about
 from flowerdiff.workspace import UserError
-from test_studio import ENV, browser, browser_only, draw, fill, free_port, newest, open_page, shot, start, stop
+from browser import ENV, browser, browser_only, draw, fill, free_port, newest, open_page, shot, start, stop
 from test_space import health, well
 
 @pytest.fixture(scope='module')
