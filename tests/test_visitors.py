@@ -184,7 +184,7 @@ def test_every_field_of_a_wish(workspace, keeper):
 # ---- pages
 
 def children(server): # the generator, and the kernels
-    found = [(p, ' '.join(p.cmdline())) for p in psutil.Process(server.pid).children(recursive=True)]
+    found = [(p, ' '.join(p.cmdline())) for p in psutil.Process(server.pid).children(recursive=True) if p.status() != 'zombie']
     return next(p for p, c in found if 'flowerdiff.generating' in c), [p for p, c in found if 'ipykernel' in c]
 
 @pytest.fixture(scope='module')
