@@ -54,7 +54,7 @@ class ProtocolPage:
         "Waits for what the kernel tells."
         end = asyncio.get_running_loop().time() + seconds
         while not (found := test()):
-            if self.reader.done(): raise WebSocketClosedError
+            if self.reader.done(): raise WebSocketClosedError(f'{self.line.close_code} {self.line.close_reason}') from self.reader.exception()
             if (left := end - asyncio.get_running_loop().time()) <= 0: raise TimeoutError(f'{self.said()!r} {self.errors[-3:]}')
             self.news.clear()
             try: await asyncio.wait_for(self.news.wait(), min(left, 5))
@@ -110,3 +110,14 @@ def outside(page, kind, wild): # what no page says
      lambda: page.comm(page.find('Draw'), wild), lambda: page.comm(page.find('Draw'), dict(method='custom', content=wild)),
      lambda: page.send('comm_open', dict(comm_id=uuid.uuid4().hex, target_name=str(wild)[:50], data=wild, target_module='os')), lambda: page.set('What shall it draw?', 'x'*1_000_000),
      lambda: page.comm(page.find('Steps'), dict(method='update', state=dict(value=3), buffer_paths=[['value'], [wild]])), lambda: page.raw(header), lambda: page.raw(header, b'{}', b'{}', json.dumps(wild).encode())][kind]()
+
+async def answers(page, i, rng): # 'picture', 'line' or 'cut off', as the page was after `harm`
+    "What came back; an AssertionError when it was no answer."
+    try:
+        harm(page, i, rng); await page.heard(60)
+        said = await page.draw(seconds=120)
+    except WebSocketClosedError: await page.connect(); return 'cut off'
+    shown = ''.join(page.values()).lower().replace('<h2>nothing drawn yet', '')
+    assert said and '\n' not in said and 'Traceback' not in said, (i, said)
+    assert not re.search(r'<(script|img src=x|svg onload|h1>owned)', shown), i
+    return 'line' if page.bad() else 'picture'
