@@ -5,24 +5,23 @@
 WORKSPACE is a trained garden (default: garden). The page is opened in Chromium; of the twenty visitors three are, the others speak its protocol. Memory is the proportional set size (pages that processes share are counted once) of the
 server, the generator and all kernels. It needs tests/ beside it.
 """
-import argparse, asyncio, os, random, re, statistics, sys, threading, time
+import argparse, asyncio, os, random, re, statistics, subprocess, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent/'tests'))
-os.environ.pop('OMP_NUM_THREADS', None)
 
 
 @contextmanager
-def served(workspace): # the server, its address
-    import test_studio as ts
-    ts.ENV.pop('OMP_NUM_THREADS', None)
-    server = ts.start(workspace, port := ts.free_port())
+def served(workspace, rate=120): # the server, its address
+    from test_studio import free_port, stop
+    code = f'from flowerdiff.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, rate={rate})'
+    server = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         assert 'http://localhost' in (line := server.stdout.readline()), line + server.stdout.read()
         yield server, f'http://127.0.0.1:{port}'
-    finally: ts.stop(server)
+    finally: stop(server)
     print('the server said', server.stdout.read().strip()[:500] or 'nothing')
 
 
@@ -135,9 +134,9 @@ def main():
     args = parser.parse_args(); workspace = args.workspace.absolute()
     print(f'load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores')
     if 'page' in args.only: pages(workspace, args.rounds)
-    for name, do, n in (('crowd', crowd, args.visitors), ('harm', harmed, args.prompts)):
+    for name, do, n, rate in (('crowd', crowd, args.visitors, 120), ('harm', harmed, args.prompts, 10**6)): # who means harm is not to be stopped by the rate alone
         if name in args.only:
-            with served(workspace) as (server, url): asyncio.run(do(server, url, n))
+            with served(workspace, rate) as (server, url): asyncio.run(do(server, url, n))
     print(f'load {os.getloadavg()[0]:.1f}')
 
 
