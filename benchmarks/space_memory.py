@@ -1,4 +1,4 @@
-"""What a Space takes of memory: the server, the generator and the kernels, while one visitor after the other draws four pictures and stays.
+"""What a Space takes of memory: the server, the generator and the kernels, while one visitor after the other draws four pictures and stays, and the last one then tries every backend.
 
     python benchmarks/space_memory.py [--model FOLDER] [--visitors 2] [--onnx]
 
@@ -45,11 +45,21 @@ def make(model: Path, folder: Path) -> Path: # the Space's folder
 
 
 def draw(page): # four pictures
+    n = page.locator('.fd-card').count()
+    page.get_by_role('button', name='Draw', exact=True).click()
+    page.locator('.fd-card').nth(n + 3).wait_for(); page.get_by_text(re.compile(r'4 pictures in')).wait_for()
+
+
+def arrive(page):
     page.goto(f'http://127.0.0.1:{PORT}'); page.get_by_text('Ready.').wait_for()
     page.locator('.fd-dials').get_by_role('slider').first.focus()
     for _ in range(3): page.keyboard.press('ArrowRight')
-    page.get_by_role('button', name='Draw', exact=True).click()
-    page.get_by_text(re.compile(r'4 pictures in')).wait_for()
+    draw(page)
+
+
+def others(page): # every backend that it offers, twice over: what was closed is opened again
+    for name in 2*('PyTorch', 'ONNX Runtime', 'OpenVINO'):
+        if (button := page.get_by_role('button', name=name, exact=True)).is_enabled(): button.click(); draw(page); yield name
 
 
 def main():
@@ -57,10 +67,11 @@ def main():
     parser.add_argument('--model', type=Path); parser.add_argument('--visitors', type=int, default=2); parser.add_argument('--onnx', action='store_true')
     args = parser.parse_args(); scratch = Path(tempfile.mkdtemp())
     from playwright.sync_api import sync_playwright
-    from flowerdiff.space import memory_for, visitors, weights_gb
+    from flowerdiff.space import memory_for, open_models, visitors, weights_gb
     space = make(args.model or large(scratch, args.onnx), scratch)
     gb = weights_gb(space / 'model'); limit = memory_for(gb)
-    print(f'weights {gb:.2f} GB in 32 bits, {visitors(gb, limit)} visitors in {limit} GB\n\n| visitors | resident, all processes | shared pages once |\n|---|---|---|')
+    models = open_models(gb, limit)
+    print(f'weights {gb:.2f} GB in 32 bits, {visitors(gb, limit, models)} visitors and {models} open models in {limit} GB, load {os.getloadavg()[0]:.1f}\n\n| visitors | resident, all processes | shared pages once |\n|---|---|---|')
     server = subprocess.Popen([sys.executable, 'start.py'], cwd=space, env=dict(os.environ, PORT=str(PORT)), stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         print(f'| {server.stdout.readline() and 0} | {(m := psutil.Process(server.pid).memory_full_info()).rss / 1e9:.2f} GB | {m.pss / 1e9:.2f} GB |')
@@ -68,9 +79,10 @@ def main():
         with sync_playwright() as p:
             browser = p.chromium.launch(executable_path=BROWSER, args=['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking'])
             for n in range(1, args.visitors + 1):
-                page = browser.new_context().new_page(); page.set_default_timeout(600_000); draw(page)
+                page = browser.new_context().new_page(); page.set_default_timeout(600_000); arrive(page)
                 assert peak.kernels >= n, 'a kernel is missing'
                 print(f'| {n} | {peak.rss:.2f} GB | {peak.pss:.2f} GB |', flush=True)
+            for name in others(page): print(f'| the last one asks for {name} | {peak.rss:.2f} GB | {peak.pss:.2f} GB |', flush=True)
             browser.close()
     finally: server.send_signal(signal.SIGINT); server.wait(60); shutil.rmtree(scratch)
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'CUDA', 'BASE', 'MARK', 'DOCKERFILE', 'README', 'PRIVATE', 'START', 'FILES', 'HUB', 'Source', 'pinned_spec',
-           'source', 'weights_gb', 'visitors', 'memory_for', 'pinned', 'dockerfile', 'readme', 'model_parts',
-           'write_examples', 'check_ours', 'make_space', 'card_prompts', 'room', 'fetch', 'start', 'push_space']
+           'source', 'weights_gb', 'visitors', 'open_models', 'memory_for', 'pinned', 'dockerfile', 'readme',
+           'model_parts', 'write_examples', 'check_space_folder', 'make_space', 'card_prompts', 'room', 'fetch',
+           'start', 'push_space']
 
 # %% ../nbs/apps/space.ipynb #ea716d12
 import json, math, os, re, shutil, sys, tempfile
@@ -68,8 +69,12 @@ def weights_gb(
 def visitors(
     weights: float, # GB
     memory: float,  # GB that the server, the generator and all kernels may take
+    models: int = 1, # that stay open
 ) -> int:           # from 1 to 20
-    return min(20, max(1, int((memory - .9 - 2*weights)/.13)))
+    return min(20, max(1, int((memory - .9 - 2*weights*models)/.13)))
+
+def open_models(weights: float, memory: float) -> int: # that may stay open, 1 to 3: one for each backend that somebody chose, while ten visitors have room
+    return next((n for n in (3, 2) if visitors(weights, memory, n) >= 10), 1)
 
 def memory_for(weights: float) -> int: # GB in which ten visitors have room; a free Space has 16
     return next((gb for gb in (3, 8, 16) if visitors(weights, gb) >= 10), 16)
@@ -178,7 +183,7 @@ def model_parts(folder: Path) -> list[Path]: # what drawing needs of a published
 def write_examples(captions: Path, words: list[str]): # where and as the studio reads them
     write_jsonl(captions/'metadata.jsonl', [dict(file_name=f'{i}.jpg', captions=[w]) for i, w in enumerate(words)])
 
-def check_ours(folder: Path): # raises a UserError for a folder that something else made
+def check_space_folder(folder: Path): # raises a UserError for a folder that something else made
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder/'Dockerfile').is_file() and (folder/'Dockerfile').read_text(encoding='utf-8').startswith(MARK))):
         raise UserError(f'{folder}: is there already and is no Space of flowerdiff; give another one with -o')
 
@@ -191,7 +196,7 @@ def make_space(
     "Write the folder of a Space. It can be run (`python start.py`) and pushed."
     s, folder, wheel = source(where), Path(folder).absolute(), Path(wheel) if wheel else None
     if wheel and not (wheel.is_file() and wheel.suffix == '.whl'): raise UserError(f'{wheel}: is no wheel; `pip wheel --no-deps .` makes one in a checkout of flowerdiff')
-    check_ours(folder)
+    check_space_folder(folder)
     with atomic_dir(folder) as new:
         (new/'start.py').write_text(START.format(spec=s.spec, name=s.name), encoding='utf-8')
         (new/'requirements.txt').write_text('--extra-index-url https://download.pytorch.org/whl/cpu\n' + '\n'.join(pinned()) + '\n', encoding='utf-8')
@@ -244,8 +249,8 @@ def start(
     here = Path(sys.argv[0]).absolute().parent
     try:
         model = here/spec if (here/spec).is_dir() else fetch(spec)
-        gb = weights_gb(model)
-        serve(room(model, here/'captions', name), port, ip=host, idle_minutes=3, visitors=visitors(gb, memory or memory_for(gb)), frames=HUB)
+        gb = weights_gb(model); memory = memory or memory_for(gb); models = open_models(gb, memory)
+        serve(room(model, here/'captions', name), port, ip=host, idle_minutes=3, visitors=visitors(gb, memory, models), models=models, frames=HUB, proxied='SPACE_ID' in os.environ)
     except UserError as e: sys.exit(str(e))
 
 # %% ../nbs/apps/space.ipynb #719a082b

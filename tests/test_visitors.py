@@ -1,7 +1,7 @@
 """Many visitors: one generator draws for all, everybody gets their own picture or a line in words, and nobody can stop it for the others.
 
 A tiny random model, whose pictures are compared with the Generator's own, pixel by pixel. Each test names, in the comment below it, the change to the program that it would notice."""
-import json, os, random, signal, stat, subprocess, sys, threading, time
+import asyncio, json, os, random, resource, signal, stat, subprocess, sys, threading, time
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
@@ -12,6 +12,7 @@ from flowerdiff.painter import Painter, Wish
 from flowerdiff.remote import Cancelled, Line, Place, RemotePainter, Seen, about
 from flowerdiff.workspace import UserError
 from browser import ENV, browser, browser_only, draw, fill, free_port, newest, open_page, shot, start, stop
+from protocol_page import Full, ProtocolPage, answers
 from test_space import health, well
 
 @pytest.fixture(scope='module')
@@ -149,7 +150,7 @@ def test_a_generator_that_keeps_dying_is_left_alone(tmp_path):
 
 def test_a_backend_that_fails_midway(workspace, tmp_path):
     "PyTorch draws the wish instead, says so, and the page's strip begins anew."
-    # a desk that sends pictures without their note; first steps, or those of the strip, that are told only now and then
+    # a desk that sends pictures without their note (two calls are the rehearsal's); first steps, or those of the strip, that are told only now and then
     code = f'''
 import flowerdiff.backends as b; from flowerdiff.generating import main
 real, calls = b.load_backend, []
@@ -157,7 +158,7 @@ def load(where, name='auto'):
     out = real(where, 'torch'); denoise = out.denoise
     def fails(*args):
         calls.append(1)
-        if len(calls) == 3: raise RuntimeError('a kernel of the runtime failed')
+        if len(calls) == 5: raise RuntimeError('a kernel of the runtime failed')
         return denoise(*args)
     if name == 'auto': out.name, out.denoise = 'onnx', fails
     return out
@@ -181,10 +182,87 @@ def test_every_field_of_a_wish(workspace, keeper):
     with pytest.raises(UserError, match='The student is not here'): painter.paint(replace(wish, model='student'))
     assert np.array_equal(np.array(painter.paint(wish)[0]), plain) and painter.choices() == Painter(workspace).choices()
 
+# ---- pages without a browser
+
+class Public:
+    "A server as on the Hub, for eight visitors behind a proxy, and who comes to it."
+    def __init__(self, workspace):
+        self.server, self.loop = None, asyncio.new_event_loop()
+        code = f'from flowerdiff.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, visitors=8, rate=12, proxied=True)'
+        self.server, self.url = subprocess.Popen([sys.executable, '-c', code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True), f'http://127.0.0.1:{port}'
+        assert 'http://localhost' in (line := self.server.stdout.readline()), line + self.server.stdout.read()
+    def run(self, coroutine): return self.loop.run_until_complete(asyncio.wait_for(coroutine, 300))
+    def visit(self, address=None): return self.run(self.page(address))
+    def page(self, address=None): return ProtocolPage(self.url, {'X-Forwarded-For': address} if address else {}).open()
+
+@pytest.fixture(scope='module')
+def public(workspace):
+    public = Public(workspace); well(public.url)
+    public.early, public.began = public.visit(), time.monotonic()
+    yield public
+    stop(public.server)
+    assert 'Traceback' not in (said := public.server.stdout.read()), said
+    public.loop.close()
+
+def test_seven_at_once_and_one_too_many(public):
+    "All are let in, each has its two pictures, the ninth is told to wait; kernels are small, bounded, and end with their pages."
+    # one painter of a page for all; no `prlimit`; kernels that load the model; a `start_kernel` without its count
+    async def visitor(i):
+        page = await public.page()
+        said = [await page.draw(f'a rose {i}'), await page.draw(f'an iris {i}')]
+        assert all(s.startswith('1 picture in') for s in said) and len(page.cards()) == 2 and f'a rose {i}' in page.cards()[0] + page.cards()[1], said
+        return page
+    async def all_of_them(): return await asyncio.gather(*map(visitor, range(7)))
+    pages = public.run(all_of_them())
+    _, kernels = children(public.server)
+    assert len(kernels) == 8 and all(p.memory_info().rss < 200e6 and resource.prlimit(p.pid, resource.RLIMIT_DATA)[0] == 2**29 for p in kernels)
+    with pytest.raises(Full): public.visit()
+    for page in pages: public.run(page.leave())
+    for _ in range(100):
+        if len(children(public.server)[1]) == 1: break
+        time.sleep(.1)
+    assert len(children(public.server)[1]) == 1
+
+def test_a_reload_does_not_evade_the_rate(public):
+    "Twelve pictures a minute are for an address, whatever it says that it comes from; who comes from elsewhere draws."
+    # a count by page; the first address of X-Forwarded-For; an address that does not reach the generator
+    def ask(address, n):
+        page = public.visit(address); page.set('Pictures', n)
+        said = public.run(page.draw()); public.run(page.leave())
+        return said
+    assert ask('8.8.4.4', 8).startswith('8 pictures') and '12 pictures a minute are the most' in ask('1.1.1.1, 8.8.4.4', 8)
+    assert ask('8.8.4.4, 1.1.1.1, 10.16.3.80', 1).startswith('1 picture')
+
+def test_hostile_messages_through_the_page(public):
+    "Each is answered by a picture, a line, or a cut connection that can be made again; nothing of it is HTML, and nobody dies."
+    # no `is_message`, or one without its count: the server makes a list of 2**64; a message type that Voila does not allow; `figure` without its escape
+    page, rng, before = public.visit('9.9.9.9'), random.Random(1), children(public.server)
+    async def all_of_them(): return [await answers(page, i, rng) for i in [*range(24), *range(31, 120, 8)]]
+    seen = public.run(all_of_them())
+    assert {'picture', 'line', 'cut off'} == set(seen) and children(public.server) == before and health(public.url)[0] == 200
+    public.run(page.leave())
+
+def test_tabs_of_a_page_take_turns(public):
+    "What is asked for in two tabs is drawn one after the other: neither is refused because of the other."
+    # no `turn`: "a wish of yours waits already"
+    page = public.visit()
+    painter = RemotePainter('nowhere', children(public.server)[0].cmdline()[4], patience=5)
+    done = []
+    threads = [threading.Thread(target=lambda: done.append(painter.paint(Wish('a rose', steps=20)))) for _ in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join(60)
+    assert len(done) == 4
+    public.run(page.leave())
+
+def test_a_page_is_not_cut_off_by_the_servers_pings(public):
+    # Jupyter's pings with a timeout as long as their interval: every connection ends after it
+    public.run(asyncio.sleep(max(0, 33 - (time.monotonic() - public.began))))
+    assert not public.early.reader.done() and public.run(public.early.draw('a rose')).startswith('1 picture')
+
 # ---- pages
 
 def children(server): # the generator, and the kernels
-    found = [(p, ' '.join(p.cmdline())) for p in psutil.Process(server.pid).children(recursive=True)]
+    found = [(p, ' '.join(p.cmdline())) for p in psutil.Process(server.pid).children(recursive=True) if p.status() != 'zombie']
     return next(p for p, c in found if 'flowerdiff.generating' in c), [p for p, c in found if 'ipykernel' in c]
 
 @pytest.fixture(scope='module')
@@ -236,13 +314,22 @@ def test_a_generator_that_is_killed(pages, served):
     draw(pages[2], 'a blue iris', 3) # waits until the model is there again
     assert children(served[0])[0].pid != generator.pid and 'of 20 visitors' in well(served[1])
 
+@browser_only
+def test_a_page_whose_kernel_is_gone_says_so(pages):
+    # no script in the template: Draw is pressed, and nothing happens
+    page = pages[1]; kernel = page.evaluate("JSON.parse(document.getElementById('jupyter-config-data').textContent).kernelId")
+    page.evaluate("id => fetch(`/voila/api/shutdown/${id}`, {method: 'POST'})", kernel)
+    page.get_by_role('button', name='Draw', exact=True).click()
+    page.get_by_role('alert').get_by_text('was given to somebody else').wait_for(); shot(page, 'gone')
+    page.get_by_role('button', name='Open it again').click(); page.get_by_text('Ready.').wait_for()
+
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_generator_ends_with_the_server(tmp_path, how):
     # no `end_with_parent`
     server = start(tmp_path/'w', port := free_port())
     assert 'http://localhost' in server.stdout.readline()
     assert health(f'http://127.0.0.1:{port}') == (503, 'no model in w\n')
-    generator, _ = children(server); folder = Path(generator.cmdline()[-1]).parent
+    generator, _ = children(server); folder = Path(generator.cmdline()[4]).parent
     assert folder.is_dir()
     server.send_signal(how); server.wait(30)
     for _ in range(100):
