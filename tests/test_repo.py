@@ -119,7 +119,8 @@ def seen_by_reader(cell) -> bool: # on the page: hidden cells, imports and expor
     if re.search(r'^#\s*\|\s*export', cell.source, re.M): return any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_') for n in body)
     return not all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
 
-def shows_something(cell) -> bool: # a picture, or a text with a number in it
+def shows_something(cell) -> bool: # a picture, a number that was printed, or one that names where it was measured
+    if cell.cell_type == 'markdown': return '![' in cell.source or '[measured](' in cell.source
     for o in cell.get('outputs', []):
         data = o.get('data', {}); page = ''.join(data.get('text/html', ''))
         if any(k.startswith('image/') or k.endswith('widget-view+json') for k in data) or re.search(r'<img |<svg|<iframe srcdoc', page): return True
