@@ -36,9 +36,12 @@ def served(workspace): # the server, and its address once it listens
         yield server, f'http://127.0.0.1:{port}'
     finally: stop(server)
 
-def generator(server): # its process that draws
+def children(server, name): # its processes with a word of their command line
     import psutil
-    return next(p for p in psutil.Process(server.pid).children(recursive=True) if 'flowerdiff.generating' in p.cmdline())
+    return [p for p in psutil.Process(server.pid).children(recursive=True) if any(name in word for word in p.cmdline())]
+
+def generator(server): return children(server, 'flowerdiff.generating')[0]
+def kernels(server): return sorted(children(server, 'ipykernel'), key=lambda p: p.create_time()) # of its visitors, the first one first
 
 # ---- a browser
 

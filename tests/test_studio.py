@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from browser import ENV, GARDEN, browser, browser_only, draw, fill, generator, open_page, says, served, shot, visitor
+from browser import ENV, GARDEN, browser, browser_only, draw, fill, generator, kernels, open_page, says, served, shot, visitor
 
 @pytest.fixture(scope='module')
 def workspace(tmp_path_factory):
@@ -107,6 +107,21 @@ def test_cancel(page, studio):
     page.get_by_role('button', name='Draw', exact=True).and_(page.locator(':enabled')).wait_for()
     page.locator('.fd-card').first.get_by_role('button', name='Use again').click() # the steps, too
     readout(page, 1).get_by_text('20', exact=True).wait_for()
+
+@browser_only
+def test_quick_fingers_on_a_slow_line(page, studio):
+    "Words are typed and Draw is pressed before the kernel has answered the first letter: all of them are drawn."
+    # a field that is told letter by letter: ipywidgets keeps letters back until the last one is answered, but no clicks
+    fill(page, 'What shall it draw?', ''); draw(page)
+    n, words, kernel = page.locator('.fd-card').count(), 'a white daisy under a blue sky', kernels(studio[0])[0]
+    kernel.suspend()
+    try:
+        page.locator('.fd-prompt textarea').press_sequentially(words)
+        page.get_by_role('button', name='Draw', exact=True).click()
+    finally: kernel.resume()
+    page.locator('.fd-card').nth(n).wait_for()
+    assert page.locator('.fd-card figcaption').first.inner_text().startswith(words + '\n')
+    page.get_by_text(re.compile('1 picture in')).wait_for()
 
 @browser_only
 def test_what_people_type_is_text(page):
