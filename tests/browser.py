@@ -62,7 +62,8 @@ def shot(page, name):
 
 def open_page(browser, url, **kind):
     page = browser.new_context(**{**dict(viewport=dict(width=1200, height=900)), **kind}).new_page()
-    page.set_default_timeout(PATIENCE); page.foreign = []
+    page.set_default_timeout(PATIENCE); page.foreign, page.said = [], []
+    page.on('console', lambda m: page.said.append(m.text)); page.on('pageerror', lambda e: page.said.append(str(e)))
     page.on('request', lambda r: page.foreign.append(r.url) if not re.match(r'https?://127\.0\.0\.1|wss?://127\.0\.0\.1|data:|blob:', r.url) else None)
     page.goto(url, timeout=PATIENCE)
     return page

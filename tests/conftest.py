@@ -1,5 +1,6 @@
 "Fixtures: a miniature garden that went through all ten stages once, and a toy flowerdiff whose stages take no time."
 import json, os, shutil, subprocess, sys, tempfile
+from contextlib import suppress
 from pathlib import Path
 import pytest
 
@@ -10,6 +11,18 @@ def flowerdiff(*args, cwd=None, env=None, timeout=600, **kwargs):
     "Run the command line in a process of its own."
     return subprocess.run([sys.executable, '-P', '-c', 'import sys; from flowerdiff.cli import main; sys.exit(main())', *map(str, args)], cwd=cwd, env={**os.environ, **(env or {})},
                           capture_output=True, text=True, timeout=timeout, **kwargs)
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    "What a page (of `browser.open_page`) showed and said when its test failed."
+    report = yield
+    if report.failed and call.when == 'call':
+        for name, value in item.funcargs.items():
+            for page in value if isinstance(value, (list, tuple)) else [value]:
+                if not hasattr(page, 'said'): continue
+                report.sections.append((f'{name}: console', '\n'.join(page.said[-30:])))
+                with suppress(Exception): report.sections.append((f'{name}: page', page.evaluate('document.body.innerText')[:3000])) # it may be gone
+    return report
 
 @pytest.fixture(scope='session')
 def cli(): return flowerdiff
