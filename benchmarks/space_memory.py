@@ -47,13 +47,16 @@ def make(model: Path, folder: Path) -> Path: # the Space's folder
 def draw(page): # four pictures
     n = page.locator('.fd-card').count()
     page.get_by_role('button', name='Draw', exact=True).click()
-    page.locator('.fd-card').nth(n + 3).wait_for(); page.get_by_text(re.compile(r'4 pictures in')).wait_for()
+    page.locator('.fd-card').nth(n + 3).or_(page.locator('.fd-say.bad')).first.wait_for()
+    assert not page.locator('.fd-say.bad').count(), page.locator('.fd-say').inner_text()
+    page.get_by_text(re.compile(r'4 pictures in')).wait_for()
 
 
 def arrive(page):
     page.goto(f'http://127.0.0.1:{PORT}'); page.get_by_text('Ready.').wait_for()
     page.locator('.fd-dials').get_by_role('slider').first.focus()
     for _ in range(3): page.keyboard.press('ArrowRight')
+    page.locator('.fd-dials .widget-readout').first.get_by_text('4', exact=True).wait_for()
     draw(page)
 
 

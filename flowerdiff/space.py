@@ -71,7 +71,7 @@ def visitors(
     memory: float,  # GB that the server, the generator and all kernels may take
     models: int = 1, # that stay open
 ) -> int:           # from 1 to 20
-    return min(20, max(1, int((memory - .9 - 2*weights*models)/.13)))
+    return min(20, max(1, int((memory - .9 - 3*weights*models)/.13)))
 
 def open_models(weights: float, memory: float) -> int: # that may stay open, 1 to 3: one for each backend that somebody chose, while ten visitors have room
     return next((n for n in (3, 2) if visitors(weights, memory, n) >= 10), 1)
