@@ -126,7 +126,7 @@ def _next(self:Blind, seed: int | None = None):
     seed = random.randrange(2**32) if seed is None else seed
     chance = random.Random(seed)
     prompt, names = self.prompt.value.strip() or chance.choice(self.words), [self.one.value, self.other.value]
-    chance.shuffle(names); self._enable(False)
+    chance.shuffle(names); self._forget('Two pictures, and no names.')
     self.easel.start([Wish(prompt, seed=seed, **self.who[x]) for x in names], lambda drawn: self._show(names, drawn))
 @patch
 def _show(self:Blind, names: list, drawn: list): # in the easel's thread: a choice waits until all buttons are there
@@ -138,10 +138,10 @@ def _show(self:Blind, names: list, drawn: list): # in the easel's thread: a choi
 def _enable(self:Blind, on: bool):
     for b in self.choose.values(): b.disabled = not on
 @patch
-def _forget(self:Blind): # other contestants: the pair on the page is none of theirs
-    with self.lock: self._enable(False); self.pair = None
+def _forget(self:Blind, line: str = 'Press Next pair.'): # other contestants, or another pair is on its way: the one on the page counts no more
+    with self.lock:
+        self._enable(False); self.pair, self.shown.value = None, note('Which is better?', f'<p>{line}</p>')
     self._count()
-    self.shown.value = note('Which is better?', '<p>Press Next pair.</p>')
 
 # %% ../nbs/apps/blind.ipynb #5e39f4d6
 @patch
@@ -149,9 +149,10 @@ def _chosen(self:Blind, side: str):
     with self.lock:
         if not self.pair: return
         (names, drawn), self.pair = self.pair, None; self._enable(False)
-    self.rows.append(line := decision(names, drawn, side))
+        self.rows.append(line := decision(names, drawn, side))
+        self.shown.value = pair_html(names, drawn, line['chosen'])
     try:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, 'a', encoding='utf-8') as f: f.write(json.dumps(line, ensure_ascii=False) + '\n')
     except OSError as e: self.easel.say(f'The choice counts, but {self.file.name} cannot be written ({e.strerror}): it is forgotten with this page.', bad=True)
-    self.shown.value = pair_html(names, drawn, line['chosen']); self._count()
+    self._count()

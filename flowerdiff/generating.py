@@ -36,7 +36,7 @@ def wish_of(
 # %% ../nbs/apps/generating.ipynb #eff17594
 class Job:
     "A wish, and what there is to tell of it."
-    def __init__(self, who: str, wish: Wish): self.who, self.wish, self.gone, self.lines, self.news = who, wish, False, [], asyncio.Event()
+    def __init__(self, who: str, wish: Wish, address: str = ''): self.who, self.wish, self.address, self.gone, self.lines, self.news = who, wish, address, False, [], asyncio.Event()
     def tell(self, line: dict): self.lines.append(line); self.news.set()
     @property
     def work(self) -> int: return self.wish.n*self.wish.steps*(1 + (self.wish.guidance > 1)) # passes of the network, by pictures
@@ -101,9 +101,10 @@ def admit(self:Desk,
     self.fresh()
     if not self.painter.exists: raise Refused(503, 'There is no model to draw with yet.')
     if any(j.who == who for j in self.waiting): raise Refused(429, 'A wish of yours waits already: let it be drawn, or cancel it.')
+    if address and sum(j.address == address for j in self.waiting) >= max(1, self.most//4): raise Refused(429, 'Many wishes of yours wait already: let them be drawn.')
     if len(self.waiting) >= self.most: raise Refused(503, f'Everybody is drawing: {len(self.waiting)} wishes wait' + (f', about {s:.0f} s' if (s := self.seconds(self.waiting)) >= 1 else '') + '. Try again a little later.')
     self.count(address or who, wish.n)
-    self.waiting.append(job := Job(who, wish))
+    self.waiting.append(job := Job(who, wish, address))
     if self.task is None or self.task.done(): self.task = asyncio.create_task(self._run())
     return job
 @patch
@@ -161,13 +162,15 @@ class Draw(RequestHandler):
         try: self.job = job = self._admitted()
         except UserError as e: self.set_status(getattr(e, 'status', 400)); return self.finish(dict(error=str(e)))
         told = None
-        with suppress(StreamClosedError):
-            while not job.gone and not (told and told.keys() & LAST):
-                lines, job.lines = job.lines or [self.desk.place(job)], []
-                self.write(''.join(json.dumps(line) + '\n' for line in lines)); told = lines[-1]
-                await self.flush()
-                with suppress(asyncio.TimeoutError): await asyncio.wait_for(job.news.wait(), BEAT)
-                job.news.clear()
+        try:
+            with suppress(StreamClosedError):
+                while not job.gone and not (told and told.keys() & LAST):
+                    lines, job.lines = job.lines or [self.desk.place(job)], []
+                    self.write(''.join(json.dumps(line) + '\n' for line in lines)); told = lines[-1]
+                    await self.flush()
+                    with suppress(asyncio.TimeoutError): await asyncio.wait_for(job.news.wait(), BEAT)
+                    job.news.clear()
+        finally: self.desk.leave(job)
 
 class About(RequestHandler):
     "How the model is."
@@ -204,7 +207,7 @@ class Keeper:
     "The generator process of a server."
     def __init__(self,
         workspace: str | Path,
-        tries: int = 5, # deaths in ten minutes after which it is not started again
+        tries: int = 5, # deaths in ten minutes; after those it is left alone until the first is older
         **limits,       # of its desk
     ):
         self.folder = Path(tempfile.mkdtemp(prefix='flowerdiff-', dir=None if len(tempfile.gettempdir()) < 60 else '/tmp')) # a socket's path is at most a hundred characters

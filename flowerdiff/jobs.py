@@ -52,7 +52,7 @@ def _event_in(line: str) -> dict: # {}: there is none, or it is not whole
     try: return json.JSONDecoder().raw_decode(line.partition(EVENT)[2])[0]
     except ValueError: return {}
 
-def _key(e: dict) -> tuple: return e['event'], e['time'], e.get('kind') # of an event, whoever tells it
+def _key(e: dict) -> tuple: return tuple(e.get(k) for k in ('event', 'time', 'kind', 'step', 'text')) # of an event, whoever tells it
 
 class Story:
     "What a job tells, in its run's folder."
@@ -83,7 +83,8 @@ class Story:
         "Write what was not heard, and the end."
         for e in account:
             if 'file' in e: e['file'] = str(self.folder/e['kind']/Path(e['file']).name)
-            if e['event'] not in ENDS or e is account[-1]: self.write(e)
+            if e['event'] not in ENDS: self.write(e)
+        self.write(account[-1] if account and account[-1]['event'] in ENDS else dict(event='done', time=round(time.time(), 3))) # a full disk there may have kept it from being told
 
 # %% ../nbs/core/75_jobs.ipynb #51fdd50e
 _WORDS = dict(Starting='starting the machines', Pending='waiting for machines', LaunchingMLInstances='starting the machines', PreparingTrainingStack='starting the machines', Downloading='bringing data and code', DownloadingTrainingImage='bringing the container', Training='training',

@@ -144,9 +144,8 @@ def _open(self:Painter): # in a thread, once
 def _drawer(self:Painter, wish: Wish): # what is open for a wish, or is opened now
     key = wish.model, wish.backend
     if key not in self.opened:
-        new = self._opened_for(wish)
-        while len(self.opened) >= self.kept: self.opened.pop(next(iter(self.opened)))
-        self.opened[key] = new
+        while len(self.opened) >= self.kept: self.opened.pop(next(iter(self.opened))) # first: there may be no room for one more
+        self.opened[key] = self._opened_for(wish)
         if wish.model == 'champion': self.error = '' # it may have been half copied the first time
     self.opened[key] = self.opened.pop(key) # the youngest is last
     return self.opened[key]
@@ -157,7 +156,12 @@ def _opened_for(self:Painter, wish: Wish):
     folder = models(self.workspace).get(wish.model)
     if not folder: raise UserError(f'{MODELS[wish.model]} is not here.')
     try: return Generator.from_pretrained(folder, wish.backend)
-    except UserError as e: raise UserError(re.sub(r' \(.*\)', '', str(e)).replace(f'{folder}/', f'{MODELS[wish.model]}, ')) from e # a page names no folders of its server
+    except UserError as e: raise UserError(_homeless(str(e), {f'{folder}/': f'{MODELS[wish.model]}, ', str(folder): MODELS[wish.model], str(self.workspace): self.workspace.name})) from e
+
+def _homeless(text: str, places: dict) -> str: # without details in parentheses, and with words for folders: a page names none of its server's
+    for folder, word in places.items():
+        if len(folder) > 2: text = text.replace(folder, word)
+    return re.sub(r' \([^)]*\)', '', text)
 
 # %% ../nbs/core/47_painter.ipynb #633615f0
 @patch

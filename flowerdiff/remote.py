@@ -97,7 +97,6 @@ class RemotePainter:
 def _paint(self:RemotePainter, wish: Wish, heard: Callable) -> list: # as `paint`, when it is this tab's turn
     line, answer = self._ask(dict(who=self.who, address=os.environ.get(VISITOR, ''), wish=asdict(wish)), heard)
     try: return self._listen(answer, heard)
-    except (OSError, HTTPException, ValueError) as e: raise UserError(STOPPED) from e
     finally: answer.close(); line.close()
 @patch
 def _ask(self:RemotePainter, body: dict, heard: Callable) -> tuple: # the connection and the response
@@ -113,10 +112,14 @@ def _ask(self:RemotePainter, body: dict, heard: Callable) -> tuple: # the connec
 @patch
 def _listen(self:RemotePainter, answer, heard: Callable) -> list: # of PIL.Image
     from PIL import Image
-    for text in answer:
-        line = json.loads(text)
+    for line in _lines(answer):
         if 'error' in line: raise UserError(line['error'])
         if 'cancelled' in line: raise Cancelled
         if 'pictures' in line: return [Image.open(io.BytesIO(base64.b64decode(p))) for p in line['pictures']]
         heard(Seen(line['step'], line['steps'], line['preview']) if 'step' in line else Place(**line))
+
+def _lines(answer): # JSON, line by line; there is always a last one
+    try:
+        for text in answer: yield json.loads(text)
+    except (OSError, HTTPException, ValueError) as e: raise UserError(STOPPED) from e
     raise UserError(STOPPED)

@@ -53,12 +53,16 @@ class Visitors(AsyncMappingKernelManager):
     "Starts a kernel for each visitor, up to `most`."
     most = Integer(0, help='0: as many as come').tag(config=True)
     forgotten = Float(900, help='seconds after which a page that nobody touched gives up its place').tag(config=True)
-    def __init__(self, **kwargs): super().__init__(**kwargs); self.door = asyncio.Lock()
+    def __init__(self, **kwargs): super().__init__(**kwargs); self.door, self.homes = asyncio.Lock(), {} # homes: kernel -> address of its page
     async def start_kernel(self, **kwargs):
         async with self.door:
             if self.most and len(self) >= self.most and not await self._another_leaves(): raise HTTPError(503)
+            self.homes = {k: a for k, a in self.homes.items() if k in self}
+            home = kwargs.get('env', {}).get(VISITOR, '')
+            if self.most and home and list(self.homes.values()).count(home) >= max(1, self.most//2): raise HTTPError(503) # not one address takes all places
             kernel = await super().start_kernel(**kwargs, extra_arguments=['--log-level=50']) # what a page sends that is nonsense is no news
             resource.prlimit(self.get_kernel(kernel).provisioner.pid, resource.RLIMIT_DATA, (LARGEST, LARGEST))
+            self.homes[kernel] = home
             return kernel
     async def _another_leaves(self) -> bool: # of those that may, the one that was quiet for longest
         quiet = {k: (datetime.now(timezone.utc) - kernel.last_activity).total_seconds() for k, kernel in self._kernels.items() if hasattr(kernel, 'last_activity')}
@@ -75,6 +79,9 @@ def full_page(wait: int = 20) -> str: # seconds until the page looks again
 # %% ../nbs/apps/serving.ipynb #1a271fe4
 HEADER = VISITOR.removeprefix('HTTP_').replace('_', '-') # between us and Voila
 
+def _bare(text: str) -> str: # an address without the port that some proxies write
+    return text[1:].partition(']')[0] if text.startswith('[') else text.partition(':')[0] if text.count(':') == 1 else text
+
 def address_of(
     peer: str,            # address of the other end of the connection
     forwarded: str = '',  # the header X-Forwarded-For, where it is a proxy's that we believe
@@ -82,7 +89,7 @@ def address_of(
     "The address to count a visitor by."
     try:
         address = ip_address(peer)
-        if not address.is_global and forwarded: address = next((a for x in reversed(forwarded.split(',')) if (a := ip_address(x.strip())).is_global), ip_address('::1'))
+        if not address.is_global and forwarded: address = next((a for x in reversed(forwarded.split(',')) if (a := ip_address(_bare(x.strip()))).is_global), ip_address('::1'))
     except ValueError: return ''
     address = getattr(address, 'ipv4_mapped', None) or address
     return '' if address.is_loopback else str(address if address.version == 4 else ip_network((address, 64), strict=False))
@@ -162,7 +169,8 @@ def configured(
     return Config(
         Voila=Config(notebook_path=str(app_notebook()), ip=ip, port=port, port_retries=0, open_browser=open_browser, tornado_settings=settings(frames, proxied)),
         VoilaConfiguration=Config(template='flowerdiff', strip_sources=True, show_tracebacks=False, prelaunch_hook=_titled, multi_kernel_manager_class=Visitors, http_header_envs=[HEADER]),
-        KernelManager=Config(transport='ipc'), Visitors=Config(most=visitors),
+        KernelManager=Config(transport='ipc'), KernelRestarter=Config(restart_limit=0), # one that died is gone: without its page and its bounds it is nobody's
+        Visitors=Config(most=visitors),
         MappingKernelManager=Config(cull_idle_timeout=int(60*idle_minutes), cull_interval=min(60, max(1, int(30*idle_minutes))), cull_connected=False))
 
 def _titled(request, notebook, cwd): # Voila's hook: the window's title

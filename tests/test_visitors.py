@@ -1,7 +1,7 @@
 """Many visitors: one generator draws for all, everybody gets their own picture or a line in words, and nobody can stop it for the others.
 
 A tiny random model, whose pictures are compared with the Generator's own, pixel by pixel. Each test names, in the comment below it, the change to the program that it would notice."""
-import asyncio, json, os, random, resource, signal, stat, subprocess, sys, threading, time
+import asyncio, html, json, os, random, resource, signal, stat, subprocess, sys, threading, time
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
@@ -11,8 +11,9 @@ from flowerdiff.generating import Keeper
 from flowerdiff.painter import Painter, Wish
 from flowerdiff.remote import Cancelled, Line, Place, RemotePainter, Seen, about
 from flowerdiff.workspace import UserError
+import browser as browser_module
 from browser import ENV, browser, browser_only, draw, fill, free_port, newest, open_page, shot, start, stop
-from protocol_page import Full, ProtocolPage, answers
+from protocol_page import ODD, Full, ProtocolPage, answers
 from test_space import health, well
 
 @pytest.fixture(scope='module')
@@ -35,6 +36,10 @@ def own(workspace, wishes): # the Generator's pictures of them, in a process wit
 np.save({str(workspace/'own.npy')!r}, np.stack([np.array(g(w['prompt'], seed=w['seed'], steps=w['steps'], guidance=w['guidance'])[0]) for w in json.loads({json.dumps([vars(w) for w in wishes])!r})]))'''
     subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
     return np.load(workspace/'own.npy')
+
+def wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true(): assert time.monotonic() < end, 'it never came'; time.sleep(.1)
 
 class Visitor(threading.Thread):
     "Asks for a picture, and keeps what it hears."
@@ -223,6 +228,14 @@ def test_seven_at_once_and_one_too_many(public):
         time.sleep(.1)
     assert len(children(public.server)[1]) == 1
 
+def test_one_address_does_not_take_all_places(public):
+    "Of eight places four: then its fifth page is told to wait, and somebody from elsewhere comes in."
+    # no `homes`
+    four = [public.visit('203.0.114.9') for _ in range(4)]
+    with pytest.raises(Full): public.visit('203.0.114.9')
+    for page in [*four, public.visit('8.8.4.4')]: public.run(page.leave())
+    wait_until(lambda: len(children(public.server)[1]) == 1)
+
 def test_a_reload_does_not_evade_the_rate(public):
     "Twelve pictures a minute are for an address, whatever it says that it comes from; who comes from elsewhere draws."
     # a count by page; the first address of X-Forwarded-For; an address that does not reach the generator
@@ -237,6 +250,11 @@ def test_hostile_messages_through_the_page(public):
     "Each is answered by a picture, a line, or a cut connection that can be made again; nothing of it is HTML, and nobody dies."
     # no `is_message`, or one without its count: the server makes a list of 2**64; a message type that Voila does not allow; `figure` without its escape
     page, rng, before = public.visit('9.9.9.9'), random.Random(1), children(public.server)
+    async def as_words(): # every one with HTML in it is drawn and shown as what it is
+        for text in (t for t in ODD if '<' in t):
+            page.set('Steps', 2); page.set('What shall it draw?', text); said = await page.draw(seconds=120)
+            assert said.startswith('1 picture in') and html.escape(text, quote=True) in ''.join(page.cards()) and text not in ''.join(page.values()), said
+    public.run(as_words())
     async def all_of_them(): return [await answers(page, i, rng) for i in [*range(24), *range(31, 120, 8)]]
     seen = public.run(all_of_them())
     assert {'picture', 'line', 'cut off'} == set(seen) and children(public.server) == before and health(public.url)[0] == 200
@@ -245,14 +263,12 @@ def test_hostile_messages_through_the_page(public):
 def test_tabs_of_a_page_take_turns(public):
     "What is asked for in two tabs is drawn one after the other: neither is refused because of the other."
     # no `turn`: "a wish of yours waits already"
-    page = public.visit()
     painter = RemotePainter('nowhere', children(public.server)[0].cmdline()[4], patience=5)
     done = []
     threads = [threading.Thread(target=lambda: done.append(painter.paint(Wish('a rose', steps=20)))) for _ in range(4)]
     for t in threads: t.start()
     for t in threads: t.join(60)
     assert len(done) == 4
-    public.run(page.leave())
 
 def test_a_page_is_not_cut_off_by_the_servers_pings(public):
     # Jupyter's pings with a timeout as long as their interval: every connection ends after it
@@ -267,10 +283,7 @@ def children(server): # the generator, and the kernels
 
 @pytest.fixture(scope='module')
 def served(workspace):
-    server = start(workspace, port := free_port())
-    assert 'http://localhost' in (line := server.stdout.readline()), line + server.stdout.read()
-    yield server, f'http://127.0.0.1:{port}'
-    stop(server)
+    with browser_module.served(workspace) as both: yield both
 
 @pytest.fixture(scope='module')
 def pages(browser, served):
@@ -315,12 +328,16 @@ def test_a_generator_that_is_killed(pages, served):
     assert children(served[0])[0].pid != generator.pid and 'of 20 visitors' in well(served[1])
 
 @browser_only
-def test_a_page_whose_kernel_is_gone_says_so(pages):
-    # no script in the template: Draw is pressed, and nothing happens
+@pytest.mark.parametrize('how', ['its page was closed elsewhere', 'it died'])
+def test_a_page_whose_kernel_is_gone_says_so(pages, served, how):
+    # no script in the template: Draw is pressed, and nothing happens; a restarter, which starts a kernel without a page and without its bounds
     page = pages[1]; kernel = page.evaluate("JSON.parse(document.getElementById('jupyter-config-data').textContent).kernelId")
-    page.evaluate("id => fetch(`/voila/api/shutdown/${id}`, {method: 'POST'})", kernel)
+    if how == 'it died':
+        (process,) = [p for p in children(served[0])[1] if any(kernel in word for word in p.cmdline())]; process.kill()
+        wait_until(lambda: page.evaluate("id => fetch(`/api/kernels/${id}`).then(r => r.status)", kernel) == 404)
+    else: page.evaluate("id => fetch(`/voila/api/shutdown/${id}`, {method: 'POST'})", kernel)
     page.get_by_role('button', name='Draw', exact=True).click()
-    page.get_by_role('alert').get_by_text('was given to somebody else').wait_for(); shot(page, 'gone')
+    page.get_by_role('alert').get_by_text('This page has ended').wait_for(); shot(page, 'gone')
     page.get_by_role('button', name='Open it again').click(); page.get_by_text('Ready.').wait_for()
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
