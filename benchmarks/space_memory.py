@@ -54,9 +54,8 @@ def draw(page): # four pictures
 
 def arrive(page):
     page.goto(f'http://127.0.0.1:{PORT}'); page.get_by_text('Ready.').wait_for()
-    page.locator('.fd-dials').get_by_role('slider').first.focus()
-    for _ in range(3): page.keyboard.press('ArrowRight')
-    page.locator('.fd-dials .widget-readout').first.get_by_text('4', exact=True).wait_for()
+    while page.locator('.fd-dials .widget-readout').first.inner_text() != '4': # a page that is just being built may miss a key
+        page.locator('.fd-dials').get_by_role('slider').first.focus(); page.keyboard.press('ArrowRight'); page.wait_for_timeout(300)
     draw(page)
 
 
@@ -74,7 +73,7 @@ def main():
     space = make(args.model or large(scratch, args.onnx), scratch)
     gb = weights_gb(space / 'model'); limit = memory_for(gb)
     models = open_models(gb, limit)
-    print(f'weights {gb:.2f} GB in 32 bits, {visitors(gb, limit, models)} visitors and {models} open models in {limit} GB, load {os.getloadavg()[0]:.1f}\n\n| visitors | resident, all processes | shared pages once |\n|---|---|---|')
+    print(f'weights {gb:.2f} GB in 32 bits, {visitors(gb, limit, models)} visitors in {limit} GB, open models: {models}, load {os.getloadavg()[0]:.1f}\n\n| visitors | resident, all processes | shared pages once |\n|---|---|---|')
     server = subprocess.Popen([sys.executable, 'start.py'], cwd=space, env=dict(os.environ, PORT=str(PORT)), stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         print(f'| {server.stdout.readline() and 0} | {(m := psutil.Process(server.pid).memory_full_info()).rss / 1e9:.2f} GB | {m.pss / 1e9:.2f} GB |')
