@@ -74,9 +74,9 @@ def row(*children): return classed(w.HBox(children), 'fd-row')
 
 def close(widget): # and all inside it: a kernel that draws all day does not grow
     for child in getattr(widget, 'children', ()): close(child)
+    widget.close()
     for part in (widget.layout, getattr(widget, 'style', None)):
         if part is not None: part.close()
-    widget.close()
 
 class Pick:
     "One of a few: `widget` to show, `value`."

@@ -123,7 +123,7 @@ class Painter:
         workspace: str | Path,              # a workspace, or a model's folder
         load: Callable | None = None,       # opens the model; None: `Generator.from_pretrained`
     ):
-        self.workspace, self.load, self.opened, self.error = Path(workspace), load, {}, ''
+        self.workspace, self.load, self.opened, self.chosen, self.error = Path(workspace), load, {}, {}, '' # chosen: model -> the backend that 'auto' came to
         self.ready, self.lock = threading.Event(), threading.Lock()
         if self.exists: threading.Thread(target=self._open, daemon=True).start()
 
@@ -141,11 +141,15 @@ def _open(self:Painter): # in a thread, once
 
 # %% ../nbs/core/47_painter.ipynb #ca759118
 @patch
+def _key(self:Painter, wish: Wish) -> tuple: # what 'auto' came to goes by its own name: no weights are opened twice
+    return wish.model, self.chosen.get(wish.model, 'auto') if wish.backend == 'auto' else wish.backend
+@patch
 def _drawer(self:Painter, wish: Wish): # what is open for a wish, or is opened now
-    key = wish.model, wish.backend
-    if key not in self.opened:
+    if (key := self._key(wish)) not in self.opened:
         while len(self.opened) >= self.kept: self.opened.pop(next(iter(self.opened))) # first: there may be no room for one more
-        self.opened[key] = self._opened_for(wish)
+        new = self._opened_for(wish)
+        if wish.backend == 'auto': self.chosen[wish.model] = getattr(getattr(new, 'backend', None), 'name', 'auto')
+        self.opened[key := self._key(wish)] = new
         if wish.model == 'champion': self.error = '' # it may have been half copied the first time
     self.opened[key] = self.opened.pop(key) # the youngest is last
     return self.opened[key]
@@ -192,15 +196,15 @@ def _drawn(self:Painter, wish: Wish, on_step) -> list:
 # %% ../nbs/core/47_painter.ipynb #79e1d6f7
 @patch
 def _name(self:Painter, wish: Wish) -> str: # of the backend that is open for a wish; of the one it asks for when none is
-    try: return self.opened[wish.model, wish.backend].backend.name
+    try: return self.opened[self._key(wish)].backend.name
     except (KeyError, AttributeError): return wish.backend
 @patch
 def _another(self:Painter, wish: Wish, error: Exception) -> bool: # is it worth a try with PyTorch? Not when the wish is at fault
-    own_fault = isinstance(error, UserError) and (wish.model, wish.backend) in self.opened
+    own_fault = isinstance(error, UserError) and self._key(wish) in self.opened
     return self.load is None and type(error).__name__ != 'Cancelled' and self._name(wish) != 'torch' and not own_fault and wish.model in models(self.workspace)
 @patch
 def _instead(self:Painter, wish: Wish, error: Exception, on_step) -> list: # PyTorch draws; the failed model is let go
-    failed = self._name(wish); self.opened.pop((wish.model, wish.backend), None)
+    failed = self._name(wish); self.opened.pop(self._key(wish), None)
     try: pictures = self._drawn(replace(wish, backend='torch'), on_step)
     except Exception as second: raise (second if type(second).__name__ == 'Cancelled' else error) from None
     for p in pictures: p.info['note'] = f"{BACKENDS.get(failed, failed)} failed ({friendly(error, short=True)}); PyTorch drew this"
