@@ -105,6 +105,7 @@ def outputs(nb): return [o for c in nb.cells if c.cell_type == 'code' for o in c
 def test_notebook_is_fit_to_read(path):
     nb = nbformat.read(path, 4)
     assert re.match(r'# .+', nb.cells[0].source) and re.search(r'^> \S', nb.cells[0].source, re.M) or path.name == 'app.ipynb', 'the first cell is a title and a line that says what for'
+    assert path.name == 'app.ipynb' or not re.sub(r'^(# |>).*$', '', nb.cells[0].source, flags=re.M).strip(), 'nbdev leaves out of the page what else stands in the first cell'
     assert not [o for o in outputs(nb) if o.output_type == 'error'], 'a stored traceback'
     size = len(json.dumps(outputs(nb)))
     assert size < 900_000, f'{size/1e3:.0f} kB of outputs: show smaller or fewer pictures'
