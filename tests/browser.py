@@ -18,8 +18,10 @@ browser_only = pytest.mark.skipif(BROWSER is None, reason='no Chromium here: apt
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
+HEARS = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); ' # whoever runs tests in the background of a shell has Ctrl-C ignored
+
 def start(workspace, port):
-    code = f'from flowerdiff.serving import serve; serve({str(workspace)!r}, port={port})'
+    code = HEARS + f'from flowerdiff.serving import serve; serve({str(workspace)!r}, port={port})'
     return subprocess.Popen([sys.executable, '-c', code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 def stop(server):

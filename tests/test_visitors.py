@@ -12,7 +12,7 @@ from flowerdiff.painter import Painter, Wish
 from flowerdiff.remote import Cancelled, Line, Place, RemotePainter, Seen, about
 from flowerdiff.workspace import UserError
 import browser as browser_module
-from browser import ENV, browser, browser_only, draw, fill, free_port, newest, open_page, shot, start, stop
+from browser import ENV, HEARS, browser, browser_only, draw, fill, free_port, newest, open_page, shot, start, stop
 from protocol_page import ODD, Full, ProtocolPage, answers
 from test_space import health, well
 
@@ -193,7 +193,7 @@ class Public:
     "A server as on the Hub, for eight visitors behind a proxy, and who comes to it."
     def __init__(self, workspace):
         self.server, self.loop = None, asyncio.new_event_loop()
-        code = f'from flowerdiff.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, visitors=8, rate=12, proxied=True)'
+        code = HEARS + f'from flowerdiff.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, visitors=8, rate=12, proxied=True)'
         self.server, self.url = subprocess.Popen([sys.executable, '-c', code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True), f'http://127.0.0.1:{port}'
         assert 'http://localhost' in (line := self.server.stdout.readline()), line + self.server.stdout.read()
     def run(self, coroutine): return self.loop.run_until_complete(asyncio.wait_for(coroutine, 300))
