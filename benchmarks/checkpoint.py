@@ -7,7 +7,7 @@ a copy only. Meanwhile a loop of matrix products stands in for training: its pac
 """
 import argparse, statistics, tempfile, time
 import torch
-from flowerdiff.checkpoints import Saver
+from flowerdiff.training.checkpoints import Saver
 
 def state(millions: int) -> dict: # what such a run has: 4 tensors a weight
     torch.manual_seed(0)

@@ -12,8 +12,8 @@ CHOICES = dict(ours={}, contiguous=dict(LAST='0'), bfloat16=dict(PRECISION='bf16
 
 def measure(steps: int, batch: int) -> float: # samples a second of forward, backward and AdamW
     import torch
-    from flowerdiff.components import build_denoiser
-    from flowerdiff.config import load_profile
+    from flowerdiff.models.components import build_denoiser
+    from flowerdiff.core.profiles import load_profile
     torch.set_num_threads(len(os.sched_getaffinity(0))); torch.manual_seed(0)
     net = build_denoiser(load_profile('garden'), 4, 128, 16)
     if os.environ.get('LAST') != '0': net = net.to(memory_format=torch.channels_last)
@@ -33,7 +33,7 @@ def main():
     for name, n in (('rounds', 5), ('steps', 40), ('batch', 32)): parser.add_argument(f'--{name}', type=int, default=n)
     a = parser.parse_args()
     if os.environ.get('CHOICE'): print(measure(a.steps, a.batch)); return
-    from flowerdiff.processes import ROOMY
+    from flowerdiff.services.processes import ROOMY
     rates = {k: [] for k in CHOICES}
     for i in range(a.rounds):
         for name in list(CHOICES)[i % len(CHOICES):] + list(CHOICES)[:i % len(CHOICES)]:

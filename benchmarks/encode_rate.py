@@ -12,9 +12,9 @@ def main():
     ap = argparse.ArgumentParser()
     for name, n in (('pictures', 512), ('side', 64), ('batch', 64), ('rounds', 3), ('threads', 0)): ap.add_argument(f'--{name}', type=int, default=n)
     a = ap.parse_args()
-    from flowerdiff.components import encode_moments, fast_bf16, load_autoencoder, load_text, pil_to_tensor
-    from flowerdiff.encoding import encode_captions, encode_pictures, read_pictures
-    from flowerdiff.garden import caption, sample_attributes, draw
+    from flowerdiff.models.components import encode_moments, fast_bf16, load_autoencoder, load_text, pil_to_tensor
+    from flowerdiff.data.encoding import encode_captions, encode_pictures, read_pictures
+    from flowerdiff.garden.garden import caption, sample_attributes, draw
     import numpy as np
     torch.set_num_threads(a.threads or len(os.sched_getaffinity(0)))
     vae, text, folder = load_autoencoder('garden').to(memory_format=torch.channels_last), load_text('garden'), Path(tempfile.mkdtemp())

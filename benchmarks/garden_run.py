@@ -29,7 +29,7 @@ def main():
     parser.add_argument('--set', action='append', default=[], dest='overrides')
     args = parser.parse_args()
     folder = Path(args.folder or tempfile.mkdtemp(prefix='garden-'))
-    command = [sys.executable, '-m', 'flowerdiff.cli', 'run', str(folder), *(x for o in args.overrides for x in ('--set', o))]
+    command = [sys.executable, '-m', 'flowerdiff.pipeline.cli', 'run', str(folder), *(x for o in args.overrides for x in ('--set', o))]
     started = time.monotonic()
     process = subprocess.Popen(command)
     peak = peak_memory(psutil.Process(process.pid))

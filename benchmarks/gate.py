@@ -10,7 +10,7 @@ import argparse, itertools, json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np
 from flowerdiff.stages import promote
-from flowerdiff.workspace import open_workspace
+from flowerdiff.core.workspace import open_workspace
 
 
 def trained(folder: Path, seed: int, overrides: list) -> dict: # train.json of a run with this seed
@@ -18,7 +18,7 @@ def trained(folder: Path, seed: int, overrides: list) -> dict: # train.json of a
     if not kept.exists():
         if not (folder / 'encoded/manifest.json').exists():
             sets = [w for o in ('seed=0', *overrides) for w in ('--set', o)]
-            for stage in ('prepare', 'caption', 'encode'): subprocess.run([sys.executable, '-m', 'flowerdiff.cli', 'run', str(folder), '--only', stage, *sets], check=True)
+            for stage in ('prepare', 'caption', 'encode'): subprocess.run([sys.executable, '-m', 'flowerdiff.pipeline.cli', 'run', str(folder), '--only', stage, *sets], check=True)
         ws = open_workspace(folder, overrides=[*overrides, f'seed={seed}'])
         subprocess.run([sys.executable, '-m', 'flowerdiff.stages.train', str(folder)], check=True)
         kept.parent.mkdir(exist_ok=True); shutil.copy(ws.root / 'train.json', kept)

@@ -8,13 +8,13 @@ its ONNX folder beside it instead, such as garden/model. --ort-python names the 
 import argparse, json, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
-from flowerdiff.backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_not
-from flowerdiff.bench import network_parts, overhead
-from flowerdiff.components import TextEncoder, save_components, save_pipeline
-from flowerdiff.models import find_model, weights_fingerprint
-from flowerdiff.sampler import Generator
+from flowerdiff.inference.backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_not
+from flowerdiff.inference.benchmark import network_parts, overhead
+from flowerdiff.models.components import TextEncoder, save_components, save_pipeline
+from flowerdiff.models.model_folder import find_model, weights_fingerprint
+from flowerdiff.inference.generator import Generator
 from flowerdiff.stages import onnx as export
-from flowerdiff.workspace import write_json
+from flowerdiff.core.workspace import write_json
 
 PROMPT = '{} red roses under a blue sky' # another in every round: a text that was drawn before is remembered
 ORT = '''import sys, time

@@ -9,12 +9,12 @@ split's prompts and judged. A choice that is there already is not made again.
 import argparse, json, os, statistics, subprocess, sys, time
 from pathlib import Path
 import torch
-from flowerdiff.batches import load_split
-from flowerdiff.config import load_profile
-from flowerdiff.processes import ROOMY
-from flowerdiff.questions import draw_all, questions
+from flowerdiff.data.batches import load_split
+from flowerdiff.core.profiles import load_profile
+from flowerdiff.services.processes import ROOMY
+from flowerdiff.evaluation.eval_prompts import draw_all, questions
 from flowerdiff.stages import evaluate, train
-from flowerdiff.workspace import open_workspace
+from flowerdiff.core.workspace import open_workspace
 
 CHOICES = {
     'default': {},
@@ -71,7 +71,7 @@ def main():
     parser.add_argument('folder', type=Path); parser.add_argument('--epochs', type=float, default=2.); parser.add_argument('--only', nargs='*')
     args = parser.parse_args(); folder = args.folder.absolute()
     if not (folder / 'encoded/manifest.json').exists():
-        for stage in ('prepare', 'caption', 'encode'): subprocess.run([sys.executable, '-m', 'flowerdiff.cli', 'run', str(folder), '--only', stage], check=True)
+        for stage in ('prepare', 'caption', 'encode'): subprocess.run([sys.executable, '-m', 'flowerdiff.pipeline.cli', 'run', str(folder), '--only', stage], check=True)
     (folder / 'methods').mkdir(exist_ok=True); rows = {}
     for i, (name, choice) in enumerate((CHOICES | SAME).items()):
         if args.only and name not in args.only: continue

@@ -111,7 +111,7 @@ def write_parts(folder, unet, a):
     from PIL import Image
     from transformers import CLIPTextConfig, CLIPTextModel
     import flowerdiff
-    from flowerdiff.components import load_text, save_tokenizer
+    from flowerdiff.models.components import load_text, save_tokenizer
     torch.manual_seed(0); rng = np.random.default_rng(0); model, n = folder/'model', 8*a.batch
     vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4, sample_size=512)
     tokenizer = load_text('garden').tokenizer; tokenizer.model_max_length = LENGTH
@@ -128,10 +128,10 @@ def write_parts(folder, unet, a):
 # ---- the sides: each a function that makes one step and returns what it knows of its parts, in seconds
 
 def ours(s, make, size, folder):
-    from flowerdiff.batches import toy_split
-    from flowerdiff.engine import Engine
-    from flowerdiff.tracking import log_event
-    from flowerdiff.trainer import Trainer
+    from flowerdiff.data.batches import toy_split
+    from flowerdiff.training.accelerator import Engine
+    from flowerdiff.services.tracking import log_event
+    from flowerdiff.training.trainer import Trainer
     split = toy_split(512, kinds=64, size=size, width=WIDTH); split.texts = split.texts[:, :1].expand(-1, LENGTH, -1).contiguous()
     run = Trainer(s.train, 0, split, make, Engine('fp32'))
     def step():
@@ -159,12 +159,12 @@ def main():
     ap.add_argument('--diffusers'); ap.add_argument('--channels', default='192,384,576'); ap.add_argument('--kept', action='store_true')
     for name, n in (('resolution', 128), ('layers', 2), ('batch', 16), ('rounds', 3), ('threads', 1)): ap.add_argument(f'--{name}', type=int, default=n)
     a = ap.parse_args()
-    from flowerdiff.processes import ROOMY
+    from flowerdiff.services.processes import ROOMY
     env = os.environ | ROOMY | dict(OMP_NUM_THREADS=str(a.threads))
     if env != os.environ: os.execve(sys.executable, [sys.executable, *sys.argv], env)
     import torch, transformers
-    from flowerdiff.components import build_denoiser
-    from flowerdiff.config import load_profile
+    from flowerdiff.models.components import build_denoiser
+    from flowerdiff.core.profiles import load_profile
     torch.set_num_threads(a.threads); transformers.utils.logging.disable_progress_bar(); channels = [int(c) for c in a.channels.split(',')]
     s = load_profile('garden', {'train.channels': channels, 'train.layers': a.layers, 'train.attention': [False] + [True]*(len(channels) - 1), 'train.attention_head_dim': 48 if channels[0] % 48 == 0 else 16,
                                 'train.batch_size': a.batch, 'train.epochs': 1000.})

@@ -36,8 +36,8 @@ def large(folder: Path, onnx: bool): # a published model of random weights
 
 
 def make(model: Path, folder: Path) -> Path: # the Space's folder
-    from flowerdiff.space import make_space
-    from flowerdiff.workspace import open_workspace, write_json
+    from flowerdiff.apps.hf_space import make_space
+    from flowerdiff.core.workspace import open_workspace, write_json
     ws = open_workspace(folder / 'w')
     write_json(ws.root / 'published.json', dict(repository='model', kind='folder', private=False, revision='1'))
     (ws.root / 'published').mkdir(); (ws.root / 'published/model').symlink_to(model.absolute())
@@ -69,7 +69,7 @@ def main():
     parser.add_argument('--model', type=Path); parser.add_argument('--visitors', type=int, default=2); parser.add_argument('--onnx', action='store_true')
     args = parser.parse_args(); scratch = Path(tempfile.mkdtemp())
     from playwright.sync_api import sync_playwright
-    from flowerdiff.space import memory_for, open_models, visitors, weights_gb
+    from flowerdiff.apps.hf_space import memory_for, open_models, visitors, weights_gb
     space = make(args.model or large(scratch, args.onnx), scratch)
     gb = weights_gb(space / 'model'); limit = memory_for(gb)
     models = open_models(gb, limit)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent/'tests'))
 @contextmanager
 def served(workspace, rate=120): # the server, its address
     from test_studio import free_port, stop
-    code = f'from flowerdiff.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, rate={rate})'
+    code = f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, rate={rate})'
     server = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         assert 'http://localhost' in (line := server.stdout.readline()), line + server.stdout.read()
@@ -31,7 +31,7 @@ class Memory(threading.Thread):
     def now(self):
         out = dict(server=0., generator=0., kernels=0., n=0)
         for p in [self.root, *self.root.children(recursive=True)]:
-            try: words = ' '.join(p.cmdline()); kind = 'generator' if 'flowerdiff.generating' in words else 'kernels' if 'ipykernel' in words else 'server'; out[kind] += p.memory_full_info().pss/1e9; out['n'] += kind == 'kernels'
+            try: words = ' '.join(p.cmdline()); kind = 'generator' if 'flowerdiff.apps.generating' in words else 'kernels' if 'ipykernel' in words else 'server'; out[kind] += p.memory_full_info().pss/1e9; out['n'] += kind == 'kernels'
             except psutil.Error: pass # it has ended
         return out
     def run(self):

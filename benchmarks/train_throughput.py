@@ -14,12 +14,12 @@ def main():
     ap.add_argument('--channels', default='64,64,96'); ap.add_argument('--size', type=int, default=16); ap.add_argument('--text', default='24,128')
     for name, n in (('batch', 32), ('steps', 4), ('rounds', 5), ('threads', 0)): ap.add_argument(f'--{name}', type=int, default=n)
     a = ap.parse_args()
-    from flowerdiff.batches import toy_split
-    from flowerdiff.components import build_denoiser
-    from flowerdiff.config import load_profile
-    from flowerdiff.engine import Engine
-    from flowerdiff.tracking import log_event
-    from flowerdiff.trainer import Trainer
+    from flowerdiff.data.batches import toy_split
+    from flowerdiff.models.components import build_denoiser
+    from flowerdiff.core.profiles import load_profile
+    from flowerdiff.training.accelerator import Engine
+    from flowerdiff.services.tracking import log_event
+    from flowerdiff.training.trainer import Trainer
     torch.set_num_threads(a.threads or len(os.sched_getaffinity(0)))
     channels = [int(c) for c in a.channels.split(',')]; length, width = (int(x) for x in a.text.split(','))
     s = load_profile('garden', {'train.channels': channels, 'train.attention': [False] + [True]*(len(channels) - 1), 'train.batch_size': a.batch, 'train.epochs': 1000.})

@@ -21,7 +21,7 @@ def free_port():
 HEARS = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); ' # whoever runs tests in the background of a shell has Ctrl-C ignored
 
 def start(workspace, port):
-    code = HEARS + f'from flowerdiff.serving import serve; serve({str(workspace)!r}, port={port})'
+    code = HEARS + f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, port={port})'
     return subprocess.Popen([sys.executable, '-c', code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 def stop(server):
@@ -42,7 +42,7 @@ def children(server, name): # its processes with a word of their command line
     import psutil
     return [p for p in psutil.Process(server.pid).children(recursive=True) if any(name in word for word in p.cmdline())]
 
-def generator(server): return children(server, 'flowerdiff.generating')[0]
+def generator(server): return children(server, 'flowerdiff.apps.generating')[0]
 def kernels(server): return sorted(children(server, 'ipykernel'), key=lambda p: p.create_time()) # of its visitors, the first one first
 
 # ---- a browser

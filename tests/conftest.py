@@ -9,7 +9,7 @@ STAGES = 'prepare caption encode upload train promote evaluate onnx tensorrt pub
 
 def flowerdiff(*args, cwd=None, env=None, timeout=600, **kwargs):
     "Run the command line in a process of its own."
-    return subprocess.run([sys.executable, '-P', '-c', 'import sys; from flowerdiff.cli import main; sys.exit(main())', *map(str, args)], cwd=cwd, env={**os.environ, **(env or {})},
+    return subprocess.run([sys.executable, '-P', '-c', 'import sys; from flowerdiff.pipeline.cli import main; sys.exit(main())', *map(str, args)], cwd=cwd, env={**os.environ, **(env or {})},
                           capture_output=True, text=True, timeout=timeout, **kwargs)
 
 @pytest.hookimpl(wrapper=True)
@@ -30,7 +30,7 @@ def cli(): return flowerdiff
 @pytest.fixture(scope='session')
 def tiny_workspace(tmp_path_factory) -> Path:
     "48 pictures, a model that trains for twenty steps, all ten stages. Read only: copy it to change it."
-    from flowerdiff.workspace import DEMO
+    from flowerdiff.core.workspace import DEMO
     root = tmp_path_factory.mktemp('tiny')/'garden'
     p = flowerdiff('run', root, *[a for k, v in DEMO.items() for a in ('--set', f'{k}={json.dumps(v)}')], timeout=1200)
     assert p.returncode == 0, p.stdout + p.stderr
@@ -41,9 +41,9 @@ TOY = '''
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from flowerdiff.workspace import *
-from flowerdiff.workspace import UserError
-from flowerdiff.graph import GRAPH
+from flowerdiff.core.workspace import *
+from flowerdiff.core.workspace import UserError
+from flowerdiff.pipeline.dvc_graph import GRAPH
 from flowerdiff.toolbox import helper
 
 def put(ws, name, text):
@@ -99,7 +99,7 @@ def toy(tmp_path_factory):
         nbformat.write(new_notebook(cells=cells, metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3'))), package/'notebooks'/f'{i:02d}_{s}.ipynb')
     def call(*args, popen=False, **kwargs):
         env = {**os.environ, 'PYTHONPATH': str(site), 'PYTHONDONTWRITEBYTECODE': '1'}
-        if popen: return subprocess.Popen([sys.executable, '-P', '-m', 'flowerdiff.cli', *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **kwargs)
+        if popen: return subprocess.Popen([sys.executable, '-P', '-m', 'flowerdiff.pipeline.cli', *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **kwargs)
         return flowerdiff(*args, env=env, **kwargs)
     call.package = package
     return call

@@ -2,8 +2,8 @@
 import json
 import numpy as np, pytest, torch
 from tiny import tiny_model
-from flowerdiff.attention import attention_maps, recording, token_maps, words_of
-from flowerdiff.sampler import Generator
+from flowerdiff.inference.attention_maps import attention_maps, recording, token_maps, words_of
+from flowerdiff.inference.generator import Generator
 
 PROMPT = 'a red rose under the blue sky'
 

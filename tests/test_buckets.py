@@ -2,13 +2,13 @@
 import json, shutil
 import numpy as np, pytest
 from PIL import Image
-from flowerdiff.batches import BucketedSplit, load_split, make_batch
-from flowerdiff.components import load_autoencoder
-from flowerdiff.config import load_profile
-from flowerdiff.encoding import encode_batch
-from flowerdiff.garden import draw, sample_attributes
-from flowerdiff.pictures import buckets
-from flowerdiff.workspace import UserError, open_workspace, read_json, read_jsonl
+from flowerdiff.data.batches import BucketedSplit, load_split, make_batch
+from flowerdiff.models.components import load_autoencoder
+from flowerdiff.core.profiles import load_profile
+from flowerdiff.data.encoding import encode_batch
+from flowerdiff.garden.garden import draw, sample_attributes
+from flowerdiff.data.images import buckets
+from flowerdiff.core.workspace import UserError, open_workspace, read_json, read_jsonl
 import flowerdiff.stages.caption as caption, flowerdiff.stages.encode as encode, flowerdiff.stages.evaluate as evaluate, flowerdiff.stages.prepare as prepare, flowerdiff.stages.promote as promote, flowerdiff.stages.train as train
 
 TINY = {'prepare.crop': 'buckets', 'prepare.val': .1, 'prepare.test': .1, 'components.text_encoder': 'garden', 'encode.batch_size': 4, 'encode.shard_records': 4, 'train.epochs': 2, 'train.batch_size': 4, 'train.channels': [16, 16, 32],
@@ -55,7 +55,7 @@ def test_each_number_is_its_picture_with_its_caption(ws):
 def test_encode_that_was_stopped_goes_on_and_ends_the_same(ws, tmp_path, monkeypatch):
     again = open_workspace(shutil.copytree(ws.root, tmp_path/'again')); shutil.rmtree(again.encoded)
     whole, calls = encode.run.plain, []
-    import flowerdiff.encoding as E
+    import flowerdiff.data.encoding as E
     real = E.encode_batch
     def dies(vae, names, pictures):
         calls.append(len(names))

@@ -20,11 +20,11 @@ def one_line(p, status=2): # a mistake told as it should be
 
 def test_import_and_help_are_fast():
     assert cpu('-c', 'import flowerdiff') < .3
-    assert cpu('-m', 'flowerdiff.cli', '--help') < .7
+    assert cpu('-m', 'flowerdiff.pipeline.cli', '--help') < .7
 
 def test_import_loads_nothing_heavy():
     names = 'torch diffusers transformers mlflow matplotlib pandas numpy pydantic'
-    code = f'import sys, flowerdiff, flowerdiff.cli; print([m for m in {names.split()} if m in sys.modules])'
+    code = f'import sys, flowerdiff, flowerdiff.pipeline.cli; print([m for m in {names.split()} if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 
 def test_light_modules_stay_light():
@@ -133,7 +133,7 @@ def test_init_status_and_settings_inside_the_workspace(cli, tmp_path):
     assert p.returncode == 0 and p.stdout.count('never run') == 10
 
 def test_profiles_spell_out_every_setting():
-    from flowerdiff.config import _keys, load_profile, profiles
+    from flowerdiff.core.profiles import _keys, load_profile, profiles
     from ruamel.yaml import YAML
     for name, path in profiles().items():
         data = YAML(typ='safe').load(path)

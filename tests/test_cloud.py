@@ -4,7 +4,7 @@ Amazon is `amazon.py`, the Hub `hub_server.py`: servers on this machine that spe
 import json, os, re, subprocess, sys
 from pathlib import Path
 import pytest
-from flowerdiff.workspace import DEMO, read_json
+from flowerdiff.core.workspace import DEMO, read_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 from amazon import GROUP, Amazon, can_contain
@@ -28,7 +28,7 @@ def cloud(tmp_path_factory):
         amazon.client('s3').create_bucket(Bucket='flowers')
         amazon.interrupt, amazon.tear = lambda job: len({k.split('/')[-2] for k in amazon.keys('flowers', 'meadow/jobs') if k.endswith('state.json') and '/.' not in k}) > 2, True
         env = {k: v for k, v in os.environ.items() if not k.startswith(('AWS_', 'HF_', 'MLFLOW_'))} | amazon.env | dict(HF_ENDPOINT=hub.url, HF_HOME=str(d/'hf'), HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1') | CANARY
-        def call(*args, timeout=1500): return subprocess.run([sys.executable, '-P', '-c', 'import sys; from flowerdiff.cli import main; sys.exit(main())', *map(str, args)], cwd=d, env=env, capture_output=True, text=True, timeout=timeout)
+        def call(*args, timeout=1500): return subprocess.run([sys.executable, '-P', '-c', 'import sys; from flowerdiff.pipeline.cli import main; sys.exit(main())', *map(str, args)], cwd=d, env=env, capture_output=True, text=True, timeout=timeout)
         settings = HERE | SMALL | {'upload.destination': 's3://flowers/meadow', 'publish.repo_name': 'someone/meadow'}
         done = call('run', 'meadow', '--profile', 'cloud', *[a for k, v in settings.items() for a in ('--set', f'{k}={json.dumps(v)}')])
         (d/'run.txt').write_text(done.stdout)

@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from scipy.io import savemat
-from flowerdiff import datasets, fetch
-from flowerdiff.celeba import describe_face
-from flowerdiff.datasets import CELEBA, DATASETS, FLOWERS, attribute_rows
+from flowerdiff.data import datasets; from flowerdiff.services import downloads as fetch
+from flowerdiff.data.celeba_captions import describe_face
+from flowerdiff.data.datasets import CELEBA, DATASETS, FLOWERS, attribute_rows
 from flowerdiff.stages import caption, encode, prepare, train
-from flowerdiff.workspace import UserError, read_json, read_jsonl
+from flowerdiff.core.workspace import UserError, read_json, read_jsonl
 
 SHARED = Path(__file__).parents[2]/'shared'/'data'
 SMALL = {'prepare.resolution': 32}
@@ -321,7 +321,7 @@ def test_miniature_of_the_celeba_profile_trains(tmp_path):
     assert read_json(tmp_path/'ws'/'candidate'/'unet'/'config.json')['sample_size'] == 16 and read_json(tmp_path/'ws'/'candidate'/'vae'/'config.json')['scaling_factor'] == vae['scaling_factor']
 
 def test_command_line(tmp_path):
-    oxford(tmp_path/'files'); command = [sys.executable, '-P', '-c', 'import sys; from flowerdiff.cli import main; sys.exit(main())']
+    oxford(tmp_path/'files'); command = [sys.executable, '-P', '-c', 'import sys; from flowerdiff.pipeline.cli import main; sys.exit(main())']
     for args in (['init', 'w', '--profile', 'flowers102'], ['run', 'w', '--only', 'prepare', '--set', 'prepare.files=files', '--set', 'prepare.split=official', '--set', 'prepare.resolution=32']):
         done = subprocess.run([*command, *args], cwd=tmp_path, capture_output=True, text=True)
         assert not done.returncode, done.stdout + done.stderr

@@ -48,7 +48,7 @@ def test_functions_are_shown_with_their_parameters(site):
         for f in exported(n):
             assert re.search(rf'^### {f}$', page, re.M), f'{n} does not show {f}'; total += 1
     assert total > 500
-    page = '\n'.join(''.join(o['data']['text/markdown']) for c in cells(site/'core/30_diffusion.ipynb') if 'show_doc' in source(c) for o in c['outputs'])
+    page = '\n'.join(''.join(o['data']['text/markdown']) for c in cells(site/'models/11_diffusion.ipynb') if 'show_doc' in source(c) for o in c['outputs'])
     assert 'timesteps:Tensor, # [B]' in page and 'like:Tensor, # [B, ...] what they will multiply' in page
 
 def test_links_and_pictures_of_the_pages_are_there(site):
@@ -86,8 +86,8 @@ def markdown(path: Path) -> str: return path.read_text() if path.suffix == '.md'
 
 def check_command(line: str):
     "A line for the shell: ours is one that the command line understands, with settings that exist; another names what is there."
-    from flowerdiff.cli import parser
-    from flowerdiff.config import load_profile
+    from flowerdiff.pipeline.cli import parser
+    from flowerdiff.core.profiles import load_profile
     words = shlex.split(line, comments=True)
     while words and re.match(r'[A-Z_]+=', words[0]): words.pop(0)
     if not words: return
@@ -114,8 +114,8 @@ def test_what_pages_say_to_type(path):
         if language == 'python': compile(block, path.name, 'exec'); assert path.name in ('README.md', 'index.ipynb'), 'code in markdown is not run: make it a cell' # README's is run by test_repo
     for said in re.findall(r'`(flowerdiff [a-z]+ [^`]+)`', text):
         if not re.search(r'[A-Z.]{3}|…', said): check_command(said)
-    from flowerdiff.cli import parser
-    from flowerdiff.config import load_profile
+    from flowerdiff.pipeline.cli import parser
+    from flowerdiff.core.profiles import load_profile
     for said in re.findall(r'`flowerdiff ([a-z]+)[^`]*`', text): parser().parse_args([said, *(['a rose'] if said == 'generate' else [])])
     have = load_profile('garden').model_dump()
     for section, name in re.findall(r'`([a-z]+)\.([a-z_]+)(?:=[^`]*|: [^`]*)`', text):

@@ -7,9 +7,9 @@ from PIL import Image
 torch = pytest.importorskip('torch')
 import diffusers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-from flowerdiff.components import component_fingerprint, find_component, load_autoencoder, load_text, save_components
-from flowerdiff.shards import Shards
-from flowerdiff.workspace import UserError, open_workspace, read_json, write_json, write_jsonl
+from flowerdiff.models.components import component_fingerprint, find_component, load_autoencoder, load_text, save_components
+from flowerdiff.data.shards import Shards
+from flowerdiff.core.workspace import UserError, open_workspace, read_json, write_json, write_jsonl
 
 def tiny_vae(folder, **config):
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def encoded(parts, tmp_path_factory):
 
 SLOW = '''
 import sys, time
-from flowerdiff import encoding
+from flowerdiff.data import encoding
 fast = encoding.encode_batch
 def slow(*args):
     time.sleep(.1)
@@ -97,8 +97,8 @@ def test_two_processes_encode_what_one_does(parts, encoded, tmp_path):
     assert not list(ws.work.glob('encode-*/')), 'what was in progress is in its place now'
 
 def test_shards_of_a_worker_that_was_stopped_are_not_made_again(parts, encoded, tmp_path):
-    from flowerdiff.components import save_part
-    from flowerdiff.encoders import encode_share, join
+    from flowerdiff.models.components import save_part
+    from flowerdiff.data.distributed_encoding import encode_share, join
     ws = encoded; files = read_json(ws.encoded/'train'/'files.json'); save_part(load_autoencoder(str(parts/'vae')), tmp_path/'j'/'vae')
     job = dict(sets=[('train', None, files)], pictures=str(ws.pictures), new=str(tmp_path/'new'), side=32, batch_size=4, shard_records=8)
     first = encode_share(job, tmp_path/'j', 1, 2); [next(first) for _ in range(3)]; first.close() # 12 of its 24: a shard on the disk, and one that is not finished
@@ -133,7 +133,7 @@ def test_manifest_is_a_function_of_the_inputs(encoded, parts, tmp_path):
     assert read_json(other.encoded/'manifest.json')['fingerprint'] != m['fingerprint']
 
 def test_nothing_is_encoded_twice(encoded, monkeypatch):
-    from flowerdiff import encoding
+    from flowerdiff.data import encoding
     monkeypatch.setattr(encoding, 'encode_batch', None)
     before = contents(encoded.encoded)
     assert 'as encoded before' in encode(encoded).summary
@@ -188,8 +188,8 @@ def test_failed_encode_leaves_the_old_result(parts, tmp_path):
 
 HUB = '''
 import sys
-from flowerdiff.components import load_autoencoder
-from flowerdiff.workspace import UserError
+from flowerdiff.models.components import load_autoencoder
+from flowerdiff.core.workspace import UserError
 for spec in sys.argv[1:]:
     try: print(type(load_autoencoder(spec)).__name__)
     except UserError as e: print(e)
@@ -218,7 +218,7 @@ def test_published_text_encoder_in_the_names_of_transformers_4(parts, tmp_path):
     assert vocabulary['<|endoftext|>'] == len(vocabulary) - 1 and merges == ['#version: 0.2', 'r o', 'ro s', 'ros e</w>']
 
 def test_own_clip_is_trained_once(parts, tmp_path, monkeypatch):
-    clip = pytest.importorskip('flowerdiff.clip')
+    clip = pytest.importorskip('flowerdiff.models.clip')
     calls = []
     def fake(pictures, captions, out, **kw):
         assert pictures.shape == (8, 32, 32, 3) and pictures.dtype == np.uint8 and len(captions) == 8 and kw['max_length'] == 16
@@ -236,7 +236,7 @@ def test_own_clip_is_trained_once(parts, tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_the_pictures(parts, tmp_path):
     "What is held while encoding: two batches, whatever the number of pictures."
     import tracemalloc
-    from flowerdiff.encoding import encode_pictures
+    from flowerdiff.data.encoding import encode_pictures
     Image.new('RGB', (128, 128)).save(tmp_path/'p.png')
     vae, peaks = load_autoencoder(parts/'vae'), []
     for n in (16, 16, 160):

@@ -6,13 +6,13 @@ import numpy as np, onnx, pytest, torch
 from onnx import numpy_helper
 from tiny import tiny_model
 from test_generate import same
-from flowerdiff import backends, bench, builder, engines
-from flowerdiff.backends import load_backend
-from flowerdiff.builder import build_engine, half_file, profile_shapes, read_network, shape_profile
-from flowerdiff.sampler import Generator
-from flowerdiff.sampling import SCHEDULERS, generators, make_scheduler, sample
+from flowerdiff.inference import backends; from flowerdiff.inference import benchmark as bench; from flowerdiff.inference import tensorrt_build as builder; from flowerdiff.inference import tensorrt as engines
+from flowerdiff.inference.backends import load_backend
+from flowerdiff.inference.tensorrt_build import build_engine, half_file, profile_shapes, read_network, shape_profile
+from flowerdiff.inference.generator import Generator
+from flowerdiff.inference.sampling_loop import SCHEDULERS, generators, make_scheduler, sample
 from flowerdiff.stages import onnx as export, tensorrt
-from flowerdiff.workspace import UserError, open_workspace, read_json, write_json
+from flowerdiff.core.workspace import UserError, open_workspace, read_json, write_json
 
 PARTS = ['text_encoder', 'unet', 'vae_decoder', 'vae_encoder']
 

@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from tiny import tiny_model
 from test_generate import same, with_tiny_autoencoder
-from flowerdiff import backends, runtimes
-from flowerdiff.backends import BACKENDS, load_backend, open_backend
-from flowerdiff.networks import TorchBackend
-from flowerdiff.runtimes import OnnxBackend, OpenVinoBackend, onnx_session
-from flowerdiff.sampler import Generator
+from flowerdiff.inference import backends; from flowerdiff.inference import onnx_openvino as runtimes
+from flowerdiff.inference.backends import BACKENDS, load_backend, open_backend
+from flowerdiff.inference.torch_backend import TorchBackend
+from flowerdiff.inference.onnx_openvino import OnnxBackend, OpenVinoBackend, onnx_session
+from flowerdiff.inference.generator import Generator
 from flowerdiff.stages import onnx as export
-from flowerdiff.workspace import UserError, open_workspace, read_json, write_json
+from flowerdiff.core.workspace import UserError, open_workspace, read_json, write_json
 
 def make(root, autoencoder):
     ws = open_workspace(root, 'garden', {'evaluate.steps': 3})
@@ -195,7 +195,7 @@ def test_diffusers_with_transformers_4_and_optimum_draw_the_same(ws, tmp_path):
     for name in ('torch', 'onnx'): assert same([Image.open(tmp_path/f'{name}{i}.png') for i in (0, 1)], ours), name
 
 def test_bench_leaves_out_what_fails_at_its_first_picture(ws, monkeypatch):
-    from flowerdiff.bench import bench
+    from flowerdiff.inference.benchmark import bench
     def broken(self, *a): raise UserError('backend onnx: its compiler is broken')
     monkeypatch.setattr(OnnxBackend, 'denoise', broken)
     seen = bench(ws.root, steps=[1], rounds=1, names=['torch', 'onnx'])

@@ -117,7 +117,7 @@ def cut(f): f.write_bytes(f.read_bytes()[:random.randrange(f.stat().st_size)])
 @pytest.mark.parametrize('name', ['weights.safetensors', 'ema.safetensors', 'optimizer.safetensors', 'state.json'])
 def test_damaged(toy, whole, halfway, name):
     "A bit flipped, an end cut off, a file gone: told in a line, and the run goes on from the checkpoint before."
-    from flowerdiff.checkpoints import checkpoints, load_checkpoint
+    from flowerdiff.training.checkpoints import checkpoints, load_checkpoint
     random.seed(name); life = Life(toy, whole); said = []
     newest, before = (int(p.name) for p in checkpoints(halfway.folder/'checkpoints')[:2])
     for harm in (*[flip]*20, *[cut]*5, os.unlink):
@@ -139,13 +139,13 @@ def test_stopped_on_the_step_of_a_look(toy, whole):
 
 def loud(ws, picture, factor=3000):
     "Make a picture far too strong."
-    from flowerdiff.shards import Shards, ShardWriter
+    from flowerdiff.data.shards import Shards, ShardWriter
     latents = {k: np.array(v) for k, v in Shards(ws.encoded/'train', 'latents').load().items()}; latents['mean'][picture] *= factor
     for f in (ws.encoded/'train').glob('latents*'): f.unlink()
     with ShardWriter(ws.encoded/'train', 'latents', {k: (v.shape[1:], str(v.dtype)) for k, v in latents.items()}) as w: w.append(**latents)
 
 def test_a_spike_is_left_out_and_told_and_the_run_resumes_across_it(toy):
-    from flowerdiff.batches import batch_pictures
+    from flowerdiff.data.batches import batch_pictures
     one, two = (toy(name, **DENSE) for name in ('one', 'two'))
     for ws in (one, two): loud(ws, 5)
     p = start(one.root); p.join(); assert p.exitcode == 0
@@ -161,7 +161,7 @@ def test_a_spike_is_left_out_and_told_and_the_run_resumes_across_it(toy):
     same_result(two, one)
 
 def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(toy):
-    from flowerdiff.batches import batch_pictures
+    from flowerdiff.data.batches import batch_pictures
     ws = toy(**DENSE); first = next(s for s in range(24) if 5 in batch_pictures(s, 8, 64, 0)); loud(ws, 5, float('nan'))
     p = start(ws.root); p.join(); assert p.exitcode == 2
     failed = events(ws)[-1]
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(toy):
     assert acknowledged(ws) <= first and (not first or last_checkpoint(ws)[1]['step'] == acknowledged(ws))
 
 def test_what_is_said_to_fit_into_memory_does(toy):
-    from flowerdiff.workspace import open_workspace
+    from flowerdiff.core.workspace import open_workspace
     def attempt(mb): p = start(ws.root, '', ('memory', mb)); p.join(); return p.exitcode
     ws = toy(train__batch_size=2048, train__epochs=.01)
     assert attempt(800) == 2 and attempt(350) == 2

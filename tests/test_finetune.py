@@ -46,7 +46,7 @@ def test_lora_killed_and_started_again_is_the_same_run(toy, tuned):
 
 def test_another_base_is_another_run_and_a_wrong_one_is_told(toy, tuned, tmp_path):
     from flowerdiff.stages.train import run_fingerprint
-    from flowerdiff.workspace import UserError, open_workspace
+    from flowerdiff.core.workspace import UserError, open_workspace
     base, ws = tuned[0], tuned[1]['whole']; other = shutil.copytree(base, tmp_path/'other')
     file = other/'unet'/'diffusion_pytorch_model.safetensors'; data = bytearray(file.read_bytes()); data[-1] ^= 1; file.write_bytes(data)
     at = lambda **how: run_fingerprint(open_workspace(ws.root, overrides={k.replace('__', '.'): v for k, v in how.items()}))

@@ -7,12 +7,12 @@ from PIL import Image
 torch = pytest.importorskip('torch')
 import psutil
 from transformers import BartForConditionalGeneration, BartTokenizer, CLIPImageProcessorPil, Florence2ForConditionalGeneration, Florence2Processor # noqa: a forked process has them then
-from flowerdiff.ranks import Journal
-from flowerdiff.captioning import describe_share, describe_together, largest_first, read_journals, work
-from flowerdiff.florence import Florence, open_florence
-from flowerdiff.sentences import mention, sentence
+from flowerdiff.services.launcher import Journal
+from flowerdiff.data.captioning import describe_share, describe_together, largest_first, read_journals, work
+from flowerdiff.models.florence import Florence, open_florence
+from flowerdiff.data.caption_cleanup import mention, sentence
 from flowerdiff.stages.caption import run
-from flowerdiff.workspace import UserError, open_workspace, read_json, read_jsonl, write_json, write_jsonl
+from flowerdiff.core.workspace import UserError, open_workspace, read_json, read_jsonl, write_json, write_jsonl
 from tiny import tiny_florence
 
 LABELS = 'oxeye daisy', 'iris', 'canterbury bells', ''
@@ -148,7 +148,7 @@ def kill_rank(rank, done): # as soon as it is there
     while not done.is_set():
         for p in psutil.Process().children(recursive=True):
             try:
-                if 'flowerdiff.captioning' in p.cmdline() and 'torch.distributed.run' not in p.cmdline() and p.environ().get('RANK') == rank: p.kill(); return
+                if 'flowerdiff.data.captioning' in p.cmdline() and 'torch.distributed.run' not in p.cmdline() and p.environ().get('RANK') == rank: p.kill(); return
             except psutil.Error: pass
         time.sleep(.02)
 
@@ -173,7 +173,7 @@ def test_an_interrupted_stage_ends_its_processes(mini, tmp_path, monkeypatch):
     def launch(*args):
         Journal(tmp_path, 0).write('note', text='first')
         started.append(subprocess.Popen(['sleep', '100'], start_new_session=True)); return started[0]
-    monkeypatch.setattr('flowerdiff.ranks.launch', launch)
+    monkeypatch.setattr('flowerdiff.services.launcher.launch', launch)
     events = describe_together(ws, tmp_path, [])
     assert next(events)['text'] == 'first' and started[0].poll() is None
     events.close()

@@ -3,13 +3,13 @@ import json, os, shutil, subprocess, sys, threading, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
 from tiny import tiny_model
-from flowerdiff.workspace import UserError
-import flowerdiff.sampler as sampler, flowerdiff.sampling as sampling
-from flowerdiff.sampler import Generator
-from flowerdiff.sampling import Cancelled
-from flowerdiff.backends import load_backend
-from flowerdiff.components import why_not_compile
-from flowerdiff.networks import TorchBackend, readers
+from flowerdiff.core.workspace import UserError
+import flowerdiff.inference.generator as sampler, flowerdiff.inference.sampling_loop as sampling
+from flowerdiff.inference.generator import Generator
+from flowerdiff.inference.sampling_loop import Cancelled
+from flowerdiff.inference.backends import load_backend
+from flowerdiff.models.components import why_not_compile
+from flowerdiff.inference.torch_backend import TorchBackend, readers
 
 def pixels(pictures): return np.stack([np.asarray(p, int) for p in pictures])
 
@@ -184,9 +184,9 @@ def test_no_compiler_or_a_broken_one_is_said(models, monkeypatch):
 
 ROOM = """import sys; sys.path[:0] = sys.argv[4:]
 from train_worker import suffer
-from flowerdiff.backends import open_backend
-from flowerdiff.sampler import Generator
-from flowerdiff.workspace import UserError
+from flowerdiff.inference.backends import open_backend
+from flowerdiff.inference.generator import Generator
+from flowerdiff.core.workspace import UserError
 import torch; torch.backends.mkldnn.enabled = False  # which fails in its own way once it failed
 g = Generator(open_backend(sys.argv[1], sys.argv[2]), batch=64)
 small = g('a rose', n=2, steps=1)
@@ -297,5 +297,5 @@ def test_what_may_be_opened(models, tmp_path, monkeypatch):
 
 def test_opening_costs_nothing_before_it_is_asked_for():
     "The report and the sampler are imported by light processes."
-    code = "import sys, flowerdiff.report; assert 'torch' not in sys.modules and 'jinja2' not in sys.modules; import flowerdiff.sampler, flowerdiff.backends; assert not {'diffusers', 'transformers', 'onnxruntime'} & set(sys.modules)"
+    code = "import sys, flowerdiff.evaluation.report; assert 'torch' not in sys.modules and 'jinja2' not in sys.modules; import flowerdiff.inference.generator, flowerdiff.inference.backends; assert not {'diffusers', 'transformers', 'onnxruntime'} & set(sys.modules)"
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -3,7 +3,7 @@ import json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 import pytest
 from PIL import Image
-from flowerdiff.workspace import open_workspace, read_json, write_json, write_jsonl
+from flowerdiff.core.workspace import open_workspace, read_json, write_json, write_jsonl
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_server import Hub
@@ -22,7 +22,7 @@ def publish(root, overrides): return run(root, overrides=overrides).__dict__
 def same(repo, model): # the repository, opened in three ways, draws what the model in the workspace draws
     import numpy as np, torch
     from diffusers import DiffusionPipeline
-    from flowerdiff.sampler import Generator
+    from flowerdiff.inference.generator import Generator
     def draw(where, **which):
         pipe = DiffusionPipeline.from_pretrained(where, safety_checker=None, **which); pipe.set_progress_bar_config(disable=True)
         return np.array(pipe('a red rose', num_inference_steps=2, height=32, width=32, generator=torch.Generator().manual_seed(0)).images[0])
@@ -206,7 +206,7 @@ def test_a_name_that_is_none(name, hub, publish):
 def test_the_card_is_what_the_hub_reads(hub, publish, ws):
     "Breaks when the header has a field that the Hub's check refuses, or a wrong licence is a traceback."
     for profile, how in dict(garden={}, flowers102={}, celeba={}, sd_finetune={'prepare.source': 'pictures'}, folder={'prepare.source': 'pictures', 'publish.license': 'other'}).items():
-        from flowerdiff.card import make_card
+        from flowerdiff.evaluation.model_card import make_card
         card = make_card(open_workspace(ws.root.parent/profile, profile, how), 'meadow', 'someone/meadow', [dict(prompt='a "rose": red', file='samples/0.png')], True, {})
         assert hub.validate(card) == ([], []), (profile, hub.validate(card))
     one_line(publish('someone/wrong', ws.root, **{'publish.license': 'my own'}), '400', '"license" must be one of'); assert bare(hub, 'someone/wrong')
@@ -226,5 +226,5 @@ def test_the_command(hub, ws):
     "Breaks when the stage's line does not reach the person: exit code 2, no traceback."
     for place in (ws.onnx, ws.tensorrt): place.mkdir()
     env = dict(os.environ, HF_ENDPOINT=hub.url, HF_TOKEN='hf_reader', HF_HUB_DISABLE_XET='1', HF_HOME=str(ws.root.parent/'home'))
-    p = subprocess.run([sys.executable, '-m', 'flowerdiff.cli', 'run', str(ws.root), '--only', 'publish', '--set', 'publish.repo_name=someone/typed'], env=env, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-m', 'flowerdiff.pipeline.cli', 'run', str(ws.root), '--only', 'publish', '--set', 'publish.repo_name=someone/typed'], env=env, capture_output=True, text=True)
     assert p.returncode == 2 and 'someone/typed: the token may not write there' in p.stderr and 'Traceback' not in p.stdout + p.stderr, (p.returncode, p.stdout, p.stderr)

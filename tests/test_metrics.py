@@ -9,7 +9,7 @@ DATA = Path(__file__).resolve().parents[2]/'shared'/'data'
 @pytest.mark.skipif(not (DATA/'features').is_dir(), reason=f'{DATA}: not there')
 def test_squeezenet_tells_flowers_apart():
     "The nearest class mean of its features, learned from Oxford's training split, names the validation split's."
-    from flowerdiff.features import SqueezeNetFeatures
+    from flowerdiff.evaluation.feature_extractors import SqueezeNetFeatures
     see = SqueezeNetFeatures(DATA/'features'/'squeezenet1_1_fp16.safetensors')
     rows = [r for l in open(DATA/'flowers'/'metadata.jsonl') if (r := json.loads(l))['label'] <= 25]
     def split(name):

@@ -3,9 +3,9 @@ import errno, io, json, os, shutil, struct, subprocess, sys, zlib
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from flowerdiff.pictures import MAX_PIXELS, BadPicture, load_picture
+from flowerdiff.data.images import MAX_PIXELS, BadPicture, load_picture
 from flowerdiff.stages import caption, prepare
-from flowerdiff.workspace import UserError, open_workspace, read_json, read_jsonl
+from flowerdiff.core.workspace import UserError, open_workspace, read_json, read_jsonl
 
 SIDE = 32
 
@@ -178,7 +178,7 @@ def test_workspace_inside_and_around_the_pictures(photos):
 
 def test_goes_on_where_it_was_stopped(photos, monkeypatch):
     for i in range(12, 40): noise(i).save(photos/f'{i}.png')
-    import flowerdiff.collection as c
+    import flowerdiff.data.image_folder as c
     real, made = c.prepare_picture, []
     def die_at(n):
         def f(task):
@@ -214,7 +214,7 @@ SMALL_DISK = '''
 mount -t tmpfs -o size={size} tmpfs {disk} && cd {disk} && {python} - <<'END'
 import subprocess
 from flowerdiff.stages.prepare import run
-from flowerdiff.workspace import UserError
+from flowerdiff.core.workspace import UserError
 settings = {{'prepare.source': {photos!r}, 'prepare.resolution': 32}}
 if {readonly}: subprocess.run(['mount', '-o', 'remount,ro', {disk!r}], check=True)
 try: run({disk!r} + '/ws', 'folder', settings)

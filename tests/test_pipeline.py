@@ -146,7 +146,7 @@ def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path
     import subprocess, sys
     root = shutil.copytree(tiny_workspace, tmp_path/'garden', symlinks=True)
     command = ['run', str(root), '--only', 'train', '--set', 'train.epochs=150', '--set', 'tracking.enabled=false']
-    p = subprocess.Popen([sys.executable, '-P', '-m', 'flowerdiff.cli', *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    p = subprocess.Popen([sys.executable, '-P', '-m', 'flowerdiff.pipeline.cli', *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     def step(): return max([0, *(json.loads(l).get('step', 0) for f in root.glob('work/train-*/events.jsonl') for l in f.read_text().splitlines() if l.endswith('}') and f.stat().st_mtime > begun)])
     begun = time.time()
     wait(lambda: step() > 20, 300)

@@ -2,10 +2,10 @@
 import json, os, shutil
 import numpy as np, pytest
 from PIL import Image
-from flowerdiff import plan as P, suggest as S
-from flowerdiff.cli import main
-from flowerdiff.config import load_profile, load_settings
-from flowerdiff.workspace import UserError, demo_workspace, read_json
+from flowerdiff.pipeline import plan as P; from flowerdiff.pipeline import suggest as S
+from flowerdiff.pipeline.cli import main
+from flowerdiff.core.profiles import load_profile, load_settings
+from flowerdiff.core.workspace import UserError, demo_workspace, read_json
 
 NOBODY = 'nobody/nothing@' + 40*'0'
 SMALL = {'train.channels': [16, 16, 32], 'prepare.count': 60}
@@ -57,7 +57,7 @@ def test_a_budget_of_hours_is_honoured(quick, tmp_path):
 
 def test_someone_elses_network_is_counted(quick, tmp_path):
     from tiny import tiny_model
-    from flowerdiff.finetune import add_lora, base_unet
+    from flowerdiff.models.finetune import add_lora, base_unet
     base = tiny_model(tmp_path/'base'); use = {'components.autoencoder': str(base), 'components.text_encoder': str(base), 'train.init': str(base), 'prepare.resolution': 32, **SMALL}
     got, lines = told(tmp_path/'w', overrides=use | {'train.lora_rank': 2})
     net = add_lora(base_unet(base, 4, 32), 2, 8.)

@@ -6,13 +6,13 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from scipy.io import savemat
 from flowerdiff import Generator
-from flowerdiff.config import load_profile
-from flowerdiff.datasets import CELEBA, FLOWERS
-from flowerdiff.garden import BACKGROUNDS, draw
-from flowerdiff.petals import COLORS, PETALS
-from flowerdiff.sentences import mention, sentence
-from flowerdiff.shards import Shards
-from flowerdiff.workspace import STAGES, open_workspace, read_json, read_jsonl
+from flowerdiff.core.profiles import load_profile
+from flowerdiff.data.datasets import CELEBA, FLOWERS
+from flowerdiff.garden.garden import BACKGROUNDS, draw
+from flowerdiff.garden.flower_shapes import COLORS, PETALS
+from flowerdiff.data.caption_cleanup import mention, sentence
+from flowerdiff.data.shards import Shards
+from flowerdiff.core.workspace import STAGES, open_workspace, read_json, read_jsonl
 from test_datasets import truth
 from tiny import tiny_clip, tiny_florence, tiny_stable_diffusion, tiny_vae
 
@@ -129,7 +129,7 @@ def test_flowers_are_split_and_named_as_oxford_says(flowers):
             assert np.abs(np.asarray(true, int) - np.asarray(Image.open(ws.pictures/f), int)).mean() < 4
 
 def test_flowers_are_described_by_florence_under_their_names(flowers):
-    from flowerdiff.florence import open_florence
+    from flowerdiff.models.florence import open_florence
     ws, _, d = flowers; c = ws.settings.caption; seen, captions = rows(ws), said(ws)
     answers = open_florence(d/'florence', num_beams=c.num_beams, max_new_tokens=c.max_new_tokens).describe([Image.open(ws.pictures/f) for f in seen], '<DETAILED_CAPTION>')
     assert captions == {f: [sentence(a, r['label'])] for (f, r), a in zip(seen.items(), answers)} and len(set(answers)) > 12
@@ -244,7 +244,7 @@ def test_finetuning_begins_as_the_base_and_keeps_its_question(mine):
 
 @pytest.mark.parametrize('how', ['whole', 'lora'])
 def test_finetuned_is_measured_beside_its_base(mine, how):
-    from flowerdiff.models import weights_fingerprint
+    from flowerdiff.models.model_folder import weights_fingerprint
     (ws, _), d = mine[0][how], mine[1]; m = check_report(ws, 'sd_finetune', 4); b = m['baseline']
     assert b['model'] == weights_fingerprint(d/'base') != m['model'] and b['pictures'] == 100//b['prompts']*b['prompts'] > 90 and b['passed'] == (b['fid']['drawn']['value'] <= 1.1*b['fid']['baseline']['value'])
     if how == 'whole': assert b['passed'] and b['fid']['drawn']['value'] == pytest.approx(b['fid']['baseline']['value'], rel=.05) # still nearly the same
@@ -263,8 +263,8 @@ def test_lora_is_published_as_diffusers_loads_it(mine):
 
 @pytest.mark.parametrize('profile, width, side, weights', [('flowers102', 768, 16, 148_345_732), ('celeba', 512, 32, None)])
 def test_denoisers_at_full_size(profile, width, side, weights):
-    from flowerdiff.components import build_denoiser, scale_factor
-    from flowerdiff.vae import kl_autoencoder
+    from flowerdiff.models.components import build_denoiser, scale_factor
+    from flowerdiff.models.vae import kl_autoencoder
     s = load_profile(profile)
     with torch.device('meta'): unet, factor = build_denoiser(s, 4, width, side), 8 if profile == 'flowers102' else scale_factor(kl_autoencoder(s.encode.vae_factor))
     assert side == s.prepare.resolution//factor and unet.config.sample_size == side and unet.config.cross_attention_dim == width and (not weights or unet.num_parameters() == weights)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from flowerdiff.stages.publish import run
-from flowerdiff.workspace import UserError, open_workspace, read_json, write_json, write_jsonl
+from flowerdiff.core.workspace import UserError, open_workspace, read_json, write_json, write_jsonl
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_model
@@ -46,7 +46,7 @@ def test_diffusers_opens_it_and_draws_the_same(ws):
 
 def test_a_student_travels_as_one(ws):
     "Breaks when the published model does not say its steps, says more of its training, or the card and its samples have the teacher's."
-    from flowerdiff.sampler import Generator
+    from flowerdiff.inference.generator import Generator
     from flowerdiff.stages.publish import sample_prompts
     write_json(ws.model/'train_settings.json', dict(run_id='secret-run', train=dict(distill=1, stream_from='s3://secret')))
     done = run(ws.root); folder = Path(done.published['url']); draw = Generator.from_pretrained(folder, 'torch')
@@ -106,8 +106,8 @@ def test_without_a_token_the_hub_is_skipped(ws, monkeypatch):
 
 def test_engines_go_along_by_choice(ws):
     "Breaks when engines of other weights or a driver's cache are copied, when the setting is not read, or where `find_engines` does not look."
-    from flowerdiff.engines import find_engines
-    from flowerdiff.models import weights_fingerprint
+    from flowerdiff.inference.tensorrt import find_engines
+    from flowerdiff.models.model_folder import weights_fingerprint
     model = weights_fingerprint(ws.model); write_json(ws.onnx/'parity.json', dict(passed=True, model=model))
     kind = dict(gpu='', targets=['SM86'], package='tensorrt_rtx', version='1.7.1', precision='fp16', parts={})
     write_json(ws.tensorrt/'status.json', dict(gpu='mine', sets=dict(new=dict(kind, model=model), old=dict(kind, model='others'))))

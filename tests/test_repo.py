@@ -88,10 +88,10 @@ def test_stages_meet_only_through_files():
         assert not others, f'{name(p)} imports {others}'
 
 def test_studio_knows_nothing_of_training():
-    used = flowerdiff_modules(ROOT/'flowerdiff/studio.py')
+    used = flowerdiff_modules(ROOT/'flowerdiff/apps/studio.py')
     assert not used & {'engine', 'ema', 'diffusion', 'checkpoints', 'validation', 'batches', 'shards', 'clip', 'autoencoder'} and not any(m.startswith('stages') for m in used)
 
-@pytest.mark.parametrize('module', ['flowerdiff', 'flowerdiff.cli', 'flowerdiff.pipeline', 'flowerdiff.garden', 'flowerdiff.report'])
+@pytest.mark.parametrize('module', ['flowerdiff', 'flowerdiff.pipeline.cli', 'flowerdiff.pipeline.pipeline', 'flowerdiff.garden.garden', 'flowerdiff.evaluation.report'])
 def test_light_import(module):
     "What the command line needs at start loads no heavy library."
     out = subprocess.check_output([sys.executable, '-c', f'import sys, {module}; print(*sorted(sys.modules))'], text=True, cwd=ROOT)
@@ -228,7 +228,7 @@ def broken(path: Path, text: str) -> list: # links of a page that lead nowhere
 def test_links_lead_somewhere(path): assert not broken(path, markdown(path))
 
 def test_broken_links_are_seen():
-    path = ROOT/'nbs/tutorials/05_change.ipynb'
+    path = ROOT/'nbs/tutorials/06_change.ipynb'
     good = '[a](11_benchmarks.ipynb#what-each-choice-buys) ![b](../images/drawn.png) [c](#a-grid) [d](https://example.org/none) `[e](none.md)` <img src="../images/banner.png">'
     assert not broken(path, good)
     for bad in ('[a](12_none.ipynb)', '![a](../images/none.png)', '[a](11_benchmarks.ipynb#none)', '[a](#none)', '<img src="none.png">', '[a](../../benchmarks/none.py)'): assert len(broken(path, good + bad)) == 1, bad

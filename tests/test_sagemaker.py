@@ -3,11 +3,11 @@ import json, os, subprocess, sys, threading, time
 from pathlib import Path
 from unittest.mock import patch
 import pytest
-from flowerdiff import jobs, sagemaker
+from flowerdiff.cloud import jobs; from flowerdiff.cloud import sagemaker
 from flowerdiff.stages.train import run, run_fingerprint
-from flowerdiff.store import open_store
-from flowerdiff.tracking import read_events
-from flowerdiff.workspace import UserError, demo_workspace, file_sha256, open_workspace, read_json
+from flowerdiff.services.store import open_store
+from flowerdiff.services.tracking import read_events
+from flowerdiff.core.workspace import UserError, demo_workspace, file_sha256, open_workspace, read_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 from amazon import ROLE, Amazon, can_contain
@@ -53,7 +53,7 @@ def test_a_job_that_was_interrupted_is_the_run_that_was_not(amazon, tmp_path):
         died.append(str(e.value))
     first = threading.Thread(target=follow, daemon=True); first.start()
     until(lambda: any(e['event'] == 'start' for e in read_events(folder_of(ws)/'events.jsonl')[0]), 200) # it trains; who follows it dies
-    subprocess.run(['pkill', '-9', '-f', f'flowerdiff.jobs {ws.root}'], check=True); first.join(30)
+    subprocess.run(['pkill', '-9', '-f', f'flowerdiff.cloud.jobs {ws.root}'], check=True); first.join(30)
     assert 'train.log; the job goes on' in died[0], died
     open_workspace(ws.root, None, {'sagemaker.instance_count': 5}) # for the next job, not for this one
     result = run(ws.root)
@@ -75,7 +75,7 @@ def test_a_job_that_was_interrupted_is_the_run_that_was_not(amazon, tmp_path):
     assert len(amazon.jobs) == jobs_before + 1 and again.summary == result.summary and weights(ws) == weights(at_home)
 
 def metrics_in_mlflow(ws): # of rank 0, both sides of the interruption
-    from flowerdiff.tracking import mlflow_client
+    from flowerdiff.services.tracking import mlflow_client
     client = mlflow_client(ws.root)
     def losses():
         found = client.search_runs([e.experiment_id for e in client.search_experiments()])

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 import psutil, pytest, yaml
-from flowerdiff.workspace import UserError
+from flowerdiff.core.workspace import UserError
 from hub_server import Hub
 from browser import PATIENCE, ROOT, browser_only, chromium, draw, free_port, shot, stop
 
@@ -23,7 +23,7 @@ def command(dockerfile: Path, word: str) -> list:
     return json.loads(line[line.index('['):])
 
 def published(root: Path, **how) -> Path: # a workspace whose model was published
-    from flowerdiff.workspace import open_workspace, write_json, write_jsonl
+    from flowerdiff.core.workspace import open_workspace, write_json, write_jsonl
     open_workspace(root)
     write_jsonl(root/'captions/metadata.jsonl', [dict(file_name=f'test/{i}.png', captions=[f'{i} red roses']) for i in range(3, 30)])
     write_json(root/'published.json', dict(dict(repository='meadow', kind='folder', private=False, revision='1'), **how))
@@ -44,7 +44,7 @@ def open_tmp(): # that another user can enter, as pytest's are not
 
 @pytest.fixture(scope='module')
 def space(workspace, open_tmp):
-    from flowerdiff.space import make_space
+    from flowerdiff.apps.hf_space import make_space
     out = make_space(workspace, open_tmp/'app')
     subprocess.run(['chmod', '-R', 'a-w', out], check=True)
     return out
@@ -104,7 +104,7 @@ def well(url): # its words, when the model is loaded
 @pytest.mark.parametrize('of', ['folder', 'hub', 'name', 'wheel'])
 def test_the_folder_is_whole(workspace, tmp_path, of):
     "The header is the Hub's, the Dockerfile copies what is there, every package is at the version that this project is tested with."
-    from flowerdiff.space import make_space
+    from flowerdiff.apps.hf_space import make_space
     from huggingface_hub import SpaceCard
     (wheel := tmp_path/'flowerdiff-9.9-py3-none-any.whl').touch()
     where = dict(hub=published(tmp_path/'w', repository='ada/meadow', kind='hub', private=True, revision=COMMIT), name=f'ada/meadow@{COMMIT}').get(of, workspace)
@@ -127,8 +127,8 @@ def test_the_folder_is_whole(workspace, tmp_path, of):
     assert not [l for l in lines if l.removesuffix('+cpu') != f"{(n := l.partition('==')[0])}=={tested[norm(n)]}"]
 
 def test_somebody_elses_folder_is_left_alone(workspace, tmp_path):
-    from flowerdiff.space import make_space
-    from flowerdiff.workspace import UserError
+    from flowerdiff.apps.hf_space import make_space
+    from flowerdiff.core.workspace import UserError
     (tmp_path/'photos').mkdir(); (tmp_path/'photos/Dockerfile').write_text('FROM scratch')
     with pytest.raises(UserError, match='no Space'): make_space(workspace, tmp_path/'photos')
     assert [p.name for p in (tmp_path/'photos').iterdir()] == ['Dockerfile']
@@ -147,7 +147,7 @@ def test_the_command(cli, workspace, tmp_path):
 def test_what_is_installed(python):
     "Everything that any model may be drawn with, and nothing of training: the tests below then show that it is enough."
     call = lambda names: subprocess.run([python, '-c', f'import {names}'], env=dict(HOME=os.environ['HOME']), capture_output=True, text=True)
-    assert call('flowerdiff.sampler, flowerdiff.serving, onnxruntime, diffusers, transformers').returncode == 0
+    assert call('flowerdiff.inference.generator, flowerdiff.apps.serving, onnxruntime, diffusers, transformers').returncode == 0
     assert 'No module named' in call('mlflow').stderr and 'No module named' in call('dvc').stderr
 
 def test_the_health_check(space, running):
@@ -209,7 +209,7 @@ def test_no_other_sites_frame(browser, running):
 @pytest.fixture(scope='module')
 def plain(tmp_path_factory): # `flowerdiff studio`, for one visitor, and no model yet
     root, port = tmp_path_factory.mktemp('plain')/'w', free_port()
-    server = subprocess.Popen([sys.executable, '-c', f'from flowerdiff.serving import serve; serve({str(root)!r}, {port}, visitors=1)'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    server = subprocess.Popen([sys.executable, '-c', f'from flowerdiff.apps.serving import serve; serve({str(root)!r}, {port}, visitors=1)'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert 'http://localhost' in server.stdout.readline()
     yield root, f'http://127.0.0.1:{port}'
     stop(server)
@@ -240,7 +240,7 @@ def test_the_plain_studio_is_in_nobodys_frame(browser, plain):
 
 def test_the_model_is_fetched_at_its_commit(workspace, python, open_tmp):
     "What is in the Hub's cache for this commit is served; of another commit there is one line."
-    from flowerdiff.space import make_space
+    from flowerdiff.apps.hf_space import make_space
     cache = open_tmp/'hub/models--ada--meadow/snapshots'/COMMIT
     shutil.copytree(workspace/'published/meadow', cache); subprocess.run(['chmod', '-R', 'a+rX', open_tmp/'hub'])
     for commit, says in ((COMMIT, 'The studio is at'), ('0'*40, 'ada/meadow@0000')):
@@ -252,8 +252,8 @@ def test_the_model_is_fetched_at_its_commit(workspace, python, open_tmp):
 
 def test_the_card_comes_with_the_model_and_gives_the_examples(tmp_path, monkeypatch):
     "Breaks when only what drawing needs is fetched: then a Space of `org/name@commit` shows the garden's examples."
-    from flowerdiff import space
-    from flowerdiff.studio import examples
+    from flowerdiff.apps import hf_space as space
+    from flowerdiff.apps.studio import examples
     words = [f'a portrait of {w}' for w in ('a man', 'a woman', 'a child')]
     (tmp_path/'README.md').write_text('---\nwidget:\n' + ''.join(f'- text: {w}\n  output:\n    url: a.png\n' for w in words) + '---\n')
     monkeypatch.setattr(space, 'snapshot', lambda spec, allow_patterns: tmp_path if 'README.md' in allow_patterns else tmp_path/'none')
@@ -264,7 +264,7 @@ def test_the_card_comes_with_the_model_and_gives_the_examples(tmp_path, monkeypa
 def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path):
     "The real client against the Hub's stand-in; what is there is what was written, private, with Docker; it may be made public, and what somebody else changed there is not overwritten."
     from huggingface_hub import CommitOperationAdd, HfApi
-    from flowerdiff.space import make_space, push_space
+    from flowerdiff.apps.hf_space import make_space, push_space
     home = published(tmp_path/'w'); shutil.copytree(workspace/'published', home/'published')
     with Hub(dict(hf_ada=dict(user='ada', write=True)), xet=str(tmp_path/'xet')) as hub:
         api = HfApi(hub.url, token='hf_ada')

@@ -45,7 +45,7 @@ def test_the_right_picture(page, workspace):
     assert np.array_equal(np.array(file), np.array(picture)) and (wish['prompt'], wish['seed']) == ('a red rose under a blue sky', 7)
     shot(page, 'picture')
     if GARDEN:
-        from flowerdiff.judge import load_judge
+        from flowerdiff.models.attribute_classifier import load_judge
         seen = load_judge().names([picture] + [draw(page, seed=s) for s in (8, 9, 10)])
         right = [dict(species='rose', color='red', background='blue sky').items() <= s.items() for s in seen]
         assert sum(right) >= 3, seen
@@ -191,5 +191,5 @@ def test_a_port_in_use_is_one_line(cli, tmp_path):
     assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1 and 'in use' in done.stderr and '--port' in done.stderr, done
 
 def test_the_studio_needs_nothing_of_training():
-    code = "import sys, flowerdiff.studio; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'diffusers', 'accelerate', 'mlflow', 'voila') or m in ('flowerdiff.engine', 'flowerdiff.stages.train')])"
+    code = "import sys, flowerdiff.apps.studio; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'diffusers', 'accelerate', 'mlflow', 'voila') or m in ('flowerdiff.training.accelerator', 'flowerdiff.stages.train')])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV).stdout.strip() == '[]'

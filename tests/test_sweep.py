@@ -3,11 +3,11 @@ import json, subprocess, sys
 from pathlib import Path
 import pytest
 
-def sweep(root, *sets): return subprocess.run([sys.executable, '-m', 'flowerdiff.cli', 'sweep', str(root), *(w for s in sets for w in ('--set', s))], capture_output=True, text=True, timeout=900)
+def sweep(root, *sets): return subprocess.run([sys.executable, '-m', 'flowerdiff.pipeline.cli', 'sweep', str(root), *(w for s in sets for w in ('--set', s))], capture_output=True, text=True, timeout=900)
 
 def test_two_points_one_that_fails_and_the_parent_untouched(tmp_path):
     import torch
-    from flowerdiff.workspace import demo_workspace
+    from flowerdiff.core.workspace import demo_workspace
     if torch.cuda.is_available(): pytest.skip('float16 is refused on a CPU only')
     ws = demo_workspace('encode', copy_to=tmp_path/'demo')
     sets = ('train.precision=fp16,fp32', 'train.epochs=1', 'tracking.enabled=false')

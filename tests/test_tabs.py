@@ -154,7 +154,7 @@ def test_a_backend_that_fails_midway(tmp_path, tiny_workspace):
     "Breaks when the painter does not fall back, says nothing, or falls back when it is cancelled."
     shutil.copytree(tiny_workspace/'model', tmp_path/'model'); shutil.copytree(tiny_workspace/'onnx', tmp_path/'onnx')
     code = f'''
-from flowerdiff.painter import Painter, Wish
+from flowerdiff.apps.session import Painter, Wish
 p = Painter({str(tmp_path)!r}); plain = p.paint(Wish('a red rose', backend='torch'))[0]
 [d] = [p._drawer(Wish('x', backend='onnx')).backend]; real, calls = d.denoise, []
 def breaks(*a):
@@ -176,6 +176,6 @@ def test_a_damaged_export_is_no_reason_to_stop(tmp_path, tiny_workspace):
     "Breaks when `auto` gives up with the file that it likes best."
     shutil.copytree(tiny_workspace/'model', tmp_path/'model'); shutil.copytree(tiny_workspace/'onnx', tmp_path/'onnx')
     for f in (tmp_path/'onnx').rglob('*.onnx'): f.write_bytes(b'damaged')
-    code = f"from flowerdiff.painter import Painter, Wish; p = Painter({str(tmp_path)!r}); print(p.paint(Wish('a red rose', backend='onnx', steps=2))[0].info['note'], p.error)"
+    code = f"from flowerdiff.apps.session import Painter, Wish; p = Painter({str(tmp_path)!r}); print(p.paint(Wish('a red rose', backend='onnx', steps=2))[0].info['note'], p.error)"
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV)
     assert said.stdout.startswith('ONNX Runtime failed (') and said.stdout.strip().endswith('PyTorch drew this'), said

@@ -25,8 +25,8 @@ def sent(ws): # has every run's every event reached both destinations?
 def test_what_a_silent_server_missed_is_sent_later(toy, tmp_path, monkeypatch):
     "The first run meets a server that takes calls and never answers; the second a real one, which then has both, whole."
     from flowerdiff.stages.promote import run as promote
-    from flowerdiff.tracking import experiment_name, mlflow_client
-    from flowerdiff.workspace import open_workspace
+    from flowerdiff.services.tracking import experiment_name, mlflow_client
+    from flowerdiff.core.workspace import open_workspace
     ws = toy(tracking__enabled=True, train__epochs=1, train__samples_every=4)
     with socket.socket() as silent:
         silent.bind(('127.0.0.1', 0)); silent.listen(50); port = silent.getsockname()[1]

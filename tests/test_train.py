@@ -15,9 +15,9 @@ def parts(tmp_path_factory):
 
 def make_encoded(root, parts, n=64, shuffled=False):
     "What encode writes, for the toy world whose brightness is told by its text."
-    from flowerdiff.batches import toy_split
-    from flowerdiff.shards import ShardWriter
-    from flowerdiff.workspace import write_json
+    from flowerdiff.data.batches import toy_split
+    from flowerdiff.data.shards import ShardWriter
+    from flowerdiff.core.workspace import write_json
     encoded, width = root/'encoded', 32
     for split, count in (('train', n), ('val', 16)):
         toy = toy_split(count, width=width)
@@ -32,7 +32,7 @@ def make_encoded(root, parts, n=64, shuffled=False):
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory, parts):
     "A workspace ready for training."
-    from flowerdiff.workspace import open_workspace
+    from flowerdiff.core.workspace import open_workspace
     def make(name='toy', n=64, shuffled=False, **settings):
         ws = open_workspace(tmp_path_factory.mktemp('w')/name, 'garden', QUICK | {k.replace('__', '.'): v for k, v in settings.items()})
         make_encoded(ws.root, parts, n, shuffled)
@@ -60,7 +60,7 @@ def tell(p, number, timeout=90):
     return p.exitcode
 
 def events(ws):
-    from flowerdiff.tracking import read_events
+    from flowerdiff.services.tracking import read_events
     return [e for f in ws.work.glob('train-*/events.jsonl') for e in read_events(f)[0]]
 
 def weights(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
@@ -68,7 +68,7 @@ def weights(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in
 def trained(ws): return json.loads((ws.root/'train.json').read_text())
 
 def last_checkpoint(ws):
-    from flowerdiff.checkpoints import load_checkpoint
+    from flowerdiff.training.checkpoints import load_checkpoint
     return load_checkpoint(next(ws.work.glob('train-*'))/'checkpoints')
 
 # ---- learning
@@ -184,12 +184,12 @@ class Ranks:
     def __init__(self, ws): self.ws, self.folder = ws, ws.root/'steps'
     def __call__(self, upto, n=1, **settings):
         from train_worker import ranks, some_steps
-        from flowerdiff.workspace import open_workspace
+        from flowerdiff.core.workspace import open_workspace
         open_workspace(self.ws.root, overrides={f'train.{k}': v for k, v in settings.items()})
         ranks(some_steps, str(self.ws.root), str(self.folder), upto, n=n)
         return [json.loads(Path(f'{self.folder}-{upto}-{i}.json').read_text()) for i in range(n)]
     def checkpoint(self):
-        from flowerdiff.checkpoints import load_checkpoint
+        from flowerdiff.training.checkpoints import load_checkpoint
         return load_checkpoint(self.folder)
 
 @pytest.fixture(scope='module')
@@ -199,7 +199,7 @@ def alone(toy):
 
 def test_zero2_deals_out_data_and_memory(toy, alone):
     "Each rank sees its half of each batch and holds half of the masters, of Adam's memory and of the average; together they make the steps of one."
-    from flowerdiff.batches import batch_pictures
+    from flowerdiff.data.batches import batch_pictures
     whole, one = alone
     run = Ranks(toy(train__epochs=1)); facts = run(8, n=2, distributed='zero2')
     assert {f['kind'] for f in facts} == {'ZeroEngine'} and one['kind'] == 'Engine'
@@ -233,7 +233,7 @@ def test_a_batch_that_does_not_divide(toy):
 
 def test_stage_tells_the_workers_one_line(toy):
     from flowerdiff.stages.train import run
-    from flowerdiff.workspace import UserError
+    from flowerdiff.core.workspace import UserError
     ws = toy(); bad = next((ws.encoded/'text').glob('*.bin')); bad.write_bytes(bad.read_bytes()[:-7])
     with pytest.raises(UserError, match='text-00000.bin'): run(ws.root)
     shutil.rmtree(ws.encoded)
@@ -254,8 +254,8 @@ def test_interrupted_cell_leaves_a_checkpoint(toy):
 
 def test_streamed_from_a_store(toy, tmp_path):
     "Windows of shards from the disk, or fetched from a store when they are not there: the same run, also when it is killed halfway; and not the run that has everything in memory."
-    from flowerdiff.shards import Shards, ShardWriter
-    from flowerdiff.store import LocalStore, push
+    from flowerdiff.data.shards import Shards, ShardWriter
+    from flowerdiff.services.store import LocalStore, push
     def cut(ws):
         latents = Shards(ws.encoded/'train', 'latents').load()
         for f in (ws.encoded/'train').glob('latents*'): f.unlink()
@@ -266,7 +266,7 @@ def test_streamed_from_a_store(toy, tmp_path):
     for f in (far.encoded/'train').glob('*.bin'): f.unlink()
     for ws in (near, whole): assert worker(ws).exitcode == 0
     p = worker(far); assert p.exitcode == 2 and 'missing or not all there' in events(far)[-1]['message']
-    from flowerdiff.workspace import open_workspace
+    from flowerdiff.core.workspace import open_workspace
     far = open_workspace(far.root, overrides={'train.stream_from': str(tmp_path/'store')})
     p = worker(far, wait=lambda es: any(e['event'] == 'step' and e['step'] >= 9 for e in es)); tell(p, signal.SIGTERM)
     assert worker(far).exitcode == 0
@@ -278,7 +278,7 @@ def test_streamed_from_a_store(toy, tmp_path):
 def test_tracking_in_the_workspace(toy, monkeypatch):
     monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
     from flowerdiff.stages.promote import run as promote
-    from flowerdiff.tracking import experiment_name, mlflow_client
+    from flowerdiff.services.tracking import experiment_name, mlflow_client
     ws = toy(tracking__enabled=True, train__epochs=1)
     assert worker(ws).exitcode == 0
     from test_tracking import sent
@@ -337,7 +337,7 @@ def test_gate(gate):
     assert [json.loads(l)['promoted'] for l in (ws.work/'decisions.jsonl').read_text().splitlines()] == [True, False, False, False, False, True]
 
 def test_margin(gate):
-    from flowerdiff.workspace import open_workspace
+    from flowerdiff.core.workspace import open_workspace
     promote(gate); another(gate, .97)
     open_workspace(gate.root, overrides={'promote.margin': .05}); assert not promote(gate)[0].promoted
     open_workspace(gate.root, overrides={'promote.margin': .01}); assert promote(gate)[0].promoted
@@ -401,11 +401,11 @@ def test_roll_back_is_killed(two_champions, monkeypatch, k):
 
 def test_roll_back_where_there_is_nothing(gate, tmp_path):
     for root, said in ((tmp_path/'none', 'is not a workspace'), (gate.root, 'no champion before')):
-        done = subprocess.run([sys.executable, '-m', 'flowerdiff.cli', 'rollback', str(root)], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, '-m', 'flowerdiff.pipeline.cli', 'rollback', str(root)], capture_output=True, text=True)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count('\n') == 1 and not (tmp_path/'none').exists(), done
 
 def test_promote_needs_a_candidate(toy):
-    from flowerdiff.workspace import UserError
+    from flowerdiff.core.workspace import UserError
     with pytest.raises(UserError, match='run train first'): promote(toy())
 
 # ---- a student
@@ -413,7 +413,7 @@ def test_promote_needs_a_candidate(toy):
 @pytest.fixture(scope='module')
 def taught(toy):
     "A workspace with a champion, asked for a student."
-    from flowerdiff.workspace import open_workspace
+    from flowerdiff.core.workspace import open_workspace
     ws = toy('teacher', train__epochs=2); assert worker(ws).exitcode == 0
     shutil.copytree(ws.candidate, ws.model)
     def make(name):
@@ -434,7 +434,7 @@ def test_a_killed_student_is_the_same_student(taught):
 
 def test_a_student_is_drawn_with_as_it_was_taught(taught):
     from diffusers import DiffusionPipeline
-    from flowerdiff.sampler import Generator
+    from flowerdiff.inference.generator import Generator
     ws = taught('drawn'); assert worker(ws).exitcode == 0
     g, told = Generator.from_pretrained(ws.candidate), []
     mine = g('a rose', seed=3, callback=lambda s: told.append(s.steps))[0]
@@ -446,7 +446,7 @@ def test_a_student_is_drawn_with_as_it_was_taught(taught):
 
 def test_no_student_without_a_champion(toy):
     from flowerdiff.stages.train import run
-    from flowerdiff.workspace import UserError
+    from flowerdiff.core.workspace import UserError
     ws = toy('alone', train__distill=4)
     with pytest.raises(UserError, match='there is no champion to learn from; train one first') as e: run(str(ws.root))
     assert '\n' not in str(e.value)
@@ -459,6 +459,6 @@ def test_two_ranks_make_the_student_that_one_makes(taught, tmp_path):
     from train_worker import ranks, some_steps
     ws = taught('ranks')
     for n in (1, 2): ranks(some_steps, str(ws.root), str(tmp_path/f'n{n}'), 4, n=n)
-    from flowerdiff.checkpoints import load_checkpoint
+    from flowerdiff.training.checkpoints import load_checkpoint
     a, b = (load_checkpoint(tmp_path/f'n{n}')[0]['weights'] for n in (1, 2))
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from s3_proxy import Proxy, error
 from test_store import FAKE, bucket, endpoint, folder, tree # noqa: fixtures
-from flowerdiff import bucket as B, store as S
-from flowerdiff.workspace import UserError, open_workspace
+from flowerdiff.services import s3 as B; from flowerdiff.services import store as S
+from flowerdiff.core.workspace import UserError, open_workspace
 
 MiB = 1 << 20
 
@@ -129,7 +129,7 @@ def test_ctrl_c_leaves_promptly(way, line, bucket, tmp_path, monkeypatch):
     if way == 'down': S.push(root, line.store())
     line.pause, line.seen = .1, []
     call = f'S.push({str(root)!r}, place)' if way == 'up' else f'S.pull(place, {str(tmp_path/"back")!r})'
-    p = subprocess.Popen([sys.executable, '-c', f'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom flowerdiff import store as S; place = S.open_store("s3://{bucket}/set"); {call}'], stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-c', f'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom flowerdiff.services import store as S; place = S.open_store("s3://{bucket}/set"); {call}'], stderr=subprocess.PIPE, text=True)
     sought, end = 'partNumber=2' if way == 'up' else 'GET /' + bucket + '/set/objects/', time.time() + 60
     while not line.count(sought): assert p.poll() is None and time.time() < end; time.sleep(.05)
     time.sleep(.5); p.send_signal(signal.SIGINT); start = time.time(); said = p.communicate(timeout=30)[1]
@@ -139,7 +139,7 @@ def test_ctrl_c_leaves_promptly(way, line, bucket, tmp_path, monkeypatch):
     else: assert not [f for f in (tmp_path/'back').rglob('*') if '.download' not in f.parts and f.is_file()]
 
 def test_memory_does_not_grow_with_the_file(endpoint, bucket, tmp_path):
-    code = 'import sys; from flowerdiff import store as S; S.push(sys.argv[1], S.open_store(sys.argv[2])); print(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))'
+    code = 'import sys; from flowerdiff.services import store as S; S.push(sys.argv[1], S.open_store(sys.argv[2])); print(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))'
     peak = {}
     for n in (10, 200):
         peak[n] = int(subprocess.run([sys.executable, '-c', code, big(tmp_path/str(n), n), f's3://{bucket}/{n}'], capture_output=True, text=True, check=True).stdout)/1024
@@ -192,7 +192,7 @@ def test_a_line_that_breaks_on_the_way_down(line, folder, tmp_path):
 
 def test_a_full_disk_on_the_way_down(line, tmp_path):
     if os.getuid(): pytest.skip('mounting a small disk wants root')
-    from flowerdiff.workspace import disk_errors
+    from flowerdiff.core.workspace import disk_errors
     S.push(big(tmp_path/'set', 3, 12), line.store()); small = tmp_path/'small'; small.mkdir()
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'none', small], capture_output=True).returncode: pytest.skip('no disk can be mounted here')
     try:
@@ -280,8 +280,8 @@ def test_from_one_machine_to_another(cli, bucket, tiny_workspace, tmp_path, monk
 
 def test_only_data_is_taken_from_a_store(tmp_path):
     "A manifest that names the pipeline's own files, whose commands would be run, does not get them in."
-    from flowerdiff.config import profiles
-    from flowerdiff.download import download
+    from flowerdiff.core.profiles import profiles
+    from flowerdiff.pipeline.download import download
     root = tmp_path/'set'; (root/'pictures').mkdir(parents=True)
     shutil.copy(profiles()['garden'], root/'params.yaml'); (root/'dvc.yaml').write_text('stages: {}'); (root/'pictures/a.png').write_bytes(b'a')
     S.push(root, S.LocalStore(tmp_path/'store'))
@@ -292,9 +292,9 @@ def test_only_data_is_taken_from_a_store(tmp_path):
     assert not (tmp_path/'other').exists()
 
 def test_a_download_under_a_run_waits_its_turn(tmp_path):
-    from flowerdiff.config import profiles
-    from flowerdiff.download import download
-    from flowerdiff.pipeline import lock
+    from flowerdiff.core.profiles import profiles
+    from flowerdiff.pipeline.download import download
+    from flowerdiff.pipeline.pipeline import lock
     root = tmp_path/'set'; (root/'pictures').mkdir(parents=True); (root/'pictures/a.png').write_bytes(b'a'); shutil.copy(profiles()['garden'], root/'params.yaml')
     S.push(root, S.LocalStore(tmp_path/'store')); ws = open_workspace(tmp_path/'meadow')
     with lock(ws), pytest.raises(UserError, match='another flowerdiff run works here'): download(tmp_path/'store', ws.root)
@@ -302,7 +302,7 @@ def test_a_download_under_a_run_waits_its_turn(tmp_path):
 
 def test_what_the_run_shows_of_a_slow_line(line, tmp_path, monkeypatch):
     "`flowerdiff run`'s line, while two big shards are on their way."
-    from flowerdiff.pipeline import how_far
+    from flowerdiff.pipeline.pipeline import how_far
     from flowerdiff.stages.upload import send
     ws, lines = open_workspace(tmp_path/'meadow'), []
     for part in ('pictures', 'captions', 'encoded'): (ws.root/part).mkdir()

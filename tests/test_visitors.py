@@ -7,10 +7,10 @@ from http.client import HTTPException
 from pathlib import Path
 import numpy as np
 import psutil, pytest
-from flowerdiff.generating import Keeper
-from flowerdiff.painter import Painter, Wish
-from flowerdiff.remote import Cancelled, Line, Place, RemotePainter, Seen, about
-from flowerdiff.workspace import UserError
+from flowerdiff.apps.generating import Keeper
+from flowerdiff.apps.session import Painter, Wish
+from flowerdiff.apps.remote import Cancelled, Line, Place, RemotePainter, Seen, about
+from flowerdiff.core.workspace import UserError
 import browser as browser_module
 from browser import ENV, HEARS, browser, browser_only, draw, fill, free_port, newest, open_page, shot, start, stop
 from protocol_page import ODD, Full, ProtocolPage, answers
@@ -157,7 +157,7 @@ def test_a_backend_that_fails_midway(workspace, tmp_path):
     "PyTorch draws the wish instead, says so, and the page's strip begins anew."
     # a desk that sends pictures without their note (two calls are the rehearsal's); first steps, or those of the strip, that are told only now and then
     code = f'''
-import flowerdiff.backends as b; from flowerdiff.generating import main
+import flowerdiff.inference.backends as b; from flowerdiff.apps.generating import main
 real, calls = b.load_backend, []
 def load(where, name='auto'):
     out = real(where, 'torch'); denoise = out.denoise
@@ -193,7 +193,7 @@ class Public:
     "A server as on the Hub, for eight visitors behind a proxy, and who comes to it."
     def __init__(self, workspace):
         self.server, self.loop = None, asyncio.new_event_loop()
-        code = HEARS + f'from flowerdiff.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, visitors=8, rate=12, proxied=True)'
+        code = HEARS + f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, visitors=8, rate=12, proxied=True)'
         self.server, self.url = subprocess.Popen([sys.executable, '-c', code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True), f'http://127.0.0.1:{port}'
         assert 'http://localhost' in (line := self.server.stdout.readline()), line + self.server.stdout.read()
     def run(self, coroutine): return self.loop.run_until_complete(asyncio.wait_for(coroutine, 300))
@@ -279,7 +279,7 @@ def test_a_page_is_not_cut_off_by_the_servers_pings(public):
 
 def children(server): # the generator, and the kernels
     found = [(p, ' '.join(p.cmdline())) for p in psutil.Process(server.pid).children(recursive=True) if p.status() != 'zombie']
-    return next(p for p, c in found if 'flowerdiff.generating' in c), [p for p, c in found if 'ipykernel' in c]
+    return next(p for p, c in found if 'flowerdiff.apps.generating' in c), [p for p, c in found if 'ipykernel' in c]
 
 @pytest.fixture(scope='module')
 def served(workspace):

@@ -2,7 +2,7 @@
 import json, os, shutil, subprocess, sys, sysconfig, zipfile
 from pathlib import Path
 import pytest
-from flowerdiff.workspace import DEMO
+from flowerdiff.core.workspace import DEMO
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +38,7 @@ def clean_environment() -> dict:
 
 def test_wheel_carries_what_a_run_needs(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {f'flowerdiff/notebooks/{p.name}' for p in (ROOT/'nbs/stages').glob('*.ipynb')} | {f'flowerdiff/apps/{p.name}' for p in (ROOT/'nbs/apps').glob('*.ipynb')}
+    wanted = {f'flowerdiff/notebooks/{p.name}' for p in (ROOT/'nbs/stages').glob('*.ipynb')} | {'flowerdiff/notebooks/apps/app.ipynb'}
     wanted |= {str(p.relative_to(ROOT)) for sub in ('profiles', 'assets') for p in (ROOT/'flowerdiff'/sub).rglob('*') if p.is_file() and '__pycache__' not in p.parts}
     wanted |= {str(p.relative_to(ROOT)) for p in (ROOT/'flowerdiff').rglob('*.py')}
     assert len(wanted) > 40 and not wanted - inside

@@ -22,7 +22,7 @@ def tiny_model(folder, size=32):
     "Write a pipeline that draws `size` pixels; different words give different pictures."
     import tempfile, torch
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
-    from flowerdiff.components import TextEncoder, save_components, save_pipeline
+    from flowerdiff.models.components import TextEncoder, save_components, save_pipeline
     from transformers import CLIPTextConfig, CLIPTextModel
     torch.manual_seed(0)
     tok = tiny_tokenizer()

@@ -3,7 +3,7 @@ import ctypes, errno, json, multiprocessing, os, resource, signal, socket, sys
 from pathlib import Path
 import accelerate, deepspeed, diffusers, transformers
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
-import flowerdiff.checkpoints, flowerdiff.components, flowerdiff.stages.train
+import flowerdiff.training.checkpoints, flowerdiff.models.components, flowerdiff.stages.train
 
 def go(root, folder, fault, env):
     os.environ.update(env)
@@ -20,10 +20,10 @@ def start(root, folder='', fault=(), **env):
 def some_steps(root, folder, upto, env):
     "Train to a step as one of the ranks, save a checkpoint, and write down what this rank saw and held."
     os.environ.update(env)
-    import flowerdiff.trainer as trainer
-    from flowerdiff.batches import load_split
-    from flowerdiff.engine import optimizer_tensors
-    from flowerdiff.workspace import open_workspace
+    import flowerdiff.training.trainer as trainer
+    from flowerdiff.data.batches import load_split
+    from flowerdiff.training.accelerator import optimizer_tensors
+    from flowerdiff.core.workspace import open_workspace
     make, pictures = trainer.make_batch, []
     def seen(*args): batch = make(*args); pictures.append(batch.pictures.tolist()); return batch
     trainer.make_batch = seen
@@ -31,7 +31,7 @@ def some_steps(root, folder, upto, env):
     run, _ = flowerdiff.stages.train.start_run(ws, load_split(ws.encoded, 'train'))
     begun, losses = trainer.load_run(run, Path(folder)), []
     while run.step < upto: run.one(); sums, n = run.engine.mean(run.sums).tolist(); losses.append(sum(sums)/sum(n))
-    saver = flowerdiff.checkpoints.Saver(Path(folder)); trainer.save_run(run, saver); saver.finish(wait=True); run.engine.wait()
+    saver = flowerdiff.training.checkpoints.Saver(Path(folder)); trainer.save_run(run, saver); saver.finish(wait=True); run.engine.wait()
     held = run.engine.masters() if hasattr(run.engine, 'masters') else dict(run.engine.net.named_parameters())
     memory = [v for s in run.engine.optimizer.state.values() for k, v in s.items() if k == 'exp_avg']
     facts = dict(begun=begun, losses=losses, pictures=pictures, kind=type(run.engine).__name__, masters=sum(p.numel() for p in held.values()), memory=sum(v.numel() for v in memory), average=sum(v.numel() for v in run.ema.mean))

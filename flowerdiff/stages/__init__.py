@@ -1,1 +1,1 @@
-"The ten stages; each `run` is also the last cell of its notebook."
+"The ten stages. Each module's `run` is also the last cell of its notebook."

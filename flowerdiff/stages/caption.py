@@ -12,11 +12,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..celeba import describe_face, is_celeba
-from ..collection import each_row
-from ..garden import describe
-from ..sentences import article, sentence
-from ..workspace import UserError, Workspace, atomic_dir, progress, read_json, stage, write_json
+from ..data.celeba_captions import describe_face, is_celeba
+from ..data.image_folder import each_row
+from ..garden.garden import describe
+from ..data.caption_cleanup import article, sentence
+from ..core.workspace import UserError, Workspace, atomic_dir, progress, read_json, stage, write_json
 
 # %% ../../nbs/stages/02_caption.ipynb #e9319a8d
 def given(
@@ -169,7 +169,7 @@ def rows_of(folder: Path): # -> (split, row)
 
 def looked_at(ws: Workspace) -> tuple: # file -> {task: answer}; pictures/s
     "Show every picture to the model, or find what it said before."
-    from flowerdiff.captioning import describe_pictures
+    from flowerdiff.data.captioning import describe_pictures
     return describe_pictures(ws, [f'{split}/{row["file_name"]}' for split, row in rows_of(ws.pictures)])
 
 # %% ../../nbs/stages/02_caption.ipynb #8f314543

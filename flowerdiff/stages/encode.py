@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
-from ..components import component_fingerprint, decode, find_component, load_autoencoder, load_text, pil_to_tensor, save_components, scale_factor, tensor_to_pil
-from ..encoders import encode_together
-from ..encoding import encode_captions, encode_pictures, latent_statistics, number_captions, psnr, read_pictures
-from ..shards import Shards, all_sets, set_name
-from ..workspace import UserError, Workspace, code_fingerprint, file_sha256, fingerprint, progress, read_json, read_jsonl, stage, write_json
+from ..models.components import component_fingerprint, decode, find_component, load_autoencoder, load_text, pil_to_tensor, save_components, scale_factor, tensor_to_pil
+from ..data.distributed_encoding import encode_together
+from ..data.encoding import encode_captions, encode_pictures, latent_statistics, number_captions, psnr, read_pictures
+from ..data.shards import Shards, all_sets, set_name
+from ..core.workspace import UserError, Workspace, code_fingerprint, file_sha256, fingerprint, progress, read_json, read_jsonl, stage, write_json
 
 # %% ../../nbs/stages/03_encode.ipynb #91e198e6
 def show_latents(
@@ -92,10 +92,10 @@ def own_clip(
     pictures: str,  # their fingerprint
 ) -> Path:          # folder of a CLIPModel with its tokenizer
     "Train a small CLIP on the training split, or find the one that was trained for the same data and settings."
-    from flowerdiff.clip import train_clip
+    from flowerdiff.models.clip import train_clip
     (files, captions, _), e, side = splits['train'], ws.settings.encode, min(64, ws.settings.prepare.resolution)
     if not any(captions): raise UserError('components.text_encoder: train needs captions and there are none; describe the pictures (metadata.jsonl), or use garden')
-    work = ws.work_dir('clip', fingerprint([pictures, captions, e.clip_minutes, ws.settings.seed, side, code_fingerprint('flowerdiff.clip')]))
+    work = ws.work_dir('clip', fingerprint([pictures, captions, e.clip_minutes, ws.settings.seed, side, code_fingerprint('flowerdiff.models.clip')]))
     if not (work/'done.json').exists():
         train_clip(small_pictures(ws, files, side, work/'pictures.npy', 'pictures for CLIP'), captions, work/'clip', minutes=e.clip_minutes, seed=ws.settings.seed, max_length=caption_length([c for cs in captions for c in cs]),
             progress=lambda line: None, watch=partial(progress, label='steps of CLIP'))
@@ -116,11 +116,11 @@ def own_autoencoder(
     pictures: str,  # their fingerprint
 ) -> Path:          # folder of an AutoencoderKL
     "Train an autoencoder on the training split, or find the one that was trained for the same data and settings."
-    from flowerdiff.vae import squeeze_features, train_vae
+    from flowerdiff.models.vae import squeeze_features, train_vae
     files, e, side = splits['train'].files, ws.settings.encode, ws.settings.prepare.resolution
     eyes = next((f for f in (ws.root/e.vae_features, Path(e.vae_features).expanduser()) if f.is_file()), None) if e.vae_features else None
     if e.vae_features and not eyes: raise UserError(f'encode.vae_features: {e.vae_features} is not there; give a SqueezeNet (.safetensors), or nothing')
-    work = ws.work_dir('vae', fingerprint([pictures, e.vae_minutes, e.vae_factor, file_sha256(eyes) if eyes else '', ws.settings.seed, side, code_fingerprint('flowerdiff.vae')]))
+    work = ws.work_dir('vae', fingerprint([pictures, e.vae_minutes, e.vae_factor, file_sha256(eyes) if eyes else '', ws.settings.seed, side, code_fingerprint('flowerdiff.models.vae')]))
     if not (work/'done.json').exists():
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
         look = squeeze_features(eyes, device) if eyes else None

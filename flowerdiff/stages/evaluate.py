@@ -14,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..backends import BACKENDS
-from ..bench import open_all, race_pictures
-from ..features import ClipFeatures, open_features, own_clip
-from ..metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, directions, fid, inception_score, kid, nearest, psnr, shuffled, within
-from ..models import student_steps, weights_fingerprint
-from ..networks import TorchBackend, left_out
-from ..questions import ENOUGH, draw_all, drawn_how, questions, shown_how
-from ..report import adherence_section, by_timestep, curves, headlines, percent, render
-from ..sampler import Generator, montage
-from ..scores import beside, former
-from ..strips import agreement_strip, attention_strip, dial_strips, nearest_strip, read_pictures, real_strip, reconstruct
-from ..workspace import UserError, Workspace, atomic_dir, read_json, read_jsonl, stage, write_json
+from ..inference.backends import BACKENDS
+from ..inference.benchmark import open_all, race_pictures
+from ..evaluation.feature_extractors import ClipFeatures, open_features, own_clip
+from ..evaluation.metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, directions, fid, inception_score, kid, nearest, psnr, shuffled, within
+from ..models.model_folder import student_steps, weights_fingerprint
+from ..inference.torch_backend import TorchBackend, left_out
+from ..evaluation.eval_prompts import ENOUGH, draw_all, drawn_how, questions, shown_how
+from ..evaluation.report import adherence_section, by_timestep, curves, headlines, percent, render
+from ..inference.generator import Generator, montage
+from ..evaluation.metric_table import beside, former
+from ..evaluation.image_rows import agreement_strip, attention_strip, dial_strips, nearest_strip, read_pictures, real_strip, reconstruct
+from ..core.workspace import UserError, Workspace, atomic_dir, read_json, read_jsonl, stage, write_json
 
 # %% ../../nbs/stages/07_evaluate.ipynb #dc18b8b2
 GRID = ('a red rose under a blue sky', 'a yellow sunflower in a meadow', 'three purple irises at sunset', 'a white daisy on soil', 'a pink cherry blossom in a studio',
@@ -71,7 +71,7 @@ def attribute_numbers(
     asks: list,  # what they were asked to be
 ) -> dict:
     "Adherence by the judge: a share for each attribute, for combinations that training never saw, and who was taken for whom; how sure and how various it finds the species (Inception Score)."
-    from flowerdiff.judge import load_judge
+    from flowerdiff.models.attribute_classifier import load_judge
     judge = load_judge(); seen = judge.names(drawn)
     out = adherence([a.wanted for a in asks], seen)
     new = [i for i, a in enumerate(asks) if a.new]
@@ -157,7 +157,7 @@ def beside_baseline(
     return dict(model=weights_fingerprint(other.backend.folder), fid=dict(drawn=ours, baseline=theirs), prompts=len(prompts), pictures=PICTURES//len(prompts)*len(prompts), passed=ours.value <= SLACK*theirs.value)
 
 # %% ../../nbs/stages/07_evaluate.ipynb #9c48024b
-def tables(metrics: dict) -> list: # of `flowerdiff.report.render`
+def tables(metrics: dict) -> list: # of `flowerdiff.evaluation.report.render`
     "The champion before, the baseline, and the time of a picture."
     out, b, l = beside(metrics, metrics['former']), metrics.get('baseline'), metrics['latency']
     if b: out.append(dict(title='Beside a baseline', note=f"{b['pictures']} pictures from {b['prompts']} prompts with each model. It {'passed' if b['passed'] else 'did not pass'}: at most {SLACK} times the baseline's FID was allowed.", columns=['', 'FID (95 % interval)'],

@@ -15,15 +15,15 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..backends import BACKENDS, EXACT, open_backend, reads_onnx, why_not
-from ..bench import race_pictures
-from ..metrics import psnr
-from ..models import copy_student_steps, student_steps, weights_fingerprint
-from ..networks import TorchBackend
-from ..questions import shown_how
-from ..runtimes import onnx_session
-from ..sampler import Generator, montage
-from ..workspace import UserError, Workspace, atomic_dir, stage, write_json
+from ..inference.backends import BACKENDS, EXACT, open_backend, reads_onnx, why_not
+from ..inference.benchmark import race_pictures
+from ..evaluation.metrics import psnr
+from ..models.model_folder import copy_student_steps, student_steps, weights_fingerprint
+from ..inference.torch_backend import TorchBackend
+from ..evaluation.eval_prompts import shown_how
+from ..inference.onnx_openvino import onnx_session
+from ..inference.generator import Generator, montage
+from ..core.workspace import UserError, Workspace, atomic_dir, stage, write_json
 
 # %% ../../nbs/stages/08_onnx.ipynb #cc6cfd6e
 @dataclass

@@ -13,11 +13,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..collection import choose, each_row, given_captions, held_out_squares, label_of, look_through, make_squares
-from ..datasets import DATASETS, lay_out
-from ..garden import BACKGROUNDS, COLORS, SPECIES, draw, sample_attributes
-from ..pictures import in_order, pixel_sha256, shown
-from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, progress, read_json, read_jsonl, stage, write_json, write_jsonl
+from ..data.image_folder import choose, each_row, given_captions, held_out_squares, label_of, look_through, make_squares
+from ..data.datasets import DATASETS, lay_out
+from ..garden.garden import BACKGROUNDS, COLORS, SPECIES, draw, sample_attributes
+from ..data.images import in_order, pixel_sha256, shown
+from ..core.workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, progress, read_json, read_jsonl, stage, write_json, write_jsonl
 
 # %% ../../nbs/stages/01_prepare.ipynb #13bd0000
 def held_out(
@@ -151,7 +151,7 @@ def gather(
     "Pictures of a folder in splits: squares, or in training what their buckets hold."
     p, source = ws.settings.prepare, source_folder(ws)
     names, told, left = look_through(source, p.count, [ws.root])
-    work = ws.work_dir('prepare', fingerprint([str(source), p.resolution, p.crop, code_fingerprint('flowerdiff.pictures')]))
+    work = ws.work_dir('prepare', fingerprint([str(source), p.resolution, p.crop, code_fingerprint('flowerdiff.data.images')]))
     make_squares(source, names, p.resolution, work, p.crop)
     rows, twins, more = choose(work, names, told, p)
     left += more

@@ -11,14 +11,14 @@ import shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..networks import TorchBackend
-from ..models import student_steps
-from ..batches import chance, load_split
-from ..components import component_fingerprint
-from ..exam import Grade, exam
-from ..sampler import Generator
-from ..tracking import log_event, name_champion
-from ..workspace import UserError, Workspace, atomic_dir, open_workspace, read_json, stage, write_json
+from ..inference.torch_backend import TorchBackend
+from ..models.model_folder import student_steps
+from ..data.batches import chance, load_split
+from ..models.components import component_fingerprint
+from ..evaluation.student_eval import Grade, exam
+from ..inference.generator import Generator
+from ..services.tracking import log_event, name_champion
+from ..core.workspace import UserError, Workspace, atomic_dir, open_workspace, read_json, stage, write_json
 
 # %% ../../nbs/stages/06_promote.ipynb #55473515
 def luck(
@@ -63,8 +63,8 @@ def own_texts(
     "The validation split as the champion reads it."
     import torch
     from dataclasses import replace
-    from flowerdiff.components import load_text
-    from flowerdiff.workspace import read_jsonl
+    from flowerdiff.models.components import load_text
+    from flowerdiff.core.workspace import read_jsonl
     first = {r['file_name']: r['captions'][0] for r in read_jsonl(ws.captions/'metadata.jsonl') if r['captions']}
     files = read_json(ws.encoded/'val'/'files.json')
     captions, text = [first.get(f, first.get(f'val/{f}', '')) for f in files], load_text(str(ws.model))
@@ -78,8 +78,8 @@ def measure_champion(
     "Validation losses of `model/` on the present data."
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
-    from flowerdiff.diffusion import noise_levels
-    from flowerdiff.validation import nearest_timesteps, validation_losses
+    from flowerdiff.models.diffusion import noise_levels
+    from flowerdiff.training.validation import nearest_timesteps, validation_losses
     unet = UNet2DConditionModel.from_pretrained(ws.model/'unet', use_safetensors=True)
     schedule = DDPMScheduler.from_pretrained(ws.model/'scheduler')
     val = load_split(ws.encoded, 'val')

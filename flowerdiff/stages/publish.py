@@ -9,11 +9,11 @@ __all__ = ['model_files', 'sample_prompts', 'draw_samples', 'engine_sets', 'asse
 import os, re, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..card import make_card
-from ..questions import shown_how
-from ..repository import hub_name, no_token, publish_folder, publish_hub
-from ..store import list_files, make_manifest
-from ..workspace import UserError, Workspace, read_json, read_jsonl, stage, write_json
+from ..evaluation.model_card import make_card
+from ..evaluation.eval_prompts import shown_how
+from ..services.model_repo import hub_name, no_token, publish_folder, publish_hub
+from ..services.store import list_files, make_manifest
+from ..core.workspace import UserError, Workspace, read_json, read_jsonl, stage, write_json
 
 # %% ../../nbs/stages/10_publish.ipynb #254365a5
 def model_files(
@@ -39,8 +39,8 @@ def draw_samples(
     ws: Workspace,
     folder: Path,  # where the pictures go
 ) -> list[dict]:   # prompt and file of each
-    from flowerdiff.models import student_steps
-    from flowerdiff.sampler import Generator
+    from flowerdiff.models.model_folder import student_steps
+    from flowerdiff.inference.generator import Generator
     draw, prompts, how = Generator.from_pretrained(ws.model, 'torch'), sample_prompts(ws), shown_how(ws.settings.evaluate, student_steps(ws.model))
     folder.mkdir(parents=True, exist_ok=True)
     samples = [dict(prompt=p, file=f'{folder.name}/{i}.png') for i, p in enumerate(prompts)]
@@ -66,8 +66,8 @@ def assemble(
     repo: str,     # what a reader gives to `from_pretrained`
 ):
     "Fill `folder` with the model, its ONNX files and engines when they are of these very weights, samples and the card."
-    from flowerdiff.backends import onnx_beside
-    from flowerdiff.models import copy_student_steps
+    from flowerdiff.inference.backends import onnx_beside
+    from flowerdiff.models.model_folder import copy_student_steps
     if not (ws.model/'model_index.json').exists(): raise UserError(f'{ws.model}: no model yet; flowerdiff run {ws.root} trains one')
     onnx = onnx_beside(ws.model); engines = engine_sets(ws, onnx)
     for source, target, files in ((ws.model, folder, model_files(ws.model)), *([(onnx, folder/'onnx', list_files(onnx))] if onnx else []), (ws.tensorrt, folder/'tensorrt', [f for k in engines for f in sorted((ws.tensorrt/k).glob('*.engine'))])):

@@ -13,19 +13,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from ..batches import Split, load_split
-from ..distill import Teacher, student_settings
-from ..finetune import add_lora, as_trained, base_unet, find_base, merged, save_lora
-from ..models import read_config
-from ..processes import STOPPED, Stop, Watch, follow, is_training, launch, only_one, start
-from ..shards import Shards
-from ..store import fetch, open_store, read_manifest
-from ..streaming import StreamedSplit
-from ..tracking import log_event, read_events, start_follower
-from ..trainer import Trainer, final_validation, load_run, train_loop
-from ..validation import guesses, sample_grid, save_strip
-from ..workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, open_workspace, out_of_memory, read_json, stage, write_json
-from ..zero import make_engine
+from ..data.batches import Split, load_split
+from ..training.distillation import Teacher, student_settings
+from ..models.finetune import add_lora, as_trained, base_unet, find_base, merged, save_lora
+from ..models.model_folder import read_config
+from ..services.processes import STOPPED, Stop, Watch, follow, is_training, launch, only_one, start
+from ..data.shards import Shards
+from ..services.store import fetch, open_store, read_manifest
+from ..data.streaming import StreamedSplit
+from ..services.tracking import log_event, read_events, start_follower
+from ..training.trainer import Trainer, final_validation, load_run, train_loop
+from ..training.validation import guesses, sample_grid, save_strip
+from ..core.workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, open_workspace, out_of_memory, read_json, stage, write_json
+from ..training.deepspeed import make_engine
 
 # %% ../../nbs/stages/05_train.ipynb #b77210ca
 WAY = {'threads', 'checkpoint_minutes', 'keep_checkpoints', 'gradient_checkpointing', 'accumulate', 'compile', 'cuda_graphs', 'samples_every', 'validate_every', 'stream_from', 'num_processes', 'distributed', 'where'}
@@ -38,7 +38,7 @@ def data_fingerprint(ws: Workspace) -> str:
 # %% ../../nbs/stages/05_train.ipynb #8470c11a
 def teacher_fingerprint(ws: Workspace) -> str:
     "The champion that a student learns from. Raises `UserError` where there is none, or it reads and draws with other parts than the data's."
-    from flowerdiff.components import component_fingerprint
+    from flowerdiff.models.components import component_fingerprint
     if not (ws.model/'model_index.json').is_file(): raise UserError('train.distill: there is no champion to learn from; train one first, with train.distill=0')
     for part in ('vae', 'text_encoder'):
         if component_fingerprint(ws.model/part) != component_fingerprint(ws.encoded/'components'/part): raise UserError(f'train.distill: the champion has another {part} than the encoded data; train a new one first, with train.distill=0')
@@ -47,7 +47,7 @@ def teacher_fingerprint(ws: Workspace) -> str:
 # %% ../../nbs/stages/05_train.ipynb #d1e34f78
 def base_fingerprint(ws: Workspace) -> str:
     "The model that a run goes on from, '' where it starts from nothing."
-    from flowerdiff.components import component_fingerprint
+    from flowerdiff.models.components import component_fingerprint
     if not ws.settings.train.init: return ''
     base = find_base(ws.settings.train.init, ws.root)
     return fingerprint([component_fingerprint(base/'unet'), read_config(base, 'scheduler')])
@@ -71,7 +71,7 @@ def write_result(ws: Workspace, run: Trainer, net, validation: dict,
     facts: dict, # about the run, for train.json
 ):
     "Write `candidate/` and then `train.json`."
-    from flowerdiff.components import save_pipeline
+    from flowerdiff.models.components import save_pipeline
     if not math.isfinite(validation['loss']): raise UserError('train: the validation loss is not a number; lower train.lr and run again')
     with atomic_dir(ws.candidate) as new:
         if run.train.lora_rank: save_lora(net, new/'lora'); net = merged(net)
@@ -118,7 +118,7 @@ def adapted(ws: Workspace, channels: int, width: int
 def start_run(ws: Workspace, split: Split
 ) -> tuple[Trainer, dict]: # the run, put back to its checkpoint; facts about it
     "Make the run that the settings ask for."
-    from flowerdiff.components import build_denoiser
+    from flowerdiff.models.components import build_denoiser
     import flowerdiff
     s, t, world = ws.settings, ws.settings.train, int(os.environ.get('WORLD_SIZE', 1))
     torch.set_num_threads(t.threads or max(1, len(os.sched_getaffinity(0))//int(os.environ.get('LOCAL_WORLD_SIZE', world))))
@@ -190,7 +190,7 @@ def looker(ws: Workspace, run: Trainer, val: Split, folder: Path):
             log_event(folder/'events.jsonl', 'validation', step=run.step, loss=run.validations[-1][1], levels=dict(zip(map(str, run.objective.grid.tolist()), losses.mean(0).tolist())))
         if draw and len(val):
             try:
-                from flowerdiff.components import decode, load_autoencoder
+                from flowerdiff.models.components import decode, load_autoencoder
                 state.setdefault('vae', None) or state.update(vae=load_autoencoder(str(ws.encoded/'components'/'vae')))
                 o, files, see = run.objective, [folder/kind/f'{run.step:08d}.png' for kind in ('samples', 'guesses')], lambda z: decode(state['vae'], z.cpu())
                 sample_grid(net, val, o.sampler(), see, files[0], run.seed, device=run.engine.device, **o.drawing)
@@ -234,7 +234,7 @@ class Result:
 def begin(ws: Workspace, folder: Path) -> subprocess.Popen:
     "The process that trains, or that has it done elsewhere."
     if ws.settings.train.where == 'here': return launch('flowerdiff.stages.train', ws.root, folder, ws.settings.train.num_processes)
-    return start(['flowerdiff.jobs', ws.root, folder], folder/'train.log')
+    return start(['flowerdiff.cloud.jobs', ws.root, folder], folder/'train.log')
 
 # %% ../../nbs/stages/05_train.ipynb #c486a3c5
 def result_of(ws: Workspace, folder: Path) -> Result:
@@ -255,7 +255,7 @@ def run(ws: Workspace) -> Result:
     try: last = follow(folder, child, watch)
     except KeyboardInterrupt:
         if away:
-            from flowerdiff.jobs import offer_to_stop
+            from flowerdiff.cloud.jobs import offer_to_stop
             print(offer_to_stop(ws))
         raise
     finally: watch.close()

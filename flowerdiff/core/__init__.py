@@ -1,0 +1,1 @@
+"Settings, profiles, fingerprints and the workspace."

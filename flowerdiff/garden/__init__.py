@@ -1,0 +1,1 @@
+"The data set that the library draws: flowers with captions."

@@ -1,0 +1,1 @@
+"From a prompt to images: sampling loop, backends and the `Generator`."

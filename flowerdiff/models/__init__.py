@@ -1,0 +1,1 @@
+"The networks: text encoders, autoencoders, the classifier and the diffusion model."

@@ -1,0 +1,1 @@
+"Hardware, processes, stores, downloads and experiment trackers."
