@@ -6,6 +6,7 @@ FOLDER is a workspace with an encoded garden (`flowerdiff run FOLDER --only prep
 in one process; then it trains for the epochs that the default would, times that speed, so that all have the same time, however busy the machine is. What comes out is asked for the test
 split's prompts and judged. A choice that is there already is not made again.
 """
+
 import argparse, json, os, statistics, subprocess, sys, time
 from pathlib import Path
 import torch
@@ -19,68 +20,128 @@ from flowerdiff.core.workspace import open_workspace
 CHOICES = {
     'default': {},
     'epsilon (Ho 2020)': {'prediction_type': 'epsilon'},
-    'rectified flow, logit-normal (Esser 2024)': {'prediction_type': 'flow_prediction', 'min_snr_gamma': 0., 'timestep_sampling': 'logit_normal'},
+    'rectified flow, logit-normal (Esser 2024)': {
+        'prediction_type': 'flow_prediction',
+        'min_snr_gamma': 0.0,
+        'timestep_sampling': 'logit_normal',
+    },
     'zero terminal SNR (Lin 2023)': {'zero_terminal_snr': True},
-    'no min-SNR weights': {'min_snr_gamma': 0.},
-    'offset noise 0.05': {'offset_noise': .05},
+    'no min-SNR weights': {'min_snr_gamma': 0.0},
+    'offset noise 0.05': {'offset_noise': 0.05},
     'timesteps uniform, not stratified': {'timestep_sampling': 'uniform'},
     'timesteps logit-normal': {'timestep_sampling': 'logit_normal'},
-    'no caption dropout': {'caption_dropout': 0.},
+    'no caption dropout': {'caption_dropout': 0.0},
     'no mirror images': {'mirror': False},
-    'no average (EMA 0)': {'ema_decay': 0.},
-    'EMA 0.99, 0.999, 0.9995: the best': {'ema_decay': .99, 'ema_decays': [.999, .9995]},
+    'no average (EMA 0)': {'ema_decay': 0.0},
+    'EMA 0.99, 0.999, 0.9995: the best': {'ema_decay': 0.99, 'ema_decays': [0.999, 0.9995]},
     'Muon (Jordan 2024)': {'optimizer': 'muon'},
-    'AdamW beta2 0.999': {'beta2': .999},
+    'AdamW beta2 0.999': {'beta2': 0.999},
     'cosine schedule': {'lr_schedule': 'cosine'},
     'constant with warm-up': {'lr_schedule': 'constant'},
     'bfloat16': {'precision': 'bf16'},
 }
-SAME = {'batch in 2 parts': {'accumulate': 2}, 'gradient checkpointing': {'gradient_checkpointing': True}, 'torch.compile': {'compile': True}}  # the same updates, another speed
-DEFAULTS = {k: getattr(load_profile('garden').train, k) for c in (CHOICES | SAME).values() for k in c}  # what a choice before may have changed
+SAME = {
+    'batch in 2 parts': {'accumulate': 2},
+    'gradient checkpointing': {'gradient_checkpointing': True},
+    'torch.compile': {'compile': True},
+}  # the same updates, another speed
+DEFAULTS = {
+    k: getattr(load_profile('garden').train, k) for c in (CHOICES | SAME).values() for k in c
+}  # what a choice before may have changed
 
 
-def speeds(folder: Path, choice: dict, rounds: int = 5, steps: int = 4) -> float: # of the default's
+def speeds(folder: Path, choice: dict, rounds: int = 5, steps: int = 4) -> float:  # of the default's
     def make(change):
         ws = open_workspace(folder, overrides={f'train.{k}': v for k, v in (DEFAULTS | change).items()})
         return train.start_run(ws, load_split(ws.encoded, 'train'))[0]
-    def timed(run): start = time.perf_counter(); [run.one() for _ in range(steps)]; return time.perf_counter() - start
+
+    def timed(run):
+        start = time.perf_counter()
+        [run.one() for _ in range(steps)]
+        return time.perf_counter() - start
+
     ours, theirs = make({}), make(choice)
-    for r in (ours, theirs): timed(r)
+    for r in (ours, theirs):
+        timed(r)
     seconds = []
-    for i in range(rounds): # who is first changes
+    for i in range(rounds):  # who is first changes
         a, b = (timed(r) for r in ((ours, theirs) if i % 2 else (theirs, ours)))
         seconds.append((a, b) if i % 2 else (b, a))
     return statistics.median(a / b for a, b in seconds)
 
 
 def measure(folder: Path, name: str, choice: dict, epochs: float) -> dict:
-    speed = 1. if not choice else speeds(folder, choice)
-    if name in SAME: return dict(speed=speed)
-    overrides = {f'train.{k}': v for k, v in (DEFAULTS | choice).items()} | {'seed': 0, 'train.epochs': round(epochs * speed, 3), 'tracking.enabled': False, 'train.validate_every': 10**6, 'train.samples_every': 10**6}
+    speed = 1.0 if not choice else speeds(folder, choice)
+    if name in SAME:
+        return dict(speed=speed)
+    overrides = {f'train.{k}': v for k, v in (DEFAULTS | choice).items()} | {
+        'seed': 0,
+        'train.epochs': round(epochs * speed, 3),
+        'tracking.enabled': False,
+        'train.validate_every': 10**6,
+        'train.samples_every': 10**6,
+    }
     ws = open_workspace(folder, overrides=overrides)
-    subprocess.run([sys.executable, '-m', 'flowerdiff.stages.train', str(folder)], check=True, env=ROOMY | os.environ)
+    subprocess.run(
+        [sys.executable, '-m', 'flowerdiff.stages.train', str(folder)], check=True, env=ROOMY | os.environ
+    )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     generator, asks = evaluate.Generator.from_pretrained(ws.candidate, batch=50), questions(ws, 200)
-    numbers = evaluate.attribute_numbers(draw_all(generator, asks, 50, steps=ws.settings.evaluate.steps, guidance=ws.settings.evaluate.guidance), asks)['adherence']
+    numbers = evaluate.attribute_numbers(
+        draw_all(
+            generator, asks, 50, steps=ws.settings.evaluate.steps, guidance=ws.settings.evaluate.guidance
+        ),
+        asks,
+    )['adherence']
     t = json.loads((ws.root / 'train.json').read_text())
-    return dict(speed=speed, epochs=epochs * speed, loss=t['validation']['loss'], average=t['validation'].get('ema_decay'), **{k: numbers[k].value for k in ('species', 'color', 'background', 'all')})
+    return dict(
+        speed=speed,
+        epochs=epochs * speed,
+        loss=t['validation']['loss'],
+        average=t['validation'].get('ema_decay'),
+        **{k: numbers[k].value for k in ('species', 'color', 'background', 'all')},
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', type=Path); parser.add_argument('--epochs', type=float, default=2.); parser.add_argument('--only', nargs='*')
-    args = parser.parse_args(); folder = args.folder.absolute()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('folder', type=Path)
+    parser.add_argument('--epochs', type=float, default=2.0)
+    parser.add_argument('--only', nargs='*')
+    args = parser.parse_args()
+    folder = args.folder.absolute()
     if not (folder / 'encoded/manifest.json').exists():
-        for stage in ('prepare', 'caption', 'encode'): subprocess.run([sys.executable, '-m', 'flowerdiff.pipeline.cli', 'run', str(folder), '--only', stage], check=True)
-    (folder / 'methods').mkdir(exist_ok=True); rows = {}
+        for stage in ('prepare', 'caption', 'encode'):
+            subprocess.run(
+                [sys.executable, '-m', 'flowerdiff.pipeline.cli', 'run', str(folder), '--only', stage],
+                check=True,
+            )
+    (folder / 'methods').mkdir(exist_ok=True)
+    rows = {}
     for i, (name, choice) in enumerate((CHOICES | SAME).items()):
-        if args.only and name not in args.only: continue
+        if args.only and name not in args.only:
+            continue
         kept = folder / f'methods/{i:02d}-{args.epochs:g}.json'
-        if not kept.exists(): kept.write_text(json.dumps(measure(folder, name, choice, args.epochs)))
+        if not kept.exists():
+            kept.write_text(json.dumps(measure(folder, name, choice, args.epochs)))
         rows[name] = json.loads(kept.read_text())
-    print(f'\n| choice | speed | validation loss | all three right | species | colour | background |\n|---|---|---|---|---|---|---|')
+    print(
+        f'\n| choice | speed | validation loss | all three right | species | colour | background |\n|---|---|---|---|---|---|---|'
+    )
     for name, r in rows.items():
-        print(f"| {name} | {r['speed']:.2f} | " + (f"{r['loss']:.4f} | " + ' | '.join(f'{r[k]:.1%}' for k in ('all', 'species', 'color', 'background')) if 'loss' in r else 'the same | | | |') + ' |')
+        print(
+            f'| {name} | {r["speed"]:.2f} | '
+            + (
+                f'{r["loss"]:.4f} | '
+                + ' | '.join(f'{r[k]:.1%}' for k in ('all', 'species', 'color', 'background'))
+                if 'loss' in r
+                else 'the same | | | |'
+            )
+            + ' |'
+        )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -5,71 +5,121 @@
 Each push is a process of its own against moto's server, which is a process of its own too and answers as fast as Python can: its share is in all the times of the first push.
 `--folder`: to a folder instead of the bucket.
 """
+
 import argparse, json, os, shutil, subprocess, sys, tempfile, time, urllib.request, uuid
 from pathlib import Path
 
-PUSH = '''
+PUSH = """
 import json, sys
 from pathlib import Path
 from flowerdiff.services import store as S
 root, url = Path(sys.argv[1]), sys.argv[2]
 with S.Hashes(root/'set', root/'work'/'hashes.json') as hashes: r = S.push(root/'set', S.open_store(url), hashed=hashes)
 print(json.dumps(dict(sent=r['sent'], push=r['seconds'], read=hashes.read)))
-'''
+"""
 
-def timed(command, env): # ((seconds of the process, of processor, its peak memory in MB), what it printed)
+
+def timed(command, env):  # ((seconds of the process, of processor, its peak memory in MB), what it printed)
     start = time.perf_counter()
     out = tempfile.TemporaryFile()
     p = subprocess.Popen(command, stdout=out, env=env)
-    _, status, used = os.wait4(p.pid, 0); p.returncode = status
-    if status: raise SystemExit(f'{command[0]} ended with {status}')
-    out.seek(0); return (time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss/1024), out.read().decode()
+    _, status, used = os.wait4(p.pid, 0)
+    p.returncode = status
+    if status:
+        raise SystemExit(f'{command[0]} ended with {status}')
+    out.seek(0)
+    return (
+        time.perf_counter() - start,
+        used.ru_utime + used.ru_stime,
+        used.ru_maxrss / 1024,
+    ), out.read().decode()
+
 
 def make(root: Path, files: int, size: int):
     for i in range(files):
-        f = root/'set'/f'{i//1000:03d}'/f'{i:06d}.bin'; f.parent.mkdir(parents=True, exist_ok=True)
+        f = root / 'set' / f'{i // 1000:03d}' / f'{i:06d}.bin'
+        f.parent.mkdir(parents=True, exist_ok=True)
         with open(f, 'wb') as w:
-            for _ in range(max(1, size >> 20)): w.write(os.urandom(min(size, 1 << 20)))
+            for _ in range(max(1, size >> 20)):
+                w.write(os.urandom(min(size, 1 << 20)))
 
-def serve(): # moto's server in a process of its own -> (process, address)
+
+def serve():  # moto's server in a process of its own -> (process, address)
     code = "from moto.server import main; import sys; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
     port = 20000 + os.getpid() % 20000
-    p = subprocess.Popen([sys.executable, '-c', code, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen(
+        [sys.executable, '-c', code, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     url = f'http://127.0.0.1:{port}'
     for _ in range(200):
-        try: urllib.request.urlopen(url, timeout=1); return p, url
-        except OSError: time.sleep(.1)
+        try:
+            urllib.request.urlopen(url, timeout=1)
+            return p, url
+        except OSError:
+            time.sleep(0.1)
     raise SystemExit('moto did not start')
 
-def row(what, seconds, cpu, memory, more): print(f'| {what} | {seconds:.1f} s | {cpu:.1f} s | {memory:.0f} MB | {more} |', flush=True)
+
+def row(what, seconds, cpu, memory, more):
+    print(f'| {what} | {seconds:.1f} s | {cpu:.1f} s | {memory:.0f} MB | {more} |', flush=True)
+
 
 def case(name, root, env, aws, local):
     for tool in ['ours', *(['aws s3 sync'] if aws and not local else [])]:
-        bucket = f'b-{uuid.uuid4().hex}'; url = str(root/bucket) if local else f's3://{bucket}'
-        if not local: urllib.request.urlopen(urllib.request.Request(f"{env['AWS_ENDPOINT_URL']}/{bucket}", method='PUT')).close() # moto asks nobody who they are
-        for turn in ('first', 'again', 'a third time'): # moto hashes its objects when it first lists them
+        bucket = f'b-{uuid.uuid4().hex}'
+        url = str(root / bucket) if local else f's3://{bucket}'
+        if not local:
+            urllib.request.urlopen(
+                urllib.request.Request(f'{env["AWS_ENDPOINT_URL"]}/{bucket}', method='PUT')
+            ).close()  # moto asks nobody who they are
+        for turn in ('first', 'again', 'a third time'):  # moto hashes its objects when it first lists them
             if tool == 'ours':
-                used, out = timed([sys.executable, '-c', PUSH, str(root), url], env); r = json.loads(out.splitlines()[-1])
-                row(f'{name}, {tool}, {turn}', *used, f"{r['sent']:,} objects sent, {r['read']:,} files read, the push itself {r['push']:.2f} s")
+                used, out = timed([sys.executable, '-c', PUSH, str(root), url], env)
+                r = json.loads(out.splitlines()[-1])
+                row(
+                    f'{name}, {tool}, {turn}',
+                    *used,
+                    f'{r["sent"]:,} objects sent, {r["read"]:,} files read, the push itself {r["push"]:.2f} s',
+                )
             else:
-                used, out = timed([aws, 's3', 'sync', '--no-progress', str(root/'set'), url], env)
-                row(f'{name}, {tool}, {turn}', *used, f"{out.count('upload:'):,} objects sent")
+                used, out = timed([aws, 's3', 'sync', '--no-progress', str(root / 'set'), url], env)
+                row(f'{name}, {tool}, {turn}', *used, f'{out.count("upload:"):,} objects sent')
+
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--files', type=int, default=10_000); p.add_argument('--kb', type=int, default=20); p.add_argument('--big', type=int, default=1000, help='MB of the one big file; 0: none')
-    p.add_argument('--folder', action='store_true'); p.add_argument('--aws', default=shutil.which('aws'))
+    p.add_argument('--files', type=int, default=10_000)
+    p.add_argument('--kb', type=int, default=20)
+    p.add_argument('--big', type=int, default=1000, help='MB of the one big file; 0: none')
+    p.add_argument('--folder', action='store_true')
+    p.add_argument('--aws', default=shutil.which('aws'))
     a = p.parse_args()
     print('| | time | of it this process | peak memory | |\n|---|---|---|---|---|')
     base = {k: v for k, v in os.environ.items() if not k.startswith('AWS_')}
-    for name, files, size in ((f'{a.files:,} files of {a.kb} KB', a.files, a.kb*1000), (f'one file of {a.big} MB', 1, a.big*1_000_000)):
-        if not size: continue
+    for name, files, size in (
+        (f'{a.files:,} files of {a.kb} KB', a.files, a.kb * 1000),
+        (f'one file of {a.big} MB', 1, a.big * 1_000_000),
+    ):
+        if not size:
+            continue
         server, url = (None, '') if a.folder else serve()
-        env = base | dict(AWS_ACCESS_KEY_ID='a', AWS_SECRET_ACCESS_KEY='b', AWS_DEFAULT_REGION='us-east-1', AWS_ENDPOINT_URL=url)
+        env = base | dict(
+            AWS_ACCESS_KEY_ID='a',
+            AWS_SECRET_ACCESS_KEY='b',
+            AWS_DEFAULT_REGION='us-east-1',
+            AWS_ENDPOINT_URL=url,
+        )
         root = Path(tempfile.mkdtemp())
-        try: make(root, files, size); time.sleep(3); case(name, root, env, a.aws, a.folder)
+        try:
+            make(root, files, size)
+            time.sleep(3)
+            case(name, root, env, a.aws, a.folder)
         finally:
-            if server: server.terminate(); server.wait()
+            if server:
+                server.terminate()
+                server.wait()
             shutil.rmtree(root)
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

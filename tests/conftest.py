@@ -1,4 +1,5 @@
 "Fixtures: a miniature garden that went through all ten stages once, and a toy flowerdiff whose stages take no time."
+
 import json, os, shutil, subprocess, sys, tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -7,10 +8,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = 'prepare caption encode upload train promote evaluate onnx tensorrt publish'.split()
 
+
 def flowerdiff(*args, cwd=None, env=None, timeout=600, **kwargs):
     "Run the command line in a process of its own."
-    return subprocess.run([sys.executable, '-P', '-c', 'import sys; from flowerdiff.pipeline.cli import main; sys.exit(main())', *map(str, args)], cwd=cwd, env={**os.environ, **(env or {})},
-                          capture_output=True, text=True, timeout=timeout, **kwargs)
+    return subprocess.run(
+        [
+            sys.executable,
+            '-P',
+            '-c',
+            'import sys; from flowerdiff.pipeline.cli import main; sys.exit(main())',
+            *map(str, args),
+        ],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **kwargs,
+    )
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
@@ -19,25 +35,36 @@ def pytest_runtest_makereport(item, call):
     if report.failed and call.when == 'call':
         for name, value in item.funcargs.items():
             for page in value if isinstance(value, (list, tuple)) else [value]:
-                if not hasattr(page, 'said'): continue
+                if not hasattr(page, 'said'):
+                    continue
                 report.sections.append((f'{name}: console', '\n'.join(page.said[-30:])))
-                with suppress(Exception): report.sections.append((f'{name}: page', page.evaluate('document.body.innerText')[:3000])) # it may be gone
+                with suppress(Exception):
+                    report.sections.append(
+                        (f'{name}: page', page.evaluate('document.body.innerText')[:3000])
+                    )  # it may be gone
     return report
 
+
 @pytest.fixture(scope='session')
-def cli(): return flowerdiff
+def cli():
+    return flowerdiff
+
 
 @pytest.fixture(scope='session')
 def tiny_workspace(tmp_path_factory) -> Path:
     "48 pictures, a model that trains for twenty steps, all ten stages. Read only: copy it to change it."
     from flowerdiff.core.workspace import DEMO
-    root = tmp_path_factory.mktemp('tiny')/'garden'
-    p = flowerdiff('run', root, *[a for k, v in DEMO.items() for a in ('--set', f'{k}={json.dumps(v)}')], timeout=1200)
+
+    root = tmp_path_factory.mktemp('tiny') / 'garden'
+    p = flowerdiff(
+        'run', root, *[a for k, v in DEMO.items() for a in ('--set', f'{k}={json.dumps(v)}')], timeout=1200
+    )
     assert p.returncode == 0, p.stdout + p.stderr
-    (root.parent/'run.txt').write_text(p.stdout)
+    (root.parent / 'run.txt').write_text(p.stdout)
     return root
 
-TOY = '''
+
+TOY = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,28 +105,75 @@ def child(root, steps):
         while step < steps: step += 1; time.sleep(.05); print(json.dumps(dict(step=step, total=steps, samples_per_second=100.)), file=f, flush=True)
 
 if __name__ == '__main__' and '__file__' in globals(): child(sys.argv[1], int(sys.argv[2]))
-'''
+"""
+
 
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory):
     "A copy of the package with stages that take no time: a function that runs its command line."
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
-    site = tmp_path_factory.mktemp('toy'); package = site/'flowerdiff'
-    (package/'notebooks').mkdir(parents=True); (package/'stages').mkdir()
-    for name in ('__init__', 'section', 'recipe', 'settings', 'wording', 'config', 'fingerprints', 'workspace', 'pictures', 'collection', 'machine', 'tracking', 'suggest', 'execute', 'graph', 'pipeline', 'options', 'cli'): shutil.copy(ROOT/'flowerdiff'/f'{name}.py', package)
-    shutil.copytree(ROOT/'flowerdiff'/'profiles', package/'profiles')
-    (package/'toolbox.py').write_text('def helper(x):\n    "Doubles."\n    return 2*x\n')
-    (package/'stages'/'__init__.py').write_text('')
+
+    site = tmp_path_factory.mktemp('toy')
+    package = site / 'flowerdiff'
+    (package / 'notebooks').mkdir(parents=True)
+    (package / 'stages').mkdir()
+    for name in (
+        '__init__',
+        'section',
+        'recipe',
+        'settings',
+        'wording',
+        'config',
+        'fingerprints',
+        'workspace',
+        'pictures',
+        'collection',
+        'machine',
+        'tracking',
+        'suggest',
+        'execute',
+        'graph',
+        'pipeline',
+        'options',
+        'cli',
+    ):
+        shutil.copy(ROOT / 'flowerdiff' / f'{name}.py', package)
+    shutil.copytree(ROOT / 'flowerdiff' / 'profiles', package / 'profiles')
+    (package / 'toolbox.py').write_text('def helper(x):\n    "Doubles."\n    return 2*x\n')
+    (package / 'stages' / '__init__.py').write_text('')
     for i, s in enumerate(STAGES, 1):
         uses = TOY if s in ('encode', 'train') else TOY.replace('from flowerdiff.toolbox import helper\n', '')
-        (package/'stages'/f'{s}.py').write_text(f'NAME = {s!r}\n' + uses)
-        cells = [new_code_cell("workspace = '.'\nprofile = 'garden'\noverrides = []", metadata=dict(tags=['parameters'])),
-                 new_code_cell(f'#| eval: false\nfrom flowerdiff.stages.{s} import run\nresult = run(workspace, profile=profile, overrides=overrides)')]
-        nbformat.write(new_notebook(cells=cells, metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3'))), package/'notebooks'/f'{i:02d}_{s}.ipynb')
+        (package / 'stages' / f'{s}.py').write_text(f'NAME = {s!r}\n' + uses)
+        cells = [
+            new_code_cell(
+                "workspace = '.'\nprofile = 'garden'\noverrides = []", metadata=dict(tags=['parameters'])
+            ),
+            new_code_cell(
+                f'#| eval: false\nfrom flowerdiff.stages.{s} import run\nresult = run(workspace, profile=profile, overrides=overrides)'
+            ),
+        ]
+        nbformat.write(
+            new_notebook(
+                cells=cells,
+                metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')),
+            ),
+            package / 'notebooks' / f'{i:02d}_{s}.ipynb',
+        )
+
     def call(*args, popen=False, **kwargs):
         env = {**os.environ, 'PYTHONPATH': str(site), 'PYTHONDONTWRITEBYTECODE': '1'}
-        if popen: return subprocess.Popen([sys.executable, '-P', '-m', 'flowerdiff.pipeline.cli', *map(str, args)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **kwargs)
+        if popen:
+            return subprocess.Popen(
+                [sys.executable, '-P', '-m', 'flowerdiff.pipeline.cli', *map(str, args)],
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                **kwargs,
+            )
         return flowerdiff(*args, env=env, **kwargs)
+
     call.package = package
     return call

@@ -1,4 +1,5 @@
 "Attention maps: a network that is made to read one word, a drawing that they must not change, a student."
+
 import json
 import numpy as np, pytest, torch
 from tiny import tiny_model
@@ -7,63 +8,104 @@ from flowerdiff.inference.generator import Generator
 
 PROMPT = 'a red rose under the blue sky'
 
-@pytest.fixture
-def generator(tmp_path): return Generator.from_pretrained(tiny_model(tmp_path/'tiny'), backend='torch')
 
-def shares(generator, prompt, latents, **how): # of all tokens
-    with recording(generator.backend) as recorders: generator(prompt, **how)
+@pytest.fixture
+def generator(tmp_path):
+    return Generator.from_pretrained(tiny_model(tmp_path / 'tiny'), backend='torch')
+
+
+def shares(generator, prompt, latents, **how):  # of all tokens
+    with recording(generator.backend) as recorders:
+        generator(prompt, **how)
     return token_maps(recorders, latents)
+
 
 def made_to_read(generator, prompt, word):
     "By hand: every place asks the same, and a key answers as far as its embedding is like that of the word and unlike what an empty prompt has at its place."
-    backend = generator.backend; [place] = dict(words_of(backend.tokenizer, prompt))[word]
+    backend = generator.backend
+    [place] = dict(words_of(backend.tokenizer, prompt))[word]
     wanted = backend.encode([prompt])[0, place] - backend.encode([''])[0, place]
     for block in (m for m in backend.unet.modules() if hasattr(m, 'attn2')):
-        block.norm2.weight.zero_(); block.norm2.bias.fill_(1.)
-        block.attn2.to_q.weight.fill_(1/block.attn2.to_q.in_features); block.attn2.to_k.weight.copy_(20*wanted.expand_as(block.attn2.to_k.weight))
+        block.norm2.weight.zero_()
+        block.norm2.bias.fill_(1.0)
+        block.attn2.to_q.weight.fill_(1 / block.attn2.to_q.in_features)
+        block.attn2.to_k.weight.copy_(20 * wanted.expand_as(block.attn2.to_k.weight))
     return generator
 
-@pytest.mark.parametrize('guidance', [1., 4.])
+
+@pytest.mark.parametrize('guidance', [1.0, 4.0])
 def test_the_word_that_is_read_has_the_map(generator, guidance):
     "And no other; the half without a prompt has no such word."
     seen = attention_maps(made_to_read(generator, PROMPT, 'rose'), PROMPT, steps=3, guidance=guidance)
-    for word, share in zip(seen.words, seen.maps): assert share.min() > .99 if word == 'rose' else share.abs().max() < .01, (word, share.mean())
+    for word, share in zip(seen.words, seen.maps):
+        assert share.min() > 0.99 if word == 'rose' else share.abs().max() < 0.01, (word, share.mean())
+
 
 def test_a_map_lies_as_the_picture_does(generator):
     "In a wide picture, whose left half asks for the word and whose right half asks for anything else."
-    def halves(norm, _, out): w = round((1.5*out.shape[1])**.5); return torch.where(torch.arange(out.shape[1]) % w < w/2, 1., -1.)[:, None]*out
-    for block in (m for m in made_to_read(generator, PROMPT, 'rose').backend.unet.modules() if hasattr(m, 'attn2')): block.norm2.register_forward_hook(halves)
+
+    def halves(norm, _, out):
+        w = round((1.5 * out.shape[1]) ** 0.5)
+        return torch.where(torch.arange(out.shape[1]) % w < w / 2, 1.0, -1.0)[:, None] * out
+
+    for block in (
+        m for m in made_to_read(generator, PROMPT, 'rose').backend.unet.modules() if hasattr(m, 'attn2')
+    ):
+        block.norm2.register_forward_hook(halves)
     share = attention_maps(generator, PROMPT, steps=1, size=(48, 32)).maps[2]
-    assert share[:, :12].min() > .99 and share[:, 12:].abs().max() < .01
+    assert share[:, :12].min() > 0.99 and share[:, 12:].abs().max() < 0.01
+
 
 def test_tokens_of_a_word_are_one_map(generator):
     prompt, how = 'a poppy, red', dict(seed=3, steps=3)
-    assert [(w, len(i)) for w, i in words_of(generator.backend.tokenizer, prompt)] == [('a', 1), ('poppy', 5), ('red', 1)]
+    assert [(w, len(i)) for w, i in words_of(generator.backend.tokenizer, prompt)] == [
+        ('a', 1),
+        ('poppy', 5),
+        ('red', 1),
+    ]
     seen, tokens = attention_maps(generator, prompt, **how), shares(generator, prompt, (16, 16), **how)
-    assert seen.words == ['a', 'poppy', 'red'] and torch.equal(seen.maps, torch.stack([tokens[1], tokens[2:7].sum(0), tokens[8]]))
+    assert seen.words == ['a', 'poppy', 'red'] and torch.equal(
+        seen.maps, torch.stack([tokens[1], tokens[2:7].sum(0), tokens[8]])
+    )
+
 
 @pytest.mark.parametrize('size', [None, (48, 32)])
 def test_shares_sum_to_one_and_the_picture_stays(generator, size):
-    how = dict(seed=5, steps=4, guidance=3., size=size)
+    how = dict(seed=5, steps=4, guidance=3.0, size=size)
     usual, old = generator(PROMPT, **how)[0], generator.backend.unet.attn_processors
-    h, w = usual.height//2, usual.width//2
+    h, w = usual.height // 2, usual.width // 2
     seen, tokens = attention_maps(generator, PROMPT, **how), shares(generator, PROMPT, (h, w), **how)
     assert np.array_equal(seen.picture, usual) and generator.backend.unet.attn_processors == old
-    assert seen.maps.shape == (7, h, w) and tokens.shape == (16, h, w) and torch.allclose(tokens.sum(0), torch.ones(h, w), atol=1e-4)
-    assert [p.size for p in seen.pictures(96)] == [(96, 96*h//w)]*8
+    assert (
+        seen.maps.shape == (7, h, w)
+        and tokens.shape == (16, h, w)
+        and torch.allclose(tokens.sum(0), torch.ones(h, w), atol=1e-4)
+    )
+    assert [p.size for p in seen.pictures(96)] == [(96, 96 * h // w)] * 8
+
 
 def test_a_drawing_that_fails_leaves_the_processors(generator, monkeypatch):
     old = generator.backend.unet.attn_processors
-    def broken(latents): raise ZeroDivisionError
+
+    def broken(latents):
+        raise ZeroDivisionError
+
     monkeypatch.setattr(generator.backend, 'decode', broken)
-    with pytest.raises(ZeroDivisionError): attention_maps(generator, PROMPT, steps=2)
+    with pytest.raises(ZeroDivisionError):
+        attention_maps(generator, PROMPT, steps=2)
     assert generator.backend.unet.attn_processors == old
+
 
 def test_a_student_has_one_half(generator):
     "It draws in its own steps without guidance, and what it reads is the prompt."
     folder = generator.backend.folder
-    (folder/'train_settings.json').write_text(json.dumps(dict(train=dict(distill=2))))
+    (folder / 'train_settings.json').write_text(json.dumps(dict(train=dict(distill=2))))
     student = made_to_read(Generator.from_pretrained(folder, backend='torch'), PROMPT, 'sky')
-    with recording(student.backend) as recorders: picture = student(PROMPT)[0]
+    with recording(student.backend) as recorders:
+        picture = student(PROMPT)[0]
     seen = attention_maps(student, PROMPT)
-    assert {r.calls for r in recorders} == {2} and np.array_equal(seen.picture, picture) and seen.maps[6].min() > .99
+    assert (
+        {r.calls for r in recorders} == {2}
+        and np.array_equal(seen.picture, picture)
+        and seen.maps[6].min() > 0.99
+    )

@@ -1,37 +1,48 @@
 "The command line as a person meets it: how fast it answers, what it says of mistakes."
+
 import os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
-def cpu(*code): # seconds of processor that a Python process takes, the best of three
+
+def cpu(*code):  # seconds of processor that a Python process takes, the best of three
     took = []
     for _ in range(3):
-        before = os.times(); subprocess.run([sys.executable, *code], check=True, stdout=subprocess.DEVNULL)
-        after = os.times(); took.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        before = os.times()
+        subprocess.run([sys.executable, *code], check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        took.append(
+            after.children_user + after.children_system - before.children_user - before.children_system
+        )
     return min(took)
 
-def one_line(p, status=2): # a mistake told as it should be
+
+def one_line(p, status=2):  # a mistake told as it should be
     assert p.returncode == status, p.stdout + p.stderr
     text = p.stderr.strip()
     assert text and '\n' not in text and 'Traceback' not in text, text
     return text
 
+
 def test_import_and_help_are_fast():
-    assert cpu('-c', 'import flowerdiff') < .3
-    assert cpu('-m', 'flowerdiff.pipeline.cli', '--help') < .7
+    assert cpu('-c', 'import flowerdiff') < 0.3
+    assert cpu('-m', 'flowerdiff.pipeline.cli', '--help') < 0.7
+
 
 def test_import_loads_nothing_heavy():
     names = 'torch diffusers transformers mlflow matplotlib pandas numpy pydantic'
     code = f'import sys, flowerdiff, flowerdiff.pipeline.cli; print([m for m in {names.split()} if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 
+
 def test_light_modules_stay_light():
     names = 'torch diffusers transformers mlflow matplotlib pandas sklearn datasets torchmetrics'
     code = f'import sys\nfor m in "config workspace garden pictures pipeline cli store report".split(): __import__("flowerdiff." + m)\nprint([m for m in {names.split()} if m in sys.modules])'
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert p.stdout.strip() == '[]', p.stdout + p.stderr
+
 
 def test_help_shows_examples_of_every_command(cli):
     text = cli('--help').stdout
@@ -40,117 +51,209 @@ def test_help_shows_examples_of_every_command(cli):
         assert 'usage: flowerdiff ' + c in cli(c, '--help').stdout
     assert 'a red rose under a blue sky' in text
 
+
 def test_version(cli):
     import configparser
-    c = configparser.ConfigParser(); c.read(ROOT/'settings.ini')
-    assert cli('--version').stdout.strip() == f"flowerdiff {c['DEFAULT']['version']}"
 
-@pytest.mark.parametrize('setting,says', [
-    ('train.epoch=3', 'train.epoch is not a setting; did you mean train.epochs?'),
-    ('trian.lr=3', 'did you mean train.lr?'),
-    ('train.batch_size=0', 'train.batch_size must be at least 1'),
-    ('train.batch_size=many', 'train.batch_size must be a whole number'),
-    ('train.mirror=7', 'train.mirror must be true or false'),
-    ('train.batch_size=true', 'train.batch_size must not be true or false'),
-    ('caption.captioner=magic', 'must be one of auto, given, attributes, labels'),
-    ('prepare.resolution=60', 'must be a multiple of 8'),
-    ('train.attention=[true]', 'give one a level'),
-    ('train={a: 1}', 'train is a group of settings; name one'),
-    ('nonsense', 'write key=value'),
-    ('train.channels=[1', 'not YAML'),
-    ('components.text_encoder=openai/clip', 'nor pinned to a commit'),
-])
+    c = configparser.ConfigParser()
+    c.read(ROOT / 'settings.ini')
+    assert cli('--version').stdout.strip() == f'flowerdiff {c["DEFAULT"]["version"]}'
+
+
+@pytest.mark.parametrize(
+    'setting,says',
+    [
+        ('train.epoch=3', 'train.epoch is not a setting; did you mean train.epochs?'),
+        ('trian.lr=3', 'did you mean train.lr?'),
+        ('train.batch_size=0', 'train.batch_size must be at least 1'),
+        ('train.batch_size=many', 'train.batch_size must be a whole number'),
+        ('train.mirror=7', 'train.mirror must be true or false'),
+        ('train.batch_size=true', 'train.batch_size must not be true or false'),
+        ('caption.captioner=magic', 'must be one of auto, given, attributes, labels'),
+        ('prepare.resolution=60', 'must be a multiple of 8'),
+        ('train.attention=[true]', 'give one a level'),
+        ('train={a: 1}', 'train is a group of settings; name one'),
+        ('nonsense', 'write key=value'),
+        ('train.channels=[1', 'not YAML'),
+        ('components.text_encoder=openai/clip', 'nor pinned to a commit'),
+    ],
+)
 def test_bad_settings_stop_before_any_work(cli, tmp_path, setting, says):
-    assert says in one_line(cli('run', tmp_path/'w', '--set', setting))
-    assert not (tmp_path/'w').exists()
+    assert says in one_line(cli('run', tmp_path / 'w', '--set', setting))
+    assert not (tmp_path / 'w').exists()
 
-@pytest.mark.parametrize('text,says', [
-    ('profile: garden\ntrain:\n  batch_size: 0\n', 'train.batch_size must be at least 1 (params.yaml line 3 has 0)'),
-    ('profile: garden\ntrain:\n  lr: 1\n  lr: 2\n', 'params.yaml line 4'),
-    ('profile: garden\n  train: [\n', 'is not YAML'),
-    ('just words', 'holds no settings'),
-    ('', 'holds no settings'),
-    ('seed: 1\n', 'profile is missing'),
-    ('profile: garden\ncolour: red\n', 'colour is not a setting'),
-])
+
+@pytest.mark.parametrize(
+    'text,says',
+    [
+        (
+            'profile: garden\ntrain:\n  batch_size: 0\n',
+            'train.batch_size must be at least 1 (params.yaml line 3 has 0)',
+        ),
+        ('profile: garden\ntrain:\n  lr: 1\n  lr: 2\n', 'params.yaml line 4'),
+        ('profile: garden\n  train: [\n', 'is not YAML'),
+        ('just words', 'holds no settings'),
+        ('', 'holds no settings'),
+        ('seed: 1\n', 'profile is missing'),
+        ('profile: garden\ncolour: red\n', 'colour is not a setting'),
+    ],
+)
 def test_bad_params_file_names_the_line(cli, tmp_path, text, says):
-    (tmp_path/'params.yaml').write_text(text)
+    (tmp_path / 'params.yaml').write_text(text)
     assert says in one_line(cli('run', tmp_path))
-    assert (tmp_path/'params.yaml').read_text() == text
+    assert (tmp_path / 'params.yaml').read_text() == text
+
 
 def test_params_file_that_is_not_text(cli, tmp_path):
-    (tmp_path/'params.yaml').write_bytes(b'\xff\xfe\x00profile')
+    (tmp_path / 'params.yaml').write_bytes(b'\xff\xfe\x00profile')
     assert 'UTF-8' in one_line(cli('run', tmp_path))
 
+
 def test_workspace_of_another_profile(cli, tmp_path):
-    assert cli('init', tmp_path/'w').returncode == 0
-    assert 'is a workspace of the profile garden, not folder' in one_line(cli('run', tmp_path/'w', '--profile', 'folder'))
-    assert 'gardn is not a profile' in one_line(cli('run', tmp_path/'v', '--profile', 'gardn'))
+    assert cli('init', tmp_path / 'w').returncode == 0
+    assert 'is a workspace of the profile garden, not folder' in one_line(
+        cli('run', tmp_path / 'w', '--profile', 'folder')
+    )
+    assert 'gardn is not a profile' in one_line(cli('run', tmp_path / 'v', '--profile', 'gardn'))
+
 
 def test_workspace_that_is_a_file_or_somebody_elses_folder(cli, tmp_path):
-    (tmp_path/'notes').write_text('x')
-    assert 'is a file' in one_line(cli('run', tmp_path/'notes'))
+    (tmp_path / 'notes').write_text('x')
+    assert 'is a file' in one_line(cli('run', tmp_path / 'notes'))
     assert 'no params.yaml' in one_line(cli('run', tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ['notes']
 
-def test_pictures(cli, tmp_path):
-    assert 'is not a folder' in one_line(cli('run', tmp_path/'w', '--pictures', tmp_path/'none'))
-    assert not (tmp_path/'w').exists()
-    assert 'give --pictures DIR' in one_line(cli('run', tmp_path/'w', '--profile', 'folder'))
 
-def as_anybody(): # root may write anywhere, unless it gives that right up (CAP_DAC_OVERRIDE)
+def test_pictures(cli, tmp_path):
+    assert 'is not a folder' in one_line(cli('run', tmp_path / 'w', '--pictures', tmp_path / 'none'))
+    assert not (tmp_path / 'w').exists()
+    assert 'give --pictures DIR' in one_line(cli('run', tmp_path / 'w', '--profile', 'folder'))
+
+
+def as_anybody():  # root may write anywhere, unless it gives that right up (CAP_DAC_OVERRIDE)
     import ctypes
+
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
 
+
 def test_read_only_workspace(cli, tmp_path):
-    assert cli('init', tmp_path/'w').returncode == 0
-    os.chmod(tmp_path/'w', 0o555)
-    p = cli('run', tmp_path/'w', preexec_fn=as_anybody)
+    assert cli('init', tmp_path / 'w').returncode == 0
+    os.chmod(tmp_path / 'w', 0o555)
+    p = cli('run', tmp_path / 'w', preexec_fn=as_anybody)
     assert re.search(r'/w/\S+: may not be written or read; change its permissions', one_line(p))
-    assert sorted(p.name for p in (tmp_path/'w').iterdir()) == ['params.yaml']
+    assert sorted(p.name for p in (tmp_path / 'w').iterdir()) == ['params.yaml']
+
 
 def test_full_disk(cli, tmp_path):
-    disk = tmp_path/'disk'; disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=16k', 'tmpfs', disk], capture_output=True).returncode: pytest.skip('no right to make a small disk here')
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', 'size=16k', 'tmpfs', disk], capture_output=True
+    ).returncode:
+        pytest.skip('no right to make a small disk here')
     try:
-        assert '0.0 MB free and the first three stages need about' in one_line(cli('run', disk/'w')) and not (disk/'w').exists()
-        assert cli('init', disk/'w').returncode == 0 and 'the disk is full' in one_line(cli('run', disk/'w')) # an old workspace is not asked again
-    finally: subprocess.run(['umount', disk])
+        assert (
+            '0.0 MB free and the first three stages need about' in one_line(cli('run', disk / 'w'))
+            and not (disk / 'w').exists()
+        )
+        assert cli('init', disk / 'w').returncode == 0 and 'the disk is full' in one_line(
+            cli('run', disk / 'w')
+        )  # an old workspace is not asked again
+    finally:
+        subprocess.run(['umount', disk])
 
-@pytest.mark.parametrize('args,says', [
-    (['generate'], 'prompt'), (['generate', 'x', '-n', '0'], 'at least 1'), (['generate', 'x', '--steps', 'ten'], 'whole number'), (['generate', 'x', '--seed', '-1'], 'at least 0'),
-    (['drow'], 'invalid choice'), (['run', '--form', 'train'], 'unrecognized'), (['run', 'w', '--from', 'training'], 'training is not a stage'), (['run', 'w', '--only', 'x'], 'x is not a stage'),
-    (['bench', 'w', '--steps', '4,x'], 'whole number'), (['bench', 'nowhere'], 'not there'), (['bench', '--rounds', '0'], 'at least 1'),
-    (['generate', 'a rose', '-w', 'nowhere'], 'holds no model'), (['generate', 'a rose', '-m', 'nowhere'], 'not there'), (['generate', 'a rose', '-m', 'no-such-org/no-such-model'], 'neither a folder here nor a model that the hub gives'), (['status', 'nowhere'], 'is not a workspace'),
-])
-def test_bad_arguments(cli, tmp_path, args, says): assert says in one_line(cli(*args, cwd=tmp_path))
+
+@pytest.mark.parametrize(
+    'args,says',
+    [
+        (['generate'], 'prompt'),
+        (['generate', 'x', '-n', '0'], 'at least 1'),
+        (['generate', 'x', '--steps', 'ten'], 'whole number'),
+        (['generate', 'x', '--seed', '-1'], 'at least 0'),
+        (['drow'], 'invalid choice'),
+        (['run', '--form', 'train'], 'unrecognized'),
+        (['run', 'w', '--from', 'training'], 'training is not a stage'),
+        (['run', 'w', '--only', 'x'], 'x is not a stage'),
+        (['bench', 'w', '--steps', '4,x'], 'whole number'),
+        (['bench', 'nowhere'], 'not there'),
+        (['bench', '--rounds', '0'], 'at least 1'),
+        (['generate', 'a rose', '-w', 'nowhere'], 'holds no model'),
+        (['generate', 'a rose', '-m', 'nowhere'], 'not there'),
+        (
+            ['generate', 'a rose', '-m', 'no-such-org/no-such-model'],
+            'neither a folder here nor a model that the hub gives',
+        ),
+        (['status', 'nowhere'], 'is not a workspace'),
+    ],
+)
+def test_bad_arguments(cli, tmp_path, args, says):
+    assert says in one_line(cli(*args, cwd=tmp_path))
+
 
 def test_init_status_and_settings_inside_the_workspace(cli, tmp_path):
     assert cli('init', 'mine', '--set', 'train.epochs=3', cwd=tmp_path).returncode == 0
-    text = (tmp_path/'mine'/'params.yaml').read_text()
+    text = (tmp_path / 'mine' / 'params.yaml').read_text()
     assert re.search(r'epochs: 3 +# passes', text)
-    p = cli('status', cwd=tmp_path/'mine')
+    p = cli('status', cwd=tmp_path / 'mine')
     assert p.returncode == 0 and p.stdout.count('never run') == 10
+
 
 def test_profiles_spell_out_every_setting():
     from flowerdiff.core.profiles import _keys, load_profile, profiles
     from ruamel.yaml import YAML
+
     for name, path in profiles().items():
         data = YAML(typ='safe').load(path)
-        assert {f'{s}.{k}' for s, v in data.items() if isinstance(v, dict) for k in v} | {'profile', 'seed'} == set(_keys()), name
+        assert {f'{s}.{k}' for s, v in data.items() if isinstance(v, dict) for k in v} | {
+            'profile',
+            'seed',
+        } == set(_keys()), name
         assert load_profile(name).profile == name
+
 
 def test_doctor(cli, tmp_path):
     p = cli('doctor', cwd=tmp_path)
     assert p.returncode == 0
-    for word in ('cores', 'memory', 'disk', 'torch', 'GPU', 'prepare', 'train', 'tensorrt', 'publish'): assert re.search(rf'^{word} ', p.stdout, re.M), word
+    for word in ('cores', 'memory', 'disk', 'torch', 'GPU', 'prepare', 'train', 'tensorrt', 'publish'):
+        assert re.search(rf'^{word} ', p.stdout, re.M), word
+
 
 def test_generate_draws_and_numbers(cli, tiny_workspace, tmp_path):
     from PIL import Image
-    p = cli('generate', 'a red rose under a blue sky', '-w', tiny_workspace, '-n', 2, '--seed', 7, '--steps', 2, '-o', 'rose.png', cwd=tmp_path)
+
+    p = cli(
+        'generate',
+        'a red rose under a blue sky',
+        '-w',
+        tiny_workspace,
+        '-n',
+        2,
+        '--seed',
+        7,
+        '--steps',
+        2,
+        '-o',
+        'rose.png',
+        cwd=tmp_path,
+    )
     assert p.stdout.split() == ['rose-1.png', 'rose-2.png'], p.stderr
-    p = cli('generate', 'a red rose under a blue sky', '-w', tiny_workspace, '--seed', 8, '--steps', 2, cwd=tmp_path)
+    p = cli(
+        'generate',
+        'a red rose under a blue sky',
+        '-w',
+        tiny_workspace,
+        '--seed',
+        8,
+        '--steps',
+        2,
+        cwd=tmp_path,
+    )
     assert p.stdout.split() == ['a-red-rose-under-a-blue-sky.png'], p.stderr
-    same = [Image.open(tmp_path/n).convert('RGB').tobytes() for n in ('rose-2.png', 'a-red-rose-under-a-blue-sky.png')]
-    assert same[0] == same[1] # picture i of seed s is picture 0 of seed s + i
-    assert 'end it in .png' in one_line(cli('generate', 'x', '-w', tiny_workspace, '-o', 'rose.txt', cwd=tmp_path))
+    same = [
+        Image.open(tmp_path / n).convert('RGB').tobytes()
+        for n in ('rose-2.png', 'a-red-rose-under-a-blue-sky.png')
+    ]
+    assert same[0] == same[1]  # picture i of seed s is picture 0 of seed s + i
+    assert 'end it in .png' in one_line(
+        cli('generate', 'x', '-w', tiny_workspace, '-o', 'rose.txt', cwd=tmp_path)
+    )

@@ -1,99 +1,212 @@
 "The site as nbdev hands it to Quarto: made once for real, then looked at. And what its settings and its examples say."
+
 import json, os, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(p.relative_to(ROOT/'nbs') for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+NOTEBOOKS = sorted(
+    p.relative_to(ROOT / 'nbs')
+    for p in (ROOT / 'nbs').rglob('*.ipynb')
+    if '.ipynb_checkpoints' not in p.parts
+)
 cells = lambda path: json.loads(path.read_text())['cells']
 source = lambda c: ''.join(c['source'])
 kind = lambda c, *names: re.search(rf'^#\s*\|\s*({"|".join(names)})\b', source(c), re.M)
+
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory) -> Path:
     "What `nbdev_docs` gives to Quarto, made from a copy of the repository."
     root = tmp_path_factory.mktemp('site')
-    for part in ('nbs', 'flowerdiff', 'benchmarks', 'tests'): shutil.copytree(ROOT/part, root/part, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    for part in ('settings.ini', '_quarto.yml', 'README.md'): shutil.copy(ROOT/part, root)
-    done = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; print(proc_nbs())'], cwd=root, capture_output=True, text=True,
-                          env={**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'})
-    assert not done.returncode and 'Traceback' not in done.stderr and 'Error in' not in done.stdout + done.stderr, (done.stdout + done.stderr)[-3000:]
+    for part in ('nbs', 'flowerdiff', 'benchmarks', 'tests'):
+        shutil.copytree(
+            ROOT / part, root / part, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
+        )
+    for part in ('settings.ini', '_quarto.yml', 'README.md'):
+        shutil.copy(ROOT / part, root)
+    done = subprocess.run(
+        [sys.executable, '-c', 'from nbdev.serve import proc_nbs; print(proc_nbs())'],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
+    )
+    assert (
+        not done.returncode and 'Traceback' not in done.stderr and 'Error in' not in done.stdout + done.stderr
+    ), (done.stdout + done.stderr)[-3000:]
     return Path(done.stdout.split()[-1])
 
+
 def test_every_page_is_made(site):
-    assert [n for n in NOTEBOOKS if not (site/n).exists()] == []
+    assert [n for n in NOTEBOOKS if not (site / n).exists()] == []
     for n in NOTEBOOKS:
-        if n.name == 'app.ipynb': continue
-        front = yaml.safe_load(source(cells(site/n)[0]).strip().strip('-'))
-        assert front.get('title') and front.get('description'), n # its first cell became the head of the page
-    names = [(n.parent, yaml.safe_load(source(cells(site/n)[0]).strip().strip('-')).get('output-file', n.stem)) for n in NOTEBOOKS if n.name != 'app.ipynb']
+        if n.name == 'app.ipynb':
+            continue
+        front = yaml.safe_load(source(cells(site / n)[0]).strip().strip('-'))
+        assert front.get('title') and front.get('description'), (
+            n
+        )  # its first cell became the head of the page
+    names = [
+        (n.parent, yaml.safe_load(source(cells(site / n)[0]).strip().strip('-')).get('output-file', n.stem))
+        for n in NOTEBOOKS
+        if n.name != 'app.ipynb'
+    ]
     assert len(names) == len(set(names)), 'two pages of one address'
+
 
 def test_pages_hold_no_workings(site):
     for n in NOTEBOOKS:
-        for c in cells(site/n):
-            assert not kind(c, 'export', 'exporti', 'exports', 'default_exp', 'hide'), f'{n}: {source(c)[:80]}'
+        for c in cells(site / n):
+            assert not kind(c, 'export', 'exporti', 'exports', 'default_exp', 'hide'), (
+                f'{n}: {source(c)[:80]}'
+            )
             for o in c.get('outputs', []):
                 shown = json.dumps(o)
-                assert o['output_type'] != 'error' and not re.search(r'site-packages/|<stdin>|/ipykernel_|real_accelerator', shown), f'{n}: {source(c)[:80]}'
+                assert o['output_type'] != 'error' and not re.search(
+                    r'site-packages/|<stdin>|/ipykernel_|real_accelerator', shown
+                ), f'{n}: {source(c)[:80]}'
 
-def exported(n: Path) -> list: # names of the functions that a notebook exports, of those that the page should show
-    return [m for c in cells(ROOT/'nbs'/n) if c['cell_type'] == 'code' and kind(c, 'export') for m in re.findall(r'^(?:@\w.*\n)*def ([a-z]\w*)\(', source(c), re.M) if not re.search(rf'^@patch.*\n(?:@.*\n)*def {m}\(', source(c), re.M)]
+
+def exported(
+    n: Path,
+) -> list:  # names of the functions that a notebook exports, of those that the page should show
+    return [
+        m
+        for c in cells(ROOT / 'nbs' / n)
+        if c['cell_type'] == 'code' and kind(c, 'export')
+        for m in re.findall(r'^(?:@\w.*\n)*def ([a-z]\w*)\(', source(c), re.M)
+        if not re.search(rf'^@patch.*\n(?:@.*\n)*def {m}\(', source(c), re.M)
+    ]
+
 
 def test_functions_are_shown_with_their_parameters(site):
     "Every exported function has its block, and in it each remark that its parameters have."
     total = 0
     for n in NOTEBOOKS:
-        page = '\n'.join(''.join(o['data'].get('text/markdown', '')) for c in cells(site/n) if 'show_doc' in source(c) for o in c['outputs'] if 'data' in o)
+        page = '\n'.join(
+            ''.join(o['data'].get('text/markdown', ''))
+            for c in cells(site / n)
+            if 'show_doc' in source(c)
+            for o in c['outputs']
+            if 'data' in o
+        )
         for f in exported(n):
-            assert re.search(rf'^### {f}$', page, re.M), f'{n} does not show {f}'; total += 1
+            assert re.search(rf'^### {f}$', page, re.M), f'{n} does not show {f}'
+            total += 1
     assert total > 500
-    page = '\n'.join(''.join(o['data']['text/markdown']) for c in cells(site/'models/11_diffusion.ipynb') if 'show_doc' in source(c) for o in c['outputs'])
+    page = '\n'.join(
+        ''.join(o['data']['text/markdown'])
+        for c in cells(site / 'models/11_diffusion.ipynb')
+        if 'show_doc' in source(c)
+        for o in c['outputs']
+    )
     assert 'timesteps:Tensor, # [B]' in page and 'like:Tensor, # [B, ...] what they will multiply' in page
+
 
 def test_links_and_pictures_of_the_pages_are_there(site):
     for n in NOTEBOOKS:
-        for c in cells(site/n):
-            if c['cell_type'] != 'markdown': continue
+        for c in cells(site / n):
+            if c['cell_type'] != 'markdown':
+                continue
             text = re.sub(r'```.*?```|`[^`\n]*`', '', source(c), flags=re.S)
             for link in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', text):
                 to = ''.join(link).partition('#')[0]
-                if to and not re.match(r'[a-z]+:', to): assert ((site/n).parent/to).exists() or ((ROOT/'nbs'/n).parent/to).exists(), f'{n}: {to}'
+                if to and not re.match(r'[a-z]+:', to):
+                    assert ((site / n).parent / to).exists() or ((ROOT / 'nbs' / n).parent / to).exists(), (
+                        f'{n}: {to}'
+                    )
+
 
 def test_site_files_travel(site):
     "Theme, styles, filter and sidebar are beside the processed pages, where Quarto looks for them."
-    big = yaml.safe_load((ROOT/'_quarto.yml').read_text()); html = big['format']['html']
-    wanted = [html['css'], *big['filters'], *(t for ts in html['theme'].values() for t in ts if t.endswith('.scss')), '_quarto.yml', 'sidebar.yml', 'nbdev.yml', big['website']['favicon']]
-    assert not [f for f in wanted if not (site/f).exists()]
+    big = yaml.safe_load((ROOT / '_quarto.yml').read_text())
+    html = big['format']['html']
+    wanted = [
+        html['css'],
+        *big['filters'],
+        *(t for ts in html['theme'].values() for t in ts if t.endswith('.scss')),
+        '_quarto.yml',
+        'sidebar.yml',
+        'nbdev.yml',
+        big['website']['favicon'],
+    ]
+    assert not [f for f in wanted if not (site / f).exists()]
+
 
 def test_quarto_settings_are_quartos():
     "A key that Quarto does not know would be ignored in silence."
-    known = dict(top='project format filters execute website', project='type render output-dir', execute='enabled',
+    known = dict(
+        top='project format filters execute website',
+        project='type render output-dir',
+        execute='enabled',
         html='theme respect-user-color-scheme css toc toc-depth code-copy code-overflow fig-align lightbox grid',
         website='favicon open-graph twitter-card repo-subdir repo-actions page-navigation back-to-top-navigation search navbar sidebar title site-url description repo-branch repo-url',
-        navbar='background search left')
-    big, small, side = (yaml.safe_load((ROOT/f).read_text()) for f in ('_quarto.yml', 'nbs/nbdev.yml', 'nbs/sidebar.yml'))
-    for name, have in dict(top=big, project=big['project'] | small['project'], execute=big['execute'], html=big['format']['html'], website=big['website'] | small['website'] | side['website'], navbar=big['website']['navbar']).items():
+        navbar='background search left',
+    )
+    big, small, side = (
+        yaml.safe_load((ROOT / f).read_text()) for f in ('_quarto.yml', 'nbs/nbdev.yml', 'nbs/sidebar.yml')
+    )
+    for name, have in dict(
+        top=big,
+        project=big['project'] | small['project'],
+        execute=big['execute'],
+        html=big['format']['html'],
+        website=big['website'] | small['website'] | side['website'],
+        navbar=big['website']['navbar'],
+    ).items():
         assert set(have) <= set(known[name].split()), name
     theme = big['format']['html']['theme']
     assert set(theme) == {'light', 'dark'} and big['website']['search'] and big['execute']['enabled'] is False
 
+
 # ---- what the pages tell a reader to type
 
-COMMANDS = {'flowerdiff', 'bash', 'source', 'export', 'cp', 'cd', 'pip', 'aws', 'python', 'git', 'mlflow', 'tensorboard', 'docker', 'torchrun', 'nbdev_export', 'voila', 'jupyter', 'curl'}
+COMMANDS = {
+    'flowerdiff',
+    'bash',
+    'source',
+    'export',
+    'cp',
+    'cd',
+    'pip',
+    'aws',
+    'python',
+    'git',
+    'mlflow',
+    'tensorboard',
+    'docker',
+    'torchrun',
+    'nbdev_export',
+    'voila',
+    'jupyter',
+    'curl',
+}
 
-def markdown(path: Path) -> str: return path.read_text() if path.suffix == '.md' else '\n\n'.join(source(c) for c in cells(path) if c['cell_type'] == 'markdown')
+
+def markdown(path: Path) -> str:
+    return (
+        path.read_text()
+        if path.suffix == '.md'
+        else '\n\n'.join(source(c) for c in cells(path) if c['cell_type'] == 'markdown')
+    )
+
 
 def check_command(line: str):
     "A line for the shell: ours is one that the command line understands, with settings that exist; another names what is there."
     from flowerdiff.pipeline.cli import parser
     from flowerdiff.core.profiles import load_profile
+
     words = shlex.split(line, comments=True)
-    while words and re.match(r'[A-Z_]+=', words[0]): words.pop(0)
-    if not words: return
+    while words and re.match(r'[A-Z_]+=', words[0]):
+        words.pop(0)
+    if not words:
+        return
     assert words[0] in COMMANDS, line
-    if words[0] == 'bash': assert (ROOT/words[1]).exists(), line
-    if words[0] == 'python' and words[1].endswith('.py'): assert (ROOT/words[1]).exists(), line
+    if words[0] == 'bash':
+        assert (ROOT / words[1]).exists(), line
+    if words[0] == 'python' and words[1].endswith('.py'):
+        assert (ROOT / words[1]).exists(), line
     if words[0] == 'flowerdiff':
         args = parser().parse_args(words[1:])
         for value in getattr(args, 'set', None) or []:
@@ -102,25 +215,59 @@ def check_command(line: str):
             have = load_profile(getattr(args, 'profile', None) or 'garden').model_dump()
             assert (name in have.get(section, {})) if name else key in have, f'{line}: {key} is not a setting'
 
-@pytest.mark.parametrize('path', [ROOT/'README.md', ROOT/'benchmarks/README.md', *(ROOT/'nbs'/n for n in NOTEBOOKS)], ids=lambda p: str(p.relative_to(ROOT)))
+
+@pytest.mark.parametrize(
+    'path',
+    [ROOT / 'README.md', ROOT / 'benchmarks/README.md', *(ROOT / 'nbs' / n for n in NOTEBOOKS)],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_what_pages_say_to_type(path):
     text = markdown(path)
     for language, block in re.findall(r'^```([\w{}.-]*)\n(.*?)^```', text, re.M | re.S):
-        assert language in ('', 'sh', 'bash', 'python', 'json', 'yaml', 'text'), f'{path.name}: a block of {language}'
+        assert language in ('', 'sh', 'bash', 'python', 'json', 'yaml', 'text'), (
+            f'{path.name}: a block of {language}'
+        )
         if language in ('sh', 'bash'):
-            for line in block.replace('\\\n', ' ').splitlines(): check_command(line)
-        if language == 'json': [json.loads(l) for l in ([block] if block.lstrip().startswith('{\n') else block.splitlines()) if l.strip()]
-        if language == 'yaml': yaml.safe_load(block)
-        if language == 'python': compile(block, path.name, 'exec'); assert path.name in ('README.md', 'index.ipynb'), 'code in markdown is not run: make it a cell' # README's is run by test_repo
+            for line in block.replace('\\\n', ' ').splitlines():
+                check_command(line)
+        if language == 'json':
+            [
+                json.loads(l)
+                for l in ([block] if block.lstrip().startswith('{\n') else block.splitlines())
+                if l.strip()
+            ]
+        if language == 'yaml':
+            yaml.safe_load(block)
+        if language == 'python':
+            compile(block, path.name, 'exec')
+            assert path.name in ('README.md', 'index.ipynb'), (
+                'code in markdown is not run: make it a cell'
+            )  # README's is run by test_repo
     for said in re.findall(r'`(flowerdiff [a-z]+ [^`]+)`', text):
-        if not re.search(r'[A-Z.]{3}|…', said): check_command(said)
+        if not re.search(r'[A-Z.]{3}|…', said):
+            check_command(said)
     from flowerdiff.pipeline.cli import parser
     from flowerdiff.core.profiles import load_profile
-    for said in re.findall(r'`flowerdiff ([a-z]+)[^`]*`', text): parser().parse_args([said, *(['a rose'] if said == 'generate' else [])])
+
+    for said in re.findall(r'`flowerdiff ([a-z]+)[^`]*`', text):
+        parser().parse_args([said, *(['a rose'] if said == 'generate' else [])])
     have = load_profile('garden').model_dump()
     for section, name in re.findall(r'`([a-z]+)\.([a-z_]+)(?:=[^`]*|: [^`]*)`', text):
-        if section in have: assert name in have[section], f'{section}.{name} is not a setting'
+        if section in have:
+            assert name in have[section], f'{section}.{name} is not a setting'
 
-@pytest.mark.parametrize('line', ['flowerdiff trian garden', 'flowerdiff run garden --set train.learning=1', 'flowerdiff run garden --sett train.lr=1', 'bash .ci/none', 'flowrdiff run', 'flowerdiff run --set trian.lr=1'])
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        'flowerdiff trian garden',
+        'flowerdiff run garden --set train.learning=1',
+        'flowerdiff run garden --sett train.lr=1',
+        'bash .ci/none',
+        'flowrdiff run',
+        'flowerdiff run --set trian.lr=1',
+    ],
+)
 def test_a_wrong_line_is_seen(line):
-    with pytest.raises((AssertionError, SystemExit)): check_command(line)
+    with pytest.raises((AssertionError, SystemExit)):
+        check_command(line)

@@ -1,4 +1,5 @@
 "Engines: really built ahead of time where tensorrt_rtx is; opened, refitted and run by a stand-in that answers TensorRT's calls with ONNX Runtime."
+
 import ctypes, json, math, shutil
 from enum import IntEnum
 from types import SimpleNamespace
@@ -6,9 +7,18 @@ import numpy as np, onnx, pytest, torch
 from onnx import numpy_helper
 from tiny import tiny_model
 from test_generate import same
-from flowerdiff.inference import backends; from flowerdiff.inference import benchmark as bench; from flowerdiff.inference import tensorrt_build as builder; from flowerdiff.inference import tensorrt as engines
+from flowerdiff.inference import backends
+from flowerdiff.inference import benchmark as bench
+from flowerdiff.inference import tensorrt_build as builder
+from flowerdiff.inference import tensorrt as engines
 from flowerdiff.inference.backends import load_backend
-from flowerdiff.inference.tensorrt_build import build_engine, half_file, profile_shapes, read_network, shape_profile
+from flowerdiff.inference.tensorrt_build import (
+    build_engine,
+    half_file,
+    profile_shapes,
+    read_network,
+    shape_profile,
+)
 from flowerdiff.inference.generator import Generator
 from flowerdiff.inference.sampling_loop import SCHEDULERS, generators, make_scheduler, sample
 from flowerdiff.stages import onnx as export, tensorrt
@@ -16,301 +26,695 @@ from flowerdiff.core.workspace import UserError, open_workspace, read_json, writ
 
 PARTS = ['text_encoder', 'unet', 'vae_decoder', 'vae_encoder']
 
+
 @pytest.fixture(scope='module')
 def exported(tmp_path_factory):
-    ws = open_workspace(tmp_path_factory.mktemp('engines')/'ws', 'garden', {'evaluate.steps': 3})
+    ws = open_workspace(tmp_path_factory.mktemp('engines') / 'ws', 'garden', {'evaluate.steps': 3})
     tiny_model(ws.model)
-    for path in ws.model.glob('*/*.safetensors'): # no two weights are equal, as in a trained model: equal ones are one in ONNX
+    for path in ws.model.glob(
+        '*/*.safetensors'
+    ):  # no two weights are equal, as in a trained model: equal ones are one in ONNX
         from safetensors.torch import load_file, save_file
+
         g = torch.Generator().manual_seed(1)
-        save_file({k: v + .02*torch.randn(v.shape, generator=g) if v.is_floating_point() else v for k, v in load_file(path).items()}, path, metadata=dict(format='pt'))
+        save_file(
+            {
+                k: v + 0.02 * torch.randn(v.shape, generator=g) if v.is_floating_point() else v
+                for k, v in load_file(path).items()
+            },
+            path,
+            metadata=dict(format='pt'),
+        )
     export.run(str(ws.root))
     return ws
 
-@pytest.fixture
-def ws(exported, tmp_path): return open_workspace(shutil.copytree(exported.root, tmp_path/'ws'))
 
-def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
-def how(result, key=None): return {k: m['how'] for k, m in (result.status['sets'][key] if key else list(result.status['sets'].values())[-1])['parts'].items()}
+@pytest.fixture
+def ws(exported, tmp_path):
+    return open_workspace(shutil.copytree(exported.root, tmp_path / 'ws'))
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def how(result, key=None):
+    return {
+        k: m['how']
+        for k, m in (result.status['sets'][key] if key else list(result.status['sets'].values())[-1])[
+            'parts'
+        ].items()
+    }
+
 
 def change(ws, part, what='weights'):
     "Other weights, or another graph, in all files of a part; and another model in the export's report."
-    for path in (ws.onnx/part).glob('model*.onnx'):
-        m = onnx.load(path); ts = [t for t in m.graph.initializer if t.data_type in (1, 10) and len(t.dims) == 4]
-        if what == 'weights': ts[0].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(ts[0])*np.array(1.5, numpy_helper.to_array(ts[0]).dtype), ts[0].name))
-        else: # the output passes through one node more
+    for path in (ws.onnx / part).glob('model*.onnx'):
+        m = onnx.load(path)
+        ts = [t for t in m.graph.initializer if t.data_type in (1, 10) and len(t.dims) == 4]
+        if what == 'weights':
+            ts[0].CopyFrom(
+                numpy_helper.from_array(
+                    numpy_helper.to_array(ts[0]) * np.array(1.5, numpy_helper.to_array(ts[0]).dtype),
+                    ts[0].name,
+                )
+            )
+        else:  # the output passes through one node more
             out, inner = m.graph.output[0].name, f'inner{len(m.graph.node)}'
-            for n in m.graph.node: n.output[:] = [inner if o == out else o for o in n.output]
+            for n in m.graph.node:
+                n.output[:] = [inner if o == out else o for o in n.output]
             m.graph.node.append(onnx.helper.make_node('Identity', [inner], [out]))
         onnx.save(m, path)
-    parity = read_json(ws.onnx/'parity.json'); write_json(ws.onnx/'parity.json', parity | dict(model=parity['model'] + part))
+    parity = read_json(ws.onnx / 'parity.json')
+    write_json(ws.onnx / 'parity.json', parity | dict(model=parity['model'] + part))
+
 
 # ---- ahead of time, for real
 
 AHEAD = {'tensorrt.flavour': 'rtx', 'tensorrt.targets': ['SM86'], 'tensorrt.max_batch': 2}
 
+
 @pytest.fixture
-def rtx(): return pytest.importorskip('tensorrt_rtx', reason='tensorrt_rtx builds engines without a GPU')
+def rtx():
+    return pytest.importorskip('tensorrt_rtx', reason='tensorrt_rtx builds engines without a GPU')
+
 
 def test_rtx_builds_once_and_again_what_changed(ws, rtx, monkeypatch):
     first = tensorrt.run(str(ws.root), overrides=AHEAD)
     assert not first.skipped and how(first) == dict.fromkeys(PARTS, 'built')
-    key = f'SM86-tensorrt_rtx-{rtx.__version__}'; before = files(ws.tensorrt/key)
+    key = f'SM86-tensorrt_rtx-{rtx.__version__}'
+    before = files(ws.tensorrt / key)
     assert set(before) == {f'{p}.engine' for p in PARTS} and min(map(len, before.values())) > 10_000
     with monkeypatch.context() as m:
         m.setattr(builder, 'build_engine', lambda *a, **k: pytest.fail('built again'))
-        assert how(tensorrt.run(str(ws.root))) == dict.fromkeys(PARTS, 'kept') and files(ws.tensorrt/key) == before
-    change(ws, 'vae_decoder', 'graph'); change(ws, 'vae_encoder', 'weights')
+        assert (
+            how(tensorrt.run(str(ws.root))) == dict.fromkeys(PARTS, 'kept')
+            and files(ws.tensorrt / key) == before
+        )
+    change(ws, 'vae_decoder', 'graph')
+    change(ws, 'vae_encoder', 'weights')
     third = tensorrt.run(str(ws.root))
     assert how(third) == dict(text_encoder='kept', unet='kept', vae_decoder='built', vae_encoder='built')
-    after = files(ws.tensorrt/key)
+    after = files(ws.tensorrt / key)
     assert {k for k in before if after[k] != before[k]} == {'vae_decoder.engine', 'vae_encoder.engine'}
-    assert '2 built' in third.summary and read_json(ws.tensorrt/'status.json')['sets'][key]['model'] == read_json(ws.onnx/'parity.json')['model']
+    assert (
+        '2 built' in third.summary
+        and read_json(ws.tensorrt / 'status.json')['sets'][key]['model']
+        == read_json(ws.onnx / 'parity.json')['model']
+    )
+
 
 def test_the_networks_are_as_promised(exported, rtx):
     kinds, promised = rtx.DataType, profile_shapes(exported.onnx, 3)
-    want = dict(text_encoder=[('input_ids', kinds.INT64)], unet=[('sample', kinds.FLOAT), ('timestep', kinds.INT64), ('encoder_hidden_states', kinds.FLOAT)],
-                vae_decoder=[('latent_sample', kinds.FLOAT)], vae_encoder=[('sample', kinds.FLOAT)])
+    want = dict(
+        text_encoder=[('input_ids', kinds.INT64)],
+        unet=[('sample', kinds.FLOAT), ('timestep', kinds.INT64), ('encoder_hidden_states', kinds.FLOAT)],
+        vae_decoder=[('latent_sample', kinds.FLOAT)],
+        vae_encoder=[('sample', kinds.FLOAT)],
+    )
     for part in PARTS:
-        b, network, parser = read_network(rtx, half_file(exported.onnx/part, 'fp16', None))
+        b, network, parser = read_network(rtx, half_file(exported.onnx / part, 'fp16', None))
         assert [(x.name, x.dtype) for x in map(network.get_input, range(network.num_inputs))] == want[part]
         assert {network.get_output(i).dtype for i in range(network.num_outputs)} == {kinds.FLOAT}
         assert {network.get_layer(i).get_output(0).dtype for i in range(network.num_layers)} >= {kinds.HALF}
         profile = shape_profile(b, network, promised[part])
-        for name, shapes in promised[part].items(): assert [tuple(s) for s in profile.get_shape(name)] == list(shapes)
-    assert [s[0] for s in promised['unet']['sample']] == [1, 2, 6] and [s[0] for s in promised['vae_decoder']['latent_sample']] == [1, 1, 3]
+        for name, shapes in promised[part].items():
+            assert [tuple(s) for s in profile.get_shape(name)] == list(shapes)
+    assert [s[0] for s in promised['unet']['sample']] == [1, 2, 6] and [
+        s[0] for s in promised['vae_decoder']['latent_sample']
+    ] == [1, 1, 3]
+
 
 def test_bf16_is_built_too_and_where_it_cannot_be_one_line_says_so(exported, rtx, tmp_path):
-    brain, shapes = half_file(exported.onnx/'vae_decoder', 'bf16', tmp_path), profile_shapes(exported.onnx)['vae_decoder']
+    brain, shapes = (
+        half_file(exported.onnx / 'vae_decoder', 'bf16', tmp_path),
+        profile_shapes(exported.onnx)['vae_decoder'],
+    )
     _, network, _parser = read_network(rtx, brain)
     inside = {network.get_layer(i).get_output(0).dtype for i in range(network.num_layers)}
     assert rtx.DataType.BF16 in inside and rtx.DataType.HALF not in inside
     assert len(build_engine(rtx, brain, shapes, ['SM86'])) > 10_000
-    with pytest.raises(UserError, match='SM75.*b16') as e: build_engine(rtx, brain, shapes, ['SM75'])
+    with pytest.raises(UserError, match='SM75.*b16') as e:
+        build_engine(rtx, brain, shapes, ['SM75'])
     assert '\n' not in str(e.value)
 
+
 def test_wrong_targets_get_one_line(ws, rtx):
-    with pytest.raises(UserError, match=r"tensorrt.targets: 'SM1' is not one of SM75, SM80, SM86"): tensorrt.run(str(ws.root), overrides=AHEAD | {'tensorrt.targets': ['SM1']})
+    with pytest.raises(UserError, match=r"tensorrt.targets: 'SM1' is not one of SM75, SM80, SM86"):
+        tensorrt.run(str(ws.root), overrides=AHEAD | {'tensorrt.targets': ['SM1']})
     assert not ws.tensorrt.exists()
+
 
 @pytest.mark.parametrize('what', ['a broken file', 'a shape that cannot be'])
 def test_a_failed_build_keeps_the_old_folder(ws, rtx, what, monkeypatch):
-    tensorrt.run(str(ws.root), overrides=AHEAD); before = files(ws.tensorrt)
-    if what == 'a broken file': (ws.onnx/'vae_encoder'/'model_fp16.onnx').write_bytes(b'no ONNX')
-    else: change(ws, 'vae_encoder', 'graph'); monkeypatch.setattr(builder, 'profile_shapes', lambda *a: {k: {n: ((3, *s[0][1:]), *s[1:]) if k == 'vae_encoder' else s for n, s in v.items()} for k, v in profile_shapes(*a).items()})
-    with pytest.raises(UserError, match='vae_encoder') as e: tensorrt.run(str(ws.root))
-    assert '\n' not in str(e.value) and files(ws.tensorrt) == before and not [p for p in ws.root.iterdir() if p.name.startswith('.tensorrt')]
+    tensorrt.run(str(ws.root), overrides=AHEAD)
+    before = files(ws.tensorrt)
+    if what == 'a broken file':
+        (ws.onnx / 'vae_encoder' / 'model_fp16.onnx').write_bytes(b'no ONNX')
+    else:
+        change(ws, 'vae_encoder', 'graph')
+        monkeypatch.setattr(
+            builder,
+            'profile_shapes',
+            lambda *a: {
+                k: {n: ((3, *s[0][1:]), *s[1:]) if k == 'vae_encoder' else s for n, s in v.items()}
+                for k, v in profile_shapes(*a).items()
+            },
+        )
+    with pytest.raises(UserError, match='vae_encoder') as e:
+        tensorrt.run(str(ws.root))
+    assert (
+        '\n' not in str(e.value)
+        and files(ws.tensorrt) == before
+        and not [p for p in ws.root.iterdir() if p.name.startswith('.tensorrt')]
+    )
+
 
 # ---- a stand-in
 
+
 def stand_in(name='tensorrt', version='11.4'):
     "A package that builds, opens, refits and runs. Its engines are ONNX files behind a line that says what they were built with; ONNX Runtime runs them on the memory they are given."
-    class ILogger: Severity = IntEnum('Severity', 'INTERNAL_ERROR ERROR WARNING', start=0)
+
+    class ILogger:
+        Severity = IntEnum('Severity', 'INTERNAL_ERROR ERROR WARNING', start=0)
+
     class Builder:
-        def __init__(self, log): assert isinstance(log, ILogger)
-        def create_network(self, flags): assert flags == 1; return SimpleNamespace(inputs=[], get_input=lambda i: None)
-        def create_builder_config(self): return Config()
-        def create_optimization_profile(self): return Profile()
+        def __init__(self, log):
+            assert isinstance(log, ILogger)
+
+        def create_network(self, flags):
+            assert flags == 1
+            return SimpleNamespace(inputs=[], get_input=lambda i: None)
+
+        def create_builder_config(self):
+            return Config()
+
+        def create_optimization_profile(self):
+            return Profile()
+
         def build_serialized_network(self, network, config):
-            refit = 'REFIT' in config.flags; trt.built.append((network.part, refit, config.timings.data if config.timings else None))
-            if config.timings: config.timings.data += b'+'
-            off = math.nan if trt.wrong == 'all' else 2. if trt.wrong == 'refit' and refit else 1.
-            return json.dumps(dict(refit=refit, off=off, profile=config.profile, capabilities=config.capabilities)).encode() + b'\n' + network.model.SerializeToString()
+            refit = 'REFIT' in config.flags
+            trt.built.append((network.part, refit, config.timings.data if config.timings else None))
+            if config.timings:
+                config.timings.data += b'+'
+            off = math.nan if trt.wrong == 'all' else 2.0 if trt.wrong == 'refit' and refit else 1.0
+            return (
+                json.dumps(
+                    dict(refit=refit, off=off, profile=config.profile, capabilities=config.capabilities)
+                ).encode()
+                + b'\n'
+                + network.model.SerializeToString()
+            )
+
     class Profile(dict):
-        def set_shape(self, name, low, best, high): self[name] = [list(low), list(best), list(high)]
+        def set_shape(self, name, low, best, high):
+            self[name] = [list(low), list(best), list(high)]
+
     class Config:
-        def __init__(self): self.flags, self.timings, self.capabilities = set(), None, []
-        def add_optimization_profile(self, p): self.profile = dict(p)
-        def set_flag(self, f): self.flags.add(f)
-        def clear_flag(self, f): self.flags.discard(f)
-        def create_timing_cache(self, data): return SimpleNamespace(data=data, serialize=lambda: self.timings.data)
-        def set_timing_cache(self, t, ignore): self.timings = t; return t.data != b'of another driver'
-        def set_compute_capability(self, c, i): self.capabilities.append(c)
+        def __init__(self):
+            self.flags, self.timings, self.capabilities = set(), None, []
+
+        def add_optimization_profile(self, p):
+            self.profile = dict(p)
+
+        def set_flag(self, f):
+            self.flags.add(f)
+
+        def clear_flag(self, f):
+            self.flags.discard(f)
+
+        def create_timing_cache(self, data):
+            return SimpleNamespace(data=data, serialize=lambda: self.timings.data)
+
+        def set_timing_cache(self, t, ignore):
+            self.timings = t
+            return t.data != b'of another driver'
+
+        def set_compute_capability(self, c, i):
+            self.capabilities.append(c)
+
     class OnnxParser:
-        def __init__(self, network, log): self.network = network
+        def __init__(self, network, log):
+            self.network = network
+
         def parse_from_file(self, path):
-            n, m = self.network, onnx.load(path); n.model, n.part, n.num_inputs = m, path.split('/')[-2], len(m.graph.input)
+            n, m = self.network, onnx.load(path)
+            n.model, n.part, n.num_inputs = m, path.split('/')[-2], len(m.graph.input)
             n.get_input = lambda i: m.graph.input[i]
             return True
+
     class Runtime:
-        def __init__(self, log): assert isinstance(log, ILogger)
-        def deserialize_cuda_engine(self, data): return CudaEngine(data) if data.startswith(b'{') else None
+        def __init__(self, log):
+            assert isinstance(log, ILogger)
+
+        def deserialize_cuda_engine(self, data):
+            return CudaEngine(data) if data.startswith(b'{') else None
+
     class CudaEngine:
         def __init__(self, data):
-            head, _, self.onnx = data.partition(b'\n'); self.head = json.loads(head); self.refittable, self.off = self.head['refit'], self.head['off']; self.open()
+            head, _, self.onnx = data.partition(b'\n')
+            self.head = json.loads(head)
+            self.refittable, self.off = self.head['refit'], self.head['off']
+            self.open()
+
         def open(self):
             import onnxruntime as ort
-            options = ort.SessionOptions(); options.log_severity_level = 3; options.intra_op_num_threads = torch.get_num_threads()
-            self.session = ort.InferenceSession(self.onnx, options); self.io = {x.name: x for x in (*self.session.get_inputs(), *self.session.get_outputs())}; self.num_io_tensors = len(self.io)
-        def get_tensor_name(self, i): return list(self.io)[::-1][i]     # outputs first: the order of names means nothing
-        def get_tensor_mode(self, n): return trt.TensorIOMode.INPUT if n in {x.name for x in self.session.get_inputs()} else trt.TensorIOMode.OUTPUT
-        def get_tensor_dtype(self, n): return SimpleNamespace(name={'tensor(float)': 'FLOAT', 'tensor(int64)': 'INT32' if n == 'input_ids' else 'INT64'}[self.io[n].type])
-        def get_tensor_shape(self, n): return [s if isinstance(s, int) else -1 for s in self.io[n].shape]
-        def get_tensor_profile_shape(self, n, i): assert i == 0; return self.head['profile'][n]
-        def create_execution_context(self, runtime_config=None): return Context(self, runtime_config)
-        def create_runtime_config(self): return RuntimeConfig()
-        def create_serialization_config(self): return Config()
-        def serialize_with_config(self, config): return json.dumps(self.head | dict(refit='INCLUDE_REFIT' in config.flags)).encode() + b'\n' + self.onnx
+
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            options.intra_op_num_threads = torch.get_num_threads()
+            self.session = ort.InferenceSession(self.onnx, options)
+            self.io = {x.name: x for x in (*self.session.get_inputs(), *self.session.get_outputs())}
+            self.num_io_tensors = len(self.io)
+
+        def get_tensor_name(self, i):
+            return list(self.io)[::-1][i]  # outputs first: the order of names means nothing
+
+        def get_tensor_mode(self, n):
+            return (
+                trt.TensorIOMode.INPUT
+                if n in {x.name for x in self.session.get_inputs()}
+                else trt.TensorIOMode.OUTPUT
+            )
+
+        def get_tensor_dtype(self, n):
+            return SimpleNamespace(
+                name={'tensor(float)': 'FLOAT', 'tensor(int64)': 'INT32' if n == 'input_ids' else 'INT64'}[
+                    self.io[n].type
+                ]
+            )
+
+        def get_tensor_shape(self, n):
+            return [s if isinstance(s, int) else -1 for s in self.io[n].shape]
+
+        def get_tensor_profile_shape(self, n, i):
+            assert i == 0
+            return self.head['profile'][n]
+
+        def create_execution_context(self, runtime_config=None):
+            return Context(self, runtime_config)
+
+        def create_runtime_config(self):
+            return RuntimeConfig()
+
+        def create_serialization_config(self):
+            return Config()
+
+        def serialize_with_config(self, config):
+            return (
+                json.dumps(self.head | dict(refit='INCLUDE_REFIT' in config.flags)).encode()
+                + b'\n'
+                + self.onnx
+            )
+
     class Context:
-        def __init__(self, engine, config): self.engine, self.config, self.shapes, self.at = engine, config, {}, {}
+        def __init__(self, engine, config):
+            self.engine, self.config, self.shapes, self.at = engine, config, {}, {}
+
         def set_input_shape(self, n, shape):
             low, _, high = self.engine.head['profile'][n]
-            assert all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True)), (n, shape); self.shapes[n] = shape
-        def _run(self, feed): return dict(zip([o.name for o in self.engine.session.get_outputs()], self.engine.session.run(None, {n: x.astype(np.int64) if x.dtype == np.int32 else x for n, x in feed.items()})))
+            assert all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True)), (n, shape)
+            self.shapes[n] = shape
+
+        def _run(self, feed):
+            return dict(
+                zip(
+                    [o.name for o in self.engine.session.get_outputs()],
+                    self.engine.session.run(
+                        None, {n: x.astype(np.int64) if x.dtype == np.int32 else x for n, x in feed.items()}
+                    ),
+                )
+            )
+
         def get_tensor_shape(self, n):
-            if n in self.shapes: return self.shapes[n]
+            if n in self.shapes:
+                return self.shapes[n]
             kinds = {'tensor(float)': np.float32, 'tensor(int64)': np.int64}
-            return self._run({x.name: np.zeros(self.shapes.get(x.name, ()), kinds[x.type]) for x in self.engine.session.get_inputs()})[n].shape
-        def set_tensor_address(self, n, a): assert a and a % 64 == 0; self.at[n] = a # TensorRT wants 256; 64 is what PyTorch gives on a CPU
+            return self._run(
+                {
+                    x.name: np.zeros(self.shapes.get(x.name, ()), kinds[x.type])
+                    for x in self.engine.session.get_inputs()
+                }
+            )[n].shape
+
+        def set_tensor_address(self, n, a):
+            assert a and a % 64 == 0
+            self.at[n] = a  # TensorRT wants 256; 64 is what PyTorch gives on a CPU
+
         def execute_async_v3(self, stream):
-            size = dict(FLOAT=4, INT32=4, INT64=8); trt.ran.append(dict(self.shapes))
+            size = dict(FLOAT=4, INT32=4, INT64=8)
+            trt.ran.append(dict(self.shapes))
+
             def read(n):
                 kind, shape = self.engine.get_tensor_dtype(n).name, self.shapes.get(n, ())
-                return np.frombuffer(ctypes.string_at(self.at[n], size[kind]*math.prod(shape)), dict(FLOAT=np.float32, INT32=np.int32, INT64=np.int64)[kind]).reshape(shape)
-            for n, x in self._run({x.name: read(x.name) for x in self.engine.session.get_inputs()}).items(): ctypes.memmove(self.at[n], (x*np.float32(self.engine.off)).tobytes(), x.nbytes)
-            if self.config: self.config.cache.data = b'kernels'
+                return np.frombuffer(
+                    ctypes.string_at(self.at[n], size[kind] * math.prod(shape)),
+                    dict(FLOAT=np.float32, INT32=np.int32, INT64=np.int64)[kind],
+                ).reshape(shape)
+
+            for n, x in self._run({x.name: read(x.name) for x in self.engine.session.get_inputs()}).items():
+                ctypes.memmove(self.at[n], (x * np.float32(self.engine.off)).tobytes(), x.nbytes)
+            if self.config:
+                self.config.cache.data = b'kernels'
             return True
+
     class Refitter:
-        def __init__(self, engine, log): assert engine.refittable; self.engine = engine
-        def refit_cuda_engine(self): self.engine.onnx = self.new; self.engine.open(); trt.refitted += 1; return True
+        def __init__(self, engine, log):
+            assert engine.refittable
+            self.engine = engine
+
+        def refit_cuda_engine(self):
+            self.engine.onnx = self.new
+            self.engine.open()
+            trt.refitted += 1
+            return True
+
     class OnnxParserRefitter:
-        def __init__(self, refitter, log): self.refitter = refitter
+        def __init__(self, refitter, log):
+            self.refitter = refitter
+
         def refit_from_file(self, path):
-            self.refitter.new = onnx.load(path).SerializeToString(); return trt.wrong != 'weights'
+            self.refitter.new = onnx.load(path).SerializeToString()
+            return trt.wrong != 'weights'
+
     class RuntimeCache:
         data = b''
-        def serialize(self): return self.data
-        def deserialize(self, data): self.data = data; return data == b'kernels'
+
+        def serialize(self):
+            return self.data
+
+        def deserialize(self, data):
+            self.data = data
+            return data == b'kernels'
+
     class RuntimeConfig:
-        def create_runtime_cache(self): return RuntimeCache()
-        def set_runtime_cache(self, c): self.cache = c
+        def create_runtime_cache(self):
+            return RuntimeCache()
+
+        def set_runtime_cache(self, c):
+            self.cache = c
+
     flags = lambda *names: type('Flags', (), {n: n for n in names})
-    known = dict(ILogger=ILogger, Builder=Builder, OnnxParser=OnnxParser, Runtime=Runtime, Refitter=Refitter, OnnxParserRefitter=OnnxParserRefitter, TensorIOMode=flags('INPUT', 'OUTPUT'), BuilderFlag=flags('REFIT'),
-        SerializationFlag=flags('INCLUDE_REFIT', 'EXCLUDE_WEIGHTS'), NetworkDefinitionCreationFlag=type('N', (), dict(STRONGLY_TYPED=0)), __version__=version, built=[], ran=[], refitted=0, wrong='')
-    if name == 'tensorrt_rtx': known |= dict(IRuntimeCache=RuntimeCache, ComputeCapability=type('C', (), dict(__members__=['CURRENT', 'SM86'], CURRENT='CURRENT', SM86='SM86')))
+    known = dict(
+        ILogger=ILogger,
+        Builder=Builder,
+        OnnxParser=OnnxParser,
+        Runtime=Runtime,
+        Refitter=Refitter,
+        OnnxParserRefitter=OnnxParserRefitter,
+        TensorIOMode=flags('INPUT', 'OUTPUT'),
+        BuilderFlag=flags('REFIT'),
+        SerializationFlag=flags('INCLUDE_REFIT', 'EXCLUDE_WEIGHTS'),
+        NetworkDefinitionCreationFlag=type('N', (), dict(STRONGLY_TYPED=0)),
+        __version__=version,
+        built=[],
+        ran=[],
+        refitted=0,
+        wrong='',
+    )
+    if name == 'tensorrt_rtx':
+        known |= dict(
+            IRuntimeCache=RuntimeCache,
+            ComputeCapability=type(
+                'C', (), dict(__members__=['CURRENT', 'SM86'], CURRENT='CURRENT', SM86='SM86')
+            ),
+        )
     trt = type(name, (), known)
     return trt
+
 
 @pytest.fixture
 def machine(monkeypatch):
     "`machine(package, name, architecture)`: a computer with that GPU, whose memory is the CPU's, and that package."
+
     def there(trt, name='Fake GPU', architecture='SM90'):
         monkeypatch.setattr(engines, 'load_package', lambda n: trt if trt and n == trt.__name__ else None)
-        for m in (engines, tensorrt): monkeypatch.setattr(m, 'gpu', lambda: (name, architecture))
-        for m in (engines, tensorrt, backends): monkeypatch.setattr(m, 'cuda_device', lambda: 'cpu' if name else '')
+        for m in (engines, tensorrt):
+            monkeypatch.setattr(m, 'gpu', lambda: (name, architecture))
+        for m in (engines, tensorrt, backends):
+            monkeypatch.setattr(m, 'cuda_device', lambda: 'cpu' if name else '')
         return trt
+
     return there
 
-def build(ws, **settings): return tensorrt.run(str(ws.root), overrides={f'tensorrt.{k}': v for k, v in settings.items()})
+
+def build(ws, **settings):
+    return tensorrt.run(str(ws.root), overrides={f'tensorrt.{k}': v for k, v in settings.items()})
+
 
 @pytest.mark.parametrize('name', ['tensorrt', 'tensorrt_rtx'])
 def test_pictures_are_those_of_the_onnx_files(ws, machine, name):
     "Names, addresses, shapes, types and scaling: a picture of any batch is the half-precision ONNX file's."
-    trt = machine(stand_in(name)); result = build(ws, max_batch=2)
-    assert how(result, f'Fake_GPU-{name}-11.4') == dict.fromkeys(PARTS, 'built') and max(m['difference'] for m in result.status['sets'][f'Fake_GPU-{name}-11.4']['parts'].values()) < .01
+    trt = machine(stand_in(name))
+    result = build(ws, max_batch=2)
+    assert (
+        how(result, f'Fake_GPU-{name}-11.4') == dict.fromkeys(PARTS, 'built')
+        and max(m['difference'] for m in result.status['sets'][f'Fake_GPU-{name}-11.4']['parts'].values())
+        < 0.01
+    )
     ask = dict(prompt=['a red rose', 'the sky', 'a blue iris in the meadow'], n=2, steps=4, negative='blue')
-    ours = Generator.from_pretrained(ws.root, 'tensorrt', batch=5); trt.ran.clear(); mine = ours(**ask)
+    ours = Generator.from_pretrained(ws.root, 'tensorrt', batch=5)
+    trt.ran.clear()
+    mine = ours(**ask)
     half, full = (Generator.from_pretrained(ws.root, b)(**ask) for b in ('onnx-fp16', 'onnx'))
-    assert same(mine, half) and 45 < export.picture_difference(mine, full)['psnr'] and not same(mine[:1], mine[1:2])
-    assert {r['sample'][0] for r in trt.ran if 'sample' in r} == {4, 2} and [r['input_ids'] for r in trt.ran if 'input_ids' in r] == [(4, 16)] # 10 = 4 + 4 + 2
-    with pytest.raises(UserError, match=r'takes sample of \[4, 16, 16\] to \[4, 16, 16\], not \[4, 24, 24\]; draw at the size of the model'): ours('a red rose', size=48)
-    steps = []; ours('a red rose', steps=2, callback=lambda s: steps.append(s.preview(32)[0].size))
-    assert steps == [(32, 32)]*2
+    assert (
+        same(mine, half)
+        and 45 < export.picture_difference(mine, full)['psnr']
+        and not same(mine[:1], mine[1:2])
+    )
+    assert {r['sample'][0] for r in trt.ran if 'sample' in r} == {4, 2} and [
+        r['input_ids'] for r in trt.ran if 'input_ids' in r
+    ] == [(4, 16)]  # 10 = 4 + 4 + 2
+    with pytest.raises(
+        UserError,
+        match=r'takes sample of \[4, 16, 16\] to \[4, 16, 16\], not \[4, 24, 24\]; draw at the size of the model',
+    ):
+        ours('a red rose', size=48)
+    steps = []
+    ours('a red rose', steps=2, callback=lambda s: steps.append(s.preview(32)[0].size))
+    assert steps == [(32, 32)] * 2
+
 
 def test_many_prompts_are_read_in_pieces(ws, machine):
-    machine(stand_in()); build(ws, max_batch=2); prompts = [f'a rose {i}' for i in range(11)]
+    machine(stand_in())
+    build(ws, max_batch=2)
+    prompts = [f'a rose {i}' for i in range(11)]
     ours, half = (load_backend(ws.root, b).encode(prompts) for b in ('tensorrt', 'onnx-fp16'))
     assert ours.shape == (11, 16, 32) and torch.equal(ours, half)
 
+
 def test_other_weights_are_put_in_and_again(ws, machine):
-    trt = machine(stand_in()); build(ws)
-    for n in (1, 2): # an engine that was refitted takes weights once more
-        change(ws, 'unet'); trt.built.clear(); result = build(ws)
-        assert how(result) == dict.fromkeys(PARTS, 'kept') | dict(unet='refitted') and trt.refitted == n and not trt.built
-        assert len(files(ws.tensorrt/'Fake_GPU-tensorrt-11.4')) == 5 # four engines and the times
-        assert same(*(Generator(backends.open_backend(b, ws.onnx))('a red rose', steps=4) for b in ('tensorrt', 'onnx-fp16')))
-    change(ws, 'unet'); trt.wrong = 'weights' # it does not take them
+    trt = machine(stand_in())
+    build(ws)
+    for n in (1, 2):  # an engine that was refitted takes weights once more
+        change(ws, 'unet')
+        trt.built.clear()
+        result = build(ws)
+        assert (
+            how(result) == dict.fromkeys(PARTS, 'kept') | dict(unet='refitted')
+            and trt.refitted == n
+            and not trt.built
+        )
+        assert len(files(ws.tensorrt / 'Fake_GPU-tensorrt-11.4')) == 5  # four engines and the times
+        assert same(
+            *(
+                Generator(backends.open_backend(b, ws.onnx))('a red rose', steps=4)
+                for b in ('tensorrt', 'onnx-fp16')
+            )
+        )
+    change(ws, 'unet')
+    trt.wrong = 'weights'  # it does not take them
     assert how(build(ws))['unet'] == 'built'
-    change(ws, 'unet', 'graph'); trt.wrong = ''; assert how(build(ws))['unet'] == 'built' and trt.refitted == 2
+    change(ws, 'unet', 'graph')
+    trt.wrong = ''
+    assert how(build(ws))['unet'] == 'built' and trt.refitted == 2
     assert how(build(ws, max_batch=3)) == dict.fromkeys(PARTS, 'built')
 
+
 def test_kernel_times_come_back(ws, machine):
-    trt = machine(stand_in()); build(ws)
+    trt = machine(stand_in())
+    build(ws)
     assert [t for _, _, t in trt.built] == [b'', b'+', b'++', b'+++']
-    change(ws, 'vae_decoder', 'graph'); trt.built.clear(); build(ws)
+    change(ws, 'vae_decoder', 'graph')
+    trt.built.clear()
+    build(ws)
     assert trt.built == [('vae_decoder', True, b'++++')]
-    (ws.tensorrt/'Fake_GPU-tensorrt-11.4'/'timing.cache').write_bytes(b'of another driver'); change(ws, 'vae_decoder', 'graph'); trt.built.clear(); build(ws)
+    (ws.tensorrt / 'Fake_GPU-tensorrt-11.4' / 'timing.cache').write_bytes(b'of another driver')
+    change(ws, 'vae_decoder', 'graph')
+    trt.built.clear()
+    build(ws)
     assert trt.built == [('vae_decoder', True, b'')]
 
+
 def test_rtx_keeps_its_kernels(ws, machine):
-    trt = machine(stand_in('tensorrt_rtx')); build(ws); folder = ws.tensorrt/'Fake_GPU-tensorrt_rtx-11.4'
-    assert {k: v for k, v in files(folder).items() if not k.endswith('.engine')} == {f'{p}.kernels': b'kernels' for p in PARTS}
-    head = json.loads((folder/'unet.engine').read_bytes().partition(b'\n')[0]); assert head['refit'] and head['capabilities'] == ['CURRENT']
-    trt.ran.clear(); load_backend(ws.root, 'tensorrt'); assert not trt.ran
-    (folder/'unet.kernels').write_bytes(b'stale'); load_backend(ws.root, 'tensorrt'); assert len(trt.ran) == 1 and (folder/'unet.kernels').read_bytes() == b'kernels'
+    trt = machine(stand_in('tensorrt_rtx'))
+    build(ws)
+    folder = ws.tensorrt / 'Fake_GPU-tensorrt_rtx-11.4'
+    assert {k: v for k, v in files(folder).items() if not k.endswith('.engine')} == {
+        f'{p}.kernels': b'kernels' for p in PARTS
+    }
+    head = json.loads((folder / 'unet.engine').read_bytes().partition(b'\n')[0])
+    assert head['refit'] and head['capabilities'] == ['CURRENT']
+    trt.ran.clear()
+    load_backend(ws.root, 'tensorrt')
+    assert not trt.ran
+    (folder / 'unet.kernels').write_bytes(b'stale')
+    load_backend(ws.root, 'tensorrt')
+    assert len(trt.ran) == 1 and (folder / 'unet.kernels').read_bytes() == b'kernels'
+
 
 def test_an_engine_that_says_something_else_is_not_taken(ws, machine):
-    trt = machine(stand_in()); trt.wrong = 'refit'; result = build(ws)
-    assert how(result) == dict.fromkeys(PARTS, 'built') and [r for _, r, _ in trt.built] == [True, False]*4 and not any(m['refit'] for m in list(result.status['sets'].values())[0]['parts'].values())
-    before = files(ws.tensorrt); change(ws, 'unet', 'graph'); trt.wrong = 'all'
-    with pytest.raises(UserError, match=r'the engine of unet differs from its ONNX file by nan'): build(ws)
+    trt = machine(stand_in())
+    trt.wrong = 'refit'
+    result = build(ws)
+    assert (
+        how(result) == dict.fromkeys(PARTS, 'built')
+        and [r for _, r, _ in trt.built] == [True, False] * 4
+        and not any(m['refit'] for m in list(result.status['sets'].values())[0]['parts'].values())
+    )
+    before = files(ws.tensorrt)
+    change(ws, 'unet', 'graph')
+    trt.wrong = 'all'
+    with pytest.raises(UserError, match=r'the engine of unet differs from its ONNX file by nan'):
+        build(ws)
     assert files(ws.tensorrt) == before
 
+
 def test_engines_of_other_gpus_stay_with_their_weights(ws, machine):
-    machine(stand_in(), 'A'); build(ws); machine(stand_in(version='12'), 'B'); build(ws)
-    assert set(read_json(ws.tensorrt/'status.json')['sets']) == {'A-tensorrt-11.4', 'B-tensorrt-12'} == {p.name for p in ws.tensorrt.iterdir() if p.is_dir()}
-    machine(None, ''); assert 'GPU' in build(ws).skipped and len(list(ws.tensorrt.iterdir())) == 3
-    change(ws, 'unet'); machine(stand_in(version='12'), 'B'); assert how(build(ws))['unet'] == 'refitted'
+    machine(stand_in(), 'A')
+    build(ws)
+    machine(stand_in(version='12'), 'B')
+    build(ws)
+    assert (
+        set(read_json(ws.tensorrt / 'status.json')['sets'])
+        == {'A-tensorrt-11.4', 'B-tensorrt-12'}
+        == {p.name for p in ws.tensorrt.iterdir() if p.is_dir()}
+    )
+    machine(None, '')
+    assert 'GPU' in build(ws).skipped and len(list(ws.tensorrt.iterdir())) == 3
+    change(ws, 'unet')
+    machine(stand_in(version='12'), 'B')
+    assert how(build(ws))['unet'] == 'refitted'
     assert {p.name for p in ws.tensorrt.iterdir() if p.is_dir()} == {'B-tensorrt-12'}
+
 
 def test_engines_are_used_only_where_they_fit(ws, machine, monkeypatch):
     "Each reason in one line, and what `auto` does instead."
+
     def asked(match, auto='torch'):
-        with pytest.raises(UserError, match=match) as e: load_backend(ws.root, 'tensorrt')
-        assert '\n' not in str(e.value) and 'auto takes what runs here' in str(e.value) and load_backend(ws.root).name == auto
-        left = bench.bench(ws.root, steps=[1], rounds=1, names=['onnx', 'tensorrt'])['left_out'] if match == 'no engines of this model' else {'tensorrt': backends.why_not('tensorrt', ws.onnx)}
+        with pytest.raises(UserError, match=match) as e:
+            load_backend(ws.root, 'tensorrt')
+        assert (
+            '\n' not in str(e.value)
+            and 'auto takes what runs here' in str(e.value)
+            and load_backend(ws.root).name == auto
+        )
+        left = (
+            bench.bench(ws.root, steps=[1], rounds=1, names=['onnx', 'tensorrt'])['left_out']
+            if match == 'no engines of this model'
+            else {'tensorrt': backends.why_not('tensorrt', ws.onnx)}
+        )
         assert left['tensorrt'] in str(e.value)
-    fast = backends.fastest(ws.onnx); monkeypatch.setattr(bench, 'peak_memory', lambda *a: 0.)
-    trt = machine(stand_in(), 'A', 'SM86'); asked('no engines of this model'); build(ws)
-    assert load_backend(ws.root).name == load_backend(ws.onnx).name == 'tensorrt' and load_backend(ws.root, 'torch').name == 'torch'
-    machine(trt, 'B', 'SM89'); asked(r'the engines are for A, here is B \(SM89\)')
-    machine(stand_in(version='12'), 'A'); asked('the engines want tensorrt 11.4, here is 12')
-    machine(stand_in('tensorrt_rtx'), 'A'); asked('the engines want tensorrt 11.4, here is none')
+
+    fast = backends.fastest(ws.onnx)
+    monkeypatch.setattr(bench, 'peak_memory', lambda *a: 0.0)
+    trt = machine(stand_in(), 'A', 'SM86')
+    asked('no engines of this model')
+    build(ws)
+    assert (
+        load_backend(ws.root).name == load_backend(ws.onnx).name == 'tensorrt'
+        and load_backend(ws.root, 'torch').name == 'torch'
+    )
+    machine(trt, 'B', 'SM89')
+    asked(r'the engines are for A, here is B \(SM89\)')
+    machine(stand_in(version='12'), 'A')
+    asked('the engines want tensorrt 11.4, here is 12')
+    machine(stand_in('tensorrt_rtx'), 'A')
+    asked('the engines want tensorrt 11.4, here is none')
     import onnxruntime as ort
-    with monkeypatch.context() as m: m.setattr(ort, 'get_available_providers', lambda: ['CUDAExecutionProvider', 'CPUExecutionProvider']); assert backends.automatic(ws.onnx) == 'onnx'
-    machine(None, 'A'); asked('the package tensorrt is not installed'); machine(trt, ''); asked('PyTorch sees none here', fast)
-    machine(trt, 'A'); (ws.tensorrt/'A-tensorrt-11.4'/'unet.engine').write_bytes(b'broken')
-    with pytest.raises(UserError, match='cannot open this engine'): load_backend(ws.root, 'tensorrt')
-    change(ws, 'unet'); assert 'of other weights' in backends.why_not('tensorrt', ws.onnx)
+
+    with monkeypatch.context() as m:
+        m.setattr(ort, 'get_available_providers', lambda: ['CUDAExecutionProvider', 'CPUExecutionProvider'])
+        assert backends.automatic(ws.onnx) == 'onnx'
+    machine(None, 'A')
+    asked('the package tensorrt is not installed')
+    machine(trt, '')
+    asked('PyTorch sees none here', fast)
+    machine(trt, 'A')
+    (ws.tensorrt / 'A-tensorrt-11.4' / 'unet.engine').write_bytes(b'broken')
+    with pytest.raises(UserError, match='cannot open this engine'):
+        load_backend(ws.root, 'tensorrt')
+    change(ws, 'unet')
+    assert 'of other weights' in backends.why_not('tensorrt', ws.onnx)
+
 
 def test_engines_made_ahead_run_on_their_architecture(ws, machine):
-    trt = machine(stand_in('tensorrt_rtx'), '', ''); result = build(ws, targets=['SM86'])
-    assert how(result, 'SM86-tensorrt_rtx-11.4') == dict.fromkeys(PARTS, 'built') and not any(r for _, r, _ in trt.built) and not trt.ran
-    machine(trt, 'A', 'SM86'); assert load_backend(ws.root).name == 'tensorrt'
-    machine(trt, 'A', 'SM89'); assert 'for SM86, here is A (SM89)' in backends.why_not('tensorrt', ws.onnx)
+    trt = machine(stand_in('tensorrt_rtx'), '', '')
+    result = build(ws, targets=['SM86'])
+    assert (
+        how(result, 'SM86-tensorrt_rtx-11.4') == dict.fromkeys(PARTS, 'built')
+        and not any(r for _, r, _ in trt.built)
+        and not trt.ran
+    )
+    machine(trt, 'A', 'SM86')
+    assert load_backend(ws.root).name == 'tensorrt'
+    machine(trt, 'A', 'SM89')
+    assert 'for SM86, here is A (SM89)' in backends.why_not('tensorrt', ws.onnx)
     machine(stand_in(), 'A')
-    with pytest.raises(UserError, match='tensorrt.targets: tensorrt builds for the GPU that is here; set tensorrt.flavour=rtx'): build(ws)
+    with pytest.raises(
+        UserError,
+        match='tensorrt.targets: tensorrt builds for the GPU that is here; set tensorrt.flavour=rtx',
+    ):
+        build(ws)
+
 
 def test_the_stage_says_what_is_missing(ws, machine):
-    machine(None, ''); result = tensorrt.run(str(ws.root)); status = read_json(ws.tensorrt/'status.json')
-    assert not status['built'] and status['reason'] == result.skipped and 'GPU' in result.skipped and '\n' not in result.skipped
-    assert read_json(ws.work/'records'/'tensorrt.json')['status'] == 'skipped'
-    machine(None, 'NVIDIA T4'); assert 'pip install flowerdiff[tensorrt]' in tensorrt.run(str(ws.root)).skipped
+    machine(None, '')
+    result = tensorrt.run(str(ws.root))
+    status = read_json(ws.tensorrt / 'status.json')
+    assert (
+        not status['built']
+        and status['reason'] == result.skipped
+        and 'GPU' in result.skipped
+        and '\n' not in result.skipped
+    )
+    assert read_json(ws.work / 'records' / 'tensorrt.json')['status'] == 'skipped'
+    machine(None, 'NVIDIA T4')
+    assert 'pip install flowerdiff[tensorrt]' in tensorrt.run(str(ws.root)).skipped
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_here_the_backend_says_in_a_line_what_it_lacks(exported):
-    with pytest.raises(UserError, match=r'^backend tensorrt: (the package tensorrt is not installed|engines run on an NVIDIA GPU)[^\n]*auto takes what runs here$'): load_backend(exported.root, 'tensorrt')
+    with pytest.raises(
+        UserError,
+        match=r'^backend tensorrt: (the package tensorrt is not installed|engines run on an NVIDIA GPU)[^\n]*auto takes what runs here$',
+    ):
+        load_backend(exported.root, 'tensorrt')
+
 
 # ---- the loop
+
 
 @pytest.mark.parametrize('name', SCHEDULERS)
 def test_the_loop_reads_nothing_back(exported, name):
     "On the device `meta` there are no numbers to read: an `.item()`, a `.cpu()` or a comparison in the loop fails. Timesteps are on the device before the first step."
     seen = []
+
     class Meta:
         device = 'meta'
-        def condition(self, text): return text
-        def denoise(self, x, t, text): seen.append((x.device.type, t.device.type)); return torch.empty_like(x)
-    text, config = torch.empty(2, 16, 32, device='meta'), read_json(exported.model/'scheduler'/'scheduler_config.json') | dict(_class_name='DPMSolverMultistepScheduler')
-    out = sample(Meta(), text, text, generators(0, 2), make_scheduler(config, name), 4, 4.)
+
+        def condition(self, text):
+            return text
+
+        def denoise(self, x, t, text):
+            seen.append((x.device.type, t.device.type))
+            return torch.empty_like(x)
+
+    text, config = (
+        torch.empty(2, 16, 32, device='meta'),
+        read_json(exported.model / 'scheduler' / 'scheduler_config.json')
+        | dict(_class_name='DPMSolverMultistepScheduler'),
+    )
+    out = sample(Meta(), text, text, generators(0, 2), make_scheduler(config, name), 4, 4.0)
     assert out.device.type == 'meta' and len(seen) >= 4 and set(seen) == {('meta', 'meta')}

@@ -2,6 +2,7 @@
 
 FLOWERDIFF_KILLS: how many kills at random moments (50).
 """
+
 import json, os, random, shutil, signal, time
 import numpy as np
 import pytest
@@ -9,30 +10,48 @@ from test_train import events, last_checkpoint, parts, same_result, tell, toy, t
 from train_worker import start
 
 KILLS = int(os.environ.get('FLOWERDIFF_KILLS', 50))
-DENSE = dict(train__checkpoint_minutes=1e-5, train__keep_checkpoints=2)  # a checkpoint as soon as the one before is written
+DENSE = dict(
+    train__checkpoint_minutes=1e-5, train__keep_checkpoints=2
+)  # a checkpoint as soon as the one before is written
+
 
 def run_folder(ws):
     from flowerdiff.stages.train import run_fingerprint
+
     return ws.work_dir('train', run_fingerprint(ws))
+
 
 @pytest.fixture(scope='module')
 def whole(toy):
     "The run to which nothing happens, and how long its training takes."
-    ws = toy('whole', **DENSE); folder = run_folder(ws)
-    p = start(ws.root, folder); p.join(); assert p.exitcode == 0
+    ws = toy('whole', **DENSE)
+    folder = run_folder(ws)
+    p = start(ws.root, folder)
+    p.join()
+    assert p.exitcode == 0
     times = {e['event']: e['time'] for e in events(ws)}
     return ws, folder.name, times['done'] - times['start']
 
-def steps(ws): return [(e['step'], e['loss'], e['lr'], e['grad_norm']) for e in events(ws) if e['event'] == 'step']
 
-def acknowledged(ws): return max((e['step'] for e in events(ws) if e['event'] == 'checkpoint'), default=0)
+def steps(ws):
+    return [(e['step'], e['loss'], e['lr'], e['grad_norm']) for e in events(ws) if e['event'] == 'step']
 
-def starts(ws): return [e['resumed_from'] for e in events(ws) if e['event'] == 'start']
+
+def acknowledged(ws):
+    return max((e['step'] for e in events(ws) if e['event'] == 'checkpoint'), default=0)
+
+
+def starts(ws):
+    return [e['resumed_from'] for e in events(ws) if e['event'] == 'start']
+
 
 class Life:
     "Runs of one workspace, one after the other, each held to what the ones before it acknowledged."
+
     def __init__(self, toy, whole, **settings):
-        self.whole, self.ws = whole[0], toy('life', **DENSE | settings); self.folder = self.ws.work/whole[1]; self.folder.mkdir(parents=True)
+        self.whole, self.ws = whole[0], toy('life', **DENSE | settings)
+        self.folder = self.ws.work / whole[1]
+        self.folder.mkdir(parents=True)
 
     def begin(self, *fault):
         self.known, self.begun = acknowledged(self.ws), len(starts(self.ws))
@@ -40,8 +59,10 @@ class Life:
 
     def end(self, p, timeout=120):
         "Its exit code."
-        p.join(timeout); assert p.exitcode is not None
-        for at in starts(self.ws)[self.begun:]: assert at >= self.known, f'went back to step {at}, behind {self.known}, which it had acknowledged'
+        p.join(timeout)
+        assert p.exitcode is not None
+        for at in starts(self.ws)[self.begun :]:
+            assert at >= self.known, f'went back to step {at}, behind {self.known}, which it had acknowledged'
         return p.exitcode
 
     def same(self):
@@ -49,132 +70,222 @@ class Life:
         same_result(self.ws, self.whole)
         assert set(steps(self.ws)) == set(steps(self.whole))  # a step that was made twice was the same twice
 
+
 def killed_at_random(life, luck, seconds):
     "One process, killed at a random moment; False when it was done before."
     p = life.begin()
-    if luck.random() < .8:  # while it trains, rather than while it starts
-        while len(starts(life.ws)) == life.begun and p.is_alive(): time.sleep(.005)
+    if luck.random() < 0.8:  # while it trains, rather than while it starts
+        while len(starts(life.ws)) == life.begun and p.is_alive():
+            time.sleep(0.005)
     p.join(luck.uniform(0, seconds))
     alive = p.is_alive()
-    if alive: p.kill()
+    if alive:
+        p.kill()
     return life.end(p) == -signal.SIGKILL
+
 
 def test_killed_at_random_moments(toy, whole):
     luck, kills = random.Random(KILLS), 0
     while kills < KILLS:
         life = Life(toy, whole)
-        while kills < KILLS and killed_at_random(life, luck, whole[2]): kills += 1
+        while kills < KILLS and killed_at_random(life, luck, whole[2]):
+            kills += 1
         assert life.end(life.begin()) == 0
-        life.same(); shutil.rmtree(life.ws.root)
+        life.same()
+        shutil.rmtree(life.ws.root)
+
 
 def test_killed_at_every_change_of_the_disk(toy, whole):
     "Before and after every mkdir, fsync, rename and removal, within writes, of the first checkpoint that a process writes and a good part of the second."
     life = Life(toy, whole, train__keep_checkpoints=1)
     for k in range(1, 61):
         while (code := life.end(life.begin('kill', k))) == 0:
-            life.same(); shutil.rmtree(life.ws.root); life = Life(toy, whole, train__keep_checkpoints=1)
+            life.same()
+            shutil.rmtree(life.ws.root)
+            life = Life(toy, whole, train__keep_checkpoints=1)
         assert code == -signal.SIGKILL
     assert life.end(life.begin()) == 0
     life.same()
 
+
 def test_killed_within_a_file_of_tensors(toy, whole):
     life = Life(toy, whole)
-    files = {f.stem: f.stat().st_size for f in (whole[0].work/whole[1]/'checkpoints').glob('*24/*.safetensors')}
-    for size in (files['weights']//2, files['weights'] - 1, files['weights'] + 1, files['optimizer'] - 1):
+    files = {
+        f.stem: f.stat().st_size for f in (whole[0].work / whole[1] / 'checkpoints').glob('*24/*.safetensors')
+    }
+    for size in (files['weights'] // 2, files['weights'] - 1, files['weights'] + 1, files['optimizer'] - 1):
         assert life.end(life.begin('size', size)) == -signal.SIGXFSZ
     assert acknowledged(life.ws) == 0 and life.end(life.begin()) == 0
     life.same()
+
 
 def test_the_disk_is_full_now_and_then(toy, whole):
     "A checkpoint that finds no room is told and left out; what was saved stays, training goes on."
     life = Life(toy, whole)
     assert life.end(life.begin('full', 37)) == 0
     notes = [e['text'] for e in events(life.ws) if e['event'] == 'note']
-    assert notes and all('was not written' in n and 'No space left on device' in n for n in notes) and 0 < acknowledged(life.ws)
+    assert (
+        notes
+        and all('was not written' in n and 'No space left on device' in n for n in notes)
+        and 0 < acknowledged(life.ws)
+    )
     assert trained(life.ws)['validation'] == trained(whole[0])['validation']
     assert life.end(life.begin()) == 0
     life.same()
 
+
 def test_sigterm_on_a_full_disk(toy, whole):
     "Nothing can be saved: it says so, leaves in order, and the next start is from where the last one was."
-    life = Life(toy, whole); p = life.begin('full', 1)
-    while not steps(life.ws): time.sleep(.01)
+    life = Life(toy, whole)
+    p = life.begin('full', 1)
+    while not steps(life.ws):
+        time.sleep(0.01)
     assert tell(p, signal.SIGTERM) == 75 and acknowledged(life.ws) == 0
-    assert not list((life.folder/'checkpoints').glob('*')) and [e['event'] for e in events(life.ws)][-2:] == ['note', 'stopped']
+    assert not list((life.folder / 'checkpoints').glob('*')) and [e['event'] for e in events(life.ws)][
+        -2:
+    ] == ['note', 'stopped']
     assert life.end(life.begin()) == 0
     life.same()
 
+
 @pytest.fixture(scope='module')
 def halfway(toy, whole):
-    life = Life(toy, whole); p = life.begin()
-    while acknowledged(life.ws) < 8: time.sleep(.005)
-    p.kill(); life.end(p)
+    life = Life(toy, whole)
+    p = life.begin()
+    while acknowledged(life.ws) < 8:
+        time.sleep(0.005)
+    p.kill()
+    life.end(p)
     return life
 
-def flip(f): data = bytearray(f.read_bytes()); i = random.randrange(len(data)); data[i] ^= 1 << random.randrange(8); f.write_bytes(data)
-def cut(f): f.write_bytes(f.read_bytes()[:random.randrange(f.stat().st_size)])
 
-@pytest.mark.parametrize('name', ['weights.safetensors', 'ema.safetensors', 'optimizer.safetensors', 'state.json'])
+def flip(f):
+    data = bytearray(f.read_bytes())
+    i = random.randrange(len(data))
+    data[i] ^= 1 << random.randrange(8)
+    f.write_bytes(data)
+
+
+def cut(f):
+    f.write_bytes(f.read_bytes()[: random.randrange(f.stat().st_size)])
+
+
+@pytest.mark.parametrize(
+    'name', ['weights.safetensors', 'ema.safetensors', 'optimizer.safetensors', 'state.json']
+)
 def test_damaged(toy, whole, halfway, name):
     "A bit flipped, an end cut off, a file gone: told in a line, and the run goes on from the checkpoint before."
     from flowerdiff.training.checkpoints import checkpoints, load_checkpoint
-    random.seed(name); life = Life(toy, whole); said = []
-    newest, before = (int(p.name) for p in checkpoints(halfway.folder/'checkpoints')[:2])
-    for harm in (*[flip]*20, *[cut]*5, os.unlink):
-        shutil.rmtree(life.folder/'checkpoints', ignore_errors=True); shutil.copytree(halfway.folder/'checkpoints', life.folder/'checkpoints')
-        harm(life.folder/'checkpoints'/f'{newest:08d}'/name)
-        assert load_checkpoint(life.folder/'checkpoints', said.append)[1]['step'] == before
+
+    random.seed(name)
+    life = Life(toy, whole)
+    said = []
+    newest, before = (int(p.name) for p in checkpoints(halfway.folder / 'checkpoints')[:2])
+    for harm in (*[flip] * 20, *[cut] * 5, os.unlink):
+        shutil.rmtree(life.folder / 'checkpoints', ignore_errors=True)
+        shutil.copytree(halfway.folder / 'checkpoints', life.folder / 'checkpoints')
+        harm(life.folder / 'checkpoints' / f'{newest:08d}' / name)
+        assert load_checkpoint(life.folder / 'checkpoints', said.append)[1]['step'] == before
         assert name in said[-1] and f'{newest:08d}' in said[-1]
     assert life.end(life.begin()) == 0 and starts(life.ws) == [before]
     assert any(name in e['text'] for e in events(life.ws) if e['event'] == 'note')
     same_result(life.ws, whole[0])
 
+
 def test_stopped_on_the_step_of_a_look(toy, whole):
     "The stop comes first; the validation that it was time for is made by the next start."
-    life = Life(toy, whole, train__checkpoint_minutes=60.)
-    assert [life.end(life.begin('stop', 6)) for _ in range(4)] == [75, 75, 75, 0] and starts(life.ws) == [0, 6, 12, 18]
+    life = Life(toy, whole, train__checkpoint_minutes=60.0)
+    assert [life.end(life.begin('stop', 6)) for _ in range(4)] == [75, 75, 75, 0] and starts(life.ws) == [
+        0,
+        6,
+        12,
+        18,
+    ]
     life.same()
 
+
 # ---- guards
+
 
 def loud(ws, picture, factor=3000):
     "Make a picture far too strong."
     from flowerdiff.data.shards import Shards, ShardWriter
-    latents = {k: np.array(v) for k, v in Shards(ws.encoded/'train', 'latents').load().items()}; latents['mean'][picture] *= factor
-    for f in (ws.encoded/'train').glob('latents*'): f.unlink()
-    with ShardWriter(ws.encoded/'train', 'latents', {k: (v.shape[1:], str(v.dtype)) for k, v in latents.items()}) as w: w.append(**latents)
+
+    latents = {k: np.array(v) for k, v in Shards(ws.encoded / 'train', 'latents').load().items()}
+    latents['mean'][picture] *= factor
+    for f in (ws.encoded / 'train').glob('latents*'):
+        f.unlink()
+    with ShardWriter(
+        ws.encoded / 'train', 'latents', {k: (v.shape[1:], str(v.dtype)) for k, v in latents.items()}
+    ) as w:
+        w.append(**latents)
+
 
 def test_a_spike_is_left_out_and_told_and_the_run_resumes_across_it(toy):
     from flowerdiff.data.batches import batch_pictures
+
     one, two = (toy(name, **DENSE) for name in ('one', 'two'))
-    for ws in (one, two): loud(ws, 5)
-    p = start(one.root); p.join(); assert p.exitcode == 0
+    for ws in (one, two):
+        loud(ws, 5)
+    p = start(one.root)
+    p.join()
+    assert p.exitcode == 0
     spikes = [e for e in events(one) if e['event'] == 'spike']
-    due = [s + 1 for s in range(12, 24) if 5 in batch_pictures(s, 8, 64, 0)]  # two of warm-up, ten to know what is usual
-    assert due and [e['step'] for e in spikes] == due and all('train/000005.png' in e['pictures'] for e in spikes), (spikes, due)
+    due = [
+        s + 1 for s in range(12, 24) if 5 in batch_pictures(s, 8, 64, 0)
+    ]  # two of warm-up, ten to know what is usual
+    assert (
+        due
+        and [e['step'] for e in spikes] == due
+        and all('train/000005.png' in e['pictures'] for e in spikes)
+    ), (spikes, due)
     assert last_checkpoint(one)[1]['updates'] == 24 - len(due)
     for upto in (due[0], due[-1]):
         p = start(two.root)
-        while acknowledged(two) < upto and p.is_alive(): time.sleep(.002)
-        p.kill(); p.join()
-    p = start(two.root); p.join(); assert p.exitcode == 0
+        while acknowledged(two) < upto and p.is_alive():
+            time.sleep(0.002)
+        p.kill()
+        p.join()
+    p = start(two.root)
+    p.join()
+    assert p.exitcode == 0
     same_result(two, one)
+
 
 def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(toy):
     from flowerdiff.data.batches import batch_pictures
-    ws = toy(**DENSE); first = next(s for s in range(24) if 5 in batch_pictures(s, 8, 64, 0)); loud(ws, 5, float('nan'))
-    p = start(ws.root); p.join(); assert p.exitcode == 2
+
+    ws = toy(**DENSE)
+    first = next(s for s in range(24) if 5 in batch_pictures(s, 8, 64, 0))
+    loud(ws, 5, float('nan'))
+    p = start(ws.root)
+    p.join()
+    assert p.exitcode == 2
     failed = events(ws)[-1]
-    assert failed['event'] == 'failed' and f'not a number at step {first + 1} (pictures train/000005.png)' in failed['message']
+    assert (
+        failed['event'] == 'failed'
+        and f'not a number at step {first + 1} (pictures train/000005.png)' in failed['message']
+    )
     assert acknowledged(ws) <= first and (not first or last_checkpoint(ws)[1]['step'] == acknowledged(ws))
+
 
 def test_what_is_said_to_fit_into_memory_does(toy):
     from flowerdiff.core.workspace import open_workspace
-    def attempt(mb): p = start(ws.root, '', ('memory', mb)); p.join(); return p.exitcode
-    ws = toy(train__batch_size=2048, train__epochs=.01)
+
+    def attempt(mb):
+        p = start(ws.root, '', ('memory', mb))
+        p.join()
+        return p.exitcode
+
+    ws = toy(train__batch_size=2048, train__epochs=0.01)
     assert attempt(800) == 2 and attempt(350) == 2
-    said = events(ws)[-1]['message']; print(said)
-    assert 'not enough memory at step 1 with train.batch_size: 2048; train.batch_size: ' in said and said.endswith('would fit')
-    fits = int(said.split('; train.batch_size: ')[1].split()[0]); assert 64 <= fits < 2048
+    said = events(ws)[-1]['message']
+    print(said)
+    assert (
+        'not enough memory at step 1 with train.batch_size: 2048; train.batch_size: ' in said
+        and said.endswith('would fit')
+    )
+    fits = int(said.split('; train.batch_size: ')[1].split()[0])
+    assert 64 <= fits < 2048
     ws = open_workspace(ws.root, overrides={'train.batch_size': fits})
     assert attempt(800) == 0  # a thread reserves addresses, which this limit counts, though no memory

@@ -1,4 +1,5 @@
 "What DVC decides, how a run is stopped, and what is left when it is killed. The stages are toys: see `toy` in conftest."
+
 import json, os, re, shutil, signal, time
 from pathlib import Path
 import psutil, pytest
@@ -7,89 +8,132 @@ LINE = re.compile(r'^(\w+) +(?:\d+ h )?(?:\d+ min )?[\d.]+ (?:s|min) ', re.M)
 ran = lambda p: LINE.findall(p.stdout)
 STAGES = 'prepare caption encode upload train promote evaluate onnx tensorrt publish'.split()
 
-def processes(root): # everything that works for a workspace
+
+def processes(root):  # everything that works for a workspace
     out = []
     for p in psutil.process_iter():
         try:
-            if str(root) in ' '.join(p.cmdline()) or p.cwd().startswith(str(root)): out.append(p)
-        except psutil.Error: pass
+            if str(root) in ' '.join(p.cmdline()) or p.cwd().startswith(str(root)):
+                out.append(p)
+        except psutil.Error:
+            pass
     return [p for p in out if p.status() != psutil.STATUS_ZOMBIE]
+
 
 def wait(condition, seconds=60):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, 'it did not happen'
-        time.sleep(.1)
+        time.sleep(0.1)
+
 
 @pytest.fixture(scope='module')
 def done(toy, tmp_path_factory):
-    root = tmp_path_factory.mktemp('ws')/'garden'
+    root = tmp_path_factory.mktemp('ws') / 'garden'
     p = toy('run', root, '--set', 'train.epochs=2')
     assert p.returncode == 0, p.stdout + p.stderr
     return root, p
 
+
 @pytest.fixture
-def ws(done, tmp_path): return shutil.copytree(done[0], tmp_path/'garden', symlinks=True)
+def ws(done, tmp_path):
+    return shutil.copytree(done[0], tmp_path / 'garden', symlinks=True)
+
 
 def test_first_run_goes_through_all_stages_and_names_what_to_do_next(done):
     root, p = done
     assert ran(p) == STAGES
     assert 'train is done' in p.stdout and 'report/index.html' not in p.stdout
     assert f'flowerdiff generate' in p.stdout and 'flowerdiff studio' in p.stdout
-    assert sorted(n.name for n in (root/'notebooks').iterdir()) == [f'{i:02d}_{s}.ipynb' for i, s in enumerate(STAGES, 1)]
-    assert not (root/'.dvc'/'cache').exists() and 'analytics = false' in (root/'.dvc'/'config').read_text()
+    assert sorted(n.name for n in (root / 'notebooks').iterdir()) == [
+        f'{i:02d}_{s}.ipynb' for i, s in enumerate(STAGES, 1)
+    ]
+    assert (
+        not (root / '.dvc' / 'cache').exists()
+        and 'analytics = false' in (root / '.dvc' / 'config').read_text()
+    )
+
 
 def test_second_run_does_nothing_quickly(toy, done):
     start = time.process_time(), os.times()
     p = toy('run', done[0])
-    spent = os.times().children_user + os.times().children_system - start[1].children_user - start[1].children_system
+    spent = (
+        os.times().children_user
+        + os.times().children_system
+        - start[1].children_user
+        - start[1].children_system
+    )
     assert p.returncode == 0 and ran(p) == [] and 'fresh' in p.stdout
-    assert spent < 3 # seconds of processor: the machine may be busy with other things
+    assert spent < 3  # seconds of processor: the machine may be busy with other things
+
 
 def test_changed_setting_reruns_what_depends_on_it(toy, ws):
     p = toy('run', ws, '--set', 'evaluate.steps=7')
     assert ran(p) == ['evaluate', 'publish'], p.stdout + p.stderr
-    assert 'steps: 7 ' in (ws/'params.yaml').read_text() and '# sampling steps' in (ws/'params.yaml').read_text()
+    assert (
+        'steps: 7 ' in (ws / 'params.yaml').read_text()
+        and '# sampling steps' in (ws / 'params.yaml').read_text()
+    )
+
 
 def test_status_says_what_is_stale_and_why(toy, ws):
-    text = (ws/'params.yaml').read_text()
-    (ws/'params.yaml').write_text(text.replace('lr: 0.0015', 'lr: 0.001', 1) if 'lr: 0.0015' in text else re.sub(r'  lr: \S+', '  lr: 0.00123', text, count=1))
+    text = (ws / 'params.yaml').read_text()
+    (ws / 'params.yaml').write_text(
+        text.replace('lr: 0.0015', 'lr: 0.001', 1)
+        if 'lr: 0.0015' in text
+        else re.sub(r'  lr: \S+', '  lr: 0.00123', text, count=1)
+    )
     out = {l.split()[0]: l for l in toy('status', ws).stdout.splitlines()}
     assert 'fresh' in out['prepare'] and 'fresh' in out['upload']
     assert 'stale' in out['train'] and 'train.lr' in out['train']
     assert 'stale' in out['promote'] and 'train is stale' in out['promote']
-    shutil.copy(ws/'params.yaml', ws/'keep'); (ws/'params.yaml').write_text(text)
+    shutil.copy(ws / 'params.yaml', ws / 'keep')
+    (ws / 'params.yaml').write_text(text)
     out = {l.split()[0]: l for l in toy('status', ws).stdout.splitlines()}
     assert 'skipped' in out['tensorrt'] and 'no GPU' in out['tensorrt']
 
+
 def test_no_better_model_leaves_what_follows_fresh(toy, ws):
-    before = os.stat(ws/'model').st_ino
+    before = os.stat(ws / 'model').st_ino
     assert ran(toy('run', ws, '--set', 'promote.margin=1')) == ['promote']
-    assert os.stat(ws/'model').st_ino == before
+    assert os.stat(ws / 'model').st_ino == before
+
 
 def test_comments_do_not_rerun_and_code_does(toy, ws):
-    helper = toy.package/'toolbox.py'; source = helper.read_text()
+    helper = toy.package / 'toolbox.py'
+    source = helper.read_text()
     try:
         helper.write_text(source.replace('"Doubles."', '"Twice as much."') + '# a remark\n')
         assert ran(toy('run', ws)) == []
         helper.write_text(source.replace('2*x', '3*x'))
         out = {l.split()[0]: l for l in toy('status', ws).stdout.splitlines()}
         assert 'the code' in out['encode'] and 'the code' in out['train'] and 'fresh' in out['prepare']
-    finally: helper.write_text(source)
+    finally:
+        helper.write_text(source)
+
 
 def test_pictures_outside_are_a_dependency(toy, ws, tmp_path):
-    folder = tmp_path/'photos'; folder.mkdir(); (folder/'a.png').write_bytes(b'1')
+    folder = tmp_path / 'photos'
+    folder.mkdir()
+    (folder / 'a.png').write_bytes(b'1')
     p = toy('run', ws, '--pictures', os.path.relpath(folder, tmp_path), '--only', 'prepare', cwd=tmp_path)
-    assert ran(p) == ['prepare'] and f'source: {folder}' in (ws/'params.yaml').read_text(), p.stdout + p.stderr
+    assert ran(p) == ['prepare'] and f'source: {folder}' in (ws / 'params.yaml').read_text(), (
+        p.stdout + p.stderr
+    )
     assert ran(toy('run', ws, '--only', 'prepare')) == []
-    (folder/'b.png').write_bytes(b'2')
+    (folder / 'b.png').write_bytes(b'2')
     assert ran(toy('run', ws, '--only', 'prepare')) == ['prepare']
+
 
 def test_only_force_and_missing_input(toy, ws):
     assert ran(toy('run', ws, '--only', 'onnx', '--force')) == ['onnx']
-    shutil.rmtree(ws/'encoded')
+    shutil.rmtree(ws / 'encoded')
     p = toy('run', ws, '--from', 'train')
-    assert p.returncode == 2 and p.stderr.strip() == f'train needs {ws}/encoded, which is not there; run encode first'
+    assert (
+        p.returncode == 2
+        and p.stderr.strip() == f'train needs {ws}/encoded, which is not there; run encode first'
+    )
+
 
 def test_a_mistake_is_one_line_and_a_bug_names_notebook_and_log(toy, ws):
     p = toy('run', ws, '--set', 'prepare.count=13')
@@ -97,64 +141,117 @@ def test_a_mistake_is_one_line_and_a_bug_names_notebook_and_log(toy, ws):
     p = toy('run', ws, '--set', 'prepare.count=14')
     assert p.returncode == 1 and p.stderr.count('\n') == 1
     assert 'ZeroDivisionError: a bug' in p.stderr and '01_prepare.ipynb' in p.stderr and 'log' in p.stderr
-    assert (ws/'pictures'/'data.txt').exists() # the old ones stay
+    assert (ws / 'pictures' / 'data.txt').exists()  # the old ones stay
+
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_in_training_leaves_nothing_running_and_goes_on(toy, ws, number):
     p = toy('run', ws, '--set', 'train.epochs=400', popen=True)
-    events = ws/'work'/'train-toy'/'events.jsonl'
+    events = ws / 'work' / 'train-toy' / 'events.jsonl'
     wait(lambda: '"step": 9,' in events.read_text())
-    start = time.time(); os.killpg(p.pid, number)
+    start = time.time()
+    os.killpg(p.pid, number)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and time.time() - start < 20
     step = int(re.fullmatch(r'stopped in train at step (\d+); run the same command to go on\n', err)[1])
     assert not processes(ws)
-    assert (ws/'candidate'/'data.txt').exists() # the old candidate
+    assert (ws / 'candidate' / 'data.txt').exists()  # the old candidate
     p = toy('run', ws, '--set', f'train.epochs={step + 2}', '--only', 'train')
     assert ran(p) == ['train'] and f'"resumed_from": {step}' in events.read_text()
+
 
 def test_killed_outright_leaves_the_old_folder_whole(toy, ws):
     p = toy('run', ws, '--set', 'prepare.count=15', popen=True)
     wait(lambda: list(ws.glob('.pictures.tmp-*/half')))
-    for q in [*psutil.Process(p.pid).children(recursive=True), psutil.Process(p.pid)]: q.kill()
-    p.communicate(); wait(lambda: not processes(ws), 20)
-    assert json.loads((ws/'pictures'/'data.txt').read_text())['count'] == 6000
+    for q in [*psutil.Process(p.pid).children(recursive=True), psutil.Process(p.pid)]:
+        q.kill()
+    p.communicate()
+    wait(lambda: not processes(ws), 20)
+    assert json.loads((ws / 'pictures' / 'data.txt').read_text())['count'] == 6000
     p = toy('run', ws, '--set', 'prepare.count=16', '--only', 'prepare')
     assert ran(p) == ['prepare'], p.stdout + p.stderr
     assert not list(ws.glob('.pictures.*'))
 
+
 def test_two_runs_in_one_workspace(toy, ws):
     import fcntl
-    with open(ws/'.flowerdiff'/'lock', 'a') as f:
+
+    with open(ws / '.flowerdiff' / 'lock', 'a') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         p = toy('run', ws)
     assert p.returncode == 2 and 'another flowerdiff run' in p.stderr
 
+
 def test_dvc_by_hand(toy, ws):
     import subprocess, sys
-    env = {**os.environ, 'PYTHONPATH': str(toy.package.parent), 'DVC_NO_ANALYTICS': '1', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
-    p = subprocess.run([sys.executable, '-m', 'dvc', 'status'], cwd=ws, env=env, capture_output=True, text=True)
+
+    env = {
+        **os.environ,
+        'PYTHONPATH': str(toy.package.parent),
+        'DVC_NO_ANALYTICS': '1',
+        'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+    }
+    p = subprocess.run(
+        [sys.executable, '-m', 'dvc', 'status'], cwd=ws, env=env, capture_output=True, text=True
+    )
     assert 'up to date' in p.stdout, p.stdout + p.stderr
 
+
 def test_the_real_thing(tiny_workspace, cli):
-    assert LINE.findall((tiny_workspace.parent/'run.txt').read_text()) == STAGES
-    assert (tiny_workspace/'report'/'index.html').exists() and (tiny_workspace/'model'/'model_index.json').exists()
+    assert LINE.findall((tiny_workspace.parent / 'run.txt').read_text()) == STAGES
+    assert (tiny_workspace / 'report' / 'index.html').exists() and (
+        tiny_workspace / 'model' / 'model_index.json'
+    ).exists()
     p = cli('run', tiny_workspace)
     assert p.returncode == 0 and ran(p) == []
 
+
 def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path):
     import subprocess, sys
-    root = shutil.copytree(tiny_workspace, tmp_path/'garden', symlinks=True)
-    command = ['run', str(root), '--only', 'train', '--set', 'train.epochs=150', '--set', 'tracking.enabled=false']
-    p = subprocess.Popen([sys.executable, '-P', '-m', 'flowerdiff.pipeline.cli', *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    def step(): return max([0, *(json.loads(l).get('step', 0) for f in root.glob('work/train-*/events.jsonl') for l in f.read_text().splitlines() if l.endswith('}') and f.stat().st_mtime > begun)])
+
+    root = shutil.copytree(tiny_workspace, tmp_path / 'garden', symlinks=True)
+    command = [
+        'run',
+        str(root),
+        '--only',
+        'train',
+        '--set',
+        'train.epochs=150',
+        '--set',
+        'tracking.enabled=false',
+    ]
+    p = subprocess.Popen(
+        [sys.executable, '-P', '-m', 'flowerdiff.pipeline.cli', *command],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+    def step():
+        return max(
+            [
+                0,
+                *(
+                    json.loads(l).get('step', 0)
+                    for f in root.glob('work/train-*/events.jsonl')
+                    for l in f.read_text().splitlines()
+                    if l.endswith('}') and f.stat().st_mtime > begun
+                ),
+            ]
+        )
+
     begun = time.time()
     wait(lambda: step() > 20, 300)
     os.killpg(p.pid, signal.SIGINT)
     err = p.communicate(timeout=90)[1]
-    stopped = int(re.search(r'^stopped in train at step ([\d,]+); run the same command to go on$', err, re.M)[1].replace(',', ''))
+    stopped = int(
+        re.search(r'^stopped in train at step ([\d,]+); run the same command to go on$', err, re.M)[
+            1
+        ].replace(',', '')
+    )
     assert p.returncode == 130 and stopped >= 20 and not processes(root)
     p = cli(*command)
     assert ran(p) == ['train'], p.stdout + p.stderr
-    train = json.loads((root/'train.json').read_text())
+    train = json.loads((root / 'train.json').read_text())
     assert train['resumed_from'] == stopped and train['steps'] == 600

@@ -1,149 +1,319 @@
 "What a run would do, told before it does it: against what a run then did, and against people's mistakes."
+
 import json, os, shutil
 import numpy as np, pytest
 from PIL import Image
-from flowerdiff.pipeline import plan as P; from flowerdiff.pipeline import suggest as S
+from flowerdiff.pipeline import plan as P
+from flowerdiff.pipeline import suggest as S
 from flowerdiff.pipeline.cli import main
 from flowerdiff.core.profiles import load_profile, load_settings
 from flowerdiff.core.workspace import UserError, demo_workspace, read_json
 
-NOBODY = 'nobody/nothing@' + 40*'0'
+NOBODY = 'nobody/nothing@' + 40 * '0'
 SMALL = {'train.channels': [16, 16, 32], 'prepare.count': 60}
 
-@pytest.fixture
-def quick(monkeypatch): # nothing is measured: 100 pictures/s, 10 samples/s
-    monkeypatch.setattr(P, 'time_encoding', lambda *a: 100.)
-    monkeypatch.setattr(P, 'time_training', lambda *a: (10., 10**8))
 
 @pytest.fixture
-def photos(tmp_path): # forty, in two folders
+def quick(monkeypatch):  # nothing is measured: 100 pictures/s, 10 samples/s
+    monkeypatch.setattr(P, 'time_encoding', lambda *a: 100.0)
+    monkeypatch.setattr(P, 'time_training', lambda *a: (10.0, 10**8))
+
+
+@pytest.fixture
+def photos(tmp_path):  # forty, in two folders
     for i in range(40):
-        f = tmp_path/'photos'/('rose', 'lily')[i % 2]/f'{i}.jpg'; f.parent.mkdir(parents=True, exist_ok=True)
+        f = tmp_path / 'photos' / ('rose', 'lily')[i % 2] / f'{i}.jpg'
+        f.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (100, 120, 3), dtype=np.uint8)).save(f)
-    return tmp_path/'photos'
+    return tmp_path / 'photos'
 
-def tree(folder): return {str(p): (s.st_mtime_ns, s.st_size) for p in [folder, *folder.rglob('*')] for s in [p.stat()]}
-def told(*args, **kwargs): lines = []; got = P.plan(*map(str, args), **kwargs, tell=lambda l: lines.extend(l.split('\n'))); return got, {l.split()[0]: l for l in lines if l}
-def bytes_of(folder, pattern): return sum(f.stat().st_size for f in folder.rglob(pattern))
+
+def tree(folder):
+    return {str(p): (s.st_mtime_ns, s.st_size) for p in [folder, *folder.rglob('*')] for s in [p.stat()]}
+
+
+def told(*args, **kwargs):
+    lines = []
+    got = P.plan(*map(str, args), **kwargs, tell=lambda l: lines.extend(l.split('\n')))
+    return got, {l.split()[0]: l for l in lines if l}
+
+
+def bytes_of(folder, pattern):
+    return sum(f.stat().st_size for f in folder.rglob(pattern))
+
 
 # ---- against a run
 
+
 def test_the_arithmetic_is_what_a_run_did():
-    ws = demo_workspace('train'); before = tree(ws.root)
+    ws = demo_workspace('train')
+    before = tree(ws.root)
     got, lines = told(ws.root)
     assert tree(ws.root) == before
-    done, made = read_json(ws.root/'train.json'), read_json(ws.encoded/'manifest.json')
-    assert got['steps'] == done['steps'] and (got['weights'], got['trained']) == (done['parameters'], done['trained'])
-    assert {k: got[k] for k in ('train', 'val', 'test')} == {k: made['records'][k] for k in ('train', 'val', 'test')}
-    assert list(got['latent']) == made['shapes']['mean'][1:] and list(got['text']) == made['shapes']['embedding']
-    assert got['first']['latents'] == pytest.approx(bytes_of(ws.encoded, 'latents-*.bin'), rel=.1)
-    assert bytes_of(ws.encoded, 'text-*.bin') <= 1.2*got['first']['texts'] and got['disk']['prepare'] == pytest.approx(bytes_of(ws.pictures, '*.*'), rel=.6)
+    done, made = read_json(ws.root / 'train.json'), read_json(ws.encoded / 'manifest.json')
+    assert got['steps'] == done['steps'] and (got['weights'], got['trained']) == (
+        done['parameters'],
+        done['trained'],
+    )
+    assert {k: got[k] for k in ('train', 'val', 'test')} == {
+        k: made['records'][k] for k in ('train', 'val', 'test')
+    }
+    assert (
+        list(got['latent']) == made['shapes']['mean'][1:] and list(got['text']) == made['shapes']['embedding']
+    )
+    assert got['first']['latents'] == pytest.approx(bytes_of(ws.encoded, 'latents-*.bin'), rel=0.1)
+    assert bytes_of(ws.encoded, 'text-*.bin') <= 1.2 * got['first']['texts'] and got['disk'][
+        'prepare'
+    ] == pytest.approx(bytes_of(ws.pictures, '*.*'), rel=0.6)
     checkpoint = bytes_of(max(ws.work.glob('train-*/checkpoints/0*')), '*.safetensors')
-    assert got['disk']['train'] == pytest.approx((ws.settings.train.keep_checkpoints + 1)*checkpoint + bytes_of(ws.candidate, '*.safetensors'), rel=.12)
-    assert got['rate'] > 0 and got['encode_rate'] > 0 and got['train_seconds'] == pytest.approx(got['steps']*ws.settings.train.batch_size/got['rate'])
-    assert set(lines) == set('pictures resolution captions latents texts network steps encode train memory disk'.split())
+    assert got['disk']['train'] == pytest.approx(
+        (ws.settings.train.keep_checkpoints + 1) * checkpoint + bytes_of(ws.candidate, '*.safetensors'),
+        rel=0.12,
+    )
+    assert (
+        got['rate'] > 0
+        and got['encode_rate'] > 0
+        and got['train_seconds'] == pytest.approx(got['steps'] * ws.settings.train.batch_size / got['rate'])
+    )
+    assert set(lines) == set(
+        'pictures resolution captions latents texts network steps encode train memory disk'.split()
+    )
+
 
 def test_numbers_follow_the_settings(quick, tmp_path):
-    ask = lambda **kw: told(tmp_path/'w', overrides={**SMALL, **{f'train.{k}': v for k, v in kw.items()}})[0]
+    ask = lambda **kw: told(tmp_path / 'w', overrides={**SMALL, **{f'train.{k}': v for k, v in kw.items()}})[
+        0
+    ]
     one, wide, large = ask(), ask(channels=[32, 32, 64]), ask(batch_size=64)
-    assert 3 < wide['weights']/one['weights'] < 4.1 and wide['kept'] == 5*4*wide['weights'] and wide['disk']['train'] > 2*one['disk']['train']
-    assert (one['steps'], large['steps']) == (21, 11) and one['train_seconds'] == pytest.approx(21*32/10) and large['train_seconds'] == pytest.approx(11*64/10)
-    assert ask(epochs=24)['train_seconds'] == pytest.approx(41*32/10) and one['encode_seconds'] == .6
+    assert (
+        3 < wide['weights'] / one['weights'] < 4.1
+        and wide['kept'] == 5 * 4 * wide['weights']
+        and wide['disk']['train'] > 2 * one['disk']['train']
+    )
+    assert (
+        (one['steps'], large['steps']) == (21, 11)
+        and one['train_seconds'] == pytest.approx(21 * 32 / 10)
+        and large['train_seconds'] == pytest.approx(11 * 64 / 10)
+    )
+    assert ask(epochs=24)['train_seconds'] == pytest.approx(41 * 32 / 10) and one['encode_seconds'] == 0.6
+
 
 def test_a_budget_of_hours_is_honoured(quick, tmp_path):
-    got, lines = told(tmp_path/'w', overrides=SMALL | {'train.max_hours': .01})
-    assert got['train_seconds'] == pytest.approx(int(.95*36/3.2)*3.2) and '0.01 h allow 10 of 21 steps' in lines['train']
-    assert 'allow all of 21 steps' in told(tmp_path/'w', overrides=SMALL | {'train.max_hours': 9})[1]['train']
+    got, lines = told(tmp_path / 'w', overrides=SMALL | {'train.max_hours': 0.01})
+    assert (
+        got['train_seconds'] == pytest.approx(int(0.95 * 36 / 3.2) * 3.2)
+        and '0.01 h allow 10 of 21 steps' in lines['train']
+    )
+    assert (
+        'allow all of 21 steps' in told(tmp_path / 'w', overrides=SMALL | {'train.max_hours': 9})[1]['train']
+    )
+
 
 def test_someone_elses_network_is_counted(quick, tmp_path):
     from tiny import tiny_model
     from flowerdiff.models.finetune import add_lora, base_unet
-    base = tiny_model(tmp_path/'base'); use = {'components.autoencoder': str(base), 'components.text_encoder': str(base), 'train.init': str(base), 'prepare.resolution': 32, **SMALL}
-    got, lines = told(tmp_path/'w', overrides=use | {'train.lora_rank': 2})
-    net = add_lora(base_unet(base, 4, 32), 2, 8.)
+
+    base = tiny_model(tmp_path / 'base')
+    use = {
+        'components.autoencoder': str(base),
+        'components.text_encoder': str(base),
+        'train.init': str(base),
+        'prepare.resolution': 32,
+        **SMALL,
+    }
+    got, lines = told(tmp_path / 'w', overrides=use | {'train.lora_rank': 2})
+    net = add_lora(base_unet(base, 4, 32), 2, 8.0)
     assert got['latent'] == (4, 16, 16) and got['text'] == (16, 32) and 'those of' in lines['network']
-    assert (got['weights'], got['trained']) == (sum(p.numel() for p in net.parameters()), sum(p.numel() for p in net.parameters() if p.requires_grad))
-    assert 'reads text embeddings of 32 channels, these have 128' in told(tmp_path/'w', overrides=use | {'components.text_encoder': 'garden'})[1]['network']
+    assert (got['weights'], got['trained']) == (
+        sum(p.numel() for p in net.parameters()),
+        sum(p.numel() for p in net.parameters() if p.requires_grad),
+    )
+    assert (
+        'reads text embeddings of 32 channels, these have 128'
+        in told(tmp_path / 'w', overrides=use | {'components.text_encoder': 'garden'})[1]['network']
+    )
+
 
 def test_what_is_larger_than_memory_is_not_tried(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(P, 'memory_gb', lambda: .001)
-    got, lines = told(tmp_path/'w', overrides=SMALL)
+    monkeypatch.setattr(P, 'memory_gb', lambda: 0.001)
+    got, lines = told(tmp_path / 'w', overrides=SMALL)
     assert 'not measured' in lines['train'] and 'rate' not in got and 'disk' in lines
+
 
 # ---- settings that suit the pictures
 
-@pytest.mark.parametrize('n, gpu, batch, epochs', [(40, 0, 9, 400), (300, 0, 32, 237), (100_000, 0, 32, 12), (1000, 24, 32, 142), (3, 0, 1, 400)])
+
+@pytest.mark.parametrize(
+    'n, gpu, batch, epochs',
+    [(40, 0, 9, 400), (300, 0, 32, 237), (100_000, 0, 32, 12), (1000, 24, 32, 142), (3, 0, 1, 400)],
+)
 def test_suggestions(n, gpu, batch, epochs):
     found = S.suggest(load_profile('folder', {'prepare.source': 'x'}), S.Survey(n, n, 500), gpu)
     value = {k: v for k, (v, _) in found.items()}
-    assert (value['train.batch_size'], value['train.epochs']) == (batch, epochs) and value['prepare.resolution'] == (256 if gpu else 64)
-    steps = epochs*S.split_sizes(n, load_profile('folder').prepare)['train']/batch
-    assert 3 <= steps/value['train.samples_every'] <= 5 and value['train.validate_every'] == value['train.samples_every']
+    assert (value['train.batch_size'], value['train.epochs']) == (batch, epochs) and value[
+        'prepare.resolution'
+    ] == (256 if gpu else 64)
+    steps = epochs * S.split_sizes(n, load_profile('folder').prepare)['train'] / batch
+    assert (
+        3 <= steps / value['train.samples_every'] <= 5
+        and value['train.validate_every'] == value['train.samples_every']
+    )
     assert all(why and '\n' not in why for _, why in found.values())
-    load_profile('folder', value) # each is a value that is allowed
+    load_profile('folder', value)  # each is a value that is allowed
+
 
 def test_a_new_workspace_gets_them_and_an_old_one_stays(toy, photos, tmp_path):
-    p = toy('run', tmp_path/'w', '--pictures', photos, '--set', 'train.epochs=3', '--only', 'prepare')
-    assert p.returncode == 0 and '40 pictures of 100 px' in p.stdout and 'train.batch_size=9' in p.stdout and 'train.epochs=' not in p.stdout.splitlines()[0], p.stdout + p.stderr
-    t = load_settings(tmp_path/'w'/'params.yaml').train
+    p = toy('run', tmp_path / 'w', '--pictures', photos, '--set', 'train.epochs=3', '--only', 'prepare')
+    assert (
+        p.returncode == 0
+        and '40 pictures of 100 px' in p.stdout
+        and 'train.batch_size=9' in p.stdout
+        and 'train.epochs=' not in p.stdout.splitlines()[0]
+    ), p.stdout + p.stderr
+    t = load_settings(tmp_path / 'w' / 'params.yaml').train
     assert (t.epochs, t.batch_size, t.samples_every) == (3, 9, 3)
-    before = (tmp_path/'w'/'params.yaml').read_bytes(); shutil.rmtree(photos/'lily')
-    p = toy('run', tmp_path/'w', '--pictures', photos, '--only', 'prepare')
-    assert p.returncode == 0 and (tmp_path/'w'/'params.yaml').read_bytes() == before and 'pictures of' not in p.stdout, p.stdout + p.stderr
+    before = (tmp_path / 'w' / 'params.yaml').read_bytes()
+    shutil.rmtree(photos / 'lily')
+    p = toy('run', tmp_path / 'w', '--pictures', photos, '--only', 'prepare')
+    assert (
+        p.returncode == 0
+        and (tmp_path / 'w' / 'params.yaml').read_bytes() == before
+        and 'pictures of' not in p.stdout
+    ), p.stdout + p.stderr
+
 
 def test_plan_tells_the_reasons_and_writes_nothing(quick, photos, tmp_path, monkeypatch, capsys):
-    (tmp_path/'here').mkdir(); monkeypatch.chdir(tmp_path/'here'); before = tree(tmp_path)
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    before = tree(tmp_path)
     assert main(['plan', '--pictures', str(photos), '--set', 'train.samples_every=7']) == 0
     out = capsys.readouterr().out
-    assert tree(tmp_path) == before and '36 train, 2 val, 2 test' in out and 'from the names of the folders' in out
-    assert 'train.batch_size=9' in out and 'not above a quarter of 36 training pictures' in out and 'train.samples_every=' not in out
-    got = told(pictures=photos)[0]; settings, *_ = P.planned(tmp_path/'x', 'folder', {'prepare.source': str(photos)})
-    assert got['steps'] == 1600 and settings.train.batch_size == 9 # what is planned is with them
+    assert (
+        tree(tmp_path) == before
+        and '36 train, 2 val, 2 test' in out
+        and 'from the names of the folders' in out
+    )
+    assert (
+        'train.batch_size=9' in out
+        and 'not above a quarter of 36 training pictures' in out
+        and 'train.samples_every=' not in out
+    )
+    got = told(pictures=photos)[0]
+    settings, *_ = P.planned(tmp_path / 'x', 'folder', {'prepare.source': str(photos)})
+    assert got['steps'] == 1600 and settings.train.batch_size == 9  # what is planned is with them
+
 
 def test_given_captions_and_other_files_are_seen(photos):
-    (photos/'metadata.jsonl').write_text(''.join(json.dumps(dict(file_name=f'rose/{i}.jpg', captions=['a red rose', 'one'])) + '\n' for i in range(0, 40, 2)))
-    (photos/'text.jpg').write_text('x'); Image.new('RGB', (30, 300)).save(photos/'tall.png')
+    (photos / 'metadata.jsonl').write_text(
+        ''.join(
+            json.dumps(dict(file_name=f'rose/{i}.jpg', captions=['a red rose', 'one'])) + '\n'
+            for i in range(0, 40, 2)
+        )
+    )
+    (photos / 'text.jpg').write_text('x')
+    Image.new('RGB', (30, 300)).save(photos / 'tall.png')
     seen = S.survey(photos, 1000)
-    assert (seen.pictures, seen.files, seen.side, seen.exact) == (41, 42, 100, True) and seen.said['metadata.jsonl'] == pytest.approx(20/41) and seen.jpeg == pytest.approx(40/41)
-    few = S.survey(photos, 1000, sample=8); assert not few.exact and few.files == 42 and 30 <= few.pictures <= 42
+    assert (
+        (seen.pictures, seen.files, seen.side, seen.exact) == (41, 42, 100, True)
+        and seen.said['metadata.jsonl'] == pytest.approx(20 / 41)
+        and seen.jpeg == pytest.approx(40 / 41)
+    )
+    few = S.survey(photos, 1000, sample=8)
+    assert not few.exact and few.files == 42 and 30 <= few.pictures <= 42
+
 
 # ---- what is not known, and mistakes
 
-@pytest.mark.parametrize('key, line', [('components.autoencoder', 'latents'), ('components.text_encoder', 'texts'), ('train.init', 'network')])
+
+@pytest.mark.parametrize(
+    'key, line',
+    [('components.autoencoder', 'latents'), ('components.text_encoder', 'texts'), ('train.init', 'network')],
+)
 def test_a_model_that_was_never_downloaded(quick, tmp_path, capsys, monkeypatch, key, line):
     import huggingface_hub
+
     real = huggingface_hub.snapshot_download
-    def cache_only(*args, **kwargs): assert kwargs['local_files_only']; return real(*args, **kwargs)
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', cache_only); monkeypatch.chdir(tmp_path)
+
+    def cache_only(*args, **kwargs):
+        assert kwargs['local_files_only']
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', cache_only)
+    monkeypatch.chdir(tmp_path)
     assert main(['plan', 'w', '--set', f'{key}={NOBODY}', '--set', 'prepare.count=60']) == 0
     out = {l.split()[0]: l for l in capsys.readouterr().out.splitlines()}
-    assert NOBODY in out[line] and 'is not on this machine' in out[line] and 'not known' in out['train'] and 'free' in out['disk']
+    assert (
+        NOBODY in out[line]
+        and 'is not on this machine' in out[line]
+        and 'not known' in out['train']
+        and 'free' in out['disk']
+    )
 
-@pytest.mark.parametrize('make, says', [(lambda d: None, 'is not a folder'), (lambda d: d.write_text('x'), 'is not a folder'), (lambda d: d.mkdir(), 'has 0 pictures'),
-    (lambda d: (d.mkdir(), (d/'a.jpg').write_text('x'), Image.new('RGB', (90, 90)).save(d/'b.jpg')), 'has 1 picture that')])
+
+@pytest.mark.parametrize(
+    'make, says',
+    [
+        (lambda d: None, 'is not a folder'),
+        (lambda d: d.write_text('x'), 'is not a folder'),
+        (lambda d: d.mkdir(), 'has 0 pictures'),
+        (
+            lambda d: (
+                d.mkdir(),
+                (d / 'a.jpg').write_text('x'),
+                Image.new('RGB', (90, 90)).save(d / 'b.jpg'),
+            ),
+            'has 1 picture that',
+        ),
+    ],
+)
 def test_folders_that_will_not_do(tmp_path, capsys, make, says):
-    make(tmp_path/'pics')
-    assert main(['plan', str(tmp_path/'w'), '--pictures', str(tmp_path/'pics')]) == 2
-    said = capsys.readouterr(); assert says in said.err and said.err.count('\n') == 1 and not said.out and not (tmp_path/'w').exists()
+    make(tmp_path / 'pics')
+    assert main(['plan', str(tmp_path / 'w'), '--pictures', str(tmp_path / 'pics')]) == 2
+    said = capsys.readouterr()
+    assert says in said.err and said.err.count('\n') == 1 and not said.out and not (tmp_path / 'w').exists()
+
 
 def test_mistakes_in_settings(tmp_path, capsys):
-    assert main(['init', str(tmp_path/'w')]) == 0
-    for args, says in ((['--set', 'train.epoch=3'], 'did you mean train.epochs?'), (['--profile', 'folder'], 'is a workspace of the profile garden')):
-        capsys.readouterr(); assert main(['plan', str(tmp_path/'w'), *args]) == 2
+    assert main(['init', str(tmp_path / 'w')]) == 0
+    for args, says in (
+        (['--set', 'train.epoch=3'], 'did you mean train.epochs?'),
+        (['--profile', 'folder'], 'is a workspace of the profile garden'),
+    ):
+        capsys.readouterr()
+        assert main(['plan', str(tmp_path / 'w'), *args]) == 2
         assert says in capsys.readouterr().err
+
 
 # ---- room on the disk
 
+
 def test_a_small_disk_is_told_before(quick, photos, tmp_path, capsys, monkeypatch):
-    room = lambda free: monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**12, 10**12 - free, free))
-    room(4*10**6)
-    with pytest.raises(UserError, match=r'has 4.0 MB free and the first three stages need about \d+ MB \(pictures .*latents'): S.begin(tmp_path/'w', 'folder', {'prepare.source': str(photos), 'prepare.resolution': 1024})
-    assert main(['run', str(tmp_path/'w'), '--pictures', str(photos), '--set', 'prepare.resolution=1024']) == 2
-    assert 'make room, or give a workspace elsewhere' in capsys.readouterr().err and not (tmp_path/'w').exists()
-    got, lines = told(tmp_path/'w', overrides=SMALL); assert got['lacking'] > 0 and 'the disk is too small by' in lines['WARNING']
-    room(10**12); assert 'WARNING' not in told(tmp_path/'w', overrides=SMALL)[1] and S.begin(tmp_path/'w', 'garden', {}) == ({}, '')
+    room = lambda free: monkeypatch.setattr(
+        shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+    )
+    room(4 * 10**6)
+    with pytest.raises(
+        UserError, match=r'has 4.0 MB free and the first three stages need about \d+ MB \(pictures .*latents'
+    ):
+        S.begin(tmp_path / 'w', 'folder', {'prepare.source': str(photos), 'prepare.resolution': 1024})
+    assert (
+        main(['run', str(tmp_path / 'w'), '--pictures', str(photos), '--set', 'prepare.resolution=1024']) == 2
+    )
+    assert (
+        'make room, or give a workspace elsewhere' in capsys.readouterr().err
+        and not (tmp_path / 'w').exists()
+    )
+    got, lines = told(tmp_path / 'w', overrides=SMALL)
+    assert got['lacking'] > 0 and 'the disk is too small by' in lines['WARNING']
+    room(10**12)
+    assert 'WARNING' not in told(tmp_path / 'w', overrides=SMALL)[1] and S.begin(
+        tmp_path / 'w', 'garden', {}
+    ) == ({}, '')
+
 
 def test_what_is_there_is_not_needed_twice(quick, monkeypatch):
-    ws = demo_workspace('train'); got = told(ws.root)[0]; has = bytes_of(ws.root, '*.bin')
+    ws = demo_workspace('train')
+    got = told(ws.root)[0]
+    has = bytes_of(ws.root, '*.bin')
     monkeypatch.setattr(P, 'free_bytes', lambda root: sum(got['disk'].values()) - has)
     assert not told(ws.root)[0]['lacking']

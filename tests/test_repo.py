@@ -1,138 +1,262 @@
 "The repository's own rules: what a reader, a reviewer and a release rely on."
+
 import ast, builtins, importlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat, pytest, yaml
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-MODULES = sorted(p for p in (ROOT/'flowerdiff').rglob('*.py') if p.name != '_modidx.py')
+NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+MODULES = sorted(p for p in (ROOT / 'flowerdiff').rglob('*.py') if p.name != '_modidx.py')
 HEAVY = 'torch diffusers transformers accelerate datasets torchmetrics sklearn mlflow matplotlib pandas papermill dvc onnxruntime boto3'.split()
 name = lambda p: str(p.relative_to(ROOT))
 ids = dict(ids=name)
 
-def imports(tree: ast.AST) -> set: # modules of flowerdiff, without the package's name
+
+def imports(tree: ast.AST) -> set:  # modules of flowerdiff, without the package's name
     found = set()
     for n in ast.walk(tree):
-        if isinstance(n, ast.Import): found |= {a.name for a in n.names}
-        if isinstance(n, ast.ImportFrom): found |= {f'{n.module}.{a.name}' for a in n.names} | {n.module} if not n.level else {f"{'.' * n.level}{n.module or ''}"}
+        if isinstance(n, ast.Import):
+            found |= {a.name for a in n.names}
+        if isinstance(n, ast.ImportFrom):
+            found |= (
+                {f'{n.module}.{a.name}' for a in n.names} | {n.module}
+                if not n.level
+                else {f'{"." * n.level}{n.module or ""}'}
+            )
     return found
 
-def flowerdiff_modules(path: Path) -> set: # what a module imports of flowerdiff, anywhere in it: 'config', 'stages.train'
+
+def flowerdiff_modules(
+    path: Path,
+) -> set:  # what a module imports of flowerdiff, anywhere in it: 'config', 'stages.train'
     package = '.'.join(path.relative_to(ROOT).with_suffix('').parts[:-1])
-    known = {'.'.join(p.relative_to(ROOT/'flowerdiff').with_suffix('').parts) for p in MODULES}
+    known = {'.'.join(p.relative_to(ROOT / 'flowerdiff').with_suffix('').parts) for p in MODULES}
     found = set()
     for m in imports(ast.parse(path.read_text())):
         if m.startswith('.'):
             up = len(m) - len(m.lstrip('.'))
-            m = '.'.join([*package.split('.')[:len(package.split('.')) - up + 1], *([m.lstrip('.')] if m.lstrip('.') else [])])
-        if m.startswith('flowerdiff.'): found.add(m.removeprefix('flowerdiff.'))
+            m = '.'.join(
+                [
+                    *package.split('.')[: len(package.split('.')) - up + 1],
+                    *([m.lstrip('.')] if m.lstrip('.') else []),
+                ]
+            )
+        if m.startswith('flowerdiff.'):
+            found.add(m.removeprefix('flowerdiff.'))
     return found & known
 
-def notebook_of() -> dict: # module -> notebook, by the notebook's default_exp
+
+def notebook_of() -> dict:  # module -> notebook, by the notebook's default_exp
     pairs = {}
     for p in NOTEBOOKS:
         for c in nbformat.read(p, 4).cells:
-            if m := re.search(r'^#\s*\|\s*default_exp\s+(\S+)', c.source, re.M): pairs[m[1]] = p
+            if m := re.search(r'^#\s*\|\s*default_exp\s+(\S+)', c.source, re.M):
+                pairs[m[1]] = p
     return pairs
 
+
 # ---- the code
+
 
 def test_exported_clean_and_readme(tmp_path):
     "nbdev_clean, nbdev_export and .ci/readme.py would change nothing."
     for part in ('nbs', 'flowerdiff', '.ci'):
-        shutil.copytree(ROOT/part, tmp_path/part, ignore=shutil.ignore_patterns('assets', '__pycache__', '.ipynb_checkpoints', 'images'))
-    for part in ('settings.ini', 'setup.py', 'README.md'): shutil.copy(ROOT/part, tmp_path)
-    for command in ([BIN/'nbdev_clean'], [BIN/'nbdev_export'], [sys.executable, '.ci/readme.py']):
+        shutil.copytree(
+            ROOT / part,
+            tmp_path / part,
+            ignore=shutil.ignore_patterns('assets', '__pycache__', '.ipynb_checkpoints', 'images'),
+        )
+    for part in ('settings.ini', 'setup.py', 'README.md'):
+        shutil.copy(ROOT / part, tmp_path)
+    for command in ([BIN / 'nbdev_clean'], [BIN / 'nbdev_export'], [sys.executable, '.ci/readme.py']):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert not done.returncode, done.stdout + done.stderr
-    files = {p.relative_to(base) for base in (ROOT, tmp_path) for pattern in ('nbs/**/*.ipynb', 'flowerdiff/**/*.py', 'README.md')
-             for p in base.glob(pattern) if '.ipynb_checkpoints' not in p.parts}
+    files = {
+        p.relative_to(base)
+        for base in (ROOT, tmp_path)
+        for pattern in ('nbs/**/*.ipynb', 'flowerdiff/**/*.py', 'README.md')
+        for p in base.glob(pattern)
+        if '.ipynb_checkpoints' not in p.parts
+    }
     text = lambda p: p.read_text() if p.exists() else None
-    stale = sorted(str(f) for f in files if text(ROOT/f) != text(tmp_path/f))
-    assert not stale, f"run nbdev_clean, nbdev_export and python .ci/readme.py; they would change {', '.join(stale)}"
+    stale = sorted(str(f) for f in files if text(ROOT / f) != text(tmp_path / f))
+    assert not stale, (
+        f'run nbdev_clean, nbdev_export and python .ci/readme.py; they would change {", ".join(stale)}'
+    )
+
 
 @pytest.mark.parametrize('path', MODULES, **ids)
 def test_module_is_one_idea(path):
     lines = len(path.read_text().splitlines())
     assert lines <= 280, f'{name(path)} has {lines} lines: two ideas want two notebooks'
 
+
 @pytest.mark.parametrize('path', MODULES, **ids)
 def test_module_loads_nothing_unsafe(path):
     tree = ast.parse(path.read_text())
-    assert not imports(tree) & {'pickle', 'joblib', 'dill', 'cloudpickle', 'marshal', 'shelve'}, 'a pickle can run code'
+    assert not imports(tree) & {'pickle', 'joblib', 'dill', 'cloudpickle', 'marshal', 'shelve'}, (
+        'a pickle can run code'
+    )
     for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
-        assert ast.unparse(call.func) != 'torch.load', f'{name(path)}: torch.load reads pickles, safetensors does not'
+        assert ast.unparse(call.func) != 'torch.load', (
+            f'{name(path)}: torch.load reads pickles, safetensors does not'
+        )
         for k in call.keywords:
-            assert (k.arg, getattr(k.value, 'value', None)) not in (('trust_remote_code', True), ('allow_pickle', True), ('weights_only', False), ('shell', True)), ast.unparse(call)
+            assert (k.arg, getattr(k.value, 'value', None)) not in (
+                ('trust_remote_code', True),
+                ('allow_pickle', True),
+                ('weights_only', False),
+                ('shell', True),
+            ), ast.unparse(call)
+
 
 def test_no_name_is_undefined():
     "Exporting moves cells apart; a name whose import stayed behind would only be missed when that line runs."
     said = subprocess.run([sys.executable, '-m', 'pyflakes', *MODULES], capture_output=True, text=True).stdout
-    assert 'imported but unused' in said and 'undefined name' not in said, said # it did look: some imports are for the notebook's own examples
+    assert 'imported but unused' in said and 'undefined name' not in said, (
+        said
+    )  # it did look: some imports are for the notebook's own examples
+
 
 def test_core_imports_lower_numbers():
     "A core notebook may use what stands before it; only the pipeline, the command line and demo_workspace know the stages, and only the command line the studio's server and its Space."
     numbered = {m: int(p.name[:2]) for m, p in notebook_of().items() if p.parent.name == 'core'}
     assert len(numbered) > 10
     for module, number in numbered.items():
-        for used in flowerdiff_modules(ROOT/f'flowerdiff/{module}.py'):
-            if used in numbered: assert numbered[used] < number, f'core/{number:02} {module} imports {numbered[used]:02} {used}'
-            else: assert number >= 70 and used.startswith('stages') or module == 'cli' and used in ('serving', 'space'), f'core/{number:02} {module} imports {used}'
+        for used in flowerdiff_modules(ROOT / f'flowerdiff/{module}.py'):
+            if used in numbered:
+                assert numbered[used] < number, (
+                    f'core/{number:02} {module} imports {numbered[used]:02} {used}'
+                )
+            else:
+                assert (
+                    number >= 70
+                    and used.startswith('stages')
+                    or module == 'cli'
+                    and used in ('serving', 'space')
+                ), f'core/{number:02} {module} imports {used}'
+
 
 def test_stages_meet_only_through_files():
-    paths = sorted((ROOT/'flowerdiff/stages').glob('[!_]*.py'))
+    paths = sorted((ROOT / 'flowerdiff/stages').glob('[!_]*.py'))
     assert len(paths) == 10
     for p in paths:
         others = {m for m in flowerdiff_modules(p) if m.startswith('stages.') and m != f'stages.{p.stem}'}
         assert not others, f'{name(p)} imports {others}'
 
-def test_studio_knows_nothing_of_training():
-    used = flowerdiff_modules(ROOT/'flowerdiff/apps/studio.py')
-    assert not used & {'engine', 'ema', 'diffusion', 'checkpoints', 'validation', 'batches', 'shards', 'clip', 'autoencoder'} and not any(m.startswith('stages') for m in used)
 
-@pytest.mark.parametrize('module', ['flowerdiff', 'flowerdiff.pipeline.cli', 'flowerdiff.pipeline.pipeline', 'flowerdiff.garden.garden', 'flowerdiff.evaluation.report'])
+def test_studio_knows_nothing_of_training():
+    used = flowerdiff_modules(ROOT / 'flowerdiff/apps/studio.py')
+    assert not used & {
+        'engine',
+        'ema',
+        'diffusion',
+        'checkpoints',
+        'validation',
+        'batches',
+        'shards',
+        'clip',
+        'autoencoder',
+    } and not any(m.startswith('stages') for m in used)
+
+
+@pytest.mark.parametrize(
+    'module',
+    [
+        'flowerdiff',
+        'flowerdiff.pipeline.cli',
+        'flowerdiff.pipeline.pipeline',
+        'flowerdiff.garden.garden',
+        'flowerdiff.evaluation.report',
+    ],
+)
 def test_light_import(module):
     "What the command line needs at start loads no heavy library."
-    out = subprocess.check_output([sys.executable, '-c', f'import sys, {module}; print(*sorted(sys.modules))'], text=True, cwd=ROOT)
+    out = subprocess.check_output(
+        [sys.executable, '-c', f'import sys, {module}; print(*sorted(sys.modules))'], text=True, cwd=ROOT
+    )
     assert not {m.split('.')[0] for m in out.split()} & set(HEAVY)
+
 
 # ---- the notebooks
 
-def outputs(nb): return [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
+
+def outputs(nb):
+    return [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
+
 
 @pytest.mark.parametrize('path', NOTEBOOKS, **ids)
 def test_notebook_is_fit_to_read(path):
     nb = nbformat.read(path, 4)
-    assert re.match(r'# .+', nb.cells[0].source) and re.search(r'^> \S', nb.cells[0].source, re.M) or path.name == 'app.ipynb', 'the first cell is a title and a line that says what for'
-    assert path.name == 'app.ipynb' or not re.sub(r'^(# |>).*$', '', nb.cells[0].source, flags=re.M).strip(), 'nbdev leaves out of the page what else stands in the first cell'
+    assert (
+        re.match(r'# .+', nb.cells[0].source)
+        and re.search(r'^> \S', nb.cells[0].source, re.M)
+        or path.name == 'app.ipynb'
+    ), 'the first cell is a title and a line that says what for'
+    assert (
+        path.name == 'app.ipynb' or not re.sub(r'^(# |>).*$', '', nb.cells[0].source, flags=re.M).strip()
+    ), 'nbdev leaves out of the page what else stands in the first cell'
     assert not [o for o in outputs(nb) if o.output_type == 'error'], 'a stored traceback'
     size = len(json.dumps(outputs(nb)))
-    assert size < 900_000, f'{size/1e3:.0f} kB of outputs: show smaller or fewer pictures'
-    texts = [''.join(str(o.get('text', '')) + str(o.get('data', {}).get('text/plain', ''))) for o in outputs(nb)]
+    assert size < 900_000, f'{size / 1e3:.0f} kB of outputs: show smaller or fewer pictures'
+    texts = [
+        ''.join(str(o.get('text', '')) + str(o.get('data', {}).get('text/plain', ''))) for o in outputs(nb)
+    ]
     places = [t for t in texts if re.search(r'(?<![\w/.])/(work|root|home|Users)/\w', t)]
     assert not places, f'a path of the machine that made it: {places[0][:200]}'
 
-def seen_by_reader(cell) -> bool: # on the page: hidden cells, imports and exported cells that define nothing public are not, an exported function is, as its signature
-    if cell.cell_type != 'code': return cell.cell_type == 'markdown'
-    if re.search(r'^#\s*\|\s*(hide|default_exp)\b', cell.source, re.M) or re.search(r'^\s*[!%]', cell.source, re.M): return False
+
+def seen_by_reader(
+    cell,
+) -> bool:  # on the page: hidden cells, imports and exported cells that define nothing public are not, an exported function is, as its signature
+    if cell.cell_type != 'code':
+        return cell.cell_type == 'markdown'
+    if re.search(r'^#\s*\|\s*(hide|default_exp)\b', cell.source, re.M) or re.search(
+        r'^\s*[!%]', cell.source, re.M
+    ):
+        return False
     body = ast.parse(cell.source).body
-    if re.search(r'^#\s*\|\s*export', cell.source, re.M): return any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_') for n in body)
+    if re.search(r'^#\s*\|\s*export', cell.source, re.M):
+        return any(
+            isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_') for n in body
+        )
     return not all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
 
-def shows_something(cell) -> bool: # a picture, a number that was printed, or one that names where it was measured
-    if cell.cell_type == 'markdown': return '![' in cell.source or '[measured](' in cell.source
+
+def shows_something(
+    cell,
+) -> bool:  # a picture, a number that was printed, or one that names where it was measured
+    if cell.cell_type == 'markdown':
+        return '![' in cell.source or '[measured](' in cell.source
     for o in cell.get('outputs', []):
-        data = o.get('data', {}); page = ''.join(data.get('text/html', ''))
-        if any(k.startswith('image/') or k.endswith('widget-view+json') for k in data) or re.search(r'<img |<svg|<iframe srcdoc', page): return True
-        if re.search(r'\d', ''.join(o.get('text', '')) + ''.join(data.get('text/plain', '')) + ''.join(data.get('text/markdown', '')) + re.sub(r'<[^>]*>', '', page)): return True
+        data = o.get('data', {})
+        page = ''.join(data.get('text/html', ''))
+        if any(k.startswith('image/') or k.endswith('widget-view+json') for k in data) or re.search(
+            r'<img |<svg|<iframe srcdoc', page
+        ):
+            return True
+        if re.search(
+            r'\d',
+            ''.join(o.get('text', ''))
+            + ''.join(data.get('text/plain', ''))
+            + ''.join(data.get('text/markdown', ''))
+            + re.sub(r'<[^>]*>', '', page),
+        ):
+            return True
     return False
 
-@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name in ('core', 'apps') and p.name != 'app.ipynb'], **ids)
+
+@pytest.mark.parametrize(
+    'path', [p for p in NOTEBOOKS if p.parent.name in ('core', 'apps') and p.name != 'app.ipynb'], **ids
+)
 def test_opens_with_something_to_see(path):
     "A chapter opens with what it is for and a picture or a number by the third cell that its reader sees."
     seen = [c for c in nbformat.read(path, 4).cells if seen_by_reader(c)][:3]
-    assert any(map(shows_something, seen)), f'{name(path)}: the first three cells on its page show neither a picture nor a number; open with what the chapter makes'
+    assert any(map(shows_something, seen)), (
+        f'{name(path)}: the first three cells on its page show neither a picture nor a number; open with what the chapter makes'
+    )
+
 
 @pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name == 'stages'], **ids)
 def test_stage_notebook_runs_the_library(path):
@@ -141,140 +265,253 @@ def test_stage_notebook_runs_the_library(path):
     tagged = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
     assert len(tagged) == 1
     tree = ast.parse(tagged[0].source)
-    given = {t.id: ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) for t in n.targets}
+    given = {
+        t.id: ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) for t in n.targets
+    }
     assert given == dict(workspace='garden', profile='garden', overrides=[])
     last = [c for c in nb.cells if c.cell_type == 'code'][-1].source
-    assert '#| eval: false' in last and f'from flowerdiff.stages.{path.stem[3:]} import run' in last and 'warn_if_stale' in last
+    assert (
+        '#| eval: false' in last
+        and f'from flowerdiff.stages.{path.stem[3:]} import run' in last
+        and 'warn_if_stale' in last
+    )
+
 
 def test_ten_stages_in_order():
     assert [p.stem for p in NOTEBOOKS if p.parent.name == 'stages'] == [
-        '01_prepare', '02_caption', '03_encode', '04_upload', '05_train', '06_promote', '07_evaluate', '08_onnx', '09_tensorrt', '10_publish']
+        '01_prepare',
+        '02_caption',
+        '03_encode',
+        '04_upload',
+        '05_train',
+        '06_promote',
+        '07_evaluate',
+        '08_onnx',
+        '09_tensorrt',
+        '10_publish',
+    ]
+
 
 @pytest.mark.parametrize('path', NOTEBOOKS, **ids)
 def test_docs_build_can_run_the_imports(path):
     "Building the docs runs exported cells and cells with an import, and no others: those may use no name that another cell makes."
-    known, eager = set(dir(builtins)) | {'__name__', '__file__', 'display', 'get_ipython'}, lambda c: re.search(r'^#\s*\|\s*(export|exporti|exports)\b', c.source, re.M)
+    known, eager = (
+        set(dir(builtins)) | {'__name__', '__file__', 'display', 'get_ipython'},
+        lambda c: re.search(r'^#\s*\|\s*(export|exporti|exports)\b', c.source, re.M),
+    )
     for c in nbformat.read(path, 4).cells:
-        if c.cell_type != 'code' or re.search(r'^#\s*\|\s*eval:\s*false', c.source, re.M) or re.search(r'^\s*[!%]', c.source, re.M): continue
+        if (
+            c.cell_type != 'code'
+            or re.search(r'^#\s*\|\s*eval:\s*false', c.source, re.M)
+            or re.search(r'^\s*[!%]', c.source, re.M)
+        ):
+            continue
         tree = ast.parse(c.source)
         nodes = list(ast.walk(tree))
-        if not eager(c) and not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes): continue
-        made = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)} | {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))}
-        made |= {(a.asname or a.name).split('.')[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names} | {a.arg for n in nodes if isinstance(n, ast.arg) for a in [n]}
+        if not eager(c) and not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes):
+            continue
+        made = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)} | {
+            n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))
+        }
+        made |= {
+            (a.asname or a.name).split('.')[0]
+            for n in nodes
+            if isinstance(n, (ast.Import, ast.ImportFrom))
+            for a in n.names
+        } | {a.arg for n in nodes if isinstance(n, ast.arg) for a in [n]}
         made |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
-        starred = any(isinstance(n, ast.ImportFrom) and a.name == '*' for n in nodes for a in getattr(n, 'names', []))
+        starred = any(
+            isinstance(n, ast.ImportFrom) and a.name == '*' for n in nodes for a in getattr(n, 'names', [])
+        )
         known |= made | (set(vars(importlib.import_module('fastcore.test'))) if starred else set())
-        if eager(c): continue # names inside functions may come later
+        if eager(c):
+            continue  # names inside functions may come later
         lacking = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - known
-        assert not lacking, f'{name(path)} {c.id}: {sorted(lacking)} come from a cell that is not run then; put the imports in a cell of their own'
+        assert not lacking, (
+            f'{name(path)} {c.id}: {sorted(lacking)} come from a cell that is not run then; put the imports in a cell of their own'
+        )
+
 
 # ---- the site and the front page
 
+
 def pages(items):
     for it in items:
-        if isinstance(it, str): yield it
-        else: yield from pages(it['contents'])
+        if isinstance(it, str):
+            yield it
+        else:
+            yield from pages(it['contents'])
+
 
 def test_sidebar_has_every_notebook():
-    listed = list(pages(yaml.safe_load((ROOT/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']))
+    listed = list(
+        pages(yaml.safe_load((ROOT / 'nbs/sidebar.yml').read_text())['website']['sidebar']['contents'])
+    )
     assert len(listed) == len(set(listed))
-    assert set(listed) == {str(p.relative_to(ROOT/'nbs')) for p in NOTEBOOKS} - {'apps/app.ipynb'}
+    assert set(listed) == {str(p.relative_to(ROOT / 'nbs')) for p in NOTEBOOKS} - {'apps/app.ipynb'}
+
 
 def test_notebooks_leave_nothing_behind():
     "Here after all of them have run: a folder or a file that one has made, or that came along by accident, is found."
-    site, left = {'_quarto.yml', 'nbdev.yml', 'sidebar.yml', 'quiet.lua', 'styles.css', 'theme.scss', 'theme-dark.scss'}, []
-    for p in (ROOT/'nbs').rglob('*'):
-        if p.is_dir() or p.suffix == '.ipynb' or '.ipynb_checkpoints' in p.parts: continue
-        if p.relative_to(ROOT/'nbs').parts[0] != 'images' and name(p) not in {f'nbs/{f}' for f in site}: left.append(name(p))
+    site, left = (
+        {
+            '_quarto.yml',
+            'nbdev.yml',
+            'sidebar.yml',
+            'quiet.lua',
+            'styles.css',
+            'theme.scss',
+            'theme-dark.scss',
+        },
+        [],
+    )
+    for p in (ROOT / 'nbs').rglob('*'):
+        if p.is_dir() or p.suffix == '.ipynb' or '.ipynb_checkpoints' in p.parts:
+            continue
+        if p.relative_to(ROOT / 'nbs').parts[0] != 'images' and name(p) not in {f'nbs/{f}' for f in site}:
+            left.append(name(p))
     assert not left
+
 
 def test_site_settings_meet():
     "nbs/_quarto.yml only points to the root's; what that names is there."
-    small = yaml.safe_load((ROOT/'nbs/_quarto.yml').read_text())
+    small = yaml.safe_load((ROOT / 'nbs/_quarto.yml').read_text())
     assert set(small) == {'project', 'metadata-files'}
-    assert all((ROOT/'nbs'/f).exists() for f in small['metadata-files'])
-    big = yaml.safe_load((ROOT/'_quarto.yml').read_text())
+    assert all((ROOT / 'nbs' / f).exists() for f in small['metadata-files'])
+    big = yaml.safe_load((ROOT / '_quarto.yml').read_text())
     html = big['format']['html']
-    files = [html['css'], *big['filters'], big['website']['favicon'], *(t for ts in html['theme'].values() for t in ts if t.endswith('.scss')), *(i['href'] for i in big['website']['navbar']['left'])]
-    assert not [f for f in files if not (ROOT/'nbs'/f).exists()]
+    files = [
+        html['css'],
+        *big['filters'],
+        big['website']['favicon'],
+        *(t for ts in html['theme'].values() for t in ts if t.endswith('.scss')),
+        *(i['href'] for i in big['website']['navbar']['left']),
+    ]
+    assert not [f for f in files if not (ROOT / 'nbs' / f).exists()]
+
 
 def test_sidebar_is_a_path():
     "Front page, the stages in their order, then guides; the reference last, each part of it by number: what a chapter builds on stands before it."
-    side = yaml.safe_load((ROOT/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']
+    side = yaml.safe_load((ROOT / 'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']
     parts = {it['section']: it['contents'] for it in side[1:]}
     assert side[0] == 'index.ipynb' and list(parts)[0] == 'The ten stages' and list(parts)[-1] == 'Reference'
-    for part in (parts['The ten stages'], *(it['contents'] for it in parts['Reference'])): assert part == sorted(part)
-    assert all(p.startswith('core/') for p in pages(parts['Reference'])) and not any(p.startswith('core/') for p in pages([it for it in side[:-1]]))
+    for part in (parts['The ten stages'], *(it['contents'] for it in parts['Reference'])):
+        assert part == sorted(part)
+    assert all(p.startswith('core/') for p in pages(parts['Reference'])) and not any(
+        p.startswith('core/') for p in pages([it for it in side[:-1]])
+    )
 
-def links(text: str) -> set: # (file, heading) of each relative link and image; '' is this page
+
+def links(text: str) -> set:  # (file, heading) of each relative link and image; '' is this page
     text = re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.S)
     found = re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', text)
     return {(a or b).partition('#')[::2] for a, b in found if not re.match(r'[a-z]+:', a or b)}
 
-def headings(path: Path) -> set: # their ids, as pandoc and GitHub make them
+
+def headings(path: Path) -> set:  # their ids, as pandoc and GitHub make them
     text = re.sub(r'```.*?```', '', markdown(path), flags=re.S)
     plain = lambda h: re.sub(r'\[([^]]*)\]\([^)]*\)|[`*]', r'\1', h).strip().lower()
-    return {re.sub(r'\s', '-', re.sub(r'[^\w\s.-]', '', plain(h))) for h in re.findall(r'^#+ (.+)$', text, re.M)}
+    return {
+        re.sub(r'\s', '-', re.sub(r'[^\w\s.-]', '', plain(h))) for h in re.findall(r'^#+ (.+)$', text, re.M)
+    }
 
-def broken(path: Path, text: str) -> list: # links of a page that lead nowhere
+
+def broken(path: Path, text: str) -> list:  # links of a page that lead nowhere
     out = []
     for file, heading in links(text):
-        to = path.parent/file if file else path
-        if not to.exists(): out.append(file)
-        elif heading and heading not in headings(to): out.append(f'{file}#{heading}')
+        to = path.parent / file if file else path
+        if not to.exists():
+            out.append(file)
+        elif heading and heading not in headings(to):
+            out.append(f'{file}#{heading}')
     return out
 
-@pytest.mark.parametrize('path', [ROOT/'README.md', ROOT/'benchmarks/README.md', ROOT/'CHANGELOG.md', *NOTEBOOKS], **ids)
-def test_links_lead_somewhere(path): assert not broken(path, markdown(path))
+
+@pytest.mark.parametrize(
+    'path', [ROOT / 'README.md', ROOT / 'benchmarks/README.md', ROOT / 'CHANGELOG.md', *NOTEBOOKS], **ids
+)
+def test_links_lead_somewhere(path):
+    assert not broken(path, markdown(path))
+
 
 def test_broken_links_are_seen():
-    path = ROOT/'nbs/tutorials/06_change.ipynb'
+    path = ROOT / 'nbs/tutorials/06_change.ipynb'
     good = '[a](11_benchmarks.ipynb#what-each-choice-buys) ![b](../images/drawn.png) [c](#a-grid) [d](https://example.org/none) `[e](none.md)` <img src="../images/banner.png">'
     assert not broken(path, good)
-    for bad in ('[a](12_none.ipynb)', '![a](../images/none.png)', '[a](11_benchmarks.ipynb#none)', '[a](#none)', '<img src="none.png">', '[a](../../benchmarks/none.py)'): assert len(broken(path, good + bad)) == 1, bad
+    for bad in (
+        '[a](12_none.ipynb)',
+        '![a](../images/none.png)',
+        '[a](11_benchmarks.ipynb#none)',
+        '[a](#none)',
+        '<img src="none.png">',
+        '[a](../../benchmarks/none.py)',
+    ):
+        assert len(broken(path, good + bad)) == 1, bad
+
 
 def test_readme_commands_are_there():
-    commands = re.findall(r'^bash (\S+)', (ROOT/'README.md').read_text(), re.M)
+    commands = re.findall(r'^bash (\S+)', (ROOT / 'README.md').read_text(), re.M)
     assert commands == ['.ci/garden', '.ci/test']
-    for c in [*commands, '.ci/run', '.ci/setup']: subprocess.run(['bash', '-n', c], cwd=ROOT, check=True)
+    for c in [*commands, '.ci/run', '.ci/setup']:
+        subprocess.run(['bash', '-n', c], cwd=ROOT, check=True)
+
 
 def markdown(path: Path) -> str:
-    return path.read_text() if path.suffix == '.md' else '\n\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+    return (
+        path.read_text()
+        if path.suffix == '.md'
+        else '\n\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+    )
+
 
 def test_readme_python_example(tiny_workspace, tmp_path):
     "The example of the front page, with the miniature garden in place of a real one."
     from PIL import Image
-    (tmp_path/'garden').symlink_to(tiny_workspace)
-    code = re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
+
+    (tmp_path / 'garden').symlink_to(tiny_workspace)
+    code = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
     assert len(code) == 1
     subprocess.run([sys.executable, '-c', code[0]], cwd=tmp_path, check=True)
-    assert Image.open(tmp_path/'tulips.png').size == (64, 64)
+    assert Image.open(tmp_path / 'tulips.png').size == (64, 64)
+
 
 def test_benchmarks_are_described():
     "Each script of benchmarks/ has its section in benchmarks/README.md, and the other way round."
-    scripts = {p.name for p in (ROOT/'benchmarks').glob('*.py')}
-    assert scripts and scripts == set(re.findall(r'(\w+\.py)', (ROOT/'benchmarks/README.md').read_text()))
+    scripts = {p.name for p in (ROOT / 'benchmarks').glob('*.py')}
+    assert scripts and scripts == set(re.findall(r'(\w+\.py)', (ROOT / 'benchmarks/README.md').read_text()))
+
 
 # ---- workflows and packaging
 
-WORKFLOWS = sorted((ROOT/'.github/workflows').glob('*.yml'))
+WORKFLOWS = sorted((ROOT / '.github/workflows').glob('*.yml'))
+
 
 @pytest.mark.parametrize('path', WORKFLOWS, **ids)
 def test_workflow_actions_are_pinned(path):
     used = re.findall(r'uses:\s*(.+)', path.read_text())
     assert used and all(re.fullmatch(r'[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*', u) for u in used), used
 
+
 def test_workflows_are_safe_and_valid():
     env = {k: v for k, v in os.environ.items() if k not in ('GH_TOKEN', 'GITHUB_TOKEN')}
-    for command in ([BIN/'zizmor', '--offline', '--persona', 'pedantic', '--no-progress', '.github/workflows'],
-                    [BIN/'check-jsonschema', '--builtin-schema', 'vendor.github-workflows', *map(str, WORKFLOWS)]):
+    for command in (
+        [BIN / 'zizmor', '--offline', '--persona', 'pedantic', '--no-progress', '.github/workflows'],
+        [BIN / 'check-jsonschema', '--builtin-schema', 'vendor.github-workflows', *map(str, WORKFLOWS)],
+    ):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
         assert not done.returncode, done.stdout + done.stderr
 
+
 def test_every_dependency_is_pinned():
     from configparser import ConfigParser
-    config = ConfigParser(); config.read(ROOT/'settings.ini', encoding='utf-8')
+
+    config = ConfigParser()
+    config.read(ROOT / 'settings.ini', encoding='utf-8')
     norm = lambda s: re.split(r'[<>=\[;]', s)[0].lower().replace('_', '-')
-    pinned = {norm(l) for l in (ROOT/'constraints.txt').read_text().splitlines() if '==' in l}
-    wanted = {norm(r) for k in ('requirements', 'dev_requirements', 'sagemaker_requirements', 'deepspeed_requirements') for r in config['DEFAULT'][k].split()}
+    pinned = {norm(l) for l in (ROOT / 'constraints.txt').read_text().splitlines() if '==' in l}
+    wanted = {
+        norm(r)
+        for k in ('requirements', 'dev_requirements', 'sagemaker_requirements', 'deepspeed_requirements')
+        for r in config['DEFAULT'][k].split()
+    }
     assert not wanted - pinned

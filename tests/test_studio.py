@@ -2,50 +2,87 @@
 
 FLOWERDIFF_TEST_GARDEN=WORKSPACE serves a trained garden, whose pictures a judge looks at; else a tiny random model, whose pictures are compared with the Generator's own, pixel by pixel.
 FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots."""
+
 import json, re, shutil, socket, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from browser import ENV, GARDEN, browser, browser_only, draw, fill, generator, kernels, open_page, says, served, shot, visitor
+from browser import (
+    ENV,
+    GARDEN,
+    browser,
+    browser_only,
+    draw,
+    fill,
+    generator,
+    kernels,
+    open_page,
+    says,
+    served,
+    shot,
+    visitor,
+)
+
 
 @pytest.fixture(scope='module')
 def workspace(tmp_path_factory):
-    if GARDEN: return Path(GARDEN)
+    if GARDEN:
+        return Path(GARDEN)
     from tiny import tiny_model
-    folder = tmp_path_factory.mktemp('studio')/'meadow'
-    for k, size in dict(model=32, student=48).items(): tiny_model(folder/k, size)
-    tiny_model(folder/'work'/'previous', 16)
-    (folder/'student'/'train_settings.json').write_text('{"train": {"distill": 4}}')
+
+    folder = tmp_path_factory.mktemp('studio') / 'meadow'
+    for k, size in dict(model=32, student=48).items():
+        tiny_model(folder / k, size)
+    tiny_model(folder / 'work' / 'previous', 16)
+    (folder / 'student' / 'train_settings.json').write_text('{"train": {"distill": 4}}')
     return folder
+
 
 @pytest.fixture(scope='module')
 def studio(workspace):
-    with served(workspace) as running: yield running
+    with served(workspace) as running:
+        yield running
+
 
 @pytest.fixture(scope='module')
-def url(studio): return studio[1]
+def url(studio):
+    return studio[1]
+
 
 @pytest.fixture(scope='module')
-def page(browser, url): return visitor(browser, url) # one for most tests: a kernel costs seconds
+def page(browser, url):
+    return visitor(browser, url)  # one for most tests: a kernel costs seconds
 
-def readout(page, i): return page.locator('.fd-dials .widget-readout').nth(i) # what the slider says
 
-def own(folder, wish): # what a Generator draws, with as many threads as the server's: the last bit depends on them
-    code = f"from flowerdiff import Generator; Generator.from_pretrained({str(folder)!r})({wish['prompt']!r}, seed={wish['seed']}, steps={wish['steps']}, guidance={wish['guidance']})[0].save({str(folder/'own.png')!r})"
+def readout(page, i):
+    return page.locator('.fd-dials .widget-readout').nth(i)  # what the slider says
+
+
+def own(
+    folder, wish
+):  # what a Generator draws, with as many threads as the server's: the last bit depends on them
+    code = f'from flowerdiff import Generator; Generator.from_pretrained({str(folder)!r})({wish["prompt"]!r}, seed={wish["seed"]}, steps={wish["steps"]}, guidance={wish["guidance"]})[0].save({str(folder / "own.png")!r})'
     subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
-    return np.array(Image.open(folder/'own.png'))
+    return np.array(Image.open(folder / 'own.png'))
+
 
 @browser_only
 def test_the_right_picture(page, workspace):
     picture = draw(page, 'a red rose under a blue sky', 7)
-    with page.expect_download() as d: page.get_by_role('link', name='Download').first.click()
+    with page.expect_download() as d:
+        page.get_by_role('link', name='Download').first.click()
     assert d.value.suggested_filename == 'a-red-rose-under-a-blue-sky-7.png'
-    file = Image.open(d.value.path()); wish = json.loads(file.text['flowerdiff'])
-    assert np.array_equal(np.array(file), np.array(picture)) and (wish['prompt'], wish['seed']) == ('a red rose under a blue sky', 7)
+    file = Image.open(d.value.path())
+    wish = json.loads(file.text['flowerdiff'])
+    assert np.array_equal(np.array(file), np.array(picture)) and (wish['prompt'], wish['seed']) == (
+        'a red rose under a blue sky',
+        7,
+    )
     shot(page, 'picture')
     if GARDEN:
         from flowerdiff.models.attribute_classifier import load_judge
+
         seen = load_judge().names([picture] + [draw(page, seed=s) for s in (8, 9, 10)])
         right = [dict(species='rose', color='red', background='blue sky').items() <= s.items() for s in seen]
         assert sum(right) >= 3, seen
@@ -55,94 +92,141 @@ def test_the_right_picture(page, workspace):
         assert np.abs(np.array(other).astype(int) - np.array(picture)).mean() > 2
     assert page.foreign == []
 
+
 @browser_only
 def test_same_seed_same_picture_and_reuse(page):
     first = draw(page, 'a yellow rose', 11)
     card = page.locator('.fd-card').first
     draw(page, 'a white daisy', 12)
     page.locator('.fd-card').nth(1).get_by_role('button', name='Use again').click()
-    says(page.locator('.fd-prompt textarea'), 'a yellow rose'); says(page.get_by_label('Seed', exact=True), 11)
+    says(page.locator('.fd-prompt textarea'), 'a yellow rose')
+    says(page.get_by_label('Seed', exact=True), 11)
     assert np.array_equal(np.array(draw(page)), np.array(first))
+
 
 @browser_only
 @pytest.mark.skipif(bool(GARDEN), reason='a garden has no such models')
-@pytest.mark.parametrize('model, label, steps, guidance', [('student', 'The student', 4, 1.), ('work/previous', 'The previous champion', 20, 4.)])
+@pytest.mark.parametrize(
+    'model, label, steps, guidance',
+    [('student', 'The student', 4, 1.0), ('work/previous', 'The previous champion', 20, 4.0)],
+)
 def test_another_model_of_the_workspace(page, workspace, model, label, steps, guidance):
     # a painter that opens the champion whatever is asked for; dials that stay when another model is chosen
     page.get_by_label('Model', exact=True).select_option(label=label)
-    for i, said in enumerate((str(steps), f'{guidance:.1f}'), 1): readout(page, i).get_by_text(said, exact=True).wait_for()
+    for i, said in enumerate((str(steps), f'{guidance:.1f}'), 1):
+        readout(page, i).get_by_text(said, exact=True).wait_for()
     drawn = draw(page, 'a red rose', 5)
-    assert page.locator('.fd-card small').first.inner_text() == f'seed 5 · {steps} steps · guidance {guidance:g} · {label}'
-    assert np.array_equal(own(workspace/model, dict(prompt='a red rose', seed=5, steps=steps, guidance=guidance)), np.array(drawn))
-    page.get_by_label('Model', exact=True).select_option(index=0); readout(page, 1).get_by_text('20', exact=True).wait_for()
+    assert (
+        page.locator('.fd-card small').first.inner_text()
+        == f'seed 5 · {steps} steps · guidance {guidance:g} · {label}'
+    )
+    assert np.array_equal(
+        own(workspace / model, dict(prompt='a red rose', seed=5, steps=steps, guidance=guidance)),
+        np.array(drawn),
+    )
+    page.get_by_label('Model', exact=True).select_option(index=0)
+    readout(page, 1).get_by_text('20', exact=True).wait_for()
+
 
 @browser_only
 def test_no_words_are_the_example(page):
     # a wish of the empty field; blanks that count as words
-    fill(page, 'What shall it draw?', '  '); draw(page)
-    assert page.locator('.fd-card figcaption').first.inner_text().startswith(page.locator('.fd-prompt textarea').get_attribute('placeholder') + '\n')
+    fill(page, 'What shall it draw?', '  ')
+    draw(page)
+    assert (
+        page.locator('.fd-card figcaption')
+        .first.inner_text()
+        .startswith(page.locator('.fd-prompt textarea').get_attribute('placeholder') + '\n')
+    )
+
 
 @browser_only
 def test_several_pictures_and_their_seeds(page):
     slider = page.locator('.fd-dials').get_by_role('slider').first
-    slider.focus(); page.keyboard.press('PageUp') # 5 more in one go: of many changes in a row the last one may reach the kernel after the click on Draw
+    slider.focus()
+    page.keyboard.press(
+        'PageUp'
+    )  # 5 more in one go: of many changes in a row the last one may reach the kernel after the click on Draw
     n = page.locator('.fd-card').count()
-    draw(page, 'a red iris', 20); page.locator('.fd-card').nth(n + 5).wait_for()
-    assert [re.search(r'seed (\d+)', t).group(1) for t in page.locator('.fd-card small').all_inner_texts()[:6]] == ['20', '21', '22', '23', '24', '25']
+    draw(page, 'a red iris', 20)
+    page.locator('.fd-card').nth(n + 5).wait_for()
+    assert [
+        re.search(r'seed (\d+)', t).group(1) for t in page.locator('.fd-card small').all_inner_texts()[:6]
+    ] == ['20', '21', '22', '23', '24', '25']
     shot(page, 'several')
-    slider.focus(); page.keyboard.press('Home')
+    slider.focus()
+    page.keyboard.press('Home')
+
 
 @browser_only
 def test_cancel(page, studio):
     steps = page.locator('.fd-dials').get_by_role('slider').nth(1)
-    steps.focus(); page.keyboard.press('End')
+    steps.focus()
+    page.keyboard.press('End')
     n, drawing = page.locator('.fd-card').count(), generator(studio[0])
-    drawing.suspend() # else it may be done before Cancel is pressed
+    drawing.suspend()  # else it may be done before Cancel is pressed
     try:
         page.get_by_role('button', name='Draw', exact=True).click()
         page.get_by_role('button', name='Cancel').click()
-    finally: drawing.resume()
+    finally:
+        drawing.resume()
     page.get_by_text('Cancelled.').wait_for()
     assert page.locator('.fd-card').count() == n and page.locator('.fd-now').count() == 0
     page.get_by_role('button', name='Draw', exact=True).and_(page.locator(':enabled')).wait_for()
-    page.locator('.fd-card').first.get_by_role('button', name='Use again').click() # the steps, too
+    page.locator('.fd-card').first.get_by_role('button', name='Use again').click()  # the steps, too
     readout(page, 1).get_by_text('20', exact=True).wait_for()
+
 
 @browser_only
 def test_quick_fingers_on_a_slow_line(page, studio):
     "Words are typed and Draw is pressed before the kernel has answered the first letter: all of them are drawn."
     # a field that is told letter by letter: ipywidgets keeps letters back until the last one is answered, but no clicks
-    fill(page, 'What shall it draw?', ''); draw(page)
-    n, words, kernel = page.locator('.fd-card').count(), 'a white daisy under a blue sky', kernels(studio[0])[0]
+    fill(page, 'What shall it draw?', '')
+    draw(page)
+    n, words, kernel = (
+        page.locator('.fd-card').count(),
+        'a white daisy under a blue sky',
+        kernels(studio[0])[0],
+    )
     kernel.suspend()
     try:
         page.locator('.fd-prompt textarea').press_sequentially(words)
         page.get_by_role('button', name='Draw', exact=True).click()
-    finally: kernel.resume()
+    finally:
+        kernel.resume()
     page.locator('.fd-card').nth(n).wait_for()
     assert page.locator('.fd-card figcaption').first.inner_text().startswith(words + '\n')
     page.get_by_text(re.compile('1 picture in')).wait_for()
+
 
 @browser_only
 def test_what_people_type_is_text(page):
     words = '<img src=x onerror="document.title=\'owned\'"> & "rose"'
     draw(page, words)
-    assert page.locator('.fd-card figcaption').first.inner_text().startswith(words) and page.title() == 'flowerdiff studio'
-    fill(page, 'What shall it draw?', 'rose '*200)
+    assert (
+        page.locator('.fd-card figcaption').first.inner_text().startswith(words)
+        and page.title() == 'flowerdiff studio'
+    )
+    fill(page, 'What shall it draw?', 'rose ' * 200)
     page.get_by_role('button', name='Draw', exact=True).click()
     page.get_by_text('500 are the most').wait_for()
     shot(page, 'too-long')
 
+
 @browser_only
 def test_an_example_fills_the_field_and_enter_enlarges(page):
     chip = page.locator('.fd-chip').first
-    words = chip.inner_text(); chip.click()
+    words = chip.inner_text()
+    chip.click()
     says(page.locator('.fd-prompt textarea'), words)
     picture = page.locator('.fd-shot').first
     small = picture.locator('img').bounding_box()['width']
     picture.focus()
-    page.wait_for_function('small => document.querySelector(".fd-shot img").getBoundingClientRect().width > 2*small', arg=small)
+    page.wait_for_function(
+        'small => document.querySelector(".fd-shot img").getBoundingClientRect().width > 2*small', arg=small
+    )
     page.get_by_label('Seed', exact=True).focus()
+
 
 @browser_only
 def test_a_phone_in_the_dark(browser, url):
@@ -154,42 +238,69 @@ def test_a_phone_in_the_dark(browser, url):
     ask, card, dials = (page.locator(x).first.bounding_box() for x in ('.fd-ask', '.fd-card', '.fd-dials'))
     shot(page, 'phone-dark')
     assert wide <= 390 and sum(map(int, re.findall(r'\d+', dark)[:3])) < 150
-    assert ask['x'] >= 0 and ask['x'] + ask['width'] <= 390 and ask['y'] + ask['height'] <= card['y'] and card['y'] + card['height'] <= dials['y']
+    assert (
+        ask['x'] >= 0
+        and ask['x'] + ask['width'] <= 390
+        and ask['y'] + ask['height'] <= card['y']
+        and card['y'] + card['height'] <= dials['y']
+    )
 
-def one_line(page, words): # in red, and nothing else
+
+def one_line(page, words):  # in red, and nothing else
     page.locator('.fd-say.bad').get_by_text(words).wait_for()
     assert '\n' not in page.locator('.fd-say.bad').inner_text() and 'Traceback' not in page.content()
+
 
 @browser_only
 def test_a_model_appears_damaged_and_is_replaced(browser, tmp_path):
     "No model, then half a file, then a whole one: the page stays, and says each in a line."
     # a page that keeps the painter of a workspace without a model; `friendly` without its first line alone; a painter that refuses every model when the champion is damaged; a desk that does not look at files again
     from tiny import tiny_model
-    folder, good = tmp_path/'empty', tiny_model(tmp_path/'good')
+
+    folder, good = tmp_path / 'empty', tiny_model(tmp_path / 'good')
     with served(folder) as (_, url):
         page = open_page(browser, url)
         page.get_by_text(f'flowerdiff run {folder}').wait_for()
         page.get_by_role('button', name='Look again').click()
         shot(page, 'no-model')
         assert page.get_by_role('button', name='Draw', exact=True).count() == 0
-        shutil.copytree(good, folder/'work'/'previous'); shutil.copytree(good, folder/'model')
-        weights = next((folder/'model'/'unet').glob('*.safetensors')); weights.write_bytes(weights.read_bytes()[:20_000])
+        shutil.copytree(good, folder / 'work' / 'previous')
+        shutil.copytree(good, folder / 'model')
+        weights = next((folder / 'model' / 'unet').glob('*.safetensors'))
+        weights.write_bytes(weights.read_bytes()[:20_000])
         page.get_by_role('button', name='Look again').click()
-        one_line(page, 'The champion, unet: can not be opened; copy it again'); shot(page, 'damaged')
-        page.get_by_role('button', name='Draw', exact=True).click(); page.locator('.fd-say:not(.bad)').or_(page.locator('.fd-say.bad')).first.wait_for(); one_line(page, 'The champion, unet: can not be opened; copy it again')
+        one_line(page, 'The champion, unet: can not be opened; copy it again')
+        shot(page, 'damaged')
+        page.get_by_role('button', name='Draw', exact=True).click()
+        page.locator('.fd-say:not(.bad)').or_(page.locator('.fd-say.bad')).first.wait_for()
+        one_line(page, 'The champion, unet: can not be opened; copy it again')
         page.get_by_label('Model', exact=True).select_option(label='The previous champion')
-        page.get_by_role('button', name='Draw', exact=True).click(); page.locator('.fd-card').first.wait_for()
+        page.get_by_role('button', name='Draw', exact=True).click()
+        page.locator('.fd-card').first.wait_for()
         page.get_by_label('Model', exact=True).select_option(label='The champion')
-        shutil.rmtree(folder/'model'); shutil.copytree(good, folder/'model')
+        shutil.rmtree(folder / 'model')
+        shutil.copytree(good, folder / 'model')
         assert draw(page, 'a red rose', 5).size == (32, 32)
+
 
 def test_a_port_in_use_is_one_line(cli, tmp_path):
     # `serve` without `free_port`, or a command line that shows its traceback
     with socket.socket() as s:
-        s.bind(('127.0.0.1', 0)); s.listen()
+        s.bind(('127.0.0.1', 0))
+        s.listen()
         done = cli('studio', tmp_path, '--port', s.getsockname()[1])
-    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1 and 'in use' in done.stderr and '--port' in done.stderr, done
+    assert (
+        done.returncode == 2
+        and not done.stdout
+        and len(done.stderr.splitlines()) == 1
+        and 'in use' in done.stderr
+        and '--port' in done.stderr
+    ), done
+
 
 def test_the_studio_needs_nothing_of_training():
     code = "import sys, flowerdiff.apps.studio; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'diffusers', 'accelerate', 'mlflow', 'voila') or m in ('flowerdiff.training.accelerator', 'flowerdiff.stages.train')])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV).stdout.strip() == '[]'
+    assert (
+        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV).stdout.strip()
+        == '[]'
+    )

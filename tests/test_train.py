@@ -1,150 +1,235 @@
 "Training and promotion with real processes: signals, kills, resumes, two ranks, the gate."
+
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-QUICK = {'train.channels': [16, 32], 'train.attention': [False, True], 'train.batch_size': 8, 'train.epochs': 3, 'train.lr': 2e-3, 'train.warmup_steps': 2, 'train.threads': 1,
-         'train.precision': 'fp32', 'train.samples_every': 1000, 'train.validate_every': 6, 'tracking.enabled': False}
+QUICK = {
+    'train.channels': [16, 32],
+    'train.attention': [False, True],
+    'train.batch_size': 8,
+    'train.epochs': 3,
+    'train.lr': 2e-3,
+    'train.warmup_steps': 2,
+    'train.threads': 1,
+    'train.precision': 'fp32',
+    'train.samples_every': 1000,
+    'train.validate_every': 6,
+    'tracking.enabled': False,
+}
+
 
 @pytest.fixture(scope='session')
 def parts(tmp_path_factory):
     from tiny import tiny_model
+
     return tiny_model(tmp_path_factory.mktemp('parts'))
+
 
 def make_encoded(root, parts, n=64, shuffled=False):
     "What encode writes, for the toy world whose brightness is told by its text."
     from flowerdiff.data.batches import toy_split
     from flowerdiff.data.shards import ShardWriter
     from flowerdiff.core.workspace import write_json
-    encoded, width = root/'encoded', 32
+
+    encoded, width = root / 'encoded', 32
     for split, count in (('train', n), ('val', 16)):
         toy = toy_split(count, width=width)
-        with ShardWriter(encoded/split, 'latents', dict(mean=((2, 4, 8, 8), 'float16'), std=((2, 4, 8, 8), 'float16'))) as w: w.append(mean=toy.mean.numpy(), std=toy.std.numpy())
-        captions = toy.captions if not shuffled else [[1 + i//2 % 2] for i in range(count)]
-        write_json(encoded/split/'captions.json', captions); write_json(encoded/split/'files.json', [f'{split}/{i:06d}.png' for i in range(count)])
+        with ShardWriter(
+            encoded / split, 'latents', dict(mean=((2, 4, 8, 8), 'float16'), std=((2, 4, 8, 8), 'float16'))
+        ) as w:
+            w.append(mean=toy.mean.numpy(), std=toy.std.numpy())
+        captions = toy.captions if not shuffled else [[1 + i // 2 % 2] for i in range(count)]
+        write_json(encoded / split / 'captions.json', captions)
+        write_json(encoded / split / 'files.json', [f'{split}/{i:06d}.png' for i in range(count)])
     texts = toy_split(64, width=width).texts.numpy()
-    with ShardWriter(encoded/'text', 'text', dict(embedding=(texts.shape[1:], 'float16'))) as w: w.append(embedding=texts)
-    for part in ('vae', 'text_encoder', 'tokenizer'): shutil.copytree(parts/part, encoded/'components'/part)
-    write_json(encoded/'manifest.json', dict(fingerprint=f'toy {n} {shuffled}'))
+    with ShardWriter(encoded / 'text', 'text', dict(embedding=(texts.shape[1:], 'float16'))) as w:
+        w.append(embedding=texts)
+    for part in ('vae', 'text_encoder', 'tokenizer'):
+        shutil.copytree(parts / part, encoded / 'components' / part)
+    write_json(encoded / 'manifest.json', dict(fingerprint=f'toy {n} {shuffled}'))
+
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory, parts):
     "A workspace ready for training."
     from flowerdiff.core.workspace import open_workspace
+
     def make(name='toy', n=64, shuffled=False, **settings):
-        ws = open_workspace(tmp_path_factory.mktemp('w')/name, 'garden', QUICK | {k.replace('__', '.'): v for k, v in settings.items()})
+        ws = open_workspace(
+            tmp_path_factory.mktemp('w') / name,
+            'garden',
+            QUICK | {k.replace('__', '.'): v for k, v in settings.items()},
+        )
         make_encoded(ws.root, parts, n, shuffled)
         return ws
+
     return make
 
+
 ENV = dict(os.environ, OMP_NUM_THREADS='1', DVC_NO_ANALYTICS='1')
+
 
 def worker(ws, wait=None, timeout=300, **env):
     "The training process itself, without torchrun; `wait(events)` says when to return while it runs."
     from train_worker import start
+
     p = start(ws.root, OMP_NUM_THREADS='1', **env)
     if wait:
         end = time.time() + timeout
         while not wait(events(ws)):
             assert p.is_alive() and time.time() < end, events(ws)[-1:]
-            time.sleep(.01)
+            time.sleep(0.01)
         return p
     p.join(timeout)
     return p
 
+
 def tell(p, number, timeout=90):
     "Send a signal; the exit code."
-    os.kill(p.pid, number); p.join(timeout)
+    os.kill(p.pid, number)
+    p.join(timeout)
     return p.exitcode
+
 
 def events(ws):
     from flowerdiff.services.tracking import read_events
+
     return [e for f in ws.work.glob('train-*/events.jsonl') for e in read_events(f)[0]]
 
-def weights(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
 
-def trained(ws): return json.loads((ws.root/'train.json').read_text())
+def weights(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()
+    }
+
+
+def trained(ws):
+    return json.loads((ws.root / 'train.json').read_text())
+
 
 def last_checkpoint(ws):
     from flowerdiff.training.checkpoints import load_checkpoint
-    return load_checkpoint(next(ws.work.glob('train-*'))/'checkpoints')
+
+    return load_checkpoint(next(ws.work.glob('train-*')) / 'checkpoints')
+
 
 # ---- learning
+
 
 def test_learns_what_its_captions_say(toy):
     "On pictures whose brightness their caption tells, the captions are worth a large part of the loss; shuffled, they are worth nothing."
     told, shuffled = toy('told', train__epochs=16), toy('shuffled', shuffled=True, train__epochs=16)
-    for ws in (told, shuffled): assert worker(ws).exitcode == 0
+    for ws in (told, shuffled):
+        assert worker(ws).exitcode == 0
     a, b = trained(told)['validation'], trained(shuffled)['validation']
-    assert a['by_level'][-1] < .6*b['by_level'][-1], (a['by_level'], b['by_level'])  # in the deepest noise only the text tells
+    assert a['by_level'][-1] < 0.6 * b['by_level'][-1], (
+        a['by_level'],
+        b['by_level'],
+    )  # in the deepest noise only the text tells
     curve = [v for _, v in trained(told)['loss_curve']]
-    assert np.mean(curve[-10:]) < .5*np.mean(curve[:5])
+    assert np.mean(curve[-10:]) < 0.5 * np.mean(curve[:5])
     from diffusers import UNet2DConditionModel
-    unet = UNet2DConditionModel.from_pretrained(told.candidate/'unet')
-    assert all(float(p.detach().abs().max()) > 0 for n, p in unet.named_parameters() if n.endswith('weight')), 'an average that starts from zero would leave zeros'
-    assert (told.candidate/'model_index.json').is_file() and (told.candidate/'train_settings.json').is_file()
-    assert sorted(json.loads((told.candidate/'train_settings.json').read_text())) == ['data', 'run_id', 'seed', 'train']
+
+    unet = UNet2DConditionModel.from_pretrained(told.candidate / 'unet')
+    assert all(
+        float(p.detach().abs().max()) > 0 for n, p in unet.named_parameters() if n.endswith('weight')
+    ), 'an average that starts from zero would leave zeros'
+    assert (told.candidate / 'model_index.json').is_file() and (
+        told.candidate / 'train_settings.json'
+    ).is_file()
+    assert sorted(json.loads((told.candidate / 'train_settings.json').read_text())) == [
+        'data',
+        'run_id',
+        'seed',
+        'train',
+    ]
+
 
 def test_stock_diffusers_opens_the_candidate(toy):
     from diffusers import DiffusionPipeline
-    ws = toy(train__epochs=.2); assert worker(ws).exitcode == 0
+
+    ws = toy(train__epochs=0.2)
+    assert worker(ws).exitcode == 0
     pipe = DiffusionPipeline.from_pretrained(ws.candidate)
     picture = pipe('a rose', num_inference_steps=2, output_type='np').images
     assert np.isfinite(picture).all()
-    assert pipe.scheduler.config.prediction_type == 'v_prediction' and pipe.scheduler.config.beta_end == .012
+    assert pipe.scheduler.config.prediction_type == 'v_prediction' and pipe.scheduler.config.beta_end == 0.012
+
 
 # ---- stopping
 
+
 @pytest.fixture(scope='module')
 def uninterrupted(toy):
-    ws = toy('whole'); assert worker(ws).exitcode == 0
+    ws = toy('whole')
+    assert worker(ws).exitcode == 0
     return ws
+
 
 def same_result(a, b):
     (ga, sa), (gb, sb) = last_checkpoint(a), last_checkpoint(b)
     for group in ('weights', 'ema', 'optimizer'):
-        for k, v in ga[group].items(): assert (v == gb[group][k]).all(), (group, k)
+        for k, v in ga[group].items():
+            assert (v == gb[group][k]).all(), (group, k)
     assert sa['files'] == sb['files']  # their checksums: bit for bit
-    for k in ('step', 'losses', 'updates', 'validations', 'sums', 'norms', 'spikes', 'overflows', 'scaler'): assert sa[k] == sb[k], k
-    assert (a.candidate/'unet'/'diffusion_pytorch_model.safetensors').read_bytes() == (b.candidate/'unet'/'diffusion_pytorch_model.safetensors').read_bytes()
+    for k in ('step', 'losses', 'updates', 'validations', 'sums', 'norms', 'spikes', 'overflows', 'scaler'):
+        assert sa[k] == sb[k], k
+    assert (a.candidate / 'unet' / 'diffusion_pytorch_model.safetensors').read_bytes() == (
+        b.candidate / 'unet' / 'diffusion_pytorch_model.safetensors'
+    ).read_bytes()
     ta, tb = trained(a), trained(b)
-    assert ta['validation'] == tb['validation'] and ta['loss_curve'] == tb['loss_curve'] and ta['validation_curve'] == tb['validation_curve']
+    assert (
+        ta['validation'] == tb['validation']
+        and ta['loss_curve'] == tb['loss_curve']
+        and ta['validation_curve'] == tb['validation_curve']
+    )
+
 
 def test_killed_and_started_again_is_the_same_run(toy, uninterrupted):
     "SIGKILL twice, at whatever step it hits; the result is the uninterrupted one, bit for bit."
     ws = toy('killed', train__checkpoint_minutes=1e-4)  # a checkpoint after every step
     for upto in (5, 14):
-        p = worker(ws, wait=lambda es: any(e['event'] == 'checkpoint' and e['step'] >= upto for e in es)); tell(p, signal.SIGKILL)
+        p = worker(ws, wait=lambda es: any(e['event'] == 'checkpoint' and e['step'] >= upto for e in es))
+        tell(p, signal.SIGKILL)
     assert worker(ws).exitcode == 0
     starts = [e['resumed_from'] for e in events(ws) if e['event'] == 'start']
     assert len(starts) == 3 and starts[0] == 0 and 5 <= starts[1] < starts[2], starts
     same_result(ws, uninterrupted)
+
 
 def test_sigterm_leaves_a_checkpoint_and_75(toy, uninterrupted):
     ws = toy('term')
     p = worker(ws, wait=lambda es: any(e['event'] == 'step' and e['step'] >= 4 for e in es))
     assert tell(p, signal.SIGTERM) == 75
     assert events(ws)[-1]['event'] == 'stopped' and not ws.candidate.exists()
-    step = last_checkpoint(ws)[1]['step']; assert step == events(ws)[-1]['step'] >= 4
+    step = last_checkpoint(ws)[1]['step']
+    assert step == events(ws)[-1]['step'] >= 4
     assert worker(ws).exitcode == 0 and trained(ws)['resumed_from'] == step
     same_result(ws, uninterrupted)
 
+
 def test_a_damaged_checkpoint_costs_only_its_steps(toy, uninterrupted):
     ws = toy('damaged', train__checkpoint_minutes=1e-4)
-    p = worker(ws, wait=lambda es: any(e['event'] == 'checkpoint' and e['step'] >= 6 for e in es)); tell(p, signal.SIGKILL)
+    p = worker(ws, wait=lambda es: any(e['event'] == 'checkpoint' and e['step'] >= 6 for e in es))
+    tell(p, signal.SIGKILL)
     newest = max(next(ws.work.glob('train-*')).glob('checkpoints/0*'))
-    f = newest/'weights.safetensors'; f.write_bytes(f.read_bytes()[:-9])
+    f = newest / 'weights.safetensors'
+    f.write_bytes(f.read_bytes()[:-9])
     assert worker(ws).exitcode == 0
     assert trained(ws)['resumed_from'] < int(newest.name)
     same_result(ws, uninterrupted)
 
+
 def test_a_finished_run_is_not_trained_again(toy, uninterrupted):
     "After the result was lost (DVC removes outputs first), it is made again from the last checkpoint."
-    first = weights(uninterrupted.candidate); shutil.rmtree(uninterrupted.candidate)
+    first = weights(uninterrupted.candidate)
+    shutil.rmtree(uninterrupted.candidate)
     assert worker(uninterrupted).exitcode == 0
     assert weights(uninterrupted.candidate) == first and trained(uninterrupted)['resumed_from'] == 24
+
 
 def test_two_at_once(toy):
     ws = toy(train__epochs=100)
@@ -152,92 +237,145 @@ def test_two_at_once(toy):
     assert worker(ws).exitcode == 2 and not any(e['event'] == 'failed' for e in events(ws))
     assert p.is_alive() and tell(p, signal.SIGTERM) == 75
 
+
 # ---- the stage, with torchrun
 
 NEAR = 5e-4  # how far runs may be apart after 8 steps of 0.002 because their sums round in another order; a lost memory of Adam's is worth 17 times that
+
 
 @pytest.mark.parametrize('distributed', ['ddp', 'zero2'])
 def test_stage_starts_torchrun_and_two_ranks_do_the_work_of_one(toy, distributed):
     from diffusers import DiffusionPipeline
     from flowerdiff.stages.train import run
-    one, two = toy('one', train__epochs=1), toy('two', train__epochs=1, train__num_processes=2, train__distributed=distributed)
+
+    one, two = (
+        toy('one', train__epochs=1),
+        toy('two', train__epochs=1, train__num_processes=2, train__distributed=distributed),
+    )
     assert worker(one).exitcode == 0 and '8 steps' in run(two.root).summary
     assert (trained(two)['processes'], trained(two)['distributed']) == (2, distributed)
     assert apart(one, two) < NEAR
     assert abs(trained(one)['validation']['loss'] - trained(two)['validation']['loss']) < 1e-3
     a, b = (DiffusionPipeline.from_pretrained(ws.candidate).unet.state_dict() for ws in (one, two))
-    for k, v in a.items(): assert v.dtype == b[k].dtype and np.allclose(v, b[k], atol=NEAR), k
+    for k, v in a.items():
+        assert v.dtype == b[k].dtype and np.allclose(v, b[k], atol=NEAR), k
+
 
 # ---- other numbers of processes
+
 
 def apart(a, b):
     "The farthest that two checkpoints' weights and averages are apart, and Adam's memory, as a share of its largest."
     (ga, sa), (gb, sb) = [x if isinstance(x, tuple) else last_checkpoint(x) for x in (a, b)]
-    assert sa['step'] == sb['step'] and {g: sorted(t) for g, t in ga.items()} == {g: sorted(t) for g, t in gb.items()}
+    assert sa['step'] == sb['step'] and {g: sorted(t) for g, t in ga.items()} == {
+        g: sorted(t) for g, t in gb.items()
+    }
     kind = lambda g, k: k.split('.')[1] if g == 'optimizer' else ''
-    largest = lambda what: max(float(v.abs().max()) for k, v in ga['optimizer'].items() if kind('optimizer', k) == what)
-    scale = {'': 1.} | {what: largest(what) for what in ('step', 'exp_avg', 'exp_avg_sq')}
-    return max(float((v - gb[g][k]).abs().max())/scale[kind(g, k)] for g, t in ga.items() for k, v in t.items())
+    largest = lambda what: max(
+        float(v.abs().max()) for k, v in ga['optimizer'].items() if kind('optimizer', k) == what
+    )
+    scale = {'': 1.0} | {what: largest(what) for what in ('step', 'exp_avg', 'exp_avg_sq')}
+    return max(
+        float((v - gb[g][k]).abs().max()) / scale[kind(g, k)] for g, t in ga.items() for k, v in t.items()
+    )
+
 
 class Ranks:
     "A run made step by step, by any engine under any number of processes."
-    def __init__(self, ws): self.ws, self.folder = ws, ws.root/'steps'
+
+    def __init__(self, ws):
+        self.ws, self.folder = ws, ws.root / 'steps'
+
     def __call__(self, upto, n=1, **settings):
         from train_worker import ranks, some_steps
         from flowerdiff.core.workspace import open_workspace
+
         open_workspace(self.ws.root, overrides={f'train.{k}': v for k, v in settings.items()})
         ranks(some_steps, str(self.ws.root), str(self.folder), upto, n=n)
         return [json.loads(Path(f'{self.folder}-{upto}-{i}.json').read_text()) for i in range(n)]
+
     def checkpoint(self):
         from flowerdiff.training.checkpoints import load_checkpoint
+
         return load_checkpoint(self.folder)
+
 
 @pytest.fixture(scope='module')
 def alone(toy):
-    run = Ranks(toy('alone', train__epochs=1)); facts, = run(8)
+    run = Ranks(toy('alone', train__epochs=1))
+    (facts,) = run(8)
     return run.checkpoint(), facts
+
 
 def test_zero2_deals_out_data_and_memory(toy, alone):
     "Each rank sees its half of each batch and holds half of the masters, of Adam's memory and of the average; together they make the steps of one."
     from flowerdiff.data.batches import batch_pictures
+
     whole, one = alone
-    run = Ranks(toy(train__epochs=1)); facts = run(8, n=2, distributed='zero2')
+    run = Ranks(toy(train__epochs=1))
+    facts = run(8, n=2, distributed='zero2')
     assert {f['kind'] for f in facts} == {'ZeroEngine'} and one['kind'] == 'Engine'
     for step in range(8):
         a, b = (f['pictures'][step] for f in facts)
-        assert len(a) == len(b) == 4 and not set(a) & set(b) and a + b == batch_pictures(step, 8, 64, 0).tolist()
+        assert (
+            len(a) == len(b) == 4 and not set(a) & set(b) and a + b == batch_pictures(step, 8, 64, 0).tolist()
+        )
     for f in facts:
-        for what in ('masters', 'memory', 'average'): assert one[what]/2 <= f[what] < .501*one[what], (what, f)
+        for what in ('masters', 'memory', 'average'):
+            assert one[what] / 2 <= f[what] < 0.501 * one[what], (what, f)
     assert apart(run.checkpoint(), whole) < NEAR and np.allclose(facts[0]['losses'], one['losses'], rtol=1e-3)
 
-@pytest.mark.parametrize('first, then', [((2, 'zero2'), (1, 'auto')), ((1, 'auto'), (2, 'zero2')), ((2, 'zero2'), (2, 'ddp')), ((1, 'zero2'), (2, 'zero2'))])
+
+@pytest.mark.parametrize(
+    'first, then',
+    [
+        ((2, 'zero2'), (1, 'auto')),
+        ((1, 'auto'), (2, 'zero2')),
+        ((2, 'zero2'), (2, 'ddp')),
+        ((1, 'zero2'), (2, 'zero2')),
+    ],
+)
 def test_goes_on_under_another_number_of_processes(toy, alone, first, then):
     run = Ranks(toy(train__epochs=1))
-    for upto, (n, distributed) in ((4, first), (8, then)): facts = run(upto, n=n, distributed=distributed)
+    for upto, (n, distributed) in ((4, first), (8, then)):
+        facts = run(upto, n=n, distributed=distributed)
     assert facts[0]['begun'] == 4 and apart(run.checkpoint(), alone[0]) < NEAR
+
 
 def test_zero2_in_half_precision_is_near(toy, alone):
     "bfloat16 has three digits; what is saved, and averaged, is float32."
     whole, one = alone
-    run = Ranks(toy(train__epochs=1)); facts = run(8, n=2, distributed='zero2', precision='bf16')
-    assert np.allclose(facts[0]['losses'], one['losses'], rtol=.02)
+    run = Ranks(toy(train__epochs=1))
+    facts = run(8, n=2, distributed='zero2', precision='bf16')
+    assert np.allclose(facts[0]['losses'], one['losses'], rtol=0.02)
     groups, _ = run.checkpoint()
     assert all(str(v.dtype) == 'torch.float32' for t in groups.values() for v in t.values())
     assert any((v != v.bfloat16()).any() for v in groups['weights'].values())
 
+
 def test_a_batch_that_does_not_divide(toy):
     a, b = Ranks(toy(train__epochs=1, train__batch_size=7)), Ranks(toy(train__epochs=1, train__batch_size=7))
-    one, = a(4); facts = b(4, n=2, distributed='zero2')
+    (one,) = a(4)
+    facts = b(4, n=2, distributed='zero2')
     assert [len(f['pictures'][0]) for f in facts] == [3, 4]
-    assert apart(a.checkpoint(), b.checkpoint()) < NEAR and np.allclose(facts[0]['losses'], one['losses'], rtol=1e-3)
+    assert apart(a.checkpoint(), b.checkpoint()) < NEAR and np.allclose(
+        facts[0]['losses'], one['losses'], rtol=1e-3
+    )
+
 
 def test_stage_tells_the_workers_one_line(toy):
     from flowerdiff.stages.train import run
     from flowerdiff.core.workspace import UserError
-    ws = toy(); bad = next((ws.encoded/'text').glob('*.bin')); bad.write_bytes(bad.read_bytes()[:-7])
-    with pytest.raises(UserError, match='text-00000.bin'): run(ws.root)
+
+    ws = toy()
+    bad = next((ws.encoded / 'text').glob('*.bin'))
+    bad.write_bytes(bad.read_bytes()[:-7])
+    with pytest.raises(UserError, match='text-00000.bin'):
+        run(ws.root)
     shutil.rmtree(ws.encoded)
-    with pytest.raises(UserError, match='run encode first'): run(ws.root)
+    with pytest.raises(UserError, match='run encode first'):
+        run(ws.root)
+
 
 def test_interrupted_cell_leaves_a_checkpoint(toy):
     "Ctrl-C in the notebook: the run is asked to stop, its checkpoint is kept."
@@ -245,220 +383,416 @@ def test_interrupted_cell_leaves_a_checkpoint(toy):
     code = f'import signal; signal.signal(signal.SIGINT, signal.default_int_handler) # a background shell has it ignored\nfrom flowerdiff.stages.train import run; run({str(ws.root)!r})'
     p = subprocess.Popen([sys.executable, '-c', code], env=ENV, stderr=subprocess.PIPE, text=True)
     end = time.time() + 200
-    while not any(e['event'] == 'step' for e in events(ws)): assert p.poll() is None and time.time() < end; time.sleep(.05)
-    p.send_signal(signal.SIGINT); p.wait(90)
+    while not any(e['event'] == 'step' for e in events(ws)):
+        assert p.poll() is None and time.time() < end
+        time.sleep(0.05)
+    p.send_signal(signal.SIGINT)
+    p.wait(90)
     assert 'KeyboardInterrupt' in p.stderr.read()
     assert events(ws)[-1]['event'] == 'stopped' and last_checkpoint(ws)[1]['step'] > 0
 
+
 # ---- more pictures than memory
+
 
 def test_streamed_from_a_store(toy, tmp_path):
     "Windows of shards from the disk, or fetched from a store when they are not there: the same run, also when it is killed halfway; and not the run that has everything in memory."
     from flowerdiff.data.shards import Shards, ShardWriter
     from flowerdiff.services.store import LocalStore, push
+
     def cut(ws):
-        latents = Shards(ws.encoded/'train', 'latents').load()
-        for f in (ws.encoded/'train').glob('latents*'): f.unlink()
-        with ShardWriter(ws.encoded/'train', 'latents', {k: (v.shape[1:], str(v.dtype)) for k, v in latents.items()}, shard_records=8) as w: w.append(**latents)
-    near, far, whole = (toy(name, train__stream=stream) for name, stream in (('near', 2), ('far', 2), ('whole', 0)))
-    for ws in (near, far): cut(ws)
-    push(far.root, LocalStore(tmp_path/'store'), ('encoded',))
-    for f in (far.encoded/'train').glob('*.bin'): f.unlink()
-    for ws in (near, whole): assert worker(ws).exitcode == 0
-    p = worker(far); assert p.exitcode == 2 and 'missing or not all there' in events(far)[-1]['message']
+        latents = Shards(ws.encoded / 'train', 'latents').load()
+        for f in (ws.encoded / 'train').glob('latents*'):
+            f.unlink()
+        with ShardWriter(
+            ws.encoded / 'train',
+            'latents',
+            {k: (v.shape[1:], str(v.dtype)) for k, v in latents.items()},
+            shard_records=8,
+        ) as w:
+            w.append(**latents)
+
+    near, far, whole = (
+        toy(name, train__stream=stream) for name, stream in (('near', 2), ('far', 2), ('whole', 0))
+    )
+    for ws in (near, far):
+        cut(ws)
+    push(far.root, LocalStore(tmp_path / 'store'), ('encoded',))
+    for f in (far.encoded / 'train').glob('*.bin'):
+        f.unlink()
+    for ws in (near, whole):
+        assert worker(ws).exitcode == 0
+    p = worker(far)
+    assert p.exitcode == 2 and 'missing or not all there' in events(far)[-1]['message']
     from flowerdiff.core.workspace import open_workspace
-    far = open_workspace(far.root, overrides={'train.stream_from': str(tmp_path/'store')})
-    p = worker(far, wait=lambda es: any(e['event'] == 'step' and e['step'] >= 9 for e in es)); tell(p, signal.SIGTERM)
+
+    far = open_workspace(far.root, overrides={'train.stream_from': str(tmp_path / 'store')})
+    p = worker(far, wait=lambda es: any(e['event'] == 'step' and e['step'] >= 9 for e in es))
+    tell(p, signal.SIGTERM)
     assert worker(far).exitcode == 0
     same_result(far, near)
-    assert trained(whole)['validation'] != trained(near)['validation'] and not list((far.encoded/'train').glob('*.bin')) and not [f for f in far.work.glob('shards-*/**/*') if f.is_file()]
+    assert (
+        trained(whole)['validation'] != trained(near)['validation']
+        and not list((far.encoded / 'train').glob('*.bin'))
+        and not [f for f in far.work.glob('shards-*/**/*') if f.is_file()]
+    )
+
 
 # ---- tracking
+
 
 def test_tracking_in_the_workspace(toy, monkeypatch):
     monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
     from flowerdiff.stages.promote import run as promote
     from flowerdiff.services.tracking import experiment_name, mlflow_client
+
     ws = toy(tracking__enabled=True, train__epochs=1)
     assert worker(ws).exitcode == 0
     from test_tracking import sent
-    folder = next(ws.work.glob('train-*')); end = time.time() + 120
-    while not sent(ws): assert time.time() < end, (folder/'tracking.log').read_text(); time.sleep(.2)
-    client = mlflow_client(ws.root); exp = client.get_experiment_by_name(experiment_name(ws)); found, = client.search_runs([exp.experiment_id])
-    assert found.info.status == 'FINISHED' and found.data.params['train.lr'] == '0.002' and found.data.tags['data'] == 'toy 64 False'
+
+    folder = next(ws.work.glob('train-*'))
+    end = time.time() + 120
+    while not sent(ws):
+        assert time.time() < end, (folder / 'tracking.log').read_text()
+        time.sleep(0.2)
+    client = mlflow_client(ws.root)
+    exp = client.get_experiment_by_name(experiment_name(ws))
+    (found,) = client.search_runs([exp.experiment_id])
+    assert (
+        found.info.status == 'FINISHED'
+        and found.data.params['train.lr'] == '0.002'
+        and found.data.tags['data'] == 'toy 64 False'
+    )
     steps = client.get_metric_history(found.info.run_id, 'train/loss')
-    assert [m.step for m in steps] == list(range(1, 9)) and steps[0].value == pytest.approx(trained(ws)['loss_curve'][0][1])
+    assert [m.step for m in steps] == list(range(1, 9)) and steps[0].value == pytest.approx(
+        trained(ws)['loss_curve'][0][1]
+    )
     assert found.data.metrics['validation/loss'] == pytest.approx(trained(ws)['validation']['loss'])
-    assert [a.path for a in client.list_artifacts(found.info.run_id, 'samples')] and list((ws.root/'tensorboard').rglob('events.*'))
-    assert 'champion is version 1' in json.loads((promote(ws.root), (ws.root/'promote.json').read_text())[1])['registry']
+    assert [a.path for a in client.list_artifacts(found.info.run_id, 'samples')] and list(
+        (ws.root / 'tensorboard').rglob('events.*')
+    )
+    assert (
+        'champion is version 1'
+        in json.loads((promote(ws.root), (ws.root / 'promote.json').read_text())[1])['registry']
+    )
     v = client.get_model_version_by_alias(experiment_name(ws), 'champion')
     assert v.tags['run_id'] == trained(ws)['run_id'] and v.run_id == found.info.run_id
+
 
 def test_no_server_no_trouble(toy, monkeypatch):
     "A tracking server that is away stops neither training nor promotion; what happened stays in the events."
     monkeypatch.setenv('MLFLOW_TRACKING_URI', 'http://127.0.0.1:9')
     from flowerdiff.stages.promote import run as promote
-    ws = toy(tracking__enabled=True, train__epochs=.5)
+
+    ws = toy(tracking__enabled=True, train__epochs=0.5)
     assert worker(ws, MLFLOW_TRACKING_URI='http://127.0.0.1:9').exitcode == 0 and promote(ws.root).promoted
-    assert 'was not reached' in json.loads((ws.root/'promote.json').read_text())['registry']
+    assert 'was not reached' in json.loads((ws.root / 'promote.json').read_text())['registry']
     assert len([e for e in events(ws) if e['event'] == 'step']) == 4
+
 
 # ---- the gate
 
+
 @pytest.fixture
 def gate(toy):
-    ws = toy('gate', train__epochs=.2); assert worker(ws).exitcode == 0
+    ws = toy('gate', train__epochs=0.2)
+    assert worker(ws).exitcode == 0
     return ws
+
 
 def another(ws, factor=None, run_id='another', unet=True, **fields):
     "Make the candidate another model, with `factor` times the losses."
-    t = trained(ws); t['run_id'] = run_id; t |= fields
-    if factor: t['validation']['by_picture'] = [factor*x*(1 + .001*(i % 3)) for i, x in enumerate(t['validation']['by_picture'])]
-    (ws.root/'train.json').write_text(json.dumps(t))
-    if unet: c = ws.candidate/'unet'/'config.json'; c.write_text(json.dumps(json.loads(c.read_text()) | dict(another=json.loads(c.read_text()).get('another', 0) + 1)))
+    t = trained(ws)
+    t['run_id'] = run_id
+    t |= fields
+    if factor:
+        t['validation']['by_picture'] = [
+            factor * x * (1 + 0.001 * (i % 3)) for i, x in enumerate(t['validation']['by_picture'])
+        ]
+    (ws.root / 'train.json').write_text(json.dumps(t))
+    if unet:
+        c = ws.candidate / 'unet' / 'config.json'
+        c.write_text(
+            json.dumps(
+                json.loads(c.read_text()) | dict(another=json.loads(c.read_text()).get('another', 0) + 1)
+            )
+        )
+
 
 def promote(ws):
     from flowerdiff.stages.promote import run
-    return run(ws.root), json.loads((ws.root/'promote.json').read_text())
+
+    return run(ws.root), json.loads((ws.root / 'promote.json').read_text())
+
 
 def test_gate(gate):
     ws = gate
-    r, said = promote(ws); assert r.promoted and said['reason'] == 'the first model'
-    record = json.loads((ws.model/'record.json').read_text())
-    assert record['run_id'] == trained(ws)['run_id'] and len(record['by_picture']) == 16 and record['data'] == 'toy 64 False'
-    first = weights(ws.model); times = {p: p.stat().st_mtime_ns for p in ws.model.rglob('*')}
-    for change, why in ((dict(unet=False), 'champion already'), (dict(factor=1.), 'no better'), (dict(factor=1.05), 'no better'), (dict(factor=float('nan')), 'not numbers')):
-        keep = (ws.root/'train.json').read_text(); another(ws, **change); r, said = promote(ws); (ws.root/'train.json').write_text(keep)
+    r, said = promote(ws)
+    assert r.promoted and said['reason'] == 'the first model'
+    record = json.loads((ws.model / 'record.json').read_text())
+    assert (
+        record['run_id'] == trained(ws)['run_id']
+        and len(record['by_picture']) == 16
+        and record['data'] == 'toy 64 False'
+    )
+    first = weights(ws.model)
+    times = {p: p.stat().st_mtime_ns for p in ws.model.rglob('*')}
+    for change, why in (
+        (dict(unet=False), 'champion already'),
+        (dict(factor=1.0), 'no better'),
+        (dict(factor=1.05), 'no better'),
+        (dict(factor=float('nan')), 'not numbers'),
+    ):
+        keep = (ws.root / 'train.json').read_text()
+        another(ws, **change)
+        r, said = promote(ws)
+        (ws.root / 'train.json').write_text(keep)
         assert not r.promoted and why in said['reason'], said
         assert weights(ws.model) == first and {p: p.stat().st_mtime_ns for p in ws.model.rglob('*')} == times
-    another(ws, .9, 'better'); r, said = promote(ws)
-    assert r.promoted and said['champion'] == 'better' and said['mean_difference'] == pytest.approx(.099, abs=.01)
-    assert weights(ws.work/'previous') == first
-    assert [json.loads(l)['promoted'] for l in (ws.work/'decisions.jsonl').read_text().splitlines()] == [True, False, False, False, False, True]
+    another(ws, 0.9, 'better')
+    r, said = promote(ws)
+    assert (
+        r.promoted
+        and said['champion'] == 'better'
+        and said['mean_difference'] == pytest.approx(0.099, abs=0.01)
+    )
+    assert weights(ws.work / 'previous') == first
+    assert [json.loads(l)['promoted'] for l in (ws.work / 'decisions.jsonl').read_text().splitlines()] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
+
 
 def test_margin(gate):
     from flowerdiff.core.workspace import open_workspace
-    promote(gate); another(gate, .97)
-    open_workspace(gate.root, overrides={'promote.margin': .05}); assert not promote(gate)[0].promoted
-    open_workspace(gate.root, overrides={'promote.margin': .01}); assert promote(gate)[0].promoted
+
+    promote(gate)
+    another(gate, 0.97)
+    open_workspace(gate.root, overrides={'promote.margin': 0.05})
+    assert not promote(gate)[0].promoted
+    open_workspace(gate.root, overrides={'promote.margin': 0.01})
+    assert promote(gate)[0].promoted
+
 
 def test_champion_is_measured_again_on_other_data(gate):
     "Its old record does not count when the data changed, nor when it is broken; what it is measured at is what its own training measured."
     from flowerdiff.stages.promote import measure_champion
-    promote(gate); levels = trained(gate)['validation']['levels']
+
+    promote(gate)
+    levels = trained(gate)['validation']['levels']
     assert np.allclose(measure_champion(gate, levels), trained(gate)['validation']['by_picture'], rtol=1e-3)
-    record = json.loads((gate.model/'record.json').read_text()); record['by_picture'] = [0.]*16
-    (gate.model/'record.json').write_text(json.dumps(record))
-    another(gate, .9); assert not promote(gate)[0].promoted      # the record says the champion is perfect
-    another(gate, data='other data'); assert promote(gate)[0].promoted  # asked again, it is not
-    (gate.model/'record.json').write_text('{'); another(gate, .8, 'third'); assert promote(gate)[0].promoted
+    record = json.loads((gate.model / 'record.json').read_text())
+    record['by_picture'] = [0.0] * 16
+    (gate.model / 'record.json').write_text(json.dumps(record))
+    another(gate, 0.9)
+    assert not promote(gate)[0].promoted  # the record says the champion is perfect
+    another(gate, data='other data')
+    assert promote(gate)[0].promoted  # asked again, it is not
+    (gate.model / 'record.json').write_text('{')
+    another(gate, 0.8, 'third')
+    assert promote(gate)[0].promoted
+
 
 def test_champion_of_another_autoencoder_or_architecture(gate):
     promote(gate)
-    config = gate.model/'vae'/'config.json'; config.write_text(config.read_text().replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
-    another(gate, 1.5, 'new space'); r, said = promote(gate)
-    assert r.promoted and 'not comparable' in said['reason'] and (gate.work/'previous'/'model_index.json').exists()
-    record = json.loads((gate.model/'record.json').read_text()); record['data'] = 'older'; (gate.model/'record.json').write_text(json.dumps(record))
-    config = gate.model/'unet'/'config.json'; config.write_text('{}'); another(gate, 1.5, 'again')
-    r, said = promote(gate); assert r.promoted and 'cannot be asked' in said['reason']
+    config = gate.model / 'vae' / 'config.json'
+    config.write_text(config.read_text().replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
+    another(gate, 1.5, 'new space')
+    r, said = promote(gate)
+    assert (
+        r.promoted
+        and 'not comparable' in said['reason']
+        and (gate.work / 'previous' / 'model_index.json').exists()
+    )
+    record = json.loads((gate.model / 'record.json').read_text())
+    record['data'] = 'older'
+    (gate.model / 'record.json').write_text(json.dumps(record))
+    config = gate.model / 'unet' / 'config.json'
+    config.write_text('{}')
+    another(gate, 1.5, 'again')
+    r, said = promote(gate)
+    assert r.promoted and 'cannot be asked' in said['reason']
+
 
 @pytest.fixture
 def two_champions(gate):
-    promote(gate); first = weights(gate.model)
-    another(gate, .9, 'better'); promote(gate)
+    promote(gate)
+    first = weights(gate.model)
+    another(gate, 0.9, 'better')
+    promote(gate)
     return gate, first, weights(gate.model)
+
 
 def test_roll_back_and_forth(two_champions):
     from flowerdiff.stages.promote import roll_back
+
     ws, first, second = two_champions
-    roll_back(ws.root); assert weights(ws.model) == first and weights(ws.work/'previous') == second
-    r, said = promote(ws); assert not r.promoted and 'rolled back' in said['reason'] and weights(ws.model) == first
-    roll_back(ws.root); assert weights(ws.model) == second and weights(ws.work/'previous') == first
-    r, said = promote(ws); assert not r.promoted and 'champion already' in said['reason']
+    roll_back(ws.root)
+    assert weights(ws.model) == first and weights(ws.work / 'previous') == second
+    r, said = promote(ws)
+    assert not r.promoted and 'rolled back' in said['reason'] and weights(ws.model) == first
+    roll_back(ws.root)
+    assert weights(ws.model) == second and weights(ws.work / 'previous') == first
+    r, said = promote(ws)
+    assert not r.promoted and 'champion already' in said['reason']
+
 
 @pytest.mark.parametrize('k', range(1, 8))
 def test_roll_back_is_killed(two_champions, monkeypatch, k):
     "Before and after each exchange of folders; the same command goes on, and has rolled back once."
     from contextlib import contextmanager
     from flowerdiff.stages import promote as module
+
     ws, first, second = two_champions
     moments, real = iter(range(1, 100)), module.atomic_dir
+
     def moment():
-        if next(moments) == k: raise KeyboardInterrupt
+        if next(moments) == k:
+            raise KeyboardInterrupt
+
     @contextmanager
     def killed(path):
         moment()
-        with real(path) as new: yield new
+        with real(path) as new:
+            yield new
         moment()
+
     with monkeypatch.context() as m:
         m.setattr(module, 'atomic_dir', killed)
         if k < 7:
-            with pytest.raises(KeyboardInterrupt): module.roll_back(ws.root)
-        else: module.roll_back(ws.root)  # there are six such moments
+            with pytest.raises(KeyboardInterrupt):
+                module.roll_back(ws.root)
+        else:
+            module.roll_back(ws.root)  # there are six such moments
     assert weights(ws.model) in (first, second)
-    if k < 7: module.roll_back(ws.root)
-    assert weights(ws.model) == first and weights(ws.work/'previous') == second and not (ws.work/'rolling-back').exists()
+    if k < 7:
+        module.roll_back(ws.root)
+    assert (
+        weights(ws.model) == first
+        and weights(ws.work / 'previous') == second
+        and not (ws.work / 'rolling-back').exists()
+    )
+
 
 def test_roll_back_where_there_is_nothing(gate, tmp_path):
-    for root, said in ((tmp_path/'none', 'is not a workspace'), (gate.root, 'no champion before')):
-        done = subprocess.run([sys.executable, '-m', 'flowerdiff.pipeline.cli', 'rollback', str(root)], capture_output=True, text=True)
-        assert done.returncode == 2 and said in done.stderr and done.stderr.count('\n') == 1 and not (tmp_path/'none').exists(), done
+    for root, said in ((tmp_path / 'none', 'is not a workspace'), (gate.root, 'no champion before')):
+        done = subprocess.run(
+            [sys.executable, '-m', 'flowerdiff.pipeline.cli', 'rollback', str(root)],
+            capture_output=True,
+            text=True,
+        )
+        assert (
+            done.returncode == 2
+            and said in done.stderr
+            and done.stderr.count('\n') == 1
+            and not (tmp_path / 'none').exists()
+        ), done
+
 
 def test_promote_needs_a_candidate(toy):
     from flowerdiff.core.workspace import UserError
-    with pytest.raises(UserError, match='run train first'): promote(toy())
+
+    with pytest.raises(UserError, match='run train first'):
+        promote(toy())
+
 
 # ---- a student
+
 
 @pytest.fixture(scope='module')
 def taught(toy):
     "A workspace with a champion, asked for a student."
     from flowerdiff.core.workspace import open_workspace
-    ws = toy('teacher', train__epochs=2); assert worker(ws).exitcode == 0
+
+    ws = toy('teacher', train__epochs=2)
+    assert worker(ws).exitcode == 0
     shutil.copytree(ws.candidate, ws.model)
+
     def make(name):
-        root = ws.root.parent/name; shutil.copytree(ws.root, root, ignore=shutil.ignore_patterns('work', 'candidate', 'train.json'))
-        return open_workspace(root, overrides={'train.distill': 2, 'train.distill_epochs': 2, 'train.distill_lr': 1e-3, 'train.checkpoint_minutes': 1e-4})
+        root = ws.root.parent / name
+        shutil.copytree(ws.root, root, ignore=shutil.ignore_patterns('work', 'candidate', 'train.json'))
+        return open_workspace(
+            root,
+            overrides={
+                'train.distill': 2,
+                'train.distill_epochs': 2,
+                'train.distill_lr': 1e-3,
+                'train.checkpoint_minutes': 1e-4,
+            },
+        )
+
     return make
+
 
 def test_a_killed_student_is_the_same_student(taught):
     whole, killed = taught('student'), taught('killed')
     assert worker(whole).exitcode == 0
-    p = worker(killed, wait=lambda es: any(e['event'] == 'checkpoint' and e['step'] >= 5 for e in es)); tell(p, signal.SIGKILL)
+    p = worker(killed, wait=lambda es: any(e['event'] == 'checkpoint' and e['step'] >= 5 for e in es))
+    tell(p, signal.SIGKILL)
     assert worker(killed).exitcode == 0 and trained(killed)['resumed_from'] >= 5
     same_result(killed, whole)
-    assert trained(whole)['validation']['timesteps'] == [999, 499] and len(trained(whole)['validation']['by_picture']) == 16
+    assert (
+        trained(whole)['validation']['timesteps'] == [999, 499]
+        and len(trained(whole)['validation']['by_picture']) == 16
+    )
     assert weights(whole.model) == weights(killed.model)
-    teacher, student = (whole.model/'unet'/'diffusion_pytorch_model.safetensors', whole.candidate/'unet'/'diffusion_pytorch_model.safetensors')
+    teacher, student = (
+        whole.model / 'unet' / 'diffusion_pytorch_model.safetensors',
+        whole.candidate / 'unet' / 'diffusion_pytorch_model.safetensors',
+    )
     assert teacher.read_bytes() != student.read_bytes()
+
 
 def test_a_student_is_drawn_with_as_it_was_taught(taught):
     from diffusers import DiffusionPipeline
     from flowerdiff.inference.generator import Generator
-    ws = taught('drawn'); assert worker(ws).exitcode == 0
+
+    ws = taught('drawn')
+    assert worker(ws).exitcode == 0
     g, told = Generator.from_pretrained(ws.candidate), []
     mine = g('a rose', seed=3, callback=lambda s: told.append(s.steps))[0]
-    assert told == [2, 2] and (Generator.from_pretrained(ws.model).backend.steps, Generator.from_pretrained(ws.model).backend.guidance) == (20, 4.)
-    pipe = DiffusionPipeline.from_pretrained(ws.candidate); pipe.set_progress_bar_config(disable=True)
+    assert told == [2, 2] and (
+        Generator.from_pretrained(ws.model).backend.steps,
+        Generator.from_pretrained(ws.model).backend.guidance,
+    ) == (20, 4.0)
+    pipe = DiffusionPipeline.from_pretrained(ws.candidate)
+    pipe.set_progress_bar_config(disable=True)
     import torch
-    stock = pipe('a rose', num_inference_steps=2, guidance_scale=1., generator=torch.Generator().manual_seed(3)).images[0]
+
+    stock = pipe(
+        'a rose', num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(3)
+    ).images[0]
     assert np.abs(np.asarray(mine, int) - np.asarray(stock, int)).max() <= 1
+
 
 def test_no_student_without_a_champion(toy):
     from flowerdiff.stages.train import run
     from flowerdiff.core.workspace import UserError
+
     ws = toy('alone', train__distill=4)
-    with pytest.raises(UserError, match='there is no champion to learn from; train one first') as e: run(str(ws.root))
+    with pytest.raises(UserError, match='there is no champion to learn from; train one first') as e:
+        run(str(ws.root))
     assert '\n' not in str(e.value)
     assert worker(ws).exitcode == 2
-    shutil.copytree(ws.encoded/'components'/'vae', ws.model/'vae'); shutil.copytree(ws.encoded/'components'/'text_encoder', ws.model/'text_encoder')
-    (ws.model/'model_index.json').write_text('{}'); (ws.model/'text_encoder'/'config.json').write_text('{"another": 1}')
-    with pytest.raises(UserError, match='the champion has another text_encoder than the encoded data'): run(str(ws.root))
+    shutil.copytree(ws.encoded / 'components' / 'vae', ws.model / 'vae')
+    shutil.copytree(ws.encoded / 'components' / 'text_encoder', ws.model / 'text_encoder')
+    (ws.model / 'model_index.json').write_text('{}')
+    (ws.model / 'text_encoder' / 'config.json').write_text('{"another": 1}')
+    with pytest.raises(UserError, match='the champion has another text_encoder than the encoded data'):
+        run(str(ws.root))
+
 
 def test_two_ranks_make_the_student_that_one_makes(taught, tmp_path):
     from train_worker import ranks, some_steps
+
     ws = taught('ranks')
-    for n in (1, 2): ranks(some_steps, str(ws.root), str(tmp_path/f'n{n}'), 4, n=n)
+    for n in (1, 2):
+        ranks(some_steps, str(ws.root), str(tmp_path / f'n{n}'), 4, n=n)
     from flowerdiff.training.checkpoints import load_checkpoint
-    a, b = (load_checkpoint(tmp_path/f'n{n}')[0]['weights'] for n in (1, 2))
+
+    a, b = (load_checkpoint(tmp_path / f'n{n}')[0]['weights'] for n in (1, 2))
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4

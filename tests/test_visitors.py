@@ -1,6 +1,7 @@
 """Many visitors: one generator draws for all, everybody gets their own picture or a line in words, and nobody can stop it for the others.
 
 A tiny random model, whose pictures are compared with the Generator's own, pixel by pixel. Each test names, in the comment below it, the change to the program that it would notice."""
+
 import asyncio, html, json, os, random, resource, signal, stat, subprocess, sys, threading, time
 from dataclasses import replace
 from http.client import HTTPException
@@ -12,55 +13,99 @@ from flowerdiff.apps.session import Painter, Wish
 from flowerdiff.apps.remote import Cancelled, Line, Place, RemotePainter, Seen, about
 from flowerdiff.core.workspace import UserError
 import browser as browser_module
-from browser import ENV, HEARS, browser, browser_only, draw, fill, free_port, newest, open_page, shot, start, stop
+from browser import (
+    ENV,
+    HEARS,
+    browser,
+    browser_only,
+    draw,
+    fill,
+    free_port,
+    newest,
+    open_page,
+    shot,
+    start,
+    stop,
+)
 from protocol_page import ODD, Full, ProtocolPage, answers
 from test_space import health, well
+
 
 @pytest.fixture(scope='module')
 def workspace(tmp_path_factory):
     from tiny import tiny_model
-    tiny_model((folder := tmp_path_factory.mktemp('visitors')/'meadow')/'model')
+
+    tiny_model((folder := tmp_path_factory.mktemp('visitors') / 'meadow') / 'model')
     return folder
+
 
 @pytest.fixture(scope='module')
 def keeper(workspace):
     before, os.environ['OMP_NUM_THREADS'] = os.environ.get('OMP_NUM_THREADS'), '1'
     keeper = Keeper(workspace)
-    (ready := RemotePainter(workspace, keeper.socket)).ready.wait(); assert not ready.error
+    (ready := RemotePainter(workspace, keeper.socket)).ready.wait()
+    assert not ready.error
     yield keeper
     keeper.close()
     os.environ.pop('OMP_NUM_THREADS') if before is None else os.environ.update(OMP_NUM_THREADS=before)
 
-def own(workspace, wishes): # the Generator's pictures of them, in a process with as many threads
-    code = f'''import json, numpy as np; from flowerdiff import Generator; g = Generator.from_pretrained({str(workspace)!r}, 'torch')
-np.save({str(workspace/'own.npy')!r}, np.stack([np.array(g(w['prompt'], seed=w['seed'], steps=w['steps'], guidance=w['guidance'])[0]) for w in json.loads({json.dumps([vars(w) for w in wishes])!r})]))'''
+
+def own(workspace, wishes):  # the Generator's pictures of them, in a process with as many threads
+    code = f"""import json, numpy as np; from flowerdiff import Generator; g = Generator.from_pretrained({str(workspace)!r}, 'torch')
+np.save({str(workspace / 'own.npy')!r}, np.stack([np.array(g(w['prompt'], seed=w['seed'], steps=w['steps'], guidance=w['guidance'])[0]) for w in json.loads({json.dumps([vars(w) for w in wishes])!r})]))"""
     subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
-    return np.load(workspace/'own.npy')
+    return np.load(workspace / 'own.npy')
+
 
 def wait_until(true, seconds=60):
     end = time.monotonic() + seconds
-    while not true(): assert time.monotonic() < end, 'it never came'; time.sleep(.1)
+    while not true():
+        assert time.monotonic() < end, 'it never came'
+        time.sleep(0.1)
+
 
 class Visitor(threading.Thread):
     "Asks for a picture, and keeps what it hears."
+
     def __init__(self, workspace, keeper, wish, stop=lambda heard: False):
-        super().__init__(daemon=True); self.painter, self.wish, self.heard, self.pictures, self.said, self.stop = RemotePainter(workspace, keeper.socket), wish, [], [], '', stop
+        super().__init__(daemon=True)
+        self.painter, self.wish, self.heard, self.pictures, self.said, self.stop = (
+            RemotePainter(workspace, keeper.socket),
+            wish,
+            [],
+            [],
+            '',
+            stop,
+        )
         self.start()
+
     def run(self):
-        try: self.pictures = self.painter.paint(self.wish, self._on_step)
-        except UserError as e: self.said = str(e)
-        except Cancelled: self.said = 'Cancelled'
-    def _on_step(self, x): self.heard.append(x); return not self.stop(x)
+        try:
+            self.pictures = self.painter.paint(self.wish, self._on_step)
+        except UserError as e:
+            self.said = str(e)
+        except Cancelled:
+            self.said = 'Cancelled'
+
+    def _on_step(self, x):
+        self.heard.append(x)
+        return not self.stop(x)
+
     @property
-    def places(self): return [x.place for x in self.heard if isinstance(x, Place)]
-    def until(self, test): # something that it hears
+    def places(self):
+        return [x.place for x in self.heard if isinstance(x, Place)]
+
+    def until(self, test):  # something that it hears
         for _ in range(2000):
-            if any(test(x) for x in list(self.heard)): return self
-            time.sleep(.02)
+            if any(test(x) for x in list(self.heard)):
+                return self
+            time.sleep(0.02)
         raise AssertionError(f'never heard; only {self.heard[-3:]} {self.said}')
+
 
 LONG = Wish('a red rose', steps=100, n=8)
 drawing, waits = lambda x: isinstance(x, Seen), lambda x: isinstance(x, Place) and x.place > 0
+
 
 def test_thirty_at_once(workspace, keeper):
     "Twenty wait and one is drawn; the others are refused in words. Places fall, and nobody gets the picture of somebody else."
@@ -69,94 +114,192 @@ def test_thirty_at_once(workspace, keeper):
     busy = Visitor(workspace, keeper, LONG).until(drawing)
     wishes = [Wish(f'a {words[i % 10]} {words[i % 7]}', seed=i, steps=6) for i in range(30)]
     visitors = [Visitor(workspace, keeper, w) for w in wishes]
-    for v in [busy, *visitors]: v.join(200)
+    for v in [busy, *visitors]:
+        v.join(200)
     served = [(w, v) for w, v in zip(wishes, visitors) if v.pictures]
     assert len(busy.pictures) == 8 and len(served) >= 20 and all(len(v.pictures) == 1 for _, v in served)
     refused = [v.said for v in visitors if not v.pictures]
     assert refused and all('wishes wait' in s and 'later' in s and '\n' not in s for s in refused), refused
-    for _, v in served: assert v.places == sorted(v.places, reverse=True), v.places
+    for _, v in served:
+        assert v.places == sorted(v.places, reverse=True), v.places
     assert max(v.places[0] for _, v in served) >= 18
-    assert np.array_equal(own(workspace, [w for w, _ in served]), np.stack([np.array(v.pictures[0]) for _, v in served]))
+    assert np.array_equal(
+        own(workspace, [w for w, _ in served]), np.stack([np.array(v.pictures[0]) for _, v in served])
+    )
+
 
 def test_cancelling_while_waiting_and_while_drawn(workspace, keeper):
     # `leave` does not take a job out of the queue; the callback of the drawing does not look whether it is gone
-    began = time.monotonic(); Visitor(workspace, keeper, LONG).join(); whole = time.monotonic() - began
+    began = time.monotonic()
+    Visitor(workspace, keeper, LONG).join()
+    whole = time.monotonic() - began
     go = threading.Event()
     first = Visitor(workspace, keeper, LONG, lambda x: go.is_set()).until(drawing)
-    second = Visitor(workspace, keeper, LONG, waits); second.join(30)
+    second = Visitor(workspace, keeper, LONG, waits)
+    second.join(30)
     third = Visitor(workspace, keeper, Wish('a rose', steps=2)).until(waits)
     assert second.said == 'Cancelled' and third.places[0] == 1
-    go.set(); began = time.monotonic()
-    first.join(30); third.join(30)
-    assert first.said == 'Cancelled' and third.pictures and time.monotonic() - began < .7*whole
+    go.set()
+    began = time.monotonic()
+    first.join(30)
+    third.join(30)
+    assert first.said == 'Cancelled' and third.pictures and time.monotonic() - began < 0.7 * whole
+
 
 def test_who_vanishes_leaves_a_place(workspace, keeper):
     "Twenty-one hang up without a word: the next one is not refused, and does not wait for wishes that nobody is there for."
     # no `on_connection_close`
     lines = []
     for i in range(21):
-        lines.append(line := Line(keeper.socket)); answer = line.ask('/draw', dict(who=f'ghost {i}', wish=vars(LONG)))
+        lines.append(line := Line(keeper.socket))
+        answer = line.ask('/draw', dict(who=f'ghost {i}', wish=vars(LONG)))
         assert answer.status == 200 and answer.readline()
-        if i == 0: time.sleep(.3) # until it is drawn
-    with pytest.raises(UserError, match='wishes wait'): RemotePainter(workspace, keeper.socket).paint(LONG)
-    for line in lines: line.sock.close(); line.close()
+        if i == 0:
+            time.sleep(0.3)  # until it is drawn
+    with pytest.raises(UserError, match='wishes wait'):
+        RemotePainter(workspace, keeper.socket).paint(LONG)
+    for line in lines:
+        line.sock.close()
+        line.close()
     del lines, line, answer
     for _ in range(40):
         (late := Visitor(workspace, keeper, Wish('a rose', steps=2))).join(30)
-        if late.pictures: break
-        time.sleep(.1) # hanging up takes a moment
+        if late.pictures:
+            break
+        time.sleep(0.1)  # hanging up takes a moment
     assert late.pictures and max(late.places) <= 2, late.said
 
-def hostile(i, rng): # the body of a request
-    odd = ['', ' ', '\0', 'rose\0iris', '<script>alert(1)</script>', '<img src=x onerror=alert(1)>', '🌸'*rng.randrange(1, 600), '%s%n%x'*9, '{0.__class__}', '\u202eesor a', 'וורד אדום', '../../etc/passwd', '; rm -rf /', "' OR 1=1 --",
-           '\ud800', '\ufffd', 'x'*501, 'rose '*99, 'a\u0301'*250, '\x1b[31mred', '$(reboot)', 'null', '\uffff'*9, 'ﷺ'*400, rng.randbytes(200).decode('latin1')]
+
+def hostile(i, rng):  # the body of a request
+    odd = [
+        '',
+        ' ',
+        '\0',
+        'rose\0iris',
+        '<script>alert(1)</script>',
+        '<img src=x onerror=alert(1)>',
+        '🌸' * rng.randrange(1, 600),
+        '%s%n%x' * 9,
+        '{0.__class__}',
+        '\u202eesor a',
+        'וורד אדום',
+        '../../etc/passwd',
+        '; rm -rf /',
+        "' OR 1=1 --",
+        '\ud800',
+        '\ufffd',
+        'x' * 501,
+        'rose ' * 99,
+        'a\u0301' * 250,
+        '\x1b[31mred',
+        '$(reboot)',
+        'null',
+        '\uffff' * 9,
+        'ﷺ' * 400,
+        rng.randbytes(200).decode('latin1'),
+    ]
     wild = [None, True, [], {}, 7, -1, 1e309, 10**30, 'a rose', [['a rose']], {'prompt': 'a rose'}]
     kind = i % 5
-    if kind < 2: return json.dumps(dict(who=f'w{i}', wish=dict(prompt=rng.choice(odd), negative=rng.choice(odd), steps=2, seed=i))).encode()
-    if kind == 2: return json.dumps(dict(who=rng.choice([f'w{i}', *wild]), wish={**vars(Wish('a rose', steps=2)), rng.choice([*vars(Wish('')), 'size']): rng.choice([*wild, rng.choice(odd)])})).encode()
-    if kind == 3: return rng.randbytes(rng.randrange(1, 3000))
-    return rng.choice([b'', b'[' * 60_000, b'{"who": "a", "wish": ' + b'9'*50_000 + b'}', json.dumps(rng.choice(wild)).encode(), b'x'*(10_000_000 if i % 50 == 4 else 70_000), b'{"who":"a"', json.dumps(dict(who='x'*999, wish=dict(prompt='a rose'))).encode()])
+    if kind < 2:
+        return json.dumps(
+            dict(who=f'w{i}', wish=dict(prompt=rng.choice(odd), negative=rng.choice(odd), steps=2, seed=i))
+        ).encode()
+    if kind == 2:
+        return json.dumps(
+            dict(
+                who=rng.choice([f'w{i}', *wild]),
+                wish={
+                    **vars(Wish('a rose', steps=2)),
+                    rng.choice([*vars(Wish('')), 'size']): rng.choice([*wild, rng.choice(odd)]),
+                },
+            )
+        ).encode()
+    if kind == 3:
+        return rng.randbytes(rng.randrange(1, 3000))
+    return rng.choice(
+        [
+            b'',
+            b'[' * 60_000,
+            b'{"who": "a", "wish": ' + b'9' * 50_000 + b'}',
+            json.dumps(rng.choice(wild)).encode(),
+            b'x' * (10_000_000 if i % 50 == 4 else 70_000),
+            b'{"who":"a"',
+            json.dumps(dict(who='x' * 999, wish=dict(prompt='a rose'))).encode(),
+        ]
+    )
 
-def sent(keeper, body): # (status, last line); status 0: hung up, as on what is too large
+
+def sent(keeper, body):  # (status, last line); status 0: hung up, as on what is too large
     line = Line(keeper.socket)
     try:
-        line.request('POST', '/draw', body); answer = line.getresponse()
+        line.request('POST', '/draw', body)
+        answer = line.getresponse()
         lines = answer.read().decode().strip().splitlines()
         return answer.status, lines[-1] if lines else ''
-    except (OSError, HTTPException): return 0, ''
-    finally: line.close()
+    except (OSError, HTTPException):
+        return 0, ''
+    finally:
+        line.close()
+
 
 def test_five_hundred_hostile_requests(workspace, keeper):
     "Each is drawn or refused in a line, by the process that was there before, and it does not grow."
     # `wish_of` without its check of types; `check` that repeats a name as it came; JSON's RecursionError not caught; a list that keeps all jobs; no `max_body_size`
     process, rng, seen = psutil.Process(keeper.process.pid), random.Random(0), []
     for i in range(500):
-        if i == 50: early = process.memory_info().rss
+        if i == 50:
+            early = process.memory_info().rss
         seen.append(sent(keeper, body := hostile(i, rng)))
         status, last = seen[-1]
-        if status == 200: said = json.loads(last); assert said.keys() & {'pictures', 'error'} and '\n' not in said.get('error', ''), (body[:200], last[:200])
-        elif status in (400, 429, 503) and last: assert '\n' not in json.loads(last)['error'] and len(last) < 300, (body[:200], last)
-        else: assert status in (0, 400) and len(body) > 2**16, (status, body[:200], last)
-    assert process.is_running() and not keeper.dead and process.memory_info().rss - early < 30e6, (early, process.memory_info().rss)
-    kinds = [s for s, _ in seen]; assert {0, 200, 400} >= set(kinds) and kinds.count(200) > 50 and kinds.count(400) > 200
-    assert np.array_equal(own(workspace, [w := Wish('a red rose', seed=3)])[0], np.array(RemotePainter(workspace, keeper.socket).paint(w)[0]))
+        if status == 200:
+            said = json.loads(last)
+            assert said.keys() & {'pictures', 'error'} and '\n' not in said.get('error', ''), (
+                body[:200],
+                last[:200],
+            )
+        elif status in (400, 429, 503) and last:
+            assert '\n' not in json.loads(last)['error'] and len(last) < 300, (body[:200], last)
+        else:
+            assert status in (0, 400) and len(body) > 2**16, (status, body[:200], last)
+    assert process.is_running() and not keeper.dead and process.memory_info().rss - early < 30e6, (
+        early,
+        process.memory_info().rss,
+    )
+    kinds = [s for s, _ in seen]
+    assert {0, 200, 400} >= set(kinds) and kinds.count(200) > 50 and kinds.count(400) > 200
+    assert np.array_equal(
+        own(workspace, [w := Wish('a red rose', seed=3)])[0],
+        np.array(RemotePainter(workspace, keeper.socket).paint(w)[0]),
+    )
+
 
 def test_the_socket_is_ours_alone(keeper):
     # `bind_unix_socket` with its own mode; a socket in a folder that all share
-    assert stat.S_IMODE(os.stat(keeper.socket).st_mode) == 0o600 and stat.S_IMODE(os.stat(Path(keeper.socket).parent).st_mode) == 0o700
+    assert (
+        stat.S_IMODE(os.stat(keeper.socket).st_mode) == 0o600
+        and stat.S_IMODE(os.stat(Path(keeper.socket).parent).st_mode) == 0o700
+    )
+
 
 def test_a_generator_that_keeps_dying_is_left_alone(tmp_path):
     # `look` that does not count
-    keeper = Keeper(tmp_path, tries=2); pids = {keeper.process.pid}
-    for _ in range(4): keeper.process.kill(); keeper.process.wait(); keeper.look(); pids.add(keeper.process.pid)
+    keeper = Keeper(tmp_path, tries=2)
+    pids = {keeper.process.pid}
+    for _ in range(4):
+        keeper.process.kill()
+        keeper.process.wait()
+        keeper.look()
+        pids.add(keeper.process.pid)
     assert keeper.dead and len(pids) == 3
-    with pytest.raises(UserError, match='does not answer'): RemotePainter(tmp_path, keeper.socket, patience=.3).paint(Wish('a rose'))
+    with pytest.raises(UserError, match='does not answer'):
+        RemotePainter(tmp_path, keeper.socket, patience=0.3).paint(Wish('a rose'))
     keeper.close()
+
 
 def test_a_backend_that_fails_midway(workspace, tmp_path):
     "PyTorch draws the wish instead, says so, and the page's strip begins anew."
     # a desk that sends pictures without their note (two calls are the rehearsal's); first steps, or those of the strip, that are told only now and then
-    code = f'''
+    code = f"""
 import flowerdiff.inference.backends as b; from flowerdiff.apps.generating import main
 real, calls = b.load_backend, []
 def load(where, name='auto'):
@@ -167,189 +310,325 @@ def load(where, name='auto'):
         return denoise(*args)
     if name == 'auto': out.name, out.denoise = 'onnx', fails
     return out
-b.load_backend = load; main({str(workspace)!r}, {str(tmp_path/"s")!r})'''
+b.load_backend = load; main({str(workspace)!r}, {str(tmp_path / 's')!r})"""
     with subprocess.Popen([sys.executable, '-c', code], env=ENV, stdin=subprocess.PIPE) as process:
-        painter, wish, heard = RemotePainter(workspace, str(tmp_path/'s')), Wish('a blue iris', seed=5, steps=6, strip=6), []
+        painter, wish, heard = (
+            RemotePainter(workspace, str(tmp_path / 's')),
+            Wish('a blue iris', seed=5, steps=6, strip=6),
+            [],
+        )
         picture = painter.paint(wish, heard.append)[0]
-        assert picture.info['note'] == 'ONNX Runtime failed (RuntimeError: a kernel of the runtime failed); PyTorch drew this'
+        assert (
+            picture.info['note']
+            == 'ONNX Runtime failed (RuntimeError: a kernel of the runtime failed); PyTorch drew this'
+        )
         steps = [x.step for x in heard if isinstance(x, Seen)]
         assert steps == [1, 2, 1, 2, 3, 4, 5, 6] and len(heard[-1].preview(96)) == 1
-        assert np.array_equal(own(workspace, [wish])[0], np.array(picture)) and 'note' not in painter.paint(wish)[0].info
-        process.stdin.close(); process.wait(20)
+        assert (
+            np.array_equal(own(workspace, [wish])[0], np.array(picture))
+            and 'note' not in painter.paint(wish)[0].info
+        )
+        process.stdin.close()
+        process.wait(20)
+
 
 def test_every_field_of_a_wish(workspace, keeper):
     "Sampler and backend are those asked for; a model that is not here is a line, and the next wish is drawn."
     # a desk whose painter is given only words, seed and steps; an error that ends the process
-    painter, wish = RemotePainter(workspace, keeper.socket), Wish('a red rose', seed=2, steps=6, backend='torch')
+    painter, wish = (
+        RemotePainter(workspace, keeper.socket),
+        Wish('a red rose', seed=2, steps=6, backend='torch'),
+    )
     plain, euler = (np.array(painter.paint(w)[0]) for w in (wish, replace(wish, scheduler='euler')))
-    assert np.abs(plain.astype(int) - euler).mean() > .5
+    assert np.abs(plain.astype(int) - euler).mean() > 0.5
     assert 'PyTorch drew this' in painter.paint(replace(wish, backend='tensorrt'))[0].info['note']
-    with pytest.raises(UserError, match='The student is not here'): painter.paint(replace(wish, model='student'))
-    assert np.array_equal(np.array(painter.paint(wish)[0]), plain) and painter.choices() == Painter(workspace).choices()
+    with pytest.raises(UserError, match='The student is not here'):
+        painter.paint(replace(wish, model='student'))
+    assert (
+        np.array_equal(np.array(painter.paint(wish)[0]), plain)
+        and painter.choices() == Painter(workspace).choices()
+    )
+
 
 # ---- pages without a browser
 
+
 class Public:
     "A server as on the Hub, for eight visitors behind a proxy, and who comes to it."
+
     def __init__(self, workspace):
         self.server, self.loop = None, asyncio.new_event_loop()
-        code = HEARS + f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, visitors=8, rate=12, proxied=True)'
-        self.server, self.url = subprocess.Popen([sys.executable, '-c', code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True), f'http://127.0.0.1:{port}'
+        code = (
+            HEARS
+            + f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, visitors=8, rate=12, proxied=True)'
+        )
+        self.server, self.url = (
+            subprocess.Popen(
+                [sys.executable, '-c', code],
+                env=ENV,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            ),
+            f'http://127.0.0.1:{port}',
+        )
         assert 'http://localhost' in (line := self.server.stdout.readline()), line + self.server.stdout.read()
-    def run(self, coroutine): return self.loop.run_until_complete(asyncio.wait_for(coroutine, 300))
-    def visit(self, address=None): return self.run(self.page(address))
-    def page(self, address=None): return ProtocolPage(self.url, {'X-Forwarded-For': address} if address else {}).open()
+
+    def run(self, coroutine):
+        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 300))
+
+    def visit(self, address=None):
+        return self.run(self.page(address))
+
+    def page(self, address=None):
+        return ProtocolPage(self.url, {'X-Forwarded-For': address} if address else {}).open()
+
 
 @pytest.fixture(scope='module')
 def public(workspace):
-    public = Public(workspace); well(public.url)
+    public = Public(workspace)
+    well(public.url)
     public.early, public.began = public.visit(), time.monotonic()
     yield public
     stop(public.server)
     assert 'Traceback' not in (said := public.server.stdout.read()), said
     public.loop.close()
 
+
 def test_seven_at_once_and_one_too_many(public):
     "All are let in, each has its two pictures, the ninth is told to wait; kernels are small, bounded, and end with their pages."
+
     # one painter of a page for all; no `prlimit`; kernels that load the model; a `start_kernel` without its count
     async def visitor(i):
         page = await public.page()
         said = [await page.draw(f'a rose {i}'), await page.draw(f'an iris {i}')]
-        assert all(s.startswith('1 picture in') for s in said) and len(page.cards()) == 2 and f'a rose {i}' in page.cards()[0] + page.cards()[1], said
+        assert (
+            all(s.startswith('1 picture in') for s in said)
+            and len(page.cards()) == 2
+            and f'a rose {i}' in page.cards()[0] + page.cards()[1]
+        ), said
         return page
-    async def all_of_them(): return await asyncio.gather(*map(visitor, range(7)))
+
+    async def all_of_them():
+        return await asyncio.gather(*map(visitor, range(7)))
+
     pages = public.run(all_of_them())
     _, kernels = children(public.server)
-    assert len(kernels) == 8 and all(p.memory_info().rss < 200e6 and resource.prlimit(p.pid, resource.RLIMIT_DATA)[0] == 2**29 for p in kernels)
-    with pytest.raises(Full): public.visit()
-    for page in pages: public.run(page.leave())
+    assert len(kernels) == 8 and all(
+        p.memory_info().rss < 200e6 and resource.prlimit(p.pid, resource.RLIMIT_DATA)[0] == 2**29
+        for p in kernels
+    )
+    with pytest.raises(Full):
+        public.visit()
+    for page in pages:
+        public.run(page.leave())
     for _ in range(100):
-        if len(children(public.server)[1]) == 1: break
-        time.sleep(.1)
+        if len(children(public.server)[1]) == 1:
+            break
+        time.sleep(0.1)
     assert len(children(public.server)[1]) == 1
+
 
 def test_one_address_does_not_take_all_places(public):
     "Of eight places four: then its fifth page is told to wait, and somebody from elsewhere comes in."
     # no `homes`
     four = [public.visit('203.0.114.9') for _ in range(4)]
-    with pytest.raises(Full): public.visit('203.0.114.9')
-    for page in [*four, public.visit('8.8.4.4')]: public.run(page.leave())
+    with pytest.raises(Full):
+        public.visit('203.0.114.9')
+    for page in [*four, public.visit('8.8.4.4')]:
+        public.run(page.leave())
     wait_until(lambda: len(children(public.server)[1]) == 1)
+
 
 def test_a_reload_does_not_evade_the_rate(public):
     "Twelve pictures a minute are for an address, whatever it says that it comes from; who comes from elsewhere draws."
+
     # a count by page; the first address of X-Forwarded-For; an address that does not reach the generator
     def ask(address, n):
-        page = public.visit(address); page.set('Pictures', n)
-        said = public.run(page.draw()); public.run(page.leave())
+        page = public.visit(address)
+        page.set('Pictures', n)
+        said = public.run(page.draw())
+        public.run(page.leave())
         return said
-    assert ask('8.8.4.4', 8).startswith('8 pictures') and '12 pictures a minute are the most' in ask('1.1.1.1, 8.8.4.4', 8)
+
+    assert ask('8.8.4.4', 8).startswith('8 pictures') and '12 pictures a minute are the most' in ask(
+        '1.1.1.1, 8.8.4.4', 8
+    )
     assert ask('8.8.4.4, 1.1.1.1, 10.16.3.80', 1).startswith('1 picture')
+
 
 def test_hostile_messages_through_the_page(public):
     "Each is answered by a picture, a line, or a cut connection that can be made again; nothing of it is HTML, and nobody dies."
     # no `is_message`, or one without its count: the server makes a list of 2**64; a message type that Voila does not allow; `figure` without its escape
     page, rng, before = public.visit('9.9.9.9'), random.Random(1), children(public.server)
-    async def as_words(): # every one with HTML in it is drawn and shown as what it is
+
+    async def as_words():  # every one with HTML in it is drawn and shown as what it is
         for text in (t for t in ODD if '<' in t):
-            page.set('Steps', 2); page.set('What shall it draw?', text); said = await page.draw(seconds=120)
-            assert said.startswith('1 picture in') and html.escape(text, quote=True) in ''.join(page.cards()) and text not in ''.join(page.values()), said
+            page.set('Steps', 2)
+            page.set('What shall it draw?', text)
+            said = await page.draw(seconds=120)
+            assert (
+                said.startswith('1 picture in')
+                and html.escape(text, quote=True) in ''.join(page.cards())
+                and text not in ''.join(page.values())
+            ), said
+
     public.run(as_words())
-    async def all_of_them(): return [await answers(page, i, rng) for i in [*range(24), *range(31, 120, 8)]]
+
+    async def all_of_them():
+        return [await answers(page, i, rng) for i in [*range(24), *range(31, 120, 8)]]
+
     seen = public.run(all_of_them())
-    assert {'picture', 'line', 'cut off'} == set(seen) and children(public.server) == before and health(public.url)[0] == 200
+    assert (
+        {'picture', 'line', 'cut off'} == set(seen)
+        and children(public.server) == before
+        and health(public.url)[0] == 200
+    )
     public.run(page.leave())
+
 
 def test_tabs_of_a_page_take_turns(public):
     "What is asked for in two tabs is drawn one after the other: neither is refused because of the other."
     # no `turn`: "a wish of yours waits already"
     painter = RemotePainter('nowhere', children(public.server)[0].cmdline()[4], patience=5)
     done = []
-    threads = [threading.Thread(target=lambda: done.append(painter.paint(Wish('a rose', steps=20)))) for _ in range(4)]
-    for t in threads: t.start()
-    for t in threads: t.join(60)
+    threads = [
+        threading.Thread(target=lambda: done.append(painter.paint(Wish('a rose', steps=20))))
+        for _ in range(4)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
     assert len(done) == 4
+
 
 def test_a_page_is_not_cut_off_by_the_servers_pings(public):
     # Jupyter's pings with a timeout as long as their interval: every connection ends after it
     public.run(asyncio.sleep(max(0, 33 - (time.monotonic() - public.began))))
     assert not public.early.reader.done() and public.run(public.early.draw('a rose')).startswith('1 picture')
 
+
 # ---- pages
 
-def children(server): # the generator, and the kernels
-    found = [(p, ' '.join(p.cmdline())) for p in psutil.Process(server.pid).children(recursive=True) if p.status() != 'zombie']
-    return next(p for p, c in found if 'flowerdiff.apps.generating' in c), [p for p, c in found if 'ipykernel' in c]
+
+def children(server):  # the generator, and the kernels
+    found = [
+        (p, ' '.join(p.cmdline()))
+        for p in psutil.Process(server.pid).children(recursive=True)
+        if p.status() != 'zombie'
+    ]
+    return next(p for p, c in found if 'flowerdiff.apps.generating' in c), [
+        p for p, c in found if 'ipykernel' in c
+    ]
+
 
 @pytest.fixture(scope='module')
 def served(workspace):
-    with browser_module.served(workspace) as both: yield both
+    with browser_module.served(workspace) as both:
+        yield both
+
 
 @pytest.fixture(scope='module')
 def pages(browser, served):
     well(served[1])
     pages = [open_page(browser, served[1]) for _ in range(3)]
-    for p in pages: p.get_by_text('Ready.').wait_for(); p.get_by_role('button', name='Lock').click()
+    for p in pages:
+        p.get_by_text('Ready.').wait_for()
+        p.get_by_role('button', name='Lock').click()
     return pages
+
 
 @browser_only
 def test_three_pages_at_once(pages, served, workspace):
     "Each has its own picture, and none has the model."
     # `show` that makes a Painter; a module of the page that imports torch
-    for i, p in enumerate(pages): fill(p, 'What shall it draw?', 'a red rose'); fill(p, 'Seed', 40 + i)
-    for p in pages: p.get_by_role('button', name='Draw', exact=True).click()
-    for p in pages: p.locator('.fd-card').first.wait_for()
-    assert np.array_equal(own(workspace, [Wish('a red rose', seed=40 + i) for i in range(3)]), np.stack([np.array(newest(p)) for p in pages]))
+    for i, p in enumerate(pages):
+        fill(p, 'What shall it draw?', 'a red rose')
+        fill(p, 'Seed', 40 + i)
+    for p in pages:
+        p.get_by_role('button', name='Draw', exact=True).click()
+    for p in pages:
+        p.locator('.fd-card').first.wait_for()
+    assert np.array_equal(
+        own(workspace, [Wish('a red rose', seed=40 + i) for i in range(3)]),
+        np.stack([np.array(newest(p)) for p in pages]),
+    )
     generator, kernels = children(served[0])
     has = lambda p: 'libtorch' in Path(f'/proc/{p.pid}/maps').read_text()
     assert has(generator) and len(kernels) == 3 and not any(map(has, kernels))
-    assert all(p.memory_info().rss < 200e6 for p in kernels), [p.memory_info().rss/1e6 for p in kernels]
+    assert all(p.memory_info().rss < 200e6 for p in kernels), [p.memory_info().rss / 1e6 for p in kernels]
+
 
 @browser_only
 def test_a_page_is_told_its_place(pages):
     # `_waiting` that says nothing
     for p, steps in zip(pages, ('End', 'End', None)):
-        if steps: slider = p.locator('.fd-dials').get_by_role('slider'); slider.nth(0).focus(); p.keyboard.press('End'); slider.nth(1).focus(); p.keyboard.press('End')
+        if steps:
+            slider = p.locator('.fd-dials').get_by_role('slider')
+            slider.nth(0).focus()
+            p.keyboard.press('End')
+            slider.nth(1).focus()
+            p.keyboard.press('End')
         p.get_by_role('button', name='Draw', exact=True).click()
-    pages[2].get_by_text('before you').wait_for(); shot(pages[2], 'place')
-    for p in pages[:2]: p.get_by_role('button', name='Cancel').click(); p.get_by_text('Cancelled.').wait_for()
+    pages[2].get_by_text('before you').wait_for()
+    shot(pages[2], 'place')
+    for p in pages[:2]:
+        p.get_by_role('button', name='Cancel').click()
+        p.get_by_text('Cancelled.').wait_for()
     pages[2].get_by_text('1 picture in').wait_for()
+
 
 @browser_only
 def test_a_generator_that_is_killed(pages, served):
     "The page says one line; the server starts another one, and the next wish is drawn."
     # no `look`; a page that shows the error of its connection
     page, (generator, _) = pages[0], children(served[0])
-    page.get_by_role('button', name='Draw', exact=True).click(); page.locator('.fd-say').get_by_text('Step').wait_for()
+    page.get_by_role('button', name='Draw', exact=True).click()
+    page.locator('.fd-say').get_by_text('Step').wait_for()
     generator.kill()
-    page.get_by_text('being started again').wait_for(); shot(page, 'killed')
+    page.get_by_text('being started again').wait_for()
+    shot(page, 'killed')
     assert page.locator('.fd-say.bad').inner_text().count('\n') == 0
-    draw(pages[2], 'a blue iris', 3) # waits until the model is there again
+    draw(pages[2], 'a blue iris', 3)  # waits until the model is there again
     assert children(served[0])[0].pid != generator.pid and 'of 20 visitors' in well(served[1])
+
 
 @browser_only
 @pytest.mark.parametrize('how', ['its page was closed elsewhere', 'it died'])
 def test_a_page_whose_kernel_is_gone_says_so(pages, served, how):
     # no script in the template: Draw is pressed, and nothing happens; a restarter, which starts a kernel without a page and without its bounds
-    page = pages[1]; kernel = page.evaluate("JSON.parse(document.getElementById('jupyter-config-data').textContent).kernelId")
+    page = pages[1]
+    kernel = page.evaluate("JSON.parse(document.getElementById('jupyter-config-data').textContent).kernelId")
     if how == 'it died':
-        (process,) = [p for p in children(served[0])[1] if any(kernel in word for word in p.cmdline())]; process.kill()
-        wait_until(lambda: page.evaluate("id => fetch(`/api/kernels/${id}`).then(r => r.status)", kernel) == 404)
-    else: page.evaluate("id => fetch(`/voila/api/shutdown/${id}`, {method: 'POST'})", kernel)
+        (process,) = [p for p in children(served[0])[1] if any(kernel in word for word in p.cmdline())]
+        process.kill()
+        wait_until(
+            lambda: page.evaluate('id => fetch(`/api/kernels/${id}`).then(r => r.status)', kernel) == 404
+        )
+    else:
+        page.evaluate("id => fetch(`/voila/api/shutdown/${id}`, {method: 'POST'})", kernel)
     page.get_by_role('button', name='Draw', exact=True).click()
-    page.get_by_role('alert').get_by_text('This page has ended').wait_for(); shot(page, 'gone')
-    page.get_by_role('button', name='Open it again').click(); page.get_by_text('Ready.').wait_for()
+    page.get_by_role('alert').get_by_text('This page has ended').wait_for()
+    shot(page, 'gone')
+    page.get_by_role('button', name='Open it again').click()
+    page.get_by_text('Ready.').wait_for()
+
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_generator_ends_with_the_server(tmp_path, how):
     # no `end_with_parent`
-    server = start(tmp_path/'w', port := free_port())
+    server = start(tmp_path / 'w', port := free_port())
     assert 'http://localhost' in server.stdout.readline()
     assert health(f'http://127.0.0.1:{port}') == (503, 'no model in w\n')
-    generator, _ = children(server); folder = Path(generator.cmdline()[4]).parent
+    generator, _ = children(server)
+    folder = Path(generator.cmdline()[4]).parent
     assert folder.is_dir()
-    server.send_signal(how); server.wait(30)
+    server.send_signal(how)
+    server.wait(30)
     for _ in range(100):
-        if not folder.exists() and not generator.is_running(): break
-        time.sleep(.1)
+        if not folder.exists() and not generator.is_running():
+            break
+        time.sleep(0.1)
     assert not folder.exists() and not (generator.is_running() and generator.status() != 'zombie')

@@ -1,22 +1,29 @@
 "A Stable Diffusion pipeline and its parts, and a Florence-2, of random weights, as small as they get: for tests that need a model and not a good one."
+
 import gzip, json, sys
 from pathlib import Path
 
-def byte_letters(): # the letter that byte-level BPE has for each byte
+
+def byte_letters():  # the letter that byte-level BPE has for each byte
     own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(c) for c in own] + [chr(256+i) for i in range(256-len(own))]
+    return [chr(c) for c in own] + [chr(256 + i) for i in range(256 - len(own))]
+
 
 def tiny_tokenizer(length=16):
     from transformers import CLIPTokenizer
+
     letters = byte_letters()
-    vocab, merges = letters + [c+'</w>' for c in letters], []
+    vocab, merges = letters + [c + '</w>' for c in letters], []
     for word in 'red blue white yellow rose iris daisy sky meadow under a the in'.split():
-        parts = [*word[:-1], word[-1]+'</w>']
+        parts = [*word[:-1], word[-1] + '</w>']
         while len(parts) > 1:
-            if (m := tuple(parts[:2])) not in merges: merges.append(m); vocab.append(''.join(m))
+            if (m := tuple(parts[:2])) not in merges:
+                merges.append(m)
+                vocab.append(''.join(m))
             parts = [''.join(m), *parts[2:]]
     vocab = [*dict.fromkeys(vocab), '<|startoftext|>', '<|endoftext|>']
     return CLIPTokenizer(vocab={v: i for i, v in enumerate(vocab)}, merges=merges, model_max_length=length)
+
 
 def tiny_model(folder, size=32):
     "Write a pipeline that draws `size` pixels; different words give different pictures."
@@ -24,89 +31,249 @@ def tiny_model(folder, size=32):
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
     from flowerdiff.models.components import TextEncoder, save_components, save_pipeline
     from transformers import CLIPTextConfig, CLIPTextModel
+
     torch.manual_seed(0)
     tok = tiny_tokenizer()
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=16, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id))
-    unet = UNet2DConditionModel(sample_size=size//2, layers_per_block=1, block_out_channels=(16, 32), down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
-                                cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8)
-    vae = AutoencoderKL(block_out_channels=(8, 16), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, latent_channels=4, norm_num_groups=4, sample_size=size)
-    scheduler = DPMSolverMultistepScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', prediction_type='v_prediction', steps_offset=1)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tok),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            bos_token_id=tok.bos_token_id,
+            eos_token_id=tok.eos_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=size // 2,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=('DownEncoderBlock2D',) * 2,
+        up_block_types=('UpDecoderBlock2D',) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=size,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule='scaled_linear',
+        prediction_type='v_prediction',
+        steps_offset=1,
+    )
     with tempfile.TemporaryDirectory() as parts:
         save_components(parts, vae, TextEncoder(tok, text))
         save_pipeline(folder, unet, parts, scheduler)
     return Path(folder)
 
-VOCABULARY = Path(__file__).parents[2]/'shared'/'data'/'clip'/'bpe_simple_vocab_16e6.txt.gz'
+
+VOCABULARY = Path(__file__).parents[2] / 'shared' / 'data' / 'clip' / 'bpe_simple_vocab_16e6.txt.gz'
+
 
 def clip_tokenizer():
     "CLIP's own, 77 positions; where its vocabulary is not at hand, the tiny one."
     from transformers import CLIPTokenizer
-    if not VOCABULARY.exists(): return tiny_tokenizer(77)
-    letters, merges = byte_letters(), [tuple(l.split()) for l in gzip.open(VOCABULARY, 'rt').read().splitlines()[1:48895]]
-    vocab = [*letters, *(c + '</w>' for c in letters), *map(''.join, merges), '<|startoftext|>', '<|endoftext|>']
+
+    if not VOCABULARY.exists():
+        return tiny_tokenizer(77)
+    letters, merges = (
+        byte_letters(),
+        [tuple(l.split()) for l in gzip.open(VOCABULARY, 'rt').read().splitlines()[1:48895]],
+    )
+    vocab = [
+        *letters,
+        *(c + '</w>' for c in letters),
+        *map(''.join, merges),
+        '<|startoftext|>',
+        '<|endoftext|>',
+    ]
     return CLIPTokenizer(vocab={v: i for i, v in enumerate(vocab)}, merges=merges, model_max_length=77)
+
 
 def tiny_clip(folder, seed=0, halves=2):
     "Write a CLIP as OpenAI's repositories have it: the whole model, or the half that reads, with the tokenizer beside it."
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
-    torch.manual_seed(seed); tok = clip_tokenizer()
+
+    torch.manual_seed(seed)
+    tok = clip_tokenizer()
     how = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
-    text = CLIPTextConfig(vocab_size=len(tok), max_position_embeddings=77, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, **how)
-    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **how).to_dict(), projection_dim=32)) if halves == 2 else CLIPTextModel(text)
-    model.save_pretrained(folder); tok.save_pretrained(folder)
+    text = CLIPTextConfig(
+        vocab_size=len(tok),
+        max_position_embeddings=77,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        **how,
+    )
+    model = (
+        CLIPModel(
+            CLIPConfig(
+                text_config=text.to_dict(),
+                vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **how).to_dict(),
+                projection_dim=32,
+            )
+        )
+        if halves == 2
+        else CLIPTextModel(text)
+    )
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
     return Path(folder)
+
 
 def tiny_vae(folder=None, factor=8, seed=0):
     "An AutoencoderKL as many times smaller a side as Stable Diffusion's, and its scaling factor."
     import torch
     from diffusers import AutoencoderKL
-    torch.manual_seed(seed); n = factor.bit_length()
-    vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16)[-n:], down_block_types=('DownEncoderBlock2D',)*n, up_block_types=('UpDecoderBlock2D',)*n, latent_channels=4, norm_num_groups=4, layers_per_block=1)
-    if folder: vae.save_pretrained(folder)
+
+    torch.manual_seed(seed)
+    n = factor.bit_length()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16)[-n:],
+        down_block_types=('DownEncoderBlock2D',) * n,
+        up_block_types=('UpDecoderBlock2D',) * n,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    if folder:
+        vae.save_pretrained(folder)
     return vae
+
 
 def tiny_stable_diffusion(folder, clip, size=64):
     "Write a pipeline in the layout of Stable Diffusion 1.4, whose text encoder is half of a CLIP in the folder `clip`."
     import torch
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
-    torch.manual_seed(1); whole = CLIPModel.from_pretrained(clip)
-    text = CLIPTextModel(whole.config.text_config); text.load_state_dict(whole.text_model.state_dict())
-    unet = UNet2DConditionModel(sample_size=size//8, layers_per_block=1, block_out_channels=(16, 32), down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
-                                cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8)
-    scheduler = PNDMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', skip_prk_steps=True, steps_offset=1)
-    StableDiffusionPipeline(tiny_vae(), text, CLIPTokenizer.from_pretrained(clip), unet, scheduler, None, None, requires_safety_checker=False).save_pretrained(folder)
-    file = Path(folder)/'scheduler'/'scheduler_config.json'; config = json.loads(file.read_text())
-    file.write_text(json.dumps({k: v for k, v in config.items() if k not in ('prediction_type', 'timestep_spacing')})) # which the first version did not know
+
+    torch.manual_seed(1)
+    whole = CLIPModel.from_pretrained(clip)
+    text = CLIPTextModel(whole.config.text_config)
+    text.load_state_dict(whole.text_model.state_dict())
+    unet = UNet2DConditionModel(
+        sample_size=size // 8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', skip_prk_steps=True, steps_offset=1
+    )
+    StableDiffusionPipeline(
+        tiny_vae(),
+        text,
+        CLIPTokenizer.from_pretrained(clip),
+        unet,
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    file = Path(folder) / 'scheduler' / 'scheduler_config.json'
+    config = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ('prediction_type', 'timestep_spacing')})
+    )  # which the first version did not know
     return Path(folder)
 
+
 WORDS = 'a the flower flowers pink yellow red white petals leaves green with in of and close up sky meadow grass bee stem bud'.split()
+
 
 def tiny_florence(folder, side=64, seed=0):
     "Write a Florence-2 that says words, other ones of other pictures, in the official layout: its classes, its processor, BART's kind of tokenizer."
     import torch
-    from transformers import BartTokenizer, CLIPImageProcessorPil, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
+    from transformers import (
+        BartTokenizer,
+        CLIPImageProcessorPil,
+        Florence2Config,
+        Florence2ForConditionalGeneration,
+        Florence2Processor,
+    )
+
     letters, vocab, merges = byte_letters(), [], []
     for word in WORDS:
         parts = ['\u0120', *word]
         while len(parts) > 1:
-            if (m := tuple(parts[:2])) not in merges: merges.append(m); vocab.append(''.join(m))
+            if (m := tuple(parts[:2])) not in merges:
+                merges.append(m)
+                vocab.append(''.join(m))
             parts = [''.join(m), *parts[2:]]
     names = list(dict.fromkeys(['<s>', '<pad>', '</s>', '<unk>', *letters, *vocab, '<mask>']))
-    tok = BartTokenizer(vocab={v: i for i, v in enumerate(names)}, merges=merges, extra_special_tokens=dict(image_token='<image>'), model_max_length=128)
+    tok = BartTokenizer(
+        vocab={v: i for i, v in enumerate(names)},
+        merges=merges,
+        extra_special_tokens=dict(image_token='<image>'),
+        model_max_length=128,
+    )
     torch.manual_seed(seed)
-    text = dict(model_type='bart', vocab_size=len(tok), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
-                max_position_embeddings=128, bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2, init_std=.5)
-    vision = dict(depths=(1,)*4, embed_dim=(8, 16, 16, 32), num_heads=(1, 2, 2, 4), num_groups=(1, 2, 2, 4), window_size=2, projection_dim=32, initializer_range=.5)
-    model = Florence2ForConditionalGeneration(Florence2Config(text_config=text, vision_config=vision, image_token_id=tok.image_token_id))
+    text = dict(
+        model_type='bart',
+        vocab_size=len(tok),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+        init_std=0.5,
+    )
+    vision = dict(
+        depths=(1,) * 4,
+        embed_dim=(8, 16, 16, 32),
+        num_heads=(1, 2, 2, 4),
+        num_groups=(1, 2, 2, 4),
+        window_size=2,
+        projection_dim=32,
+        initializer_range=0.5,
+    )
+    model = Florence2ForConditionalGeneration(
+        Florence2Config(text_config=text, vision_config=vision, image_token_id=tok.image_token_id)
+    )
     words = {names.index('\u0120' + w) for w in WORDS}
-    model.generation_config.update(suppress_tokens=[i for i in range(len(tok)) if i not in words | {2}], no_repeat_ngram_size=2, exponential_decay_length_penalty=(1, 1.15)) # words only, and answers of several lengths
+    model.generation_config.update(
+        suppress_tokens=[i for i in range(len(tok)) if i not in words | {2}],
+        no_repeat_ngram_size=2,
+        exponential_decay_length_penalty=(1, 1.15),
+    )  # words only, and answers of several lengths
     images = CLIPImageProcessorPil(size=dict(height=side, width=side), do_center_crop=False)
-    images.image_seq_length = (side//32)**2 + 1
-    kinds = 'ocr', 'phrase_grounding', 'pure_text', 'description_with_bboxes', 'description_with_polygons', 'polygons', 'bboxes', 'description_with_bboxes_or_polygons'
+    images.image_seq_length = (side // 32) ** 2 + 1
+    kinds = (
+        'ocr',
+        'phrase_grounding',
+        'pure_text',
+        'description_with_bboxes',
+        'description_with_polygons',
+        'polygons',
+        'bboxes',
+        'description_with_bboxes_or_polygons',
+    )
     model.save_pretrained(folder)
     Florence2Processor(images, tok, post_processor_config={k: {} for k in kinds}).save_pretrained(folder)
     return Path(folder)
 
-if __name__ == '__main__': print(tiny_model(sys.argv[1]))
+
+if __name__ == '__main__':
+    print(tiny_model(sys.argv[1]))

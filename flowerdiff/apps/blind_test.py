@@ -15,144 +15,261 @@ from .widgets import Easel, classed, data_url, note, row, shot
 from .session import MODELS, SCHEDULERS, Painter, Wish, to_png
 
 # %% ../../nbs/apps/04_blind_test.ipynb #79fafcb9
-def contestants(choices: dict) -> dict: # from `Painter.choices`; name -> fields of a `Wish`
+def contestants(choices: dict) -> dict:  # from `Painter.choices`; name -> fields of a `Wish`
     "Who can be compared."
-    usual = {k: dict(zip(('steps', 'guidance'), choices['usual'].get(k, (20, 4.)))) for k, _ in choices['models']}
+    usual = {
+        k: dict(zip(('steps', 'guidance'), choices['usual'].get(k, (20, 4.0)))) for k, _ in choices['models']
+    }
     out = {MODELS[k]: dict(model=k, **v) for k, v in usual.items()}
-    own = usual['champion']; steps, guidance = own['steps'], own['guidance']
-    changes = [(f'{n} steps', dict(steps=n)) for n in (max(1, steps//4), max(1, steps//2), 2*steps)] + [(f'guidance {g:g}', dict(guidance=g)) for g in (1., 2., 7.) if g != guidance]
-    changes += [(f'sampler {SCHEDULERS[k]}', dict(scheduler=k)) for k, _ in choices['schedulers'] if k != 'auto']
+    own = usual['champion']
+    steps, guidance = own['steps'], own['guidance']
+    changes = [(f'{n} steps', dict(steps=n)) for n in (max(1, steps // 4), max(1, steps // 2), 2 * steps)] + [
+        (f'guidance {g:g}', dict(guidance=g)) for g in (1.0, 2.0, 7.0) if g != guidance
+    ]
+    changes += [
+        (f'sampler {SCHEDULERS[k]}', dict(scheduler=k)) for k, _ in choices['schedulers'] if k != 'auto'
+    ]
     return out | {f'The champion, {name}': dict(own, model='champion') | c for name, c in changes}
 
 # %% ../../nbs/apps/04_blind_test.ipynb #48ac70d8
 def wilson(
-    k: int, # of n
+    k: int,  # of n
     n: int,
-    z: float = 1.96, # 95 %
-) -> tuple:          # low, high
+    z: float = 1.96,  # 95 %
+) -> tuple:  # low, high
     "The interval of a share, Wilson 1927."
-    if not n: return 0., 1.
-    p, d = k/n, 1 + z*z/n
-    half = z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))
-    return max(0., (p + z*z/(2*n) - half)/d), min(1., (p + z*z/(2*n) + half)/d)
+    if not n:
+        return 0.0, 1.0
+    p, d = k / n, 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (p + z * z / (2 * n) - half) / d), min(1.0, (p + z * z / (2 * n) + half) / d)
+
 
 def tally(
-    rows: list, # as in blind.jsonl
-    one: str,   # names, see `contestants`
+    rows: list,  # as in blind.jsonl
+    one: str,  # names, see `contestants`
     other: str,
-) -> tuple:     # how often `one`, `other`, neither was chosen
+) -> tuple:  # how often `one`, `other`, neither was chosen
     chosen = [r['chosen'] for r in rows if {r['left'], r['right']} == {one, other}]
     return chosen.count(one), chosen.count(other), chosen.count('')
 
+
 def in_words(one: str, other: str, counts: tuple) -> str:
     "A tally as a sentence."
-    a, b, same = counts; n = a + b
+    a, b, same = counts
+    n = a + b
     equal = f' Equal: {same}.' if same else ''
-    if not n: return f'No decision yet between {one} and {other}.{equal}'
+    if not n:
+        return f'No decision yet between {one} and {other}.{equal}'
     low, high = wilson(a, n)
-    verdict = f'{one} is better' if low > .5 else f'{other} is better' if high < .5 else 'not settled yet'
-    return f'{one} was better in {a} of {n} ({a/n:.0%}), {other} in {b}; with 95% confidence the share is between {low:.0%} and {high:.0%}: {verdict}.{equal}'
+    verdict = f'{one} is better' if low > 0.5 else f'{other} is better' if high < 0.5 else 'not settled yet'
+    return f'{one} was better in {a} of {n} ({a / n:.0%}), {other} in {b}; with 95% confidence the share is between {low:.0%} and {high:.0%}: {verdict}.{equal}'
 
 # %% ../../nbs/apps/04_blind_test.ipynb #f5aedc31
 def read_tally(file: Path) -> list:
-    try: lines = file.read_text(encoding='utf-8', errors='replace').splitlines()
-    except OSError: return []
+    try:
+        lines = file.read_text(encoding='utf-8', errors='replace').splitlines()
+    except OSError:
+        return []
+
     def parsed(line):
-        try: r = json.loads(line)
-        except ValueError: return None
+        try:
+            r = json.loads(line)
+        except ValueError:
+            return None
         return r if isinstance(r, dict) and {'left', 'right', 'chosen'} <= set(r) else None
+
     return [r for r in map(parsed, lines) if r]
 
 # %% ../../nbs/apps/04_blind_test.ipynb #38df0d68
 def pair_html(
     names: list,  # of the left and the right one, see `contestants`
     drawn: list,  # (wish, picture, strip) of each
-    chosen: str | None = None, # one of the names, '' for neither; None: nobody has chosen yet, and nothing is told
+    chosen: str
+    | None = None,  # one of the names, '' for neither; None: nobody has chosen yet, and nothing is told
 ) -> str:
     "Two pictures side by side."
+
     def card(side, name, wish, picture):
         note = picture.info.get('note', '')
-        told = f'{"★ " if name == chosen else ""}{name}<small>{html.escape(wish.line())}</small><small class="fd-warn">{html.escape(note)}</small>' if chosen is not None else side
+        told = (
+            f'{"★ " if name == chosen else ""}{name}<small>{html.escape(wish.line())}</small><small class="fd-warn">{html.escape(note)}</small>'
+            if chosen is not None
+            else side
+        )
         return f'<div class="fd-card"><figure>{shot(data_url(to_png(picture)), side + ": " + wish.prompt, picture.size)}<figcaption>{told}</figcaption></figure></div>'
-    cards = ''.join(card(side, name, wish, picture) for side, name, (wish, picture, _) in zip(('Left', 'Right'), names, drawn))
+
+    cards = ''.join(
+        card(side, name, wish, picture)
+        for side, name, (wish, picture, _) in zip(('Left', 'Right'), names, drawn)
+    )
     return f'<div class="fd-title fd-words">{html.escape(drawn[0][0].prompt)}</div><div class="fd-two">{cards}</div>'
 
 # %% ../../nbs/apps/04_blind_test.ipynb #4d42b00c
 def decision(
-    names: list, # as `pair_html` has them
+    names: list,  # as `pair_html` has them
     drawn: list,
-    side: str,   # left, right, or same
-) -> dict:       # a line of blind.jsonl
+    side: str,  # left, right, or same
+) -> dict:  # a line of blind.jsonl
     wishes, pictures = [x[0] for x in drawn], [x[1] for x in drawn]
     chosen = dict(zip(('left', 'right'), names)).get(side, '')
-    return dict(time=round(time.time(), 1), prompt=wishes[0].prompt, seed=wishes[0].seed, left=names[0], right=names[1], chosen=chosen, wishes=[*map(asdict, wishes)], notes=[p.info.get('note', '') for p in pictures])
+    return dict(
+        time=round(time.time(), 1),
+        prompt=wishes[0].prompt,
+        seed=wishes[0].seed,
+        left=names[0],
+        right=names[1],
+        chosen=chosen,
+        wishes=[*map(asdict, wishes)],
+        notes=[p.info.get('note', '') for p in pictures],
+    )
 
 # %% ../../nbs/apps/04_blind_test.ipynb #6b5733b5
-def questions(who: dict) -> tuple: # of `contestants` -> widgets: one, the other, the words
+def questions(who: dict) -> tuple:  # of `contestants` -> widgets: one, the other, the words
     names, wide = [*who], w.Layout(width='100%')
     models = [x for x in names if ',' not in x]
-    pick = lambda title, value: classed(w.Dropdown(options=names, value=value, description=title, layout=wide), 'fd-tall')
+    pick = lambda title, value: classed(
+        w.Dropdown(options=names, value=value, description=title, layout=wide), 'fd-tall'
+    )
     other = models[1] if len(models) > 1 else next(x for x in names if ',' in x)
-    return pick('One', names[0]), pick('The other', other), classed(w.Text(description='Words', placeholder='chosen by chance', continuous_update=False, layout=wide), 'fd-tall')
+    return (
+        pick('One', names[0]),
+        pick('The other', other),
+        classed(
+            w.Text(description='Words', placeholder='chosen by chance', continuous_update=False, layout=wide),
+            'fd-tall',
+        ),
+    )
 
 # %% ../../nbs/apps/04_blind_test.ipynb #baf294ee
 class Blind:
     "The tab: `Blind(painter, words).page` is the widget to show."
-    def __init__(self,
+
+    def __init__(
+        self,
         painter: Painter,
-        words: list, # prompts to take
+        words: list,  # prompts to take
     ):
-        self.words, self.file, self.pair, self.lock = words, painter.workspace/'work'/'blind.jsonl', None, threading.Lock() # pair: what is shown and not decided yet
-        self.rows, self.who, self.easel = read_tally(self.file), contestants(painter.choices()), Easel(painter, 'Next pair', quiet=True)
+        self.words, self.file, self.pair, self.lock = (
+            words,
+            painter.workspace / 'work' / 'blind.jsonl',
+            None,
+            threading.Lock(),
+        )  # pair: what is shown and not decided yet
+        self.rows, self.who, self.easel = (
+            read_tally(self.file),
+            contestants(painter.choices()),
+            Easel(painter, 'Next pair', quiet=True),
+        )
         self.one, self.other, self.prompt = questions(self.who)
-        self.choose = {k: w.Button(description=label, disabled=True) for k, label in dict(left='Left is better', same='No difference', right='Right is better').items()}
-        for k, b in self.choose.items(): b.on_click(lambda _, k=k: self._chosen(k))
-        for x in (self.one, self.other): x.observe(lambda _: self._forget(), 'value')
+        self.choose = {
+            k: w.Button(description=label, disabled=True)
+            for k, label in dict(left='Left is better', same='No difference', right='Right is better').items()
+        }
+        for k, b in self.choose.items():
+            b.on_click(lambda _, k=k: self._chosen(k))
+        for x in (self.one, self.other):
+            x.observe(lambda _: self._forget(), 'value')
         self.easel.button.on_click(lambda _: self._next())
-        self.shown, self.words_of_tally = w.HTML(note('Which is better?', '<p>Two pictures, and no names. Press Next pair.</p>')), w.HTML()
-        ask = classed(w.VBox([self.one, self.other, self.prompt, row(self.easel.button, self.easel.cancel), self.easel.bar, self.easel.line, self.words_of_tally]), 'fd-panel', 'fd-ask')
-        self.page = classed(w.Box([ask, classed(w.VBox([self.shown, classed(row(*self.choose.values()), 'fd-choose')]), 'fd-right')]), 'fd-body')
+        self.shown, self.words_of_tally = (
+            w.HTML(note('Which is better?', '<p>Two pictures, and no names. Press Next pair.</p>')),
+            w.HTML(),
+        )
+        ask = classed(
+            w.VBox(
+                [
+                    self.one,
+                    self.other,
+                    self.prompt,
+                    row(self.easel.button, self.easel.cancel),
+                    self.easel.bar,
+                    self.easel.line,
+                    self.words_of_tally,
+                ]
+            ),
+            'fd-panel',
+            'fd-ask',
+        )
+        self.page = classed(
+            w.Box(
+                [
+                    ask,
+                    classed(
+                        w.VBox([self.shown, classed(row(*self.choose.values()), 'fd-choose')]), 'fd-right'
+                    ),
+                ]
+            ),
+            'fd-body',
+        )
         self._count()
 
     def _count(self):
         one, other = self.one.value, self.other.value
-        self.words_of_tally.value = f'<div class="fd-tally">{html.escape(in_words(one, other, tally(self.rows, one, other)))}</div>'
+        self.words_of_tally.value = (
+            f'<div class="fd-tally">{html.escape(in_words(one, other, tally(self.rows, one, other)))}</div>'
+        )
 
 # %% ../../nbs/apps/04_blind_test.ipynb #eddfc033
 @patch
-def _next(self:Blind, seed: int | None = None):
-    if self.one.value == self.other.value: return self.easel.say('Choose two different ones.', bad=True)
-    if self.easel.busy: return
+def _next(self: Blind, seed: int | None = None):
+    if self.one.value == self.other.value:
+        return self.easel.say('Choose two different ones.', bad=True)
+    if self.easel.busy:
+        return
     seed = random.randrange(2**32) if seed is None else seed
     chance = random.Random(seed)
     prompt, names = self.prompt.value.strip() or chance.choice(self.words), [self.one.value, self.other.value]
-    chance.shuffle(names); self._forget('Two pictures, and no names.')
-    self.easel.start([Wish(prompt, seed=seed, **self.who[x]) for x in names], lambda drawn: self._show(names, drawn))
+    chance.shuffle(names)
+    self._forget('Two pictures, and no names.')
+    self.easel.start(
+        [Wish(prompt, seed=seed, **self.who[x]) for x in names], lambda drawn: self._show(names, drawn)
+    )
+
+
 @patch
-def _show(self:Blind, names: list, drawn: list): # in the easel's thread: a choice waits until all buttons are there
+def _show(
+    self: Blind, names: list, drawn: list
+):  # in the easel's thread: a choice waits until all buttons are there
     with self.lock:
-        if set(names) != {self.one.value, self.other.value}: return # chosen anew meanwhile
+        if set(names) != {self.one.value, self.other.value}:
+            return  # chosen anew meanwhile
         self.pair = names, [some[0] for some in drawn]
-        self.shown.value = pair_html(*self.pair); self._enable(True)
+        self.shown.value = pair_html(*self.pair)
+        self._enable(True)
+
+
 @patch
-def _enable(self:Blind, on: bool):
-    for b in self.choose.values(): b.disabled = not on
+def _enable(self: Blind, on: bool):
+    for b in self.choose.values():
+        b.disabled = not on
+
+
 @patch
-def _forget(self:Blind, line: str = 'Press Next pair.'): # other contestants, or another pair is on its way: the one on the page counts no more
+def _forget(
+    self: Blind, line: str = 'Press Next pair.'
+):  # other contestants, or another pair is on its way: the one on the page counts no more
     with self.lock:
-        self._enable(False); self.pair, self.shown.value = None, note('Which is better?', f'<p>{line}</p>')
+        self._enable(False)
+        self.pair, self.shown.value = None, note('Which is better?', f'<p>{line}</p>')
     self._count()
 
 # %% ../../nbs/apps/04_blind_test.ipynb #5e39f4d6
 @patch
-def _chosen(self:Blind, side: str):
+def _chosen(self: Blind, side: str):
     with self.lock:
-        if not self.pair: return
-        (names, drawn), self.pair = self.pair, None; self._enable(False)
+        if not self.pair:
+            return
+        (names, drawn), self.pair = self.pair, None
+        self._enable(False)
         self.rows.append(line := decision(names, drawn, side))
         self.shown.value = pair_html(names, drawn, line['chosen'])
     try:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.file, 'a', encoding='utf-8') as f: f.write(json.dumps(line, ensure_ascii=False) + '\n')
-    except OSError as e: self.easel.say(f'The choice counts, but {self.file.name} cannot be written ({e.strerror}): it is forgotten with this page.', bad=True)
+        with open(self.file, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(line, ensure_ascii=False) + '\n')
+    except OSError as e:
+        self.easel.say(
+            f'The choice counts, but {self.file.name} cannot be written ({e.strerror}): it is forgotten with this page.',
+            bad=True,
+        )
     self._count()

@@ -24,208 +24,362 @@ from ..core.workspace import UserError
 
 # %% ../../nbs/apps/06_generating.ipynb #cf1f1086
 def wish_of(
-    data, # anything that JSON can say
+    data,  # anything that JSON can say
 ) -> Wish:
     "The wish that a request holds; a `UserError` when it is none, or asks for too much."
     kinds = {f.name: type(getattr(Wish(''), f.name)) for f in fields(Wish)}
-    if not isinstance(data, dict) or data.keys() - kinds: raise UserError('That is not a wish.')
+    if not isinstance(data, dict) or data.keys() - kinds:
+        raise UserError('That is not a wish.')
     for k, v in data.items():
-        if type(v) is not kinds[k] and not (kinds[k] is float and type(v) is int): raise UserError(f'{k}: {type(v).__name__} is not what belongs there.')
+        if type(v) is not kinds[k] and not (kinds[k] is float and type(v) is int):
+            raise UserError(f'{k}: {type(v).__name__} is not what belongs there.')
     return Wish(**{'prompt': '', **data}).check()
 
 # %% ../../nbs/apps/06_generating.ipynb #eff17594
 class Job:
     "A wish, and what there is to tell of it."
-    def __init__(self, who: str, wish: Wish, address: str = ''): self.who, self.wish, self.address, self.gone, self.lines, self.news = who, wish, address, False, [], asyncio.Event()
-    def tell(self, line: dict): self.lines.append(line); self.news.set()
+
+    def __init__(self, who: str, wish: Wish, address: str = ''):
+        self.who, self.wish, self.address, self.gone, self.lines, self.news = (
+            who,
+            wish,
+            address,
+            False,
+            [],
+            asyncio.Event(),
+        )
+
+    def tell(self, line: dict):
+        self.lines.append(line)
+        self.news.set()
+
     @property
-    def work(self) -> int: return self.wish.n*self.wish.steps*(1 + (self.wish.guidance > 1)) # passes of the network, by pictures
+    def work(self) -> int:
+        return (
+            self.wish.n * self.wish.steps * (1 + (self.wish.guidance > 1))
+        )  # passes of the network, by pictures
+
 
 class Refused(UserError):
     "A wish that must not wait here."
-    def __init__(self, status: int, words: str): super().__init__(words); self.status = status
+
+    def __init__(self, status: int, words: str):
+        super().__init__(words)
+        self.status = status
 
 # %% ../../nbs/apps/06_generating.ipynb #f3ea4966
-def rehearse(painter: Painter): # the first picture takes seconds more than the second: nobody should wait for them
+def rehearse(
+    painter: Painter,
+):  # the first picture takes seconds more than the second: nobody should wait for them
     if painter.exists:
-        with suppress(Exception): painter.paint(Wish('a flower', steps=2), lambda step: bool(step.preview(96)) or None)
+        with suppress(Exception):
+            painter.paint(Wish('a flower', steps=2), lambda step: bool(step.preview(96)) or None)
+
 
 class Desk:
     "Draws for all visitors, one wish after the other."
-    def __init__(self,
-        workspace: str | Path, # a workspace, or a model's folder
-        most: int = 20,        # wishes that may wait
-        rate: int = 120,       # pictures that may be asked for from one address in a minute
-        models: int = 3,       # that stay open: one for each model and backend that was asked for
+
+    def __init__(
+        self,
+        workspace: str | Path,  # a workspace, or a model's folder
+        most: int = 20,  # wishes that may wait
+        rate: int = 120,  # pictures that may be asked for from one address in a minute
+        models: int = 3,  # that stay open: one for each model and backend that was asked for
     ):
         self.workspace, self.most, self.rate, self.models = Path(workspace), most, rate, models
-        self.waiting, self.now, self.task, self.past, self.pace = [], None, None, [], 0. # pace: seconds that one pass takes
+        self.waiting, self.now, self.task, self.past, self.pace = (
+            [],
+            None,
+            None,
+            [],
+            0.0,
+        )  # pace: seconds that one pass takes
         self.thread, self.stamp, self.painter = ThreadPoolExecutor(1), None, None
         self.fresh()
 
-    def open(self) -> Painter: return Painter(self.workspace) # loading
+    def open(self) -> Painter:
+        return Painter(self.workspace)  # loading
 
-    def fresh(self): # other models than last time are loaded
-        try: stamp = [(k, (s := (f/'model_index.json').stat()).st_ino, s.st_mtime_ns) for k, f in models(self.workspace).items()]
-        except OSError: stamp = []
+    def fresh(self):  # other models than last time are loaded
+        try:
+            stamp = [
+                (k, (s := (f / 'model_index.json').stat()).st_ino, s.st_mtime_ns)
+                for k, f in models(self.workspace).items()
+            ]
+        except OSError:
+            stamp = []
         if not self.painter or stamp and stamp != self.stamp:
             self.stamp, self.painter = stamp, self.open()
             self.painter.kept, self.warm = self.models, self.thread.submit(rehearse, self.painter)
 
-    def about(self) -> dict: # `state`: missing, loading, ready or error, and a line
+    def about(self) -> dict:  # `state`: missing, loading, ready or error, and a line
         self.fresh()
-        if not self.painter.exists: return dict(state='missing', line=f'no model in {self.workspace.name}')
-        if not (self.painter.ready.is_set() and self.warm.done()): return dict(state='loading', line='the model is being loaded')
+        if not self.painter.exists:
+            return dict(state='missing', line=f'no model in {self.workspace.name}')
+        if not (self.painter.ready.is_set() and self.warm.done()):
+            return dict(state='loading', line='the model is being loaded')
         return dict(state='error' if self.painter.error else 'ready', line=self.painter.error)
 
 # %% ../../nbs/apps/06_generating.ipynb #140dca58
 @patch
-def seconds(self:Desk, jobs: list) -> float: return self.pace*sum(j.work for j in jobs) # that they will take
+def seconds(self: Desk, jobs: list) -> float:
+    return self.pace * sum(j.work for j in jobs)  # that they will take
+
+
 @patch
-def place(self:Desk, job: Job) -> dict: # how many are before it
-    before = [*([self.now] if self.now else []), *self.waiting[:self.waiting.index(job)]] if job in self.waiting else []
+def place(self: Desk, job: Job) -> dict:  # how many are before it
+    before = (
+        [*([self.now] if self.now else []), *self.waiting[: self.waiting.index(job)]]
+        if job in self.waiting
+        else []
+    )
     return dict(place=len(before), seconds=round(self.seconds(before)))
+
+
 @patch
-def count(self:Desk, who: str, n: int): # pictures of the last minute, of an address or a page; too many are refused
-    now = time.monotonic(); self.past = [p for p in self.past if p[0] > now - 60]
+def count(
+    self: Desk, who: str, n: int
+):  # pictures of the last minute, of an address or a page; too many are refused
+    now = time.monotonic()
+    self.past = [p for p in self.past if p[0] > now - 60]
     mine = [(t, k) for t, w, k in self.past if w == who]
-    if mine and sum(k for _, k in mine) + n > self.rate: raise Refused(429, f'{self.rate} pictures a minute are the most for one visitor: try again in {mine[0][0] + 60 - now:.0f} s.')
+    if mine and sum(k for _, k in mine) + n > self.rate:
+        raise Refused(
+            429,
+            f'{self.rate} pictures a minute are the most for one visitor: try again in {mine[0][0] + 60 - now:.0f} s.',
+        )
     self.past.append((now, who, n))
+
+
 @patch
-def admit(self:Desk,
-    who: str,          # the page
+def admit(
+    self: Desk,
+    who: str,  # the page
     wish: Wish,
-    address: str = '', # that it was opened from; '': it tells nothing
+    address: str = '',  # that it was opened from; '': it tells nothing
 ) -> Job:
     "A place in the queue. Raises `Refused`."
     self.fresh()
-    if not self.painter.exists: raise Refused(503, 'There is no model to draw with yet.')
-    if any(j.who == who for j in self.waiting): raise Refused(429, 'A wish of yours waits already: let it be drawn, or cancel it.')
-    if address and sum(j.address == address for j in self.waiting) >= max(1, self.most//4): raise Refused(429, 'Many wishes of yours wait already: let them be drawn.')
-    if len(self.waiting) >= self.most: raise Refused(503, f'Everybody is drawing: {len(self.waiting)} wishes wait' + (f', about {s:.0f} s' if (s := self.seconds(self.waiting)) >= 1 else '') + '. Try again a little later.')
+    if not self.painter.exists:
+        raise Refused(503, 'There is no model to draw with yet.')
+    if any(j.who == who for j in self.waiting):
+        raise Refused(429, 'A wish of yours waits already: let it be drawn, or cancel it.')
+    if address and sum(j.address == address for j in self.waiting) >= max(1, self.most // 4):
+        raise Refused(429, 'Many wishes of yours wait already: let them be drawn.')
+    if len(self.waiting) >= self.most:
+        raise Refused(
+            503,
+            f'Everybody is drawing: {len(self.waiting)} wishes wait'
+            + (f', about {s:.0f} s' if (s := self.seconds(self.waiting)) >= 1 else '')
+            + '. Try again a little later.',
+        )
     self.count(address or who, wish.n)
     self.waiting.append(job := Job(who, wish, address))
-    if self.task is None or self.task.done(): self.task = asyncio.create_task(self._run())
+    if self.task is None or self.task.done():
+        self.task = asyncio.create_task(self._run())
     return job
+
+
 @patch
-def leave(self:Desk, job: Job): # its visitor went away, or cancelled
+def leave(self: Desk, job: Job):  # its visitor went away, or cancelled
     job.gone = True
-    if job in self.waiting: self.waiting.remove(job)
+    if job in self.waiting:
+        self.waiting.remove(job)
 
 # %% ../../nbs/apps/06_generating.ipynb #6bcb1f1c
 @patch
-async def _run(self:Desk): # until nobody waits
+async def _run(self: Desk):  # until nobody waits
     loop = asyncio.get_running_loop()
     while self.waiting:
         self.now = self.waiting.pop(0)
         tell = lambda line, job=self.now: loop.call_soon_threadsafe(job.tell, line)
         self.now.tell(await loop.run_in_executor(self.thread, self._draw, self.now, tell))
         self.now = None
+
+
 @patch
-def _draw(self:Desk, job: Job, tell: Callable) -> dict: # the last line of a job
-    start = [time.monotonic()]*2 # of its first step, and when it was last told
+def _draw(self: Desk, job: Job, tell: Callable) -> dict:  # the last line of a job
+    start = [time.monotonic()] * 2  # of its first step, and when it was last told
+
     def on_step(step):
         now = time.monotonic()
-        if step.step == 1: start[0] = now
-        if now - start[1] > .12 or step.step in {1, step.steps, *strip_steps(step.steps, job.wish.strip)}:
+        if step.step == 1:
+            start[0] = now
+        if now - start[1] > 0.12 or step.step in {1, step.steps, *strip_steps(step.steps, job.wish.strip)}:
             start[1] = now
-            tell(dict(step=step.step, steps=step.steps, preview=[encoded(as_jpeg(p)) for p in step.preview(96)]))
+            tell(
+                dict(
+                    step=step.step, steps=step.steps, preview=[encoded(as_jpeg(p)) for p in step.preview(96)]
+                )
+            )
         return not job.gone
-    if job.gone: return dict(cancelled=True)
-    try:
-        with warnings.catch_warnings(record=True, action='always') as warned: pictures = self.painter.paint(job.wish, on_step)
-        for p in pictures: p.info['note'] = '; '.join(filter(None, (p.info.get('note'), unread(warned))))
-        self.pace = (time.monotonic() - start[0])/job.work
-        return dict(pictures=[encoded(to_png(p)) for p in pictures])
-    except Exception as e: return dict(cancelled=True) if job.gone else dict(error=friendly(e))
 
-def unread(warned: list) -> str: # what the text encoder left out of a prompt
+    if job.gone:
+        return dict(cancelled=True)
+    try:
+        with warnings.catch_warnings(record=True, action='always') as warned:
+            pictures = self.painter.paint(job.wish, on_step)
+        for p in pictures:
+            p.info['note'] = '; '.join(filter(None, (p.info.get('note'), unread(warned))))
+        self.pace = (time.monotonic() - start[0]) / job.work
+        return dict(pictures=[encoded(to_png(p)) for p in pictures])
+    except Exception as e:
+        return dict(cancelled=True) if job.gone else dict(error=friendly(e))
+
+
+def unread(warned: list) -> str:  # what the text encoder left out of a prompt
     return next((text for w in warned if 'not read' in (text := str(w.message))), '')
-def encoded(data: bytes) -> str: return base64.b64encode(data).decode()
-def as_jpeg(picture) -> bytes: b = io.BytesIO(); picture.save(b, 'JPEG', quality=90); return b.getvalue()
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def as_jpeg(picture) -> bytes:
+    b = io.BytesIO()
+    picture.save(b, 'JPEG', quality=90)
+    return b.getvalue()
 
 # %% ../../nbs/apps/06_generating.ipynb #1dbdd93a
-BEAT = .25 # seconds
-LAST = {'pictures', 'error', 'cancelled'} # a line with one of these
+BEAT = 0.25  # seconds
+LAST = {'pictures', 'error', 'cancelled'}  # a line with one of these
+
 
 class Draw(RequestHandler):
     "Takes a wish, and tells of it until it is drawn."
-    def initialize(self, desk: Desk): self.desk, self.job = desk, None
-    def on_connection_close(self): self.job and self.desk.leave(self.job)
+
+    def initialize(self, desk: Desk):
+        self.desk, self.job = desk, None
+
+    def on_connection_close(self):
+        self.job and self.desk.leave(self.job)
+
     def _admitted(self) -> Job:
-        try: data = json.loads(self.request.body)
-        except (ValueError, RecursionError): raise Refused(400, 'That is not JSON.') from None
+        try:
+            data = json.loads(self.request.body)
+        except (ValueError, RecursionError):
+            raise Refused(400, 'That is not JSON.') from None
         who, address = (data.get('who'), data.get('address', '')) if isinstance(data, dict) else (None, None)
-        if not (isinstance(who, str) and 0 < len(who) <= 64 and isinstance(address, str) and len(address) <= 64): raise Refused(400, 'That is not a wish of a visitor.')
+        if not (
+            isinstance(who, str) and 0 < len(who) <= 64 and isinstance(address, str) and len(address) <= 64
+        ):
+            raise Refused(400, 'That is not a wish of a visitor.')
         return self.desk.admit(who, wish_of(data.get('wish')), address)
+
     async def post(self):
-        try: self.job = job = self._admitted()
-        except UserError as e: self.set_status(getattr(e, 'status', 400)); return self.finish(dict(error=str(e)))
+        try:
+            self.job = job = self._admitted()
+        except UserError as e:
+            self.set_status(getattr(e, 'status', 400))
+            return self.finish(dict(error=str(e)))
         told = None
         try:
             with suppress(StreamClosedError):
                 while not job.gone and not (told and told.keys() & LAST):
                     lines, job.lines = job.lines or [self.desk.place(job)], []
-                    self.write(''.join(json.dumps(line) + '\n' for line in lines)); told = lines[-1]
+                    self.write(''.join(json.dumps(line) + '\n' for line in lines))
+                    told = lines[-1]
                     await self.flush()
-                    with suppress(asyncio.TimeoutError): await asyncio.wait_for(job.news.wait(), BEAT)
+                    with suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(job.news.wait(), BEAT)
                     job.news.clear()
-        finally: self.desk.leave(job)
+        finally:
+            self.desk.leave(job)
+
 
 class About(RequestHandler):
     "How the model is."
-    def initialize(self, desk: Desk): self.desk = desk
-    def get(self): self.finish(self.desk.about())
+
+    def initialize(self, desk: Desk):
+        self.desk = desk
+
+    def get(self):
+        self.finish(self.desk.about())
 
 # %% ../../nbs/apps/06_generating.ipynb #ec13e406
-def end_with_parent(path: Path): # its socket
+def end_with_parent(path: Path):  # its socket
     sys.stdin.buffer.read()
-    with suppress(OSError): path.unlink(missing_ok=True); path.parent.rmdir()
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
     os._exit(0)
 
-async def listen(desk: Desk, path: str | Path): # a socket to make
-    app = Application([(r'/draw', Draw, dict(desk=desk)), (r'/about', About, dict(desk=desk))], log_function=lambda request: None)
+
+async def listen(desk: Desk, path: str | Path):  # a socket to make
+    app = Application(
+        [(r'/draw', Draw, dict(desk=desk)), (r'/about', About, dict(desk=desk))],
+        log_function=lambda request: None,
+    )
     server = HTTPServer(app, max_body_size=2**16, body_timeout=10, idle_connection_timeout=60)
     server.add_socket(bind_unix_socket(str(path), 0o600))
-    return server # runs until it is stopped
+    return server  # runs until it is stopped
+
 
 def main(
     workspace: str,
-    path: str,           # of the socket
+    path: str,  # of the socket
     limits: str = '{}',  # of the desk, as JSON
 ):
     "The generator process: a workspace's model at a socket."
-    logging.disable(logging.WARNING) # requests that are no HTTP are no news
+    logging.disable(logging.WARNING)  # requests that are no HTTP are no news
     threading.Thread(target=end_with_parent, args=(Path(path),), daemon=True).start()
+
     async def forever():
         await listen(Desk(workspace, **json.loads(limits)), path)
         await asyncio.Event().wait()
+
     asyncio.run(forever())
 
 # %% ../../nbs/apps/06_generating.ipynb #36d87e64
 class Keeper:
     "The generator process of a server."
-    def __init__(self,
+
+    def __init__(
+        self,
         workspace: str | Path,
-        tries: int = 5, # deaths in ten minutes; after those it is left alone until the first is older
-        **limits,       # of its desk
+        tries: int = 5,  # deaths in ten minutes; after those it is left alone until the first is older
+        **limits,  # of its desk
     ):
-        self.folder = Path(tempfile.mkdtemp(prefix='flowerdiff-', dir=None if len(tempfile.gettempdir()) < 60 else '/tmp')) # a socket's path is at most a hundred characters
-        self.tries, self.deaths, self.socket = tries, [], str(self.folder/'socket')
-        self.command = [sys.executable, '-m', 'flowerdiff.apps.generating', str(workspace), self.socket, json.dumps(limits)]
+        self.folder = Path(
+            tempfile.mkdtemp(prefix='flowerdiff-', dir=None if len(tempfile.gettempdir()) < 60 else '/tmp')
+        )  # a socket's path is at most a hundred characters
+        self.tries, self.deaths, self.socket = tries, [], str(self.folder / 'socket')
+        self.command = [
+            sys.executable,
+            '-m',
+            'flowerdiff.apps.generating',
+            str(workspace),
+            self.socket,
+            json.dumps(limits),
+        ]
         self.start()
-    def start(self): self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def start(self):
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, start_new_session=True)
+
     @property
-    def dead(self) -> bool: return self.process.poll() is not None
-    def look(self): # now and then
-        if not self.dead: return
-        now = time.monotonic(); self.deaths = [t for t in self.deaths if t > now - 600]
-        if len(self.deaths) < self.tries: self.deaths.append(now); self.process.stdin.close(); self.start()
+    def dead(self) -> bool:
+        return self.process.poll() is not None
+
+    def look(self):  # now and then
+        if not self.dead:
+            return
+        now = time.monotonic()
+        self.deaths = [t for t in self.deaths if t > now - 600]
+        if len(self.deaths) < self.tries:
+            self.deaths.append(now)
+            self.process.stdin.close()
+            self.start()
+
     def close(self):
         self.process.stdin.close()
-        try: self.process.wait(5)
-        except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../../nbs/apps/06_generating.ipynb #6291515a
-if __name__ == '__main__' and '__file__' in globals(): main(*sys.argv[1:]) # a process of its own, not a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    main(*sys.argv[1:])  # a process of its own, not a notebook

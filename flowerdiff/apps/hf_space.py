@@ -21,87 +21,126 @@ from ..services.hub_cache import HUB_ID, snapshot
 from ..services.model_repo import hub_name, no_token, publish_hub
 from ..services.store import list_files
 from .studio import examples
-from ..core.workspace import UserError, atomic_dir, bytes_text, open_workspace, read_json, write_json, write_jsonl
+from flowerdiff.core.workspace import (
+    UserError,
+    atomic_dir,
+    bytes_text,
+    open_workspace,
+    read_json,
+    write_json,
+    write_jsonl,
+)
 
 # %% ../../nbs/apps/10_hf_space.ipynb #da5a49c2
 @dataclass
 class Source:
     "The model of a Space."
-    name: str               # a short one, for people
-    spec: str = 'model'     # `org/name@commit`; or the folder inside the Space
-    folder: Path = None     # the files that travel with it
-    license: str = None
-    private: bool = False   # needs a token to be fetched
-    words: list = field(default_factory=list) # examples of prompts
-    @property
-    def repo(self) -> str: return self.spec.partition('@')[0] if '@' in self.spec else ''
 
-def pinned_spec(spec: str) -> str: # as it is, when it names one commit
-    if not re.fullmatch(r'[0-9a-f]{40}', spec.partition('@')[2]): raise UserError(f'{spec}: a Space wants one commit of its model, such as {spec.partition("@")[0]}@ and the 40 digits that the repository shows under Files, History')
+    name: str  # a short one, for people
+    spec: str = 'model'  # `org/name@commit`; or the folder inside the Space
+    folder: Path = None  # the files that travel with it
+    license: str = None
+    private: bool = False  # needs a token to be fetched
+    words: list = field(default_factory=list)  # examples of prompts
+
+    @property
+    def repo(self) -> str:
+        return self.spec.partition('@')[0] if '@' in self.spec else ''
+
+
+def pinned_spec(spec: str) -> str:  # as it is, when it names one commit
+    if not re.fullmatch(r'[0-9a-f]{40}', spec.partition('@')[2]):
+        raise UserError(
+            f'{spec}: a Space wants one commit of its model, such as {spec.partition("@")[0]}@ and the 40 digits that the repository shows under Files, History'
+        )
     return spec
 
 # %% ../../nbs/apps/10_hf_space.ipynb #464aa581
 def source(
-    where: str | Path, # a workspace that was published, or org/name@commit
+    where: str | Path,  # a workspace that was published, or org/name@commit
 ) -> Source:
     "Which model a Space would show; a `UserError` says what is missing."
-    if HUB_ID.fullmatch(str(where)) and not Path(where).exists(): return Source(pinned_spec(str(where)).partition('@')[0].partition('/')[2], str(where))
-    record = Path(where)/'published.json'
-    if not record.is_file() or not (published := read_json(record)).get('revision'): raise UserError(f'{where}: was not published yet; flowerdiff run {where} does it')
+    if HUB_ID.fullmatch(str(where)) and not Path(where).exists():
+        return Source(pinned_spec(str(where)).partition('@')[0].partition('/')[2], str(where))
+    record = Path(where) / 'published.json'
+    if not record.is_file() or not (published := read_json(record)).get('revision'):
+        raise UserError(f'{where}: was not published yet; flowerdiff run {where} does it')
     ws = open_workspace(where)
-    known = dict(license=ws.settings.publish.license, private=published['private'], words=examples(ws.root)[:12])
-    if published['kind'] == 'hub': return Source(published['repository'].partition('/')[2], pinned_spec(f"{published['repository']}@{published['revision']}"), **known)
-    folder = ws.root/Path(ws.settings.publish.destination).expanduser()/published['repository']
-    if not (folder/'model_index.json').is_file(): raise UserError(f'{folder}: the published model is not there any more; flowerdiff run {where} --only publish --force makes it again')
+    known = dict(
+        license=ws.settings.publish.license, private=published['private'], words=examples(ws.root)[:12]
+    )
+    if published['kind'] == 'hub':
+        return Source(
+            published['repository'].partition('/')[2],
+            pinned_spec(f'{published["repository"]}@{published["revision"]}'),
+            **known,
+        )
+    folder = ws.root / Path(ws.settings.publish.destination).expanduser() / published['repository']
+    if not (folder / 'model_index.json').is_file():
+        raise UserError(
+            f'{folder}: the published model is not there any more; flowerdiff run {where} --only publish --force makes it again'
+        )
     return Source(published['repository'], folder=folder, **known)
 
 # %% ../../nbs/apps/10_hf_space.ipynb #6d224dc5
 def weights_gb(
-    model: Path, # a model's folder
-) -> float:      # GB of its weights in 32 bits
+    model: Path,  # a model's folder
+) -> float:  # GB of its weights in 32 bits
     "From the headers of its safetensors files; of ONNX files alone, their size."
     n = 0
     for path in model.glob('*/*.safetensors'):
-        with open(path, 'rb') as f: head = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
-        n += sum(4*math.prod(t['shape']) for k, t in head.items() if k != '__metadata__')
-    return (n or sum(p.stat().st_size for p in model.glob('*/model.onnx*')))/1e9
+        with open(path, 'rb') as f:
+            head = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
+        n += sum(4 * math.prod(t['shape']) for k, t in head.items() if k != '__metadata__')
+    return (n or sum(p.stat().st_size for p in model.glob('*/model.onnx*'))) / 1e9
+
 
 def visitors(
-    weights: float, # GB
+    weights: float,  # GB
     memory: float,  # GB that the server, the generator and all kernels may take
-    models: int = 1, # that stay open
-) -> int:           # from 1 to 20
-    return min(20, max(1, int((memory - .9 - 3*weights*models)/.13)))
+    models: int = 1,  # that stay open
+) -> int:  # from 1 to 20
+    return min(20, max(1, int((memory - 0.9 - 3 * weights * models) / 0.13)))
 
-def open_models(weights: float, memory: float) -> int: # that may stay open, 1 to 3: one for each backend that somebody chose, while ten visitors have room
+
+def open_models(
+    weights: float, memory: float
+) -> (
+    int
+):  # that may stay open, 1 to 3: one for each backend that somebody chose, while ten visitors have room
     return next((n for n in (3, 2) if visitors(weights, memory, n) >= 10), 1)
 
-def memory_for(weights: float) -> int: # GB in which ten visitors have room; a free Space has 16
+
+def memory_for(weights: float) -> int:  # GB in which ten visitors have room; a free Space has 16
     return next((gb for gb in (3, 8, 16) if visitors(weights, gb) >= 10), 16)
 
 # %% ../../nbs/apps/10_hf_space.ipynb #65a61a6d
 NEEDS = 'torch diffusers transformers safetensors tokenizers huggingface_hub onnxruntime ipywidgets ipykernel voila fastcore pydantic ruamel.yaml psutil tqdm numpy pillow packaging'.split()
-CUDA = re.compile(r'nvidia|cuda|triton') # what PyTorch's other build brings
+CUDA = re.compile(r'nvidia|cuda|triton')  # what PyTorch's other build brings
+
 
 def pinned(
     names: list[str] = NEEDS,
-) -> list[str]: # 'name==version'
+) -> list[str]:  # 'name==version'
     "These packages and whatever they need, at the versions installed here."
     found, todo = {}, [(n, '') for n in names]
     while todo:
         name, extra = todo.pop()
-        try: d = distribution(name)
-        except PackageNotFoundError: continue # of another system
-        found[canonicalize_name(name)] = d.version.partition('+')[0] + '+cpu'*(name == 'torch')
+        try:
+            d = distribution(name)
+        except PackageNotFoundError:
+            continue  # of another system
+        found[canonicalize_name(name)] = d.version.partition('+')[0] + '+cpu' * (name == 'torch')
         for r in map(Requirement, d.requires or []):
             wanted = not r.marker or r.marker.evaluate(dict(extra=extra))
-            if wanted and not CUDA.match(r.name) and canonicalize_name(r.name) not in found: todo += [(r.name, e) for e in ('', *r.extras)]
+            if wanted and not CUDA.match(r.name) and canonicalize_name(r.name) not in found:
+                todo += [(r.name, e) for e in ('', *r.extras)]
     return [f'{k}=={v}' for k, v in sorted(found.items())]
 
 # %% ../../nbs/apps/10_hf_space.ipynb #c4fc1373
 BASE = 'python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d'
 MARK = '# A studio made by flowerdiff'
-DOCKERFILE = '''{mark} {version}: python start.py runs the same without Docker.
+DOCKERFILE = """{mark} {version}: python start.py runs the same without Docker.
 FROM {base}
 
 RUN useradd --create-home --uid 1000 user
@@ -116,17 +155,25 @@ EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=10s --start-period=10m --retries=3 \\
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860/health', timeout=8)"]
 CMD ["python", "start.py"]
-'''
+"""
+
 
 def dockerfile(
-    parts: list[str],   # files and folders of the Space that it needs to run
-    wheel: str = '',    # a wheel beside it; '': flowerdiff comes from the package index
+    parts: list[str],  # files and folders of the Space that it needs to run
+    wheel: str = '',  # a wheel beside it; '': flowerdiff comes from the package index
 ) -> str:
     copies = '\n'.join(f'COPY {p} {p}' for p in parts)
-    return DOCKERFILE.format(mark=MARK, version=__version__, base=BASE, files=' '.join(filter(None, ['requirements.txt', wheel])), package=f'./{wheel}' if wheel else f'flowerdiff=={__version__}', copies=copies)
+    return DOCKERFILE.format(
+        mark=MARK,
+        version=__version__,
+        base=BASE,
+        files=' '.join(filter(None, ['requirements.txt', wheel])),
+        package=f'./{wheel}' if wheel else f'flowerdiff=={__version__}',
+        copies=copies,
+    )
 
 # %% ../../nbs/apps/10_hf_space.ipynb #bb4b4a96
-README = '''---
+README = """---
 {card}
 ---
 
@@ -148,120 +195,213 @@ python start.py
 ```
 
 `PORT` is another port, `HOST=0.0.0.0` lets other machines in. One process draws for all visitors: `memory=` in `start.py` is how many GB everything may take together, and so how many visitors can be there at a time.
-{private}'''
-PRIVATE = '''
+{private}"""
+PRIVATE = """
 ## The model is private
 
 The Space needs a token that may read `{repo}`: make one at huggingface.co/settings/tokens (fine-grained, read access to this repository), and give it to the Space under Settings, Variables and secrets, as the secret `HF_TOKEN`. Elsewhere it is the environment variable of
 that name. Who can open the Space can then draw with the model, and not download it.
-'''
+"""
+
 
 def readme(
     s: Source,
-    package: str, # what to give to pip for flowerdiff
+    package: str,  # what to give to pip for flowerdiff
 ) -> str:
     "README.md of the Space, header and page."
     from huggingface_hub import SpaceCardData
-    card = SpaceCardData(title=f'{s.name} studio', emoji='\U0001f338', colorFrom='pink', colorTo='green', sdk='docker', app_port=7860, pinned=False, license=s.license, models=[s.repo] if s.repo else None,
-        short_description=f'Draws pictures from words, with {s.name}'[:60])
-    model = f'with [{s.repo}](https://huggingface.co/{s.repo}) at `{s.spec.partition("@")[2][:12]}`' if s.repo else 'with the model in `model/`'
-    return README.format(card=card.to_yaml(), name=f'{s.name} studio', model=model, package=package, private=PRIVATE.format(repo=s.repo) if s.repo and s.private else '')
+
+    card = SpaceCardData(
+        title=f'{s.name} studio',
+        emoji='\U0001f338',
+        colorFrom='pink',
+        colorTo='green',
+        sdk='docker',
+        app_port=7860,
+        pinned=False,
+        license=s.license,
+        models=[s.repo] if s.repo else None,
+        short_description=f'Draws pictures from words, with {s.name}'[:60],
+    )
+    model = (
+        f'with [{s.repo}](https://huggingface.co/{s.repo}) at `{s.spec.partition("@")[2][:12]}`'
+        if s.repo
+        else 'with the model in `model/`'
+    )
+    return README.format(
+        card=card.to_yaml(),
+        name=f'{s.name} studio',
+        model=model,
+        package=package,
+        private=PRIVATE.format(repo=s.repo) if s.repo and s.private else '',
+    )
 
 # %% ../../nbs/apps/10_hf_space.ipynb #b0660249
-START = '''"Gets the model and serves its studio: python start.py"
+START = """"Gets the model and serves its studio: python start.py"
 import os
 from flowerdiff.apps.hf_space import start
 
 start({spec!r}, {name!r}, host=os.environ.get('HOST', '127.0.0.1'), port=int(os.environ.get('PORT', 7860)))
-'''
+"""
 
-FILES = ['*.json', '*.safetensors', '*.txt', '*.onnx', '*.onnx_data'] # of a model's repository; engines want a GPU
+FILES = [
+    '*.json',
+    '*.safetensors',
+    '*.txt',
+    '*.onnx',
+    '*.onnx_data',
+]  # of a model's repository; engines want a GPU
 
-def model_parts(folder: Path) -> list[Path]: # what drawing needs of a published model
-    return [p for p in list_files(folder) if p.suffix in {Path(f).suffix for f in FILES} and p.relative_to(folder).parts[0] != 'samples']
 
-def write_examples(captions: Path, words: list[str]): # where and as the studio reads them
-    write_jsonl(captions/'metadata.jsonl', [dict(file_name=f'{i}.jpg', captions=[w]) for i, w in enumerate(words)])
+def model_parts(folder: Path) -> list[Path]:  # what drawing needs of a published model
+    return [
+        p
+        for p in list_files(folder)
+        if p.suffix in {Path(f).suffix for f in FILES} and p.relative_to(folder).parts[0] != 'samples'
+    ]
 
-def check_space_folder(folder: Path): # raises a UserError for a folder that something else made
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder/'Dockerfile').is_file() and (folder/'Dockerfile').read_text(encoding='utf-8').startswith(MARK))):
+
+def write_examples(captions: Path, words: list[str]):  # where and as the studio reads them
+    write_jsonl(
+        captions / 'metadata.jsonl', [dict(file_name=f'{i}.jpg', captions=[w]) for i, w in enumerate(words)]
+    )
+
+
+def check_space_folder(folder: Path):  # raises a UserError for a folder that something else made
+    if folder.exists() and not (
+        folder.is_dir()
+        and (
+            not any(folder.iterdir())
+            or (folder / 'Dockerfile').is_file()
+            and (folder / 'Dockerfile').read_text(encoding='utf-8').startswith(MARK)
+        )
+    ):
         raise UserError(f'{folder}: is there already and is no Space of flowerdiff; give another one with -o')
 
 # %% ../../nbs/apps/10_hf_space.ipynb #eef336ec
 def make_space(
-    where: str | Path,              # a workspace that was published, or org/name@commit
-    folder: str | Path = 'space',   # made, or made anew
-    wheel: str | Path = None,       # of a flowerdiff that the package index does not have; travels in the Space
+    where: str | Path,  # a workspace that was published, or org/name@commit
+    folder: str | Path = 'space',  # made, or made anew
+    wheel: str | Path = None,  # of a flowerdiff that the package index does not have; travels in the Space
 ) -> Path:
     "Write the folder of a Space. It can be run (`python start.py`) and pushed."
     s, folder, wheel = source(where), Path(folder).absolute(), Path(wheel) if wheel else None
-    if wheel and not (wheel.is_file() and wheel.suffix == '.whl'): raise UserError(f'{wheel}: is no wheel; `pip wheel --no-deps .` makes one in a checkout of flowerdiff')
+    if wheel and not (wheel.is_file() and wheel.suffix == '.whl'):
+        raise UserError(
+            f'{wheel}: is no wheel; `pip wheel --no-deps .` makes one in a checkout of flowerdiff'
+        )
     check_space_folder(folder)
     with atomic_dir(folder) as new:
-        (new/'start.py').write_text(START.format(spec=s.spec, name=s.name), encoding='utf-8')
-        (new/'requirements.txt').write_text('--extra-index-url https://download.pytorch.org/whl/cpu\n' + '\n'.join(pinned()) + '\n', encoding='utf-8')
-        if s.words: write_examples(new/'captions', s.words)
+        (new / 'start.py').write_text(START.format(spec=s.spec, name=s.name), encoding='utf-8')
+        (new / 'requirements.txt').write_text(
+            '--extra-index-url https://download.pytorch.org/whl/cpu\n' + '\n'.join(pinned()) + '\n',
+            encoding='utf-8',
+        )
+        if s.words:
+            write_examples(new / 'captions', s.words)
         for p in model_parts(s.folder) if s.folder else []:
-            to = new/'model'/p.relative_to(s.folder); to.parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(p, to)
-        if wheel: shutil.copyfile(wheel, new/wheel.name)
-        parts = [p for p in ('start.py', 'captions', 'model') if (new/p).exists()]
-        (new/'Dockerfile').write_text(dockerfile(parts, wheel.name if wheel else ''), encoding='utf-8')
-        (new/'README.md').write_text(readme(s, f'./{wheel.name}' if wheel else f'flowerdiff=={__version__}'), encoding='utf-8')
+            to = new / 'model' / p.relative_to(s.folder)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(p, to)
+        if wheel:
+            shutil.copyfile(wheel, new / wheel.name)
+        parts = [p for p in ('start.py', 'captions', 'model') if (new / p).exists()]
+        (new / 'Dockerfile').write_text(dockerfile(parts, wheel.name if wheel else ''), encoding='utf-8')
+        (new / 'README.md').write_text(
+            readme(s, f'./{wheel.name}' if wheel else f'flowerdiff=={__version__}'), encoding='utf-8'
+        )
     return folder
 
 # %% ../../nbs/apps/10_hf_space.ipynb #37f25108
-def card_prompts(model: Path) -> list[str]: # of the pictures on its card; none where there is no card, or another kind of one
+def card_prompts(
+    model: Path,
+) -> list[str]:  # of the pictures on its card; none where there is no card, or another kind of one
     from huggingface_hub import ModelCard
-    try: return [w['text'] for w in ModelCard((model/'README.md').read_text(encoding='utf-8')).data.widget]
-    except Exception: return []
+
+    try:
+        return [w['text'] for w in ModelCard((model / 'README.md').read_text(encoding='utf-8')).data.widget]
+    except Exception:
+        return []
+
 
 def room(
-    model: Path,    # the model's folder
-    captions: Path, # the Space's examples, which may be missing
-    name: str,      # that the page shows
-) -> Path:          # what the studio takes for a workspace
-    new = Path(tempfile.mkdtemp(prefix='space-'))/name; new.mkdir()
+    model: Path,  # the model's folder
+    captions: Path,  # the Space's examples, which may be missing
+    name: str,  # that the page shows
+) -> Path:  # what the studio takes for a workspace
+    new = Path(tempfile.mkdtemp(prefix='space-')) / name
+    new.mkdir()
     for kind, to in (('model', model), ('captions', captions)):
-        if to.is_dir(): (new/kind).symlink_to(to.absolute())
-    if not captions.is_dir(): write_examples(new/'captions', card_prompts(model))
+        if to.is_dir():
+            (new / kind).symlink_to(to.absolute())
+    if not captions.is_dir():
+        write_examples(new / 'captions', card_prompts(model))
     return new
 
 # %% ../../nbs/apps/10_hf_space.ipynb #dfd800a5
 def fetch(
-    spec: str, # org/name@commit
-) -> Path:     # its files, in the Hub's cache
+    spec: str,  # org/name@commit
+) -> Path:  # its files, in the Hub's cache
     "A model at its commit. A token is taken from HF_TOKEN."
-    try: return snapshot(spec, allow_patterns=[*FILES, 'README.md'])
-    except Exception as e: raise UserError(f"{spec}: the Hub does not give it ({type(e).__name__}); {'see whether the token in HF_TOKEN may read it' if os.environ.get('HF_TOKEN') else 'if it is private, set the secret HF_TOKEN to a token that may read it'}") from e
+    try:
+        return snapshot(spec, allow_patterns=[*FILES, 'README.md'])
+    except Exception as e:
+        raise UserError(
+            f'{spec}: the Hub does not give it ({type(e).__name__}); {"see whether the token in HF_TOKEN may read it" if os.environ.get("HF_TOKEN") else "if it is private, set the secret HF_TOKEN to a token that may read it"}'
+        ) from e
 
 # %% ../../nbs/apps/10_hf_space.ipynb #101981ac
-HUB = 'https://huggingface.co https://*.hf.space' # where the Hub shows a Space
+HUB = 'https://huggingface.co https://*.hf.space'  # where the Hub shows a Space
+
 
 def start(
-    spec: str,             # a folder beside start.py, or org/name@commit
-    name: str,             # that the page shows
-    host: str = '127.0.0.1', # 0.0.0.0 lets other machines in
+    spec: str,  # a folder beside start.py, or org/name@commit
+    name: str,  # that the page shows
+    host: str = '127.0.0.1',  # 0.0.0.0 lets other machines in
     port: int = 7860,
     memory: float = None,  # GB for everything together; None: room for ten visitors, see `memory_for`
 ):
     "What start.py does: get the model, serve the studio until it is stopped."
     from flowerdiff.apps.serving import serve
+
     here = Path(sys.argv[0]).absolute().parent
     try:
-        model = here/spec if (here/spec).is_dir() else fetch(spec)
-        gb = weights_gb(model); memory = memory or memory_for(gb); models = open_models(gb, memory)
-        serve(room(model, here/'captions', name), port, ip=host, idle_minutes=3, visitors=visitors(gb, memory, models), models=models, frames=HUB, proxied='SPACE_ID' in os.environ)
-    except UserError as e: sys.exit(str(e))
+        model = here / spec if (here / spec).is_dir() else fetch(spec)
+        gb = weights_gb(model)
+        memory = memory or memory_for(gb)
+        models = open_models(gb, memory)
+        serve(
+            room(model, here / 'captions', name),
+            port,
+            ip=host,
+            idle_minutes=3,
+            visitors=visitors(gb, memory, models),
+            models=models,
+            frames=HUB,
+            proxied='SPACE_ID' in os.environ,
+        )
+    except UserError as e:
+        sys.exit(str(e))
 
 # %% ../../nbs/apps/10_hf_space.ipynb #719a082b
 def push_space(
-    folder: Path,            # from `make_space`
-    repo: str,               # owner/name
-    workspace: str | Path,   # which remembers what it pushed last
-    api=None,                # a `huggingface_hub.HfApi`
-) -> dict:                   # `url`, `changed`, `revision`
+    folder: Path,  # from `make_space`
+    repo: str,  # owner/name
+    workspace: str | Path,  # which remembers what it pushed last
+    api=None,  # a `huggingface_hub.HfApi`
+) -> dict:  # `url`, `changed`, `revision`
     "Make the Space or bring it up to date."
     hub_name(repo, '--push')
-    if not Path(workspace).is_dir(): raise UserError(f'{workspace}: no workspace remembers what was pushed; push with: hf upload {repo} {folder} . --repo-type space')
-    if not api and (why := no_token(repo)): raise UserError(why)
-    return publish_hub(folder, repo, Path(workspace).absolute()/'work'/'publish'/f"space-{repo.replace('/', '--')}.json", api=api, repo_type='space')
+    if not Path(workspace).is_dir():
+        raise UserError(
+            f'{workspace}: no workspace remembers what was pushed; push with: hf upload {repo} {folder} . --repo-type space'
+        )
+    if not api and (why := no_token(repo)):
+        raise UserError(why)
+    return publish_hub(
+        folder,
+        repo,
+        Path(workspace).absolute() / 'work' / 'publish' / f'space-{repo.replace("/", "--")}.json',
+        api=api,
+        repo_type='space',
+    )

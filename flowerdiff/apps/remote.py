@@ -20,106 +20,175 @@ from ..core.workspace import UserError
 @dataclass
 class Place:
     "Of a wish that waits."
-    place: int = 0     # wishes before it; 0: it is being drawn
-    seconds: float = 0 # that those will take; 0: not known
+
+    place: int = 0  # wishes before it; 0: it is being drawn
+    seconds: float = 0  # that those will take; 0: not known
+
 
 @dataclass
 class Seen:
     "A step of the drawing, as `flowerdiff.inference.sampling_loop.Step` for a page."
+
     step: int
     steps: int
-    jpegs: list = field(default_factory=list, repr=False) # base64
-    def preview(self, size: int = 96) -> list: # of PIL.Image, the longer side as long
-        from PIL import Image
-        pictures = [Image.open(io.BytesIO(base64.b64decode(j))) for j in self.jpegs]
-        return [p.resize((round(p.width*size/max(p.size)), round(p.height*size/max(p.size)))) for p in pictures]
+    jpegs: list = field(default_factory=list, repr=False)  # base64
 
-class Cancelled(Exception): "The callback asked to stop."
+    def preview(self, size: int = 96) -> list:  # of PIL.Image, the longer side as long
+        from PIL import Image
+
+        pictures = [Image.open(io.BytesIO(base64.b64decode(j))) for j in self.jpegs]
+        return [
+            p.resize((round(p.width * size / max(p.size)), round(p.height * size / max(p.size))))
+            for p in pictures
+        ]
+
+
+class Cancelled(Exception):
+    "The callback asked to stop."
 
 # %% ../../nbs/apps/07_remote.ipynb #ffc31b56
 class Line(HTTPConnection):
     "HTTP over a Unix socket."
-    def __init__(self, path: str, timeout: float = 60): super().__init__('localhost', timeout=timeout); self.path = path
-    def connect(self): self.sock = socket.socket(socket.AF_UNIX); self.sock.settimeout(self.timeout); self.sock.connect(self.path)
-    def ask(self, path: str, body: dict | None = None): # the response
+
+    def __init__(self, path: str, timeout: float = 60):
+        super().__init__('localhost', timeout=timeout)
+        self.path = path
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+    def ask(self, path: str, body: dict | None = None):  # the response
         self.request('POST' if body else 'GET', path, json.dumps(body) if body else None)
         return self.getresponse()
 
-def about(path: str, timeout: float = 60) -> dict: # of a generator's socket
+
+def about(path: str, timeout: float = 60) -> dict:  # of a generator's socket
     "`state` and `line` of a generator; the state is `gone` when it does not answer."
     line = Line(path, timeout)
-    try: return json.loads(line.ask('/about').read())
-    except (OSError, HTTPException, ValueError): return dict(state='gone', line='the generator is being started')
-    finally: line.close()
+    try:
+        return json.loads(line.ask('/about').read())
+    except (OSError, HTTPException, ValueError):
+        return dict(state='gone', line='the generator is being started')
+    finally:
+        line.close()
 
 # %% ../../nbs/apps/07_remote.ipynb #1e0b2c59
-SOCKET, VISITOR = 'FLOWERDIFF_SOCKET', 'HTTP_X_FLOWERDIFF_VISITOR' # a kernel's environment: the generator, the address of its page
+SOCKET, VISITOR = (
+    'FLOWERDIFF_SOCKET',
+    'HTTP_X_FLOWERDIFF_VISITOR',
+)  # a kernel's environment: the generator, the address of its page
 STOPPED = 'The generator stopped in the middle of it and is being started again: press Draw once more.'
+
 
 class RemotePainter:
     "Has its wishes drawn by a generator."
-    def __init__(self,
+
+    def __init__(
+        self,
         workspace: str | Path,
-        path: str | None = None, # of the generator's socket; None: the server's
-        patience: float = 60,    # seconds until a generator that does not answer is given up
+        path: str | None = None,  # of the generator's socket; None: the server's
+        patience: float = 60,  # seconds until a generator that does not answer is given up
     ):
         self.workspace, self.path, self.patience = Path(workspace), path or os.environ[SOCKET], patience
-        self.who, self.error, self.ready, self.turn = uuid.uuid4().hex, '', threading.Event(), threading.Lock()
-        if self.exists: threading.Thread(target=self._wait, daemon=True).start()
+        self.who, self.error, self.ready, self.turn = (
+            uuid.uuid4().hex,
+            '',
+            threading.Event(),
+            threading.Lock(),
+        )
+        if self.exists:
+            threading.Thread(target=self._wait, daemon=True).start()
 
     @property
-    def exists(self) -> bool: return find_model(self.workspace) is not None
+    def exists(self) -> bool:
+        return find_model(self.workspace) is not None
 
-    choices = Painter.choices # looks at files alone
+    choices = Painter.choices  # looks at files alone
 
-    def _wait(self): # until the model is loaded
+    def _wait(self):  # until the model is loaded
         end = time.monotonic() + self.patience
         while (now := about(self.path))['state'] in ('loading', 'gone'):
-            if now['state'] == 'gone' and time.monotonic() > end: break
-            time.sleep(.2)
+            if now['state'] == 'gone' and time.monotonic() > end:
+                break
+            time.sleep(0.2)
         self.error = now['line'] if now['state'] != 'ready' else ''
         self.ready.set()
 
-    def paint(self,
+    def paint(
+        self,
         wish: Wish,
-        on_step: Callable | None = None, # called with a `Place` or a `Seen`; returning False cancels
-    ) -> list:                           # of PIL.Image, with `info['note']` as the painter's
+        on_step: Callable | None = None,  # called with a `Place` or a `Seen`; returning False cancels
+    ) -> list:  # of PIL.Image, with `info['note']` as the painter's
         "Draw a wish; waits for its turn."
+
         def heard(x):
-            if on_step and on_step(x) is False: raise Cancelled
+            if on_step and on_step(x) is False:
+                raise Cancelled
+
         wish.check()
-        while not self.turn.acquire(timeout=.25): heard(Place(1)) # another tab of this page draws
-        try: return self._paint(wish, heard)
-        finally: self.turn.release()
+        while not self.turn.acquire(timeout=0.25):
+            heard(Place(1))  # another tab of this page draws
+        try:
+            return self._paint(wish, heard)
+        finally:
+            self.turn.release()
 
 # %% ../../nbs/apps/07_remote.ipynb #2885d633
 @patch
-def _paint(self:RemotePainter, wish: Wish, heard: Callable) -> list: # as `paint`, when it is this tab's turn
-    line, answer = self._ask(dict(who=self.who, address=os.environ.get(VISITOR, ''), wish=asdict(wish)), heard)
-    try: return self._listen(answer, heard)
-    finally: answer.close(); line.close()
+def _paint(
+    self: RemotePainter, wish: Wish, heard: Callable
+) -> list:  # as `paint`, when it is this tab's turn
+    line, answer = self._ask(
+        dict(who=self.who, address=os.environ.get(VISITOR, ''), wish=asdict(wish)), heard
+    )
+    try:
+        return self._listen(answer, heard)
+    finally:
+        answer.close()
+        line.close()
+
+
 @patch
-def _ask(self:RemotePainter, body: dict, heard: Callable) -> tuple: # the connection and the response
+def _ask(self: RemotePainter, body: dict, heard: Callable) -> tuple:  # the connection and the response
     end = time.monotonic() + self.patience
     while True:
         line = Line(self.path)
-        try: line.connect(); break
+        try:
+            line.connect()
+            break
         except OSError:
-            line.close(); heard(Place()); time.sleep(.2)
-            if time.monotonic() > end: raise UserError('The generator does not answer. Try again in a few minutes.') from None
-    try: return line, line.ask('/draw', body)
-    except (OSError, HTTPException) as e: line.close(); raise UserError(STOPPED) from e
+            line.close()
+            heard(Place())
+            time.sleep(0.2)
+            if time.monotonic() > end:
+                raise UserError('The generator does not answer. Try again in a few minutes.') from None
+    try:
+        return line, line.ask('/draw', body)
+    except (OSError, HTTPException) as e:
+        line.close()
+        raise UserError(STOPPED) from e
+
+
 @patch
-def _listen(self:RemotePainter, answer, heard: Callable) -> list: # of PIL.Image
+def _listen(self: RemotePainter, answer, heard: Callable) -> list:  # of PIL.Image
     from PIL import Image
+
     for line in _lines(answer):
-        if 'error' in line: raise UserError(line['error'])
-        if 'cancelled' in line: raise Cancelled
-        if 'pictures' in line: return [Image.open(io.BytesIO(base64.b64decode(p))) for p in line['pictures']]
+        if 'error' in line:
+            raise UserError(line['error'])
+        if 'cancelled' in line:
+            raise Cancelled
+        if 'pictures' in line:
+            return [Image.open(io.BytesIO(base64.b64decode(p))) for p in line['pictures']]
         heard(Seen(line['step'], line['steps'], line['preview']) if 'step' in line else Place(**line))
 
-def _lines(answer): # JSON, line by line; there is always a last one
+
+def _lines(answer):  # JSON, line by line; there is always a last one
     try:
-        for text in answer: yield json.loads(text)
-    except (OSError, HTTPException, ValueError) as e: raise UserError(STOPPED) from e
+        for text in answer:
+            yield json.loads(text)
+    except (OSError, HTTPException, ValueError) as e:
+        raise UserError(STOPPED) from e
     raise UserError(STOPPED)

@@ -15,137 +15,258 @@ from ..evaluation.report import line_chart, smooth
 
 # %% ../../nbs/apps/05_run_browser.ipynb #5610ed40
 def line_starts(
-    file: Path,      # captions/metadata.jsonl
+    file: Path,  # captions/metadata.jsonl
     word: str = '',  # only lines with this text
-) -> list[int]:      # bytes
+) -> list[int]:  # bytes
     "Where the lines begin."
     word, found, at = word.lower().encode(), [], 0
     try:
         with open(file, 'rb') as f:
             for line in f:
-                if line.strip() and word in line.lower(): found.append(at)
+                if line.strip() and word in line.lower():
+                    found.append(at)
                 at += len(line)
-    except OSError: pass
+    except OSError:
+        pass
     return found
 
-def read_rows(file: Path, starts: list) -> list: # of dict with file_name and captions
+
+def read_rows(file: Path, starts: list) -> list:  # of dict with file_name and captions
     rows = []
     with open(file, 'rb') as f:
         for at in starts:
             f.seek(at)
-            try: r = json.loads(f.readline())
-            except ValueError: continue
-            if isinstance(r, dict) and isinstance(r.get('file_name'), str): rows.append(r)
+            try:
+                r = json.loads(f.readline())
+            except ValueError:
+                continue
+            if isinstance(r, dict) and isinstance(r.get('file_name'), str):
+                rows.append(r)
     return rows
 
 # %% ../../nbs/apps/05_run_browser.ipynb #d7f6c7d1
 def picture_card(
-    root: Path, # of pictures
-    r: dict,    # see `read_rows`
+    root: Path,  # of pictures
+    r: dict,  # see `read_rows`
     side: int = 320,
-) -> str:       # HTML
+) -> str:  # HTML
     "A picture of the data with its captions."
     from PIL import Image
+
     captions = [str(c) for c in r.get('captions') or ['no caption']]
     try:
-        path = (root/r['file_name']).resolve()
-        if not path.is_relative_to(root.resolve()): raise OSError('not among the pictures')
-        picture = Image.open(path); picture.load(); picture.thumbnail((side, side))
+        path = (root / r['file_name']).resolve()
+        if not path.is_relative_to(root.resolve()):
+            raise OSError('not among the pictures')
+        picture = Image.open(path)
+        picture.load()
+        picture.thumbnail((side, side))
         shown = shot(jpeg(picture, 88), captions[0], picture.size)
-    except (OSError, ValueError, SyntaxError): shown = '<div class="fd-lost">this picture cannot be read</div>'
+    except (OSError, ValueError, SyntaxError):
+        shown = '<div class="fd-lost">this picture cannot be read</div>'
     more = ''.join(f'<small>{html.escape(c)}</small>' for c in captions[1:])
     return f'<div class="fd-card"><figure>{shown}<figcaption>{html.escape(captions[0])}{more}<small class="fd-file">{html.escape(r["file_name"])}</small></figcaption></figure></div>'
 
 # %% ../../nbs/apps/05_run_browser.ipynb #4e5aff98
-def newest_run(root: Path) -> Path | None: # folder of the training that wrote last
-    runs = [f.parent for f in (root/'work').glob('train-*/events.jsonl')]
-    return max(runs, key=lambda r: (r/'events.jsonl').stat().st_mtime, default=None)
+def newest_run(root: Path) -> Path | None:  # folder of the training that wrote last
+    runs = [f.parent for f in (root / 'work').glob('train-*/events.jsonl')]
+    return max(runs, key=lambda r: (r / 'events.jsonl').stat().st_mtime, default=None)
 
-def losses(root: Path) -> tuple: # name -> [(step, loss)]; what is known of the run
+
+def losses(root: Path) -> tuple:  # name -> [(step, loss)]; what is known of the run
     "Training and validation loss."
     run, facts = newest_run(root), {}
-    try: facts = json.loads((root/'train.json').read_text())
-    except (OSError, ValueError): pass
+    try:
+        facts = json.loads((root / 'train.json').read_text())
+    except (OSError, ValueError):
+        pass
     curves = dict(training=facts.get('loss_curve', []), validation=facts.get('validation_curve', []))
     if not facts and run:
-        for line in (run/'events.jsonl').read_text(errors='replace').splitlines():
-            try: e = json.loads(line)
-            except ValueError: continue
+        for line in (run / 'events.jsonl').read_text(errors='replace').splitlines():
+            try:
+                e = json.loads(line)
+            except ValueError:
+                continue
             kind = dict(step='training', validation='validation').get(e.get('event'))
-            if kind and isinstance(e.get('loss'), (int, float)): curves[kind].append((e['step'], e['loss']))
+            if kind and isinstance(e.get('loss'), (int, float)):
+                curves[kind].append((e['step'], e['loss']))
     return {k: v for k, v in curves.items() if v}, facts
 
-def facts_line(facts: dict) -> str: # in words
-    said = [('steps', '{:,} steps'), ('samples_per_second', '{:,.0f} pictures a second'), ('seconds', '{:,.0f} s'), ('parameters', '{:,} parameters'), ('device', 'on {}')]
+
+def facts_line(facts: dict) -> str:  # in words
+    said = [
+        ('steps', '{:,} steps'),
+        ('samples_per_second', '{:,.0f} pictures a second'),
+        ('seconds', '{:,.0f} s'),
+        ('parameters', '{:,} parameters'),
+        ('device', 'on {}'),
+    ]
     return ' · '.join(form.format(facts[k]) for k, form in said if facts.get(k))
+
 
 def curves_html(root: Path) -> str:
     curves, facts = losses(root)
-    if not curves: return note('No training yet', '<p>Its curves are drawn here as soon as it begins.</p>')
+    if not curves:
+        return note('No training yet', '<p>Its curves are drawn here as soon as it begins.</p>')
     chart = line_chart({k: smooth(v) if len(v) > 30 else v for k, v in curves.items()}, 'steps')
-    last = f"validation loss {curves['validation'][-1][1]:.4f}" if 'validation' in curves else f"training loss {curves['training'][-1][1]:.4f}"
+    last = (
+        f'validation loss {curves["validation"][-1][1]:.4f}'
+        if 'validation' in curves
+        else f'training loss {curves["training"][-1][1]:.4f}'
+    )
     return f'<div class="fd-panel"><h2 class="fd-h">Loss</h2>{chart}<div class="fd-soft">{html.escape(" · ".join(filter(None, [last, facts_line(facts)])))}</div></div>'
 
 # %% ../../nbs/apps/05_run_browser.ipynb #550aa3a4
 KINDS = dict(samples='Drawn from noise', guesses='Guessed from noisy pictures')
 
+
 class Grids:
     "A slider over the grids of a run: `Grids(run).widget`."
+
     def __init__(self, run: Path | None):
         self.run = run
-        kinds = [k for k in KINDS if run and any((run/k).glob('*.png'))]
-        self.kind, self.step, self.shown = w.Dropdown(options=[(KINDS[k], k) for k in kinds], description='Grids'), w.SelectionSlider(options=[0], description='Step', continuous_update=True, layout=w.Layout(width='100%')), w.HTML()
-        self.widget = classed(w.VBox([w.HTML('<h2 class="fd-h">Over training time</h2>'), row(self.kind), self.step, self.shown]), 'fd-panel') if kinds else w.HTML(note('No grids yet', '<p>Training keeps one from time to time.</p>'))
-        self.kind.observe(lambda _: self._steps(), 'value'); self.step.observe(lambda _: self._show(), 'value')
-        if kinds: self._steps()
+        kinds = [k for k in KINDS if run and any((run / k).glob('*.png'))]
+        self.kind, self.step, self.shown = (
+            w.Dropdown(options=[(KINDS[k], k) for k in kinds], description='Grids'),
+            w.SelectionSlider(
+                options=[0], description='Step', continuous_update=True, layout=w.Layout(width='100%')
+            ),
+            w.HTML(),
+        )
+        self.widget = (
+            classed(
+                w.VBox(
+                    [
+                        w.HTML('<h2 class="fd-h">Over training time</h2>'),
+                        row(self.kind),
+                        self.step,
+                        self.shown,
+                    ]
+                ),
+                'fd-panel',
+            )
+            if kinds
+            else w.HTML(note('No grids yet', '<p>Training keeps one from time to time.</p>'))
+        )
+        self.kind.observe(lambda _: self._steps(), 'value')
+        self.step.observe(lambda _: self._show(), 'value')
+        if kinds:
+            self._steps()
 
     def _steps(self):
-        steps = sorted(int(f.stem) for f in (self.run/self.kind.value).glob('*.png') if f.stem.isdigit())
+        steps = sorted(int(f.stem) for f in (self.run / self.kind.value).glob('*.png') if f.stem.isdigit())
         self.step.options = [(f'{s:,}', s) for s in steps]
-        self.step.value = steps[-1]; self._show()
+        self.step.value = steps[-1]
+        self._show()
 
     def _show(self):
-        file = self.run/self.kind.value/f'{self.step.value:08d}.png'
-        try: data = data_url(file.read_bytes())
-        except OSError: data = ''
-        self.shown.value = f'<img class="fd-grid" alt="{KINDS[self.kind.value]}, step {self.step.value}" src="{data}">'
+        file = self.run / self.kind.value / f'{self.step.value:08d}.png'
+        try:
+            data = data_url(file.read_bytes())
+        except OSError:
+            data = ''
+        self.shown.value = (
+            f'<img class="fd-grid" alt="{KINDS[self.kind.value]}, step {self.step.value}" src="{data}">'
+        )
 
 # %% ../../nbs/apps/05_run_browser.ipynb #b2cafe85
 class Explore:
     "The tab: `Explore(workspace).page` is the widget to show."
-    size = 12 # pictures a page
+
+    size = 12  # pictures a page
+
     def __init__(self, workspace: str | Path):
-        self.root = root = Path(workspace); self.file, self.at = root/'captions'/'metadata.jsonl', 0
-        self.find = classed(w.Text(description='Find', placeholder='a word of the captions', continuous_update=False), 'fd-find')
-        self.back, self.next, self.where, self.cards = w.Button(description='Earlier'), w.Button(description='Later'), w.HTML(), w.HTML()
-        self.back.on_click(lambda _: self._turn(-1)); self.next.on_click(lambda _: self._turn(1)); self.find.observe(lambda _: self._search(), 'value')
-        self.report, self.frame = w.Button(description='Show the report', disabled=not (root/'report'/'index.html').is_file()), w.HTML()
+        self.root = root = Path(workspace)
+        self.file, self.at = root / 'captions' / 'metadata.jsonl', 0
+        self.find = classed(
+            w.Text(description='Find', placeholder='a word of the captions', continuous_update=False),
+            'fd-find',
+        )
+        self.back, self.next, self.where, self.cards = (
+            w.Button(description='Earlier'),
+            w.Button(description='Later'),
+            w.HTML(),
+            w.HTML(),
+        )
+        self.back.on_click(lambda _: self._turn(-1))
+        self.next.on_click(lambda _: self._turn(1))
+        self.find.observe(lambda _: self._search(), 'value')
+        self.report, self.frame = (
+            w.Button(description='Show the report', disabled=not (root / 'report' / 'index.html').is_file()),
+            w.HTML(),
+        )
         self.report.on_click(lambda _: self._report())
-        again = w.Button(description='Look again', tooltip='read the workspace anew'); again.on_click(lambda _: self._fill())
+        again = w.Button(description='Look again', tooltip='read the workspace anew')
+        again.on_click(lambda _: self._fill())
         self.curves, self.grids = w.HTML(), w.VBox([])
-        data = classed(w.VBox([w.HTML('<h2 class="fd-h">Pictures and captions</h2>'), row(self.find, self.back, self.next, self.where), self.cards]), 'fd-panel')
-        self.page = classed(w.VBox([classed(w.Box([self.curves, self.grids]), 'fd-halves'), data, row(self.report, again), self.frame]), 'fd-explore')
+        data = classed(
+            w.VBox(
+                [
+                    w.HTML('<h2 class="fd-h">Pictures and captions</h2>'),
+                    row(self.find, self.back, self.next, self.where),
+                    self.cards,
+                ]
+            ),
+            'fd-panel',
+        )
+        self.page = classed(
+            w.VBox(
+                [
+                    classed(w.Box([self.curves, self.grids]), 'fd-halves'),
+                    data,
+                    row(self.report, again),
+                    self.frame,
+                ]
+            ),
+            'fd-explore',
+        )
         self._fill()
 
     def _fill(self):
         self.curves.value, old = curves_html(self.root), self.grids.children
         self.grids.children = [Grids(newest_run(self.root)).widget]
-        for g in old: close(g)
+        for g in old:
+            close(g)
         self._search()
 
-    def _search(self): self.starts, self.at = line_starts(self.file, self.find.value.strip()), 0; self._turn(0)
+    def _search(self):
+        self.starts, self.at = line_starts(self.file, self.find.value.strip()), 0
+        self._turn(0)
 
     def _turn(self, by: int):
-        self.at = max(0, min(self.at + by*self.size, (len(self.starts) - 1)//self.size*self.size))
-        starts = self.starts[self.at:self.at + self.size]
+        self.at = max(0, min(self.at + by * self.size, (len(self.starts) - 1) // self.size * self.size))
+        starts = self.starts[self.at : self.at + self.size]
         rows = read_rows(self.file, starts) if starts else []
         self.back.disabled, self.next.disabled = self.at == 0, self.at + self.size >= len(self.starts)
-        self.where.value = f'<span class="fd-soft">{self.at + 1:,} to {self.at + len(starts):,} of {len(self.starts):,}</span>' if starts else ''
-        empty = note('Nothing found', '<p>Another word?</p>') if self.find.value.strip() else note('No captions yet', '<p>The stage caption writes them.</p>')
-        self.cards.value = '<div class="fd-gallery">' + ''.join(picture_card(self.root/'pictures', r) for r in rows) + '</div>' if rows else empty
+        self.where.value = (
+            f'<span class="fd-soft">{self.at + 1:,} to {self.at + len(starts):,} of {len(self.starts):,}</span>'
+            if starts
+            else ''
+        )
+        empty = (
+            note('Nothing found', '<p>Another word?</p>')
+            if self.find.value.strip()
+            else note('No captions yet', '<p>The stage caption writes them.</p>')
+        )
+        self.cards.value = (
+            '<div class="fd-gallery">'
+            + ''.join(picture_card(self.root / 'pictures', r) for r in rows)
+            + '</div>'
+            if rows
+            else empty
+        )
 
     def _report(self):
-        try: page = (self.root/'report'/'index.html').read_text(encoding='utf-8', errors='replace')
-        except OSError as e: self.frame.value = f'<div class="fd-say bad">The report cannot be read ({html.escape(e.strerror or "")}).</div>'; return
-        self.frame.value = '' if self.frame.value else f'<iframe class="fd-report" title="The report" sandbox srcdoc="{html.escape(page, quote=True)}"></iframe>'
+        try:
+            page = (self.root / 'report' / 'index.html').read_text(encoding='utf-8', errors='replace')
+        except OSError as e:
+            self.frame.value = (
+                f'<div class="fd-say bad">The report cannot be read ({html.escape(e.strerror or "")}).</div>'
+            )
+            return
+        self.frame.value = (
+            ''
+            if self.frame.value
+            else f'<iframe class="fd-report" title="The report" sandbox srcdoc="{html.escape(page, quote=True)}"></iframe>'
+        )
         self.report.description = 'Hide the report' if self.frame.value else 'Show the report'

@@ -30,131 +30,221 @@ from .studio import ENV, note, style
 from ..core.workspace import UserError
 
 # %% ../../nbs/apps/09_serving.ipynb #6eac3e0a
-def app_notebook() -> Path: # what Voila serves
+def app_notebook() -> Path:  # what Voila serves
     import flowerdiff
+
     root = Path(flowerdiff.__file__).parent
-    found = [p for p in (root/'notebooks'/'apps'/'app.ipynb', root.parent/'nbs'/'apps'/'app.ipynb') if p.is_file()]
-    if not found: raise UserError(f'{root}: the studio (app.ipynb) is missing; install flowerdiff again')
+    found = [
+        p
+        for p in (root / 'notebooks' / 'apps' / 'app.ipynb', root.parent / 'nbs' / 'apps' / 'app.ipynb')
+        if p.is_file()
+    ]
+    if not found:
+        raise UserError(f'{root}: the studio (app.ipynb) is missing; install flowerdiff again')
     return found[0]
 
 # %% ../../nbs/apps/09_serving.ipynb #579a7629
 def free_port(ip: str, port: int) -> None:
     "A `UserError` when somebody listens there already."
     import socket
+
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try: s.bind((ip, port))
-        except OSError as e: raise UserError(f'port {port}: {"in use" if e.errno == 98 else e.strerror}; stop what runs there, or give another one with --port') from None
+        try:
+            s.bind((ip, port))
+        except OSError as e:
+            raise UserError(
+                f'port {port}: {"in use" if e.errno == 98 else e.strerror}; stop what runs there, or give another one with --port'
+            ) from None
 
 # %% ../../nbs/apps/09_serving.ipynb #6d5f57a8
-LARGEST = 2**29 # bytes that a kernel may take: a page that asks for ever more loses its own, and nobody else
+LARGEST = 2**29  # bytes that a kernel may take: a page that asks for ever more loses its own, and nobody else
+
 
 class Visitors(AsyncMappingKernelManager):
     "Starts a kernel for each visitor, up to `most`."
+
     most = Integer(0, help='0: as many as come').tag(config=True)
-    forgotten = Float(900, help='seconds after which a page that nobody touched gives up its place').tag(config=True)
-    def __init__(self, **kwargs): super().__init__(**kwargs); self.door, self.homes = asyncio.Lock(), {} # homes: kernel -> address of its page
+    forgotten = Float(900, help='seconds after which a page that nobody touched gives up its place').tag(
+        config=True
+    )
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.door, self.homes = asyncio.Lock(), {}  # homes: kernel -> address of its page
+
     async def start_kernel(self, **kwargs):
         async with self.door:
-            if self.most and len(self) >= self.most and not await self._another_leaves(): raise HTTPError(503)
+            if self.most and len(self) >= self.most and not await self._another_leaves():
+                raise HTTPError(503)
             self.homes = {k: a for k, a in self.homes.items() if k in self}
             home = kwargs.get('env', {}).get(VISITOR, '')
-            if self.most and home and list(self.homes.values()).count(home) >= max(1, self.most//2): raise HTTPError(503) # not one address takes all places
-            kernel = await super().start_kernel(**kwargs, extra_arguments=['--log-level=50']) # what a page sends that is nonsense is no news
-            resource.prlimit(self.get_kernel(kernel).provisioner.pid, resource.RLIMIT_DATA, (LARGEST, LARGEST))
+            if self.most and home and list(self.homes.values()).count(home) >= max(1, self.most // 2):
+                raise HTTPError(503)  # not one address takes all places
+            kernel = await super().start_kernel(
+                **kwargs, extra_arguments=['--log-level=50']
+            )  # what a page sends that is nonsense is no news
+            resource.prlimit(
+                self.get_kernel(kernel).provisioner.pid, resource.RLIMIT_DATA, (LARGEST, LARGEST)
+            )
             self.homes[kernel] = home
             return kernel
-    async def _another_leaves(self) -> bool: # of those that may, the one that was quiet for longest
-        quiet = {k: (datetime.now(timezone.utc) - kernel.last_activity).total_seconds() for k, kernel in self._kernels.items() if hasattr(kernel, 'last_activity')}
+
+    async def _another_leaves(self) -> bool:  # of those that may, the one that was quiet for longest
+        quiet = {
+            k: (datetime.now(timezone.utc) - kernel.last_activity).total_seconds()
+            for k, kernel in self._kernels.items()
+            if hasattr(kernel, 'last_activity')
+        }
         may = [k for k, s in quiet.items() if s > (self.forgotten if self._kernel_connections.get(k) else 60)]
-        if may: await self.shutdown_kernel(max(may, key=quiet.get))
+        if may:
+            await self.shutdown_kernel(max(may, key=quiet.get))
         return bool(may)
 
 # %% ../../nbs/apps/09_serving.ipynb #25361dce
-def full_page(wait: int = 20) -> str: # seconds until the page looks again
-    words = note('Everybody is drawing', '<p>There is no room for one more visitor now. This page looks again by itself.</p>')
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="{wait}"><title>flowerdiff studio</title>{style()}'
-            f'<body data-voila style="margin:0"><div class="fd" style="max-width:none; min-height:100vh; border-radius:0"><div class="fd-head"><h1>flower<i>diff</i> studio</h1></div>{words}</div></body></html>')
+def full_page(wait: int = 20) -> str:  # seconds until the page looks again
+    words = note(
+        'Everybody is drawing',
+        '<p>There is no room for one more visitor now. This page looks again by itself.</p>',
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="{wait}"><title>flowerdiff studio</title>{style()}'
+        f'<body data-voila style="margin:0"><div class="fd" style="max-width:none; min-height:100vh; border-radius:0"><div class="fd-head"><h1>flower<i>diff</i> studio</h1></div>{words}</div></body></html>'
+    )
 
 # %% ../../nbs/apps/09_serving.ipynb #1a271fe4
-HEADER = VISITOR.removeprefix('HTTP_').replace('_', '-') # between us and Voila
+HEADER = VISITOR.removeprefix('HTTP_').replace('_', '-')  # between us and Voila
 
-def _bare(text: str) -> str: # an address without the port that some proxies write
-    return text[1:].partition(']')[0] if text.startswith('[') else text.partition(':')[0] if text.count(':') == 1 else text
+
+def _bare(text: str) -> str:  # an address without the port that some proxies write
+    return (
+        text[1:].partition(']')[0]
+        if text.startswith('[')
+        else text.partition(':')[0]
+        if text.count(':') == 1
+        else text
+    )
+
 
 def address_of(
-    peer: str,            # address of the other end of the connection
+    peer: str,  # address of the other end of the connection
     forwarded: str = '',  # the header X-Forwarded-For, where it is a proxy's that we believe
-) -> str:                 # '': it tells nothing, as this machine's own
+) -> str:  # '': it tells nothing, as this machine's own
     "The address to count a visitor by."
     try:
         address = ip_address(peer)
-        if not address.is_global and forwarded: address = next((a for x in reversed(forwarded.split(',')) if (a := ip_address(_bare(x.strip()))).is_global), ip_address('::1'))
-    except ValueError: return ''
+        if not address.is_global and forwarded:
+            address = next(
+                (a for x in reversed(forwarded.split(',')) if (a := ip_address(_bare(x.strip()))).is_global),
+                ip_address('::1'),
+            )
+    except ValueError:
+        return ''
     address = getattr(address, 'ipv4_mapped', None) or address
-    return '' if address.is_loopback else str(address if address.version == 4 else ip_network((address, 64), strict=False))
+    return (
+        ''
+        if address.is_loopback
+        else str(address if address.version == 4 else ip_network((address, 64), strict=False))
+    )
 
 # %% ../../nbs/apps/09_serving.ipynb #fd322aad
 class Page(TornadoVoilaHandler):
     "The studio, or why there is no place in it."
-    def prepare(self): # Voila hands this header to the kernel
+
+    def prepare(self):  # Voila hands this header to the kernel
         told = self.request.headers
-        told[HEADER] = address_of(self.request.remote_ip or '', told.get('X-Forwarded-For', '') if self.settings['proxied'] else '')
+        told[HEADER] = address_of(
+            self.request.remote_ip or '', told.get('X-Forwarded-For', '') if self.settings['proxied'] else ''
+        )
         return super().prepare()
+
     def write_error(self, status_code, **kwargs):
-        if status_code != 503: return super().write_error(status_code, **kwargs)
-        self.set_header('Retry-After', '20'); self.finish(full_page())
+        if status_code != 503:
+            return super().write_error(status_code, **kwargs)
+        self.set_header('Retry-After', '20')
+        self.finish(full_page())
 
 # %% ../../nbs/apps/09_serving.ipynb #d7fc051d
-SPOKEN = 'v1.kernel.websocket.jupyter.org' # the protocol of Voila's pages
+SPOKEN = 'v1.kernel.websocket.jupyter.org'  # the protocol of Voila's pages
+
 
 def is_message(frame: str | bytes) -> bool:
     "Is it what a page sends to a kernel?"
     n = int.from_bytes(frame[:8], 'little') if isinstance(frame, bytes) else 0
-    if not 6 <= n <= 64: return False
-    at = [int.from_bytes(frame[8*i:8*i + 8], 'little') for i in range(1, n + 1)]
-    if at != sorted(at) or at[0] != 8*(n + 1) or at[-1] > len(frame): return False
-    try: return all(isinstance(json.loads(part), dict) for part in deserialize_msg_from_ws_v1(frame)[1][:4])
-    except (ValueError, RecursionError): return False
+    if not 6 <= n <= 64:
+        return False
+    at = [int.from_bytes(frame[8 * i : 8 * i + 8], 'little') for i in range(1, n + 1)]
+    if at != sorted(at) or at[0] != 8 * (n + 1) or at[-1] > len(frame):
+        return False
+    try:
+        return all(isinstance(json.loads(part), dict) for part in deserialize_msg_from_ws_v1(frame)[1][:4])
+    except (ValueError, RecursionError):
+        return False
+
 
 class Channel(VoilaKernelWebsocketHandler):
     "Between a page and its kernel."
-    ping_interval = ping_timeout = 30 # seconds, for Tornado, which looks whether the page is still there
-    def send_ping(self): self.ping_callback.stop() # Jupyter, which takes them for milliseconds and counts the silence from before its first ping, does not
+
+    ping_interval = ping_timeout = 30  # seconds, for Tornado, which looks whether the page is still there
+
+    def send_ping(self):
+        self.ping_callback.stop()  # Jupyter, which takes them for milliseconds and counts the silence from before its first ping, does not
+
     def on_message(self, message):
         try:
-            if self.selected_subprotocol == SPOKEN and is_message(message): return super().on_message(message)
-        except Exception: pass # JSON, and yet no message
+            if self.selected_subprotocol == SPOKEN and is_message(message):
+                return super().on_message(message)
+        except Exception:
+            pass  # JSON, and yet no message
         self.close(1003)
 
 # %% ../../nbs/apps/09_serving.ipynb #6d02ae17
 class Goodbye(VoilaShutdownKernelHandler):
     "Ends the kernel of a page that closes."
-    def check_xsrf_cookie(self): pass # its secret is the kernel's name
+
+    def check_xsrf_cookie(self):
+        pass  # its secret is the kernel's name
 
 # %% ../../nbs/apps/09_serving.ipynb #d9c5f4a3
 class Health(RequestHandler):
     "200 when there is a model to draw with, 503 when not."
+
     async def get(self):
         kernels, workspace = self.settings['kernel_manager'], Path(os.environ[ENV])
-        model = await asyncio.to_thread(about, os.environ[SOCKET], 5) if find_model(workspace) else dict(state='missing', line=f'no model in {workspace.name}')
-        self.set_header('Content-Type', 'text/plain; charset=utf-8'); self.set_header('Cache-Control', 'no-store')
-        if model['state'] != 'ready': self.set_status(503); return self.finish(model['line'] + '\n')
+        model = (
+            await asyncio.to_thread(about, os.environ[SOCKET], 5)
+            if find_model(workspace)
+            else dict(state='missing', line=f'no model in {workspace.name}')
+        )
+        self.set_header('Content-Type', 'text/plain; charset=utf-8')
+        self.set_header('Cache-Control', 'no-store')
+        if model['state'] != 'ready':
+            self.set_status(503)
+            return self.finish(model['line'] + '\n')
         self.finish(f'well; {len(kernels)} of {kernels.most or "any number of"} visitors\n')
 
 # %% ../../nbs/apps/09_serving.ipynb #c9e656c1
 class Server(Voila):
     def init_handlers(self) -> list:
-        ours = {TornadoVoilaHandler: Page, VoilaShutdownKernelHandler: Goodbye, VoilaKernelWebsocketHandler: Channel}
-        return [(r'/health', Health), *((path, ours.get(handler, handler), *rest) for path, handler, *rest in super().init_handlers())]
+        ours = {
+            TornadoVoilaHandler: Page,
+            VoilaShutdownKernelHandler: Goodbye,
+            VoilaKernelWebsocketHandler: Channel,
+        }
+        return [
+            (r'/health', Health),
+            *((path, ours.get(handler, handler), *rest) for path, handler, *rest in super().init_handlers()),
+        ]
 
 # %% ../../nbs/apps/09_serving.ipynb #5e6cf203
 def settings(
-    frames: str = '',      # sites that may show the page in a frame, such as 'https://huggingface.co'
-    proxied: bool = False, # see `serve`
-) -> dict:                 # for Tornado
+    frames: str = '',  # sites that may show the page in a frame, such as 'https://huggingface.co'
+    proxied: bool = False,  # see `serve`
+) -> dict:  # for Tornado
     out = dict(proxied=proxied, websocket_max_message_size=2**18)
-    return dict(out, headers={'Content-Security-Policy': f"frame-ancestors 'self' {frames}"}) if frames else out
+    return (
+        dict(out, headers={'Content-Security-Policy': f"frame-ancestors 'self' {frames}"}) if frames else out
+    )
 
 # %% ../../nbs/apps/09_serving.ipynb #c63f4fbd
 def configured(
@@ -165,44 +255,73 @@ def configured(
     visitors: int,
     frames: str,
     proxied: bool,
-) -> Config: # of the server, as `serve` takes them
+) -> Config:  # of the server, as `serve` takes them
     return Config(
-        Voila=Config(notebook_path=str(app_notebook()), ip=ip, port=port, port_retries=0, open_browser=open_browser, tornado_settings=settings(frames, proxied)),
-        VoilaConfiguration=Config(template='flowerdiff', strip_sources=True, show_tracebacks=False, prelaunch_hook=_titled, multi_kernel_manager_class=Visitors, http_header_envs=[HEADER]),
-        KernelManager=Config(transport='ipc'), KernelRestarter=Config(restart_limit=0), # one that died is gone: without its page and its bounds it is nobody's
+        Voila=Config(
+            notebook_path=str(app_notebook()),
+            ip=ip,
+            port=port,
+            port_retries=0,
+            open_browser=open_browser,
+            tornado_settings=settings(frames, proxied),
+        ),
+        VoilaConfiguration=Config(
+            template='flowerdiff',
+            strip_sources=True,
+            show_tracebacks=False,
+            prelaunch_hook=_titled,
+            multi_kernel_manager_class=Visitors,
+            http_header_envs=[HEADER],
+        ),
+        KernelManager=Config(transport='ipc'),
+        KernelRestarter=Config(
+            restart_limit=0
+        ),  # one that died is gone: without its page and its bounds it is nobody's
         Visitors=Config(most=visitors),
-        MappingKernelManager=Config(cull_idle_timeout=int(60*idle_minutes), cull_interval=min(60, max(1, int(30*idle_minutes))), cull_connected=False))
+        MappingKernelManager=Config(
+            cull_idle_timeout=int(60 * idle_minutes),
+            cull_interval=min(60, max(1, int(30 * idle_minutes))),
+            cull_connected=False,
+        ),
+    )
 
-def _titled(request, notebook, cwd): # Voila's hook: the window's title
+
+def _titled(request, notebook, cwd):  # Voila's hook: the window's title
     notebook.metadata['title'] = 'flowerdiff studio'
     return notebook
 
 # %% ../../nbs/apps/09_serving.ipynb #5b74fad5
 def serve(
-    workspace: str | Path = 'garden', # a workspace or a model's folder
+    workspace: str | Path = 'garden',  # a workspace or a model's folder
     port: int = 8866,
     open_browser: bool = False,
-    ip: str = '127.0.0.1',     # 0.0.0.0 lets other machines in
-    idle_minutes: float = 10., # a kernel that no page is connected to is stopped after so long
-    visitors: int = 20,        # at a time; 0: as many as come
-    frames: str = '',          # other sites that may show the page in a frame
-    models: int = 3,           # that stay open
-    rate: int = 120,           # pictures that may be asked for from one address in a minute
-    proxied: bool = False,     # only a proxy reaches this server, and its X-Forwarded-For is to be believed
+    ip: str = '127.0.0.1',  # 0.0.0.0 lets other machines in
+    idle_minutes: float = 10.0,  # a kernel that no page is connected to is stopped after so long
+    visitors: int = 20,  # at a time; 0: as many as come
+    frames: str = '',  # other sites that may show the page in a frame
+    models: int = 3,  # that stay open
+    rate: int = 120,  # pictures that may be asked for from one address in a minute
+    proxied: bool = False,  # only a proxy reaches this server, and its X-Forwarded-For is to be believed
 ):
     "Serve the studio until it is stopped (Ctrl-C)."
     free_port(ip, port)
     os.environ[ENV] = str(Path(workspace).expanduser().absolute())
-    keeper = Keeper(os.environ[ENV], models=models, rate=rate); os.environ[SOCKET] = keeper.socket
-    try: _serve(keeper, configured(port, ip, open_browser, idle_minutes, visitors, frames, proxied))
-    finally: keeper.close()
+    keeper = Keeper(os.environ[ENV], models=models, rate=rate)
+    os.environ[SOCKET] = keeper.socket
+    try:
+        _serve(keeper, configured(port, ip, open_browser, idle_minutes, visitors, frames, proxied))
+    finally:
+        keeper.close()
+
 
 def _serve(keeper: Keeper, config: Config):
-    assets = str(files('flowerdiff')/'assets'/'studio')
+    assets = str(files('flowerdiff') / 'assets' / 'studio')
     os.environ['JUPYTER_PATH'] = os.pathsep.join([assets, *filter(None, [os.environ.get('JUPYTER_PATH')])])
     app = Server.instance(config=config, log_level='ERROR')
     app.initialize(argv=[])
     address = f'http://{"localhost" if app.ip in ("127.0.0.1", "0.0.0.0") else app.ip}:{app.port}'
-    IOLoop.current().add_callback(lambda: print(f'The studio is at {address} (Ctrl-C stops it)', flush=True)) # once it listens
+    IOLoop.current().add_callback(
+        lambda: print(f'The studio is at {address} (Ctrl-C stops it)', flush=True)
+    )  # once it listens
     PeriodicCallback(keeper.look, 1000).start()
     app.start()

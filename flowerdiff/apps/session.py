@@ -17,213 +17,365 @@ from fastcore.basics import patch
 from ..core.workspace import UserError
 
 # %% ../../nbs/apps/01_session.ipynb #7c49c9e5
-LIMITS = dict(prompt=500, steps=100, guidance=15., n=8, strip=12) # of one wish: a page that everybody can reach stays usable
+LIMITS = dict(
+    prompt=500, steps=100, guidance=15.0, n=8, strip=12
+)  # of one wish: a page that everybody can reach stays usable
 
-BACKENDS = dict(auto='Automatic', torch='PyTorch', onnx='ONNX Runtime', openvino='OpenVINO', tensorrt='TensorRT')
-SCHEDULERS = dict(auto='The model\'s own', ddim='DDIM', ddpm='DDPM', dpm='DPM-Solver++', unipc='UniPC', euler='Euler', lcm='LCM')
+BACKENDS = dict(
+    auto='Automatic', torch='PyTorch', onnx='ONNX Runtime', openvino='OpenVINO', tensorrt='TensorRT'
+)
+SCHEDULERS = dict(
+    auto="The model's own",
+    ddim='DDIM',
+    ddpm='DDPM',
+    dpm='DPM-Solver++',
+    unipc='UniPC',
+    euler='Euler',
+    lcm='LCM',
+)
 MODELS = dict(champion='The champion', student='The student', previous='The previous champion')
+
 
 @dataclass(frozen=True)
 class Wish:
     "What to draw, and how."
+
     prompt: str
-    negative: str = ''   # what to stay away from
-    seed: int = 0        # picture i is drawn from seed + i
+    negative: str = ''  # what to stay away from
+    seed: int = 0  # picture i is drawn from seed + i
     steps: int = 20
-    guidance: float = 4. # how strongly to follow the prompt
-    n: int = 1           # pictures
-    backend: str = 'auto'    # one of `BACKENDS`
+    guidance: float = 4.0  # how strongly to follow the prompt
+    n: int = 1  # pictures
+    backend: str = 'auto'  # one of `BACKENDS`
     scheduler: str = 'auto'  # one of `SCHEDULERS`
     model: str = 'champion'  # one of `MODELS`
-    strip: int = 0           # small pictures of the denoising on the way, see `strip_steps`
+    strip: int = 0  # small pictures of the denoising on the way, see `strip_steps`
 
     def check(self):
         "A `UserError` in words for the page when something cannot be."
-        if not self.prompt.strip(): raise UserError('Say what to draw: a few words are enough.')
-        if max(len(self.prompt), len(self.negative)) > LIMITS['prompt']: raise UserError(f"That is {max(len(self.prompt), len(self.negative)):,} characters; {LIMITS['prompt']} are the most, and a dozen words do.")
+        if not self.prompt.strip():
+            raise UserError('Say what to draw: a few words are enough.')
+        if max(len(self.prompt), len(self.negative)) > LIMITS['prompt']:
+            raise UserError(
+                f'That is {max(len(self.prompt), len(self.negative)):,} characters; {LIMITS["prompt"]} are the most, and a dozen words do.'
+            )
         for name in ('steps', 'guidance', 'n'):
-            if not 1 <= getattr(self, name) <= LIMITS[name]: raise UserError(f'{name}: from 1 to {LIMITS[name]}, please.')
+            if not 1 <= getattr(self, name) <= LIMITS[name]:
+                raise UserError(f'{name}: from 1 to {LIMITS[name]}, please.')
         for name, known in (('backend', BACKENDS), ('scheduler', SCHEDULERS), ('model', MODELS)):
-            if getattr(self, name) not in known: raise UserError(f"{name}: {getattr(self, name)[:40]!r} is not one of {', '.join(known)}.")
-        if not 0 <= self.strip <= LIMITS['strip']: raise UserError(f"strip: from 0 to {LIMITS['strip']}, please.")
-        if not 0 <= self.seed < 2**32: raise UserError('The seed is a whole number from 0 to 4,294,967,295.')
+            if getattr(self, name) not in known:
+                raise UserError(f'{name}: {getattr(self, name)[:40]!r} is not one of {", ".join(known)}.')
+        if not 0 <= self.strip <= LIMITS['strip']:
+            raise UserError(f'strip: from 0 to {LIMITS["strip"]}, please.')
+        if not 0 <= self.seed < 2**32:
+            raise UserError('The seed is a whole number from 0 to 4,294,967,295.')
         return self
 
     def line(self) -> str:
         "The settings as a caption has them."
-        return ' · '.join([f'seed {self.seed}', f'{self.steps} steps', f'guidance {self.guidance:g}', *(known[v] for k, known in (('scheduler', SCHEDULERS), ('backend', BACKENDS), ('model', MODELS)) if (v := getattr(self, k)) != getattr(Wish, k)), *([f'not: {self.negative}'] if self.negative else [])])
+        return ' · '.join(
+            [
+                f'seed {self.seed}',
+                f'{self.steps} steps',
+                f'guidance {self.guidance:g}',
+                *(
+                    known[v]
+                    for k, known in (('scheduler', SCHEDULERS), ('backend', BACKENDS), ('model', MODELS))
+                    if (v := getattr(self, k)) != getattr(Wish, k)
+                ),
+                *([f'not: {self.negative}'] if self.negative else []),
+            ]
+        )
 
 # %% ../../nbs/apps/01_session.ipynb #a5557d48
 def find_model(
     workspace: str | Path,
-) -> Path | None: # folder of the model, None when there is none yet
-    places = [Path(workspace), Path(workspace)/'model']
-    return next((f for f in places if (f/'model_index.json').is_file()), None)
+) -> Path | None:  # folder of the model, None when there is none yet
+    places = [Path(workspace), Path(workspace) / 'model']
+    return next((f for f in places if (f / 'model_index.json').is_file()), None)
 
 # %% ../../nbs/apps/01_session.ipynb #a80d18bb
 def usual(
     workspace: str | Path,
-) -> tuple: # steps and guidance that its model draws with; a distilled one has its own
-    try: n = json.loads((find_model(workspace)/'train_settings.json').read_text())['train'].get('distill', 0)
-    except (TypeError, OSError, ValueError, KeyError, AttributeError): n = 0
-    return (n, 1.) if n else (20, 4.)
+) -> tuple:  # steps and guidance that its model draws with; a distilled one has its own
+    try:
+        n = json.loads((find_model(workspace) / 'train_settings.json').read_text())['train'].get('distill', 0)
+    except (TypeError, OSError, ValueError, KeyError, AttributeError):
+        n = 0
+    return (n, 1.0) if n else (20, 4.0)
 
 # %% ../../nbs/apps/01_session.ipynb #c829af53
 def strip_steps(
-    steps: int, # of the drawing
-    strip: int, # pictures wanted
-) -> list[int]: # counted from 1
+    steps: int,  # of the drawing
+    strip: int,  # pictures wanted
+) -> list[int]:  # counted from 1
     "The steps that a strip shows."
-    return sorted({round((i + 1)*steps/strip) for i in range(strip)} - {0})
+    return sorted({round((i + 1) * steps / strip) for i in range(strip)} - {0})
 
 # %% ../../nbs/apps/01_session.ipynb #78f17621
 def why_not(
-    name: str,    # one of `BACKENDS`
+    name: str,  # one of `BACKENDS`
     model: Path,  # the champion's folder
 ) -> str:
     "What keeps a backend from drawing here, '' when nothing seems to."
-    def none_of(*packages): return not any(find_spec(p) for p in packages)
-    onnx = [f for f in (model/'onnx', model.parent/'onnx') if (f/'parity.json').is_file()]
-    if name == 'auto': return ''
-    if name == 'torch': return '' if list((model/'unet').glob('*.safetensors')) else 'this model is here as ONNX files only'
-    if name == 'tensorrt' and not glob.glob('/dev/nvidia[0-9]*'): return 'no NVIDIA GPU here'
+
+    def none_of(*packages):
+        return not any(find_spec(p) for p in packages)
+
+    onnx = [f for f in (model / 'onnx', model.parent / 'onnx') if (f / 'parity.json').is_file()]
+    if name == 'auto':
+        return ''
+    if name == 'torch':
+        return '' if list((model / 'unet').glob('*.safetensors')) else 'this model is here as ONNX files only'
+    if name == 'tensorrt' and not glob.glob('/dev/nvidia[0-9]*'):
+        return 'no NVIDIA GPU here'
     packages = dict(onnx=['onnxruntime'], openvino=['openvino'], tensorrt=['tensorrt', 'tensorrt_rtx'])[name]
-    if none_of(*packages): return f'the package {packages[0]} is not installed'
-    if name == 'tensorrt' and not any((f.parent/'tensorrt').rglob('*.engine') for f in onnx): return 'no engines of this model; the stage tensorrt builds them'
-    return '' if onnx or (model/'unet'/'model.onnx').is_file() else 'no ONNX files of this model; the stage onnx makes them'
+    if none_of(*packages):
+        return f'the package {packages[0]} is not installed'
+    if name == 'tensorrt' and not any((f.parent / 'tensorrt').rglob('*.engine') for f in onnx):
+        return 'no engines of this model; the stage tensorrt builds them'
+    return (
+        ''
+        if onnx or (model / 'unet' / 'model.onnx').is_file()
+        else 'no ONNX files of this model; the stage onnx makes them'
+    )
 
 # %% ../../nbs/apps/01_session.ipynb #412459ed
-def schedulers(model: Path) -> list[str]: # names, of `SCHEDULERS`; those that follow straight lines are fewer
+def schedulers(
+    model: Path,
+) -> list[str]:  # names, of `SCHEDULERS`; those that follow straight lines are fewer
     "The samplers that a model can be drawn with."
-    try: kind = json.loads((model/'scheduler'/'scheduler_config.json').read_text()).get('prediction_type')
-    except (OSError, ValueError): kind = ''
+    try:
+        kind = json.loads((model / 'scheduler' / 'scheduler_config.json').read_text()).get('prediction_type')
+    except (OSError, ValueError):
+        kind = ''
     return ['auto', 'dpm', 'unipc'] if kind == 'flow_prediction' else [*SCHEDULERS]
 
-def models(workspace: str | Path) -> dict: # name -> folder, of those that are there
-    folders = dict(champion=find_model(workspace), student=Path(workspace)/'student', previous=Path(workspace)/'work'/'previous')
-    return {k: f for k, f in folders.items() if f and (f/'model_index.json').is_file()}
+
+def models(workspace: str | Path) -> dict:  # name -> folder, of those that are there
+    folders = dict(
+        champion=find_model(workspace),
+        student=Path(workspace) / 'student',
+        previous=Path(workspace) / 'work' / 'previous',
+    )
+    return {k: f for k, f in folders.items() if f and (f / 'model_index.json').is_file()}
 
 # %% ../../nbs/apps/01_session.ipynb #f35a8c4b
 def friendly(
     error: Exception,
-    short: bool = False, # only what happened
-) -> str:                # one line, in words
+    short: bool = False,  # only what happened
+) -> str:  # one line, in words
     first = (str(error).strip().splitlines() or [''])[0]
-    if len(first) > 200: first = first[:199] + '…'
-    if isinstance(error, UserError): return first
-    if isinstance(error, MemoryError) or 'out of memory' in first: return 'Not enough memory for that: ask for fewer pictures.'
-    if short: return f'{type(error).__name__}: {first[:80]}'
+    if len(first) > 200:
+        first = first[:199] + '…'
+    if isinstance(error, UserError):
+        return first
+    if isinstance(error, MemoryError) or 'out of memory' in first:
+        return 'Not enough memory for that: ask for fewer pictures.'
+    if short:
+        return f'{type(error).__name__}: {first[:80]}'
     return f'That did not work ({type(error).__name__}: {first}). Try again, or start the studio anew.'
 
 # %% ../../nbs/apps/01_session.ipynb #e7c9804e
 class Painter:
     "Loads the model of a workspace in the background, and draws."
-    kept = 3 # models that stay open
-    def __init__(self,
-        workspace: str | Path,              # a workspace, or a model's folder
-        load: Callable | None = None,       # opens the model; None: `Generator.from_pretrained`
+
+    kept = 3  # models that stay open
+
+    def __init__(
+        self,
+        workspace: str | Path,  # a workspace, or a model's folder
+        load: Callable | None = None,  # opens the model; None: `Generator.from_pretrained`
     ):
-        self.workspace, self.load, self.opened, self.chosen, self.error = Path(workspace), load, {}, {}, '' # chosen: model -> the backend that 'auto' came to
+        self.workspace, self.load, self.opened, self.chosen, self.error = (
+            Path(workspace),
+            load,
+            {},
+            {},
+            '',
+        )  # chosen: model -> the backend that 'auto' came to
         self.ready, self.lock = threading.Event(), threading.Lock()
-        if self.exists: threading.Thread(target=self._open, daemon=True).start()
+        if self.exists:
+            threading.Thread(target=self._open, daemon=True).start()
 
     @property
-    def exists(self) -> bool: return self.load is not None or find_model(self.workspace) is not None
+    def exists(self) -> bool:
+        return self.load is not None or find_model(self.workspace) is not None
 
 # %% ../../nbs/apps/01_session.ipynb #1ee85fdc
 @patch
-def _open(self:Painter): # in a thread, once
-    try: self._drawer(Wish('-'))
+def _open(self: Painter):  # in a thread, once
+    try:
+        self._drawer(Wish('-'))
     except Exception as e:
-        try: self._drawer(Wish('-', backend='torch'))
-        except Exception: self.error = friendly(e)
-    finally: self.ready.set()
+        try:
+            self._drawer(Wish('-', backend='torch'))
+        except Exception:
+            self.error = friendly(e)
+    finally:
+        self.ready.set()
 
 # %% ../../nbs/apps/01_session.ipynb #ca759118
 @patch
-def _key(self:Painter, wish: Wish) -> tuple: # what 'auto' came to goes by its own name: no weights are opened twice
+def _key(
+    self: Painter, wish: Wish
+) -> tuple:  # what 'auto' came to goes by its own name: no weights are opened twice
     return wish.model, self.chosen.get(wish.model, 'auto') if wish.backend == 'auto' else wish.backend
-@patch
-def _drawer(self:Painter, wish: Wish): # what is open for a wish, or is opened now
-    if (key := self._key(wish)) not in self.opened:
-        while len(self.opened) >= self.kept: self.opened.pop(next(iter(self.opened))) # first: there may be no room for one more
-        new = self._opened_for(wish)
-        if wish.backend == 'auto': self.chosen[wish.model] = getattr(getattr(new, 'backend', None), 'name', 'auto')
-        self.opened[key := self._key(wish)] = new
-        if wish.model == 'champion': self.error = '' # it may have been half copied the first time
-    self.opened[key] = self.opened.pop(key) # the youngest is last
-    return self.opened[key]
-@patch
-def _opened_for(self:Painter, wish: Wish):
-    if self.load is not None: return self.load()
-    from flowerdiff.inference.generator import Generator
-    folder = models(self.workspace).get(wish.model)
-    if not folder: raise UserError(f'{MODELS[wish.model]} is not here.')
-    try: return Generator.from_pretrained(folder, wish.backend)
-    except UserError as e: raise UserError(_homeless(str(e), {f'{folder}/': f'{MODELS[wish.model]}, ', str(folder): MODELS[wish.model], str(self.workspace): self.workspace.name})) from e
 
-def _homeless(text: str, places: dict) -> str: # without details in parentheses, and with words for folders: a page names none of its server's
+
+@patch
+def _drawer(self: Painter, wish: Wish):  # what is open for a wish, or is opened now
+    if (key := self._key(wish)) not in self.opened:
+        while len(self.opened) >= self.kept:
+            self.opened.pop(next(iter(self.opened)))  # first: there may be no room for one more
+        new = self._opened_for(wish)
+        if wish.backend == 'auto':
+            self.chosen[wish.model] = getattr(getattr(new, 'backend', None), 'name', 'auto')
+        self.opened[key := self._key(wish)] = new
+        if wish.model == 'champion':
+            self.error = ''  # it may have been half copied the first time
+    self.opened[key] = self.opened.pop(key)  # the youngest is last
+    return self.opened[key]
+
+
+@patch
+def _opened_for(self: Painter, wish: Wish):
+    if self.load is not None:
+        return self.load()
+    from flowerdiff.inference.generator import Generator
+
+    folder = models(self.workspace).get(wish.model)
+    if not folder:
+        raise UserError(f'{MODELS[wish.model]} is not here.')
+    try:
+        return Generator.from_pretrained(folder, wish.backend)
+    except UserError as e:
+        raise UserError(
+            _homeless(
+                str(e),
+                {
+                    f'{folder}/': f'{MODELS[wish.model]}, ',
+                    str(folder): MODELS[wish.model],
+                    str(self.workspace): self.workspace.name,
+                },
+            )
+        ) from e
+
+
+def _homeless(
+    text: str, places: dict
+) -> str:  # without details in parentheses, and with words for folders: a page names none of its server's
     for folder, word in places.items():
-        if len(folder) > 2: text = text.replace(folder, word)
+        if len(folder) > 2:
+            text = text.replace(folder, word)
     return re.sub(r' \([^)]*\)', '', text)
 
 # %% ../../nbs/apps/01_session.ipynb #633615f0
 @patch
-def choices(self:Painter) -> dict: # models: [(name, label)], backends: [(name, label, why not or '')], schedulers: [(name, label)], usual: name of a model -> (steps, guidance)
+def choices(
+    self: Painter,
+) -> dict:  # models: [(name, label)], backends: [(name, label, why not or '')], schedulers: [(name, label)], usual: name of a model -> (steps, guidance)
     "What a wish can have here; nothing heavy is loaded for it."
-    there = models(self.workspace); folder = there.get('champion', self.workspace)
-    return dict(models=[(k, MODELS[k]) for k in there] or [('champion', MODELS['champion'])], backends=[(k, v, why_not(k, folder)) for k, v in BACKENDS.items()],
-                schedulers=[(k, SCHEDULERS[k]) for k in schedulers(folder)], usual={k: usual(f) for k, f in there.items()})
+    there = models(self.workspace)
+    folder = there.get('champion', self.workspace)
+    return dict(
+        models=[(k, MODELS[k]) for k in there] or [('champion', MODELS['champion'])],
+        backends=[(k, v, why_not(k, folder)) for k, v in BACKENDS.items()],
+        schedulers=[(k, SCHEDULERS[k]) for k in schedulers(folder)],
+        usual={k: usual(f) for k, f in there.items()},
+    )
 
 # %% ../../nbs/apps/01_session.ipynb #d7b1f4c3
 @patch
-def paint(self:Painter,
+def paint(
+    self: Painter,
     wish: Wish,
-    on_step: Callable | None = None, # called with a `flowerdiff.inference.sampling_loop.Step`; returning False cancels
-) -> list:                           # of PIL.Image; where another backend had to help, `info['note']` says so
+    on_step: Callable
+    | None = None,  # called with a `flowerdiff.inference.sampling_loop.Step`; returning False cancels
+) -> list:  # of PIL.Image; where another backend had to help, `info['note']` says so
     "Draw a wish; waits until the model is loaded and nobody else is drawing."
     self.ready.wait()
     with self.lock:
-        try: return self._drawn(wish, on_step)
+        try:
+            return self._drawn(wish, on_step)
         except Exception as e:
-            if not self._another(wish, e): raise
+            if not self._another(wish, e):
+                raise
             return self._instead(wish, e, on_step)
+
+
 @patch
-def _drawn(self:Painter, wish: Wish, on_step) -> list:
+def _drawn(self: Painter, wish: Wish, on_step) -> list:
     own = {} if wish.scheduler == 'auto' else dict(scheduler=wish.scheduler)
-    return self._drawer(wish)(wish.prompt, n=wish.n, seed=wish.seed, steps=wish.steps, guidance=wish.guidance, negative=wish.negative, callback=on_step, **own)
+    return self._drawer(wish)(
+        wish.prompt,
+        n=wish.n,
+        seed=wish.seed,
+        steps=wish.steps,
+        guidance=wish.guidance,
+        negative=wish.negative,
+        callback=on_step,
+        **own,
+    )
 
 # %% ../../nbs/apps/01_session.ipynb #79e1d6f7
 @patch
-def _name(self:Painter, wish: Wish) -> str: # of the backend that is open for a wish; of the one it asks for when none is
-    try: return self.opened[self._key(wish)].backend.name
-    except (KeyError, AttributeError): return wish.backend
+def _name(
+    self: Painter, wish: Wish
+) -> str:  # of the backend that is open for a wish; of the one it asks for when none is
+    try:
+        return self.opened[self._key(wish)].backend.name
+    except (KeyError, AttributeError):
+        return wish.backend
+
+
 @patch
-def _another(self:Painter, wish: Wish, error: Exception) -> bool: # is it worth a try with PyTorch? Not when the wish is at fault
+def _another(
+    self: Painter, wish: Wish, error: Exception
+) -> bool:  # is it worth a try with PyTorch? Not when the wish is at fault
     own_fault = isinstance(error, UserError) and self._key(wish) in self.opened
-    return self.load is None and type(error).__name__ != 'Cancelled' and self._name(wish) != 'torch' and not own_fault and wish.model in models(self.workspace)
+    return (
+        self.load is None
+        and type(error).__name__ != 'Cancelled'
+        and self._name(wish) != 'torch'
+        and not own_fault
+        and wish.model in models(self.workspace)
+    )
+
+
 @patch
-def _instead(self:Painter, wish: Wish, error: Exception, on_step) -> list: # PyTorch draws; the failed model is let go
-    failed = self._name(wish); self.opened.pop(self._key(wish), None)
-    try: pictures = self._drawn(replace(wish, backend='torch'), on_step)
-    except Exception as second: raise (second if type(second).__name__ == 'Cancelled' else error) from None
-    for p in pictures: p.info['note'] = f"{BACKENDS.get(failed, failed)} failed ({friendly(error, short=True)}); PyTorch drew this"
+def _instead(
+    self: Painter, wish: Wish, error: Exception, on_step
+) -> list:  # PyTorch draws; the failed model is let go
+    failed = self._name(wish)
+    self.opened.pop(self._key(wish), None)
+    try:
+        pictures = self._drawn(replace(wish, backend='torch'), on_step)
+    except Exception as second:
+        raise (second if type(second).__name__ == 'Cancelled' else error) from None
+    for p in pictures:
+        p.info['note'] = (
+            f'{BACKENDS.get(failed, failed)} failed ({friendly(error, short=True)}); PyTorch drew this'
+        )
     return pictures
 
 # %% ../../nbs/apps/01_session.ipynb #52cdd896
 def to_png(
-    picture,            # PIL.Image
-    wish: Wish | None = None, # kept in the file's metadata
+    picture,  # PIL.Image
+    wish: Wish | None = None,  # kept in the file's metadata
 ) -> bytes:
     "The picture as a PNG file."
     from PIL.PngImagePlugin import PngInfo
+
     info, buffer = PngInfo(), io.BytesIO()
-    if note := picture.info.get('note'): info.add_itxt('note', note)
-    if wish: info.add_itxt('flowerdiff', json.dumps(asdict(wish), ensure_ascii=False))
+    if note := picture.info.get('note'):
+        info.add_itxt('note', note)
+    if wish:
+        info.add_itxt('flowerdiff', json.dumps(asdict(wish), ensure_ascii=False))
     picture.save(buffer, 'PNG', pnginfo=info)
     return buffer.getvalue()
 
 # %% ../../nbs/apps/01_session.ipynb #260446da
-def file_name(wish: Wish) -> str: # of a downloaded picture
+def file_name(wish: Wish) -> str:  # of a downloaded picture
     words = re.sub(r'[^\w]+', '-', wish.prompt.lower()).strip('-')[:40].strip('-') or 'picture'
     return f'{words}-{wish.seed}.png'

@@ -10,53 +10,120 @@ import html, random
 import ipywidgets as w
 from dataclasses import asdict
 from fastcore.basics import patch
-from .widgets import Dials, Easel, ask_for, asked, classed, close, download_link, figure, note, row
+from flowerdiff.apps.widgets import (
+    Dials,
+    Easel,
+    ask_for,
+    asked,
+    classed,
+    close,
+    download_link,
+    figure,
+    note,
+    row,
+)
 from .session import Painter, Wish, to_png
 
 # %% ../../nbs/apps/03_side_by_side.ipynb #c8446105
 def differences(left: Wish, right: Wish) -> str:
     "What is not the same in two wishes, left first."
-    said = {k: (getattr(left, k), getattr(right, k)) for k in ('model', 'backend', 'scheduler', 'steps', 'guidance', 'negative')}
-    return ', '.join(f'{dict(scheduler="sampler").get(k, k)} {a or "none":{"g" if isinstance(a, float) else ""}} and {b or "none":{"g" if isinstance(b, float) else ""}}' for k, (a, b) in said.items() if a != b) or 'nothing'
+    said = {
+        k: (getattr(left, k), getattr(right, k))
+        for k in ('model', 'backend', 'scheduler', 'steps', 'guidance', 'negative')
+    }
+    return (
+        ', '.join(
+            f'{dict(scheduler="sampler").get(k, k)} {a or "none":{"g" if isinstance(a, float) else ""}} and {b or "none":{"g" if isinstance(b, float) else ""}}'
+            for k, (a, b) in said.items()
+            if a != b
+        )
+        or 'nothing'
+    )
 
 # %% ../../nbs/apps/03_side_by_side.ipynb #b51b80d1
 class Sides:
     "The tab: `Sides(painter, words).page` is the widget to show."
-    shown = 12 # pairs that stay
-    def __init__(self,
+
+    shown = 12  # pairs that stay
+
+    def __init__(
+        self,
         painter: Painter,
-        words: list, # examples
+        words: list,  # examples
     ):
         choices = painter.choices()
-        self.easel, self.dials, self.c = Easel(painter, 'Draw both'), [Dials(choices) for _ in range(2)], ask_for(random.choice(words))
-        self.dials[1].values = dict(steps=max(1, self.dials[0].values['steps']//2))
+        self.easel, self.dials, self.c = (
+            Easel(painter, 'Draw both'),
+            [Dials(choices) for _ in range(2)],
+            ask_for(random.choice(words)),
+        )
+        self.dials[1].values = dict(steps=max(1, self.dials[0].values['steps'] // 2))
         e, c = self.easel, self.c
-        e.button.on_click(lambda _: e.start(self.wishes, self._add)); c['dice'].on_click(lambda _: setattr(c['seed'], 'value', random.randrange(10**6)))
-        self.empty = w.HTML(note('One wish, two settings', '<p>Change a dial on one side, and press Draw both.</p>'))
+        e.button.on_click(lambda _: e.start(self.wishes, self._add))
+        c['dice'].on_click(lambda _: setattr(c['seed'], 'value', random.randrange(10**6)))
+        self.empty = w.HTML(
+            note('One wish, two settings', '<p>Change a dial on one side, and press Draw both.</p>')
+        )
         self.pairs = classed(w.VBox([self.empty]), 'fd-pairs')
-        ask = classed(w.VBox([c['prompt'], row(c['seed'], c['dice']), c['negative'], row(e.button, e.cancel), e.bar, e.line]), 'fd-panel')
-        side = lambda title, d: classed(w.VBox([w.HTML(f'<h2 class="fd-h">{title}</h2>'), *d.widgets]), 'fd-panel')
-        self.page = w.VBox([classed(w.Box([ask, side('Left', self.dials[0]), side('Right', self.dials[1])]), 'fd-three'), e.now, self.pairs], layout=dict(overflow='visible'))
+        ask = classed(
+            w.VBox(
+                [
+                    c['prompt'],
+                    row(c['seed'], c['dice']),
+                    c['negative'],
+                    row(e.button, e.cancel),
+                    e.bar,
+                    e.line,
+                ]
+            ),
+            'fd-panel',
+        )
+        side = lambda title, d: classed(
+            w.VBox([w.HTML(f'<h2 class="fd-h">{title}</h2>'), *d.widgets]), 'fd-panel'
+        )
+        self.page = w.VBox(
+            [
+                classed(w.Box([ask, side('Left', self.dials[0]), side('Right', self.dials[1])]), 'fd-three'),
+                e.now,
+                self.pairs,
+            ],
+            layout=dict(overflow='visible'),
+        )
 
     @property
-    def wishes(self) -> list: return [Wish(**asked(self.c), **d.values, strip=6) for d in self.dials]
+    def wishes(self) -> list:
+        return [Wish(**asked(self.c), **d.values, strip=6) for d in self.dials]
 
 # %% ../../nbs/apps/03_side_by_side.ipynb #92e232e9
 @patch
-def _add(self:Sides, drawn: list): # newest first
+def _add(self: Sides, drawn: list):  # newest first
     left, right = (some[0][0] for some in drawn)
     again = w.Button(description='Use again', tooltip='put these settings into both panels')
     again.on_click(lambda _: self._reuse(left, right))
-    title = row(w.HTML(f'<div class="fd-title">Different: {html.escape(differences(left, right))}</div>'), classed(w.HBox([again]), 'fd-acts'))
-    pair = classed(w.VBox([title, classed(w.Box([self._card(*some[0]) for some in drawn]), 'fd-two')]), 'fd-pair')
-    kept = [p for p in self.pairs.children if p is not self.empty][:self.shown - 1]
+    title = row(
+        w.HTML(f'<div class="fd-title">Different: {html.escape(differences(left, right))}</div>'),
+        classed(w.HBox([again]), 'fd-acts'),
+    )
+    pair = classed(
+        w.VBox([title, classed(w.Box([self._card(*some[0]) for some in drawn]), 'fd-two')]), 'fd-pair'
+    )
+    kept = [p for p in self.pairs.children if p is not self.empty][: self.shown - 1]
     old, self.pairs.children = [p for p in self.pairs.children if p not in kept], [pair, *kept]
-    for p in old: close(p)
+    for p in old:
+        close(p)
+
+
 @patch
-def _card(self:Sides, wish: Wish, picture, strip: list) -> w.Widget:
+def _card(self: Sides, wish: Wish, picture, strip: list) -> w.Widget:
     png = to_png(picture, wish)
-    return w.HTML(f'<div class="fd-card">{figure(wish, png, picture.size, picture.info.get("note", ""), strip)}<div class="fd-acts">{download_link(wish, png)}</div></div>')
+    return w.HTML(
+        f'<div class="fd-card">{figure(wish, png, picture.size, picture.info.get("note", ""), strip)}<div class="fd-acts">{download_link(wish, png)}</div></div>'
+    )
+
+
 @patch
-def _reuse(self:Sides, left: Wish, right: Wish):
-    for dials, wish in zip(self.dials, (left, right)): dials.values = asdict(wish)
-    for name in ('prompt', 'negative', 'seed'): self.c[name].value = getattr(left, name)
+def _reuse(self: Sides, left: Wish, right: Wish):
+    for dials, wish in zip(self.dials, (left, right)):
+        dials.values = asdict(wish)
+    for name in ('prompt', 'negative', 'seed'):
+        self.c[name].value = getattr(left, name)

@@ -12,122 +12,224 @@ from pathlib import Path
 import ipywidgets as w
 from fastcore.basics import patch
 from .blind_test import Blind
-from .widgets import SLIDE, Dials, Easel, Pick, ask_for, asked, classed, close, download_link, figure, note, row, style
+from flowerdiff.apps.widgets import (
+    SLIDE,
+    Dials,
+    Easel,
+    Pick,
+    ask_for,
+    asked,
+    classed,
+    close,
+    download_link,
+    figure,
+    note,
+    row,
+    style,
+)
 from .run_browser import Explore
 from .session import LIMITS, Painter, Wish, find_model, to_png
 from .side_by_side import Sides
 
 # %% ../../nbs/apps/08_studio.ipynb #72d87921
-EXAMPLES = ['a red rose under a blue sky', 'a yellow sunflower in a meadow', 'a white daisy at sunset', 'a purple iris on dark soil', 'three pink tulips in a studio']
+EXAMPLES = [
+    'a red rose under a blue sky',
+    'a yellow sunflower in a meadow',
+    'a white daisy at sunset',
+    'a purple iris on dark soil',
+    'three pink tulips in a studio',
+]
+
 
 def examples(
     workspace: str | Path,
     n: int = 60,
-) -> list[str]: # short captions of the run, or the garden's
+) -> list[str]:  # short captions of the run, or the garden's
     "Captions of the workspace's held-out pictures."
-    path, found = Path(workspace)/'captions'/'metadata.jsonl', []
+    path, found = Path(workspace) / 'captions' / 'metadata.jsonl', []
     if path.is_file():
         with open(path, encoding='utf-8', errors='replace') as f:
             for line in f:
-                try: row = json.loads(line)
-                except ValueError: continue
-                if not str(row.get('file_name', '')).startswith('train/') or not found: found += [c for c in row.get('captions', [])[:1] if isinstance(c, str) and 3 < len(c) < 60]
-                if len(found) > n: break
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if not str(row.get('file_name', '')).startswith('train/') or not found:
+                    found += [
+                        c for c in row.get('captions', [])[:1] if isinstance(c, str) and 3 < len(c) < 60
+                    ]
+                if len(found) > n:
+                    break
     return list(dict.fromkeys(found)) if len(found) >= 3 else EXAMPLES
 
 # %% ../../nbs/apps/08_studio.ipynb #02f9203a
 def make_controls(
-    words: list[str], # examples
-) -> dict:            # name -> widget
+    words: list[str],  # examples
+) -> dict:  # name -> widget
     "The widgets of the first tab's panel, by name; the dials are an easel's."
     return ask_for(words[0]) | dict(
-        chips=classed(w.Box([classed(w.Button(description=x, tooltip='use these words'), 'fd-chip') for x in words[:3]]), 'fd-chips'),
+        chips=classed(
+            w.Box(
+                [classed(w.Button(description=x, tooltip='use these words'), 'fd-chip') for x in words[:3]]
+            ),
+            'fd-chips',
+        ),
         surprise=classed(w.Button(description='Surprise me', tooltip='other words from the data'), 'fd-chip'),
         n=w.IntSlider(value=1, min=1, max=LIMITS['n'], description='Pictures', **SLIDE),
         lock=w.ToggleButton(value=False, description='Lock', tooltip='the same seed for the next pictures'),
-        strip=w.Checkbox(value=True, description='A strip of the denoising', indent=False), gallery=classed(w.Box([]), 'fd-gallery'))
+        strip=w.Checkbox(value=True, description='A strip of the denoising', indent=False),
+        gallery=classed(w.Box([]), 'fd-gallery'),
+    )
 
 # %% ../../nbs/apps/08_studio.ipynb #7a1082e5
-def model_size(model: Path | None) -> int: # pixels of a side, 0 when it cannot be known
-    try: unet, vae = (json.loads((model/part/'config.json').read_text()) for part in ('unet', 'vae'))
-    except (TypeError, OSError, ValueError): return 0
-    return unet.get('sample_size', 0)*2**(len(vae.get('block_out_channels', [0])) - 1)
+def model_size(model: Path | None) -> int:  # pixels of a side, 0 when it cannot be known
+    try:
+        unet, vae = (json.loads((model / part / 'config.json').read_text()) for part in ('unet', 'vae'))
+    except (TypeError, OSError, ValueError):
+        return 0
+    return unet.get('sample_size', 0) * 2 ** (len(vae.get('block_out_channels', [0])) - 1)
 
-def head(workspace: Path) -> str: # HTML: the name, and what is known of the model
+
+def head(workspace: Path) -> str:  # HTML: the name, and what is known of the model
     size = model_size(find_model(workspace))
     about = ' · '.join([workspace.resolve().name, *([f'{size} × {size} pixels'] if size else [])])
     return f'<div class="fd-head"><h1>flower<i>diff</i> studio</h1><p>{html.escape(about)}</p></div>'
 
 # %% ../../nbs/apps/08_studio.ipynb #8ee2375c
-def no_model(workspace: Path) -> str: # HTML
-    return note('No model here yet', f'<p>This command trains one; with the garden it takes about ten minutes:</p><code>flowerdiff run {html.escape(str(workspace))}</code><p>Then look again.</p>')
+def no_model(workspace: Path) -> str:  # HTML
+    return note(
+        'No model here yet',
+        f'<p>This command trains one; with the garden it takes about ten minutes:</p><code>flowerdiff run {html.escape(str(workspace))}</code><p>Then look again.</p>',
+    )
 
 # %% ../../nbs/apps/08_studio.ipynb #eed2e700
 class Studio:
     "The first tab: `Studio(painter).page` is the widget to show."
-    shown = 48 # pictures that the gallery keeps
+
+    shown = 48  # pictures that the gallery keeps
+
     def __init__(self, painter: Painter):
-        self.painter, self.words, self.easel, self.dials = painter, examples(painter.workspace), Easel(painter), Dials(painter.choices())
+        self.painter, self.words, self.easel, self.dials = (
+            painter,
+            examples(painter.workspace),
+            Easel(painter),
+            Dials(painter.choices()),
+        )
         e = self.easel
-        self.c = c = make_controls(self.words) | self.dials.c | dict(draw=e.button, cancel=e.cancel, bar=e.bar, say=e.line, now=e.now)
+        self.c = c = (
+            make_controls(self.words)
+            | self.dials.c
+            | dict(draw=e.button, cancel=e.cancel, bar=e.bar, say=e.line, now=e.now)
+        )
         c['draw'].on_click(self._draw)
-        c['dice'].on_click(lambda _: self._dice()); c['surprise'].on_click(lambda _: self._use(random.choice(self.words)))
-        for chip in c['chips'].children: chip.on_click(lambda b: self._use(b.description))
+        c['dice'].on_click(lambda _: self._dice())
+        c['surprise'].on_click(lambda _: self._use(random.choice(self.words)))
+        for chip in c['chips'].children:
+            chip.on_click(lambda b: self._use(b.description))
         self._show()
 
 # %% ../../nbs/apps/08_studio.ipynb #bb760052
 @patch
-def _show(self:Studio): # the panel and the gallery
+def _show(self: Studio):  # the panel and the gallery
     c = self.c
     c['chips'].children = [*c['chips'].children, c['surprise']]
-    ask = classed(w.VBox([c['prompt'], c['chips'], row(c['draw'], c['cancel']), c['bar'], c['say']]), 'fd-panel', 'fd-ask')
-    dials = classed(w.VBox([c['n'], *self.dials.widgets, row(c['seed'], c['dice'], c['lock']), c['negative'], c['strip']]), 'fd-panel', 'fd-dials')
-    self.empty = w.HTML(note('Nothing drawn yet', '<p>Write a few words, or take an example, and press Draw.</p>'))
-    self.page = classed(w.Box([ask, dials, classed(w.VBox([c['now'], self.empty, c['gallery']]), 'fd-right')]), 'fd-body')
-    if self.painter.ready.is_set(): self._loaded()
-    else: self.easel.say('Loading the model …'); threading.Thread(target=self._loaded, daemon=True).start()
+    ask = classed(
+        w.VBox([c['prompt'], c['chips'], row(c['draw'], c['cancel']), c['bar'], c['say']]),
+        'fd-panel',
+        'fd-ask',
+    )
+    dials = classed(
+        w.VBox(
+            [c['n'], *self.dials.widgets, row(c['seed'], c['dice'], c['lock']), c['negative'], c['strip']]
+        ),
+        'fd-panel',
+        'fd-dials',
+    )
+    self.empty = w.HTML(
+        note('Nothing drawn yet', '<p>Write a few words, or take an example, and press Draw.</p>')
+    )
+    self.page = classed(
+        w.Box([ask, dials, classed(w.VBox([c['now'], self.empty, c['gallery']]), 'fd-right')]), 'fd-body'
+    )
+    if self.painter.ready.is_set():
+        self._loaded()
+    else:
+        self.easel.say('Loading the model …')
+        threading.Thread(target=self._loaded, daemon=True).start()
+
+
 @patch
-def _loaded(self:Studio): # says when the model is there, or why it is not
+def _loaded(self: Studio):  # says when the model is there, or why it is not
     self.painter.ready.wait()
-    if not self.easel.busy: self.easel.say(self.painter.error or 'Ready.', bad=bool(self.painter.error))
+    if not self.easel.busy:
+        self.easel.say(self.painter.error or 'Ready.', bad=bool(self.painter.error))
 
 # %% ../../nbs/apps/08_studio.ipynb #875da18f
 @patch(as_prop=True)
-def wish(self:Studio) -> Wish:
+def wish(self: Studio) -> Wish:
     "What the controls say now; an empty prompt is its placeholder."
-    return Wish(**asked(self.c), **self.dials.values, n=self.c['n'].value, strip=6*self.c['strip'].value)
+    return Wish(**asked(self.c), **self.dials.values, n=self.c['n'].value, strip=6 * self.c['strip'].value)
+
+
 @patch
-def _use(self:Studio, words: str): self.c['prompt'].value = words
+def _use(self: Studio, words: str):
+    self.c['prompt'].value = words
+
+
 @patch
-def _dice(self:Studio): self.c['seed'].value = random.randrange(10**6)
+def _dice(self: Studio):
+    self.c['seed'].value = random.randrange(10**6)
+
+
 @patch
-def _draw(self:Studio, _=None): self.easel.start([self.wish], self._add)
+def _draw(self: Studio, _=None):
+    self.easel.start([self.wish], self._add)
 
 # %% ../../nbs/apps/08_studio.ipynb #8820b049
 @patch
-def _add(self:Studio, drawn: list): # newest first
+def _add(self: Studio, drawn: list):  # newest first
     self.empty.value = ''
     cards = [self._card(*x) for some in drawn for x in some]
-    old = self.c['gallery'].children[self.shown - len(cards):]
-    self.c['gallery'].children = [*cards, *self.c['gallery'].children][:self.shown]
-    for card in old: close(card)
-    if not self.c['lock'].value and self.c['seed'].value == drawn[0][0][0].seed: self._dice() # not over a seed that was typed meanwhile
+    old = self.c['gallery'].children[self.shown - len(cards) :]
+    self.c['gallery'].children = [*cards, *self.c['gallery'].children][: self.shown]
+    for card in old:
+        close(card)
+    if not self.c['lock'].value and self.c['seed'].value == drawn[0][0][0].seed:
+        self._dice()  # not over a seed that was typed meanwhile
+
+
 @patch
-def _card(self:Studio, wish: Wish, picture, strip: list) -> w.Widget:
-    png, again = to_png(picture, wish), w.Button(description='Use again', tooltip='put these settings into the panel')
+def _card(self: Studio, wish: Wish, picture, strip: list) -> w.Widget:
+    png, again = (
+        to_png(picture, wish),
+        w.Button(description='Use again', tooltip='put these settings into the panel'),
+    )
     again.on_click(lambda _: self._reuse(wish))
-    return classed(w.VBox([w.HTML(figure(wish, png, picture.size, picture.info.get('note', ''), strip)), classed(w.HBox([again, w.HTML(download_link(wish, png))]), 'fd-acts')]), 'fd-card')
+    return classed(
+        w.VBox(
+            [
+                w.HTML(figure(wish, png, picture.size, picture.info.get('note', ''), strip)),
+                classed(w.HBox([again, w.HTML(download_link(wish, png))]), 'fd-acts'),
+            ]
+        ),
+        'fd-card',
+    )
+
+
 @patch
-def _reuse(self:Studio, wish: Wish):
+def _reuse(self: Studio, wish: Wish):
     self.dials.values = asdict(wish)
-    for name in ('prompt', 'negative', 'seed', 'n'): self.c[name].value = getattr(wish, name)
+    for name in ('prompt', 'negative', 'seed', 'n'):
+        self.c[name].value = getattr(wish, name)
     self.c['strip'].value, self.c['lock'].value = wish.strip > 0, True
 
 # %% ../../nbs/apps/08_studio.ipynb #c288266e
 TABS = dict(studio='Studio', sides='Compare', blind='Blind test', explore='Explore')
 
+
 class Tabs:
     "The whole page: `Tabs(painter).page` is the widget to show."
+
     def __init__(self, painter: Painter):
         self.painter, self.made, self.top = painter, {}, w.HTML(style() + head(painter.workspace))
         self.pick = Pick('', [(k, label, '') for k, label in TABS.items()], self._turn)
@@ -136,32 +238,43 @@ class Tabs:
 
     def _turn(self, name: str):
         if name == 'explore' or self.painter.exists:
-            if name not in self.made: self.made[name] = self._make(name)
+            if name not in self.made:
+                self.made[name] = self._make(name)
             inner = self.made[name].page
-        else: inner = self._without()
+        else:
+            inner = self._without()
         self.page.children = [self.top, classed(self.pick.widget, 'fd-tabs'), inner]
 
     def _make(self, name: str):
-        if name == 'explore': return Explore(self.painter.workspace)
-        return Studio(self.painter) if name == 'studio' else dict(sides=Sides, blind=Blind)[name](self.painter, examples(self.painter.workspace))
+        if name == 'explore':
+            return Explore(self.painter.workspace)
+        return (
+            Studio(self.painter)
+            if name == 'studio'
+            else dict(sides=Sides, blind=Blind)[name](self.painter, examples(self.painter.workspace))
+        )
 
-    def _without(self) -> w.Widget: # no model
+    def _without(self) -> w.Widget:  # no model
         again = w.Button(description='Look again')
         again.on_click(lambda _: self._look_again())
         return w.VBox([w.HTML(no_model(self.painter.workspace)), classed(row(again), 'fd-center')])
 
     def _look_again(self):
-        self.painter = type(self.painter)(self.painter.workspace); self.made.clear()
+        self.painter = type(self.painter)(self.painter.workspace)
+        self.made.clear()
         self._turn(self.pick.value)
 
 # %% ../../nbs/apps/08_studio.ipynb #40798b7c
 ENV = 'FLOWERDIFF_WORKSPACE'
 
+
 def show(
-    workspace: str | Path | None = None, # a workspace or a model's folder; None: the server's
-) -> w.Widget:                           # the page
+    workspace: str | Path | None = None,  # a workspace or a model's folder; None: the server's
+) -> w.Widget:  # the page
     "The studio, as a widget."
     where = workspace or os.environ.get(ENV, 'garden')
-    if workspace or not os.environ.get('FLOWERDIFF_SOCKET'): return Tabs(Painter(where)).page
+    if workspace or not os.environ.get('FLOWERDIFF_SOCKET'):
+        return Tabs(Painter(where)).page
     from flowerdiff.apps.remote import RemotePainter
+
     return Tabs(RemotePainter(where)).page

@@ -16,128 +16,215 @@ from fastcore.basics import patch
 from .session import LIMITS, Painter, Wish, file_name, friendly, strip_steps, to_png
 
 # %% ../../nbs/apps/02_widgets.ipynb #b449944d
-def data_url(data: bytes, kind: str = 'image/png') -> str: return f'data:{kind};base64,{base64.b64encode(data).decode()}'
+def data_url(data: bytes, kind: str = 'image/png') -> str:
+    return f'data:{kind};base64,{base64.b64encode(data).decode()}'
 
 # %% ../../nbs/apps/02_widgets.ipynb #afb63f33
 def shot(
-    data: str,   # a data URL
+    data: str,  # a data URL
     words: str,  # what it shows
-    size: tuple, # width and height
-) -> str:        # HTML
+    size: tuple,  # width and height
+) -> str:  # HTML
     "A picture that can be enlarged."
     words = html.escape(words, quote=True)
     return f'<span class="fd-shot" role="button" tabindex="0" aria-label="Enlarge: {words}"><img alt="{words}" width="{size[0]}" height="{size[1]}" style="--shape:{size[0]}/{size[1]}" src="{data}"></span>'
 
+
 def figure(
-    wish: Wish, # of this very picture: its own seed
+    wish: Wish,  # of this very picture: its own seed
     png: bytes,
-    size: tuple, # width and height
+    size: tuple,  # width and height
     note: str = '',
-    strip: list = (), # of PIL.Image, small: the denoising on the way
-) -> str:       # HTML
-    lines = f'<small>{html.escape(wish.line())}</small>' + (f'<small class="fd-warn">{html.escape(note)}</small>' if note else '')
+    strip: list = (),  # of PIL.Image, small: the denoising on the way
+) -> str:  # HTML
+    lines = f'<small>{html.escape(wish.line())}</small>' + (
+        f'<small class="fd-warn">{html.escape(note)}</small>' if note else ''
+    )
     return f'<figure>{shot(data_url(png), wish.prompt, size)}{strip_html(strip)}<figcaption>{html.escape(wish.prompt, quote=True)}{lines}</figcaption></figure>'
 
-def download_link(wish: Wish, png: bytes) -> str: # HTML
+
+def download_link(wish: Wish, png: bytes) -> str:  # HTML
     return f'<a download="{file_name(wish)}" href="{data_url(png)}" aria-label="Download {html.escape(file_name(wish))}">Download</a>'
 
 # %% ../../nbs/apps/02_widgets.ipynb #f873aba0
-def jpeg(picture, quality: int = 80) -> str: # a data URL
-    b = io.BytesIO(); picture.convert('RGB').save(b, 'JPEG', quality=quality)
+def jpeg(picture, quality: int = 80) -> str:  # a data URL
+    b = io.BytesIO()
+    picture.convert('RGB').save(b, 'JPEG', quality=quality)
     return data_url(b.getvalue(), 'image/jpeg')
 
+
 def preview_html(
-    pictures: list, # of PIL.Image, small
+    pictures: list,  # of PIL.Image, small
 ) -> str:
     "The pictures that are being drawn, as they look now."
-    return '<div class="fd-now">' + ''.join(f'<img alt="being drawn" src="{jpeg(p)}">' for p in pictures) + '</div>'
+    return (
+        '<div class="fd-now">'
+        + ''.join(f'<img alt="being drawn" src="{jpeg(p)}">' for p in pictures)
+        + '</div>'
+    )
 
-def strip_html(pictures: list) -> str: # of PIL.Image, from noise to picture
-    steps = ''.join(f'<img alt="denoising, {i} of {len(pictures)}" src="{jpeg(p)}">' for i, p in enumerate(pictures, 1))
+
+def strip_html(pictures: list) -> str:  # of PIL.Image, from noise to picture
+    steps = ''.join(
+        f'<img alt="denoising, {i} of {len(pictures)}" src="{jpeg(p)}">' for i, p in enumerate(pictures, 1)
+    )
     return f'<div class="fd-strip">{steps}</div>' if steps else ''
 
 # %% ../../nbs/apps/02_widgets.ipynb #3f5bb590
-def style() -> str: # the style sheet, as an HTML element
-    return f"<style>{(files('flowerdiff')/'assets'/'studio'/'studio.css').read_text(encoding='utf-8')}</style>"
+def style() -> str:  # the style sheet, as an HTML element
+    return f'<style>{(files("flowerdiff") / "assets" / "studio" / "studio.css").read_text(encoding="utf-8")}</style>'
 
-FLOWER = '<svg viewBox="0 0 64 64" aria-hidden="true"><g fill="var(--accent)">' + ''.join(f'<ellipse cx="32" cy="15" rx="9" ry="13" opacity=".55" transform="rotate({a} 32 32)"/>' for a in range(0, 360, 60)) + '</g><circle cx="32" cy="32" r="8" fill="var(--accent)"/></svg>'
 
-def note(title: str, text: str = '') -> str: # HTML: a card with a few words
+FLOWER = (
+    '<svg viewBox="0 0 64 64" aria-hidden="true"><g fill="var(--accent)">'
+    + ''.join(
+        f'<ellipse cx="32" cy="15" rx="9" ry="13" opacity=".55" transform="rotate({a} 32 32)"/>'
+        for a in range(0, 360, 60)
+    )
+    + '</g><circle cx="32" cy="32" r="8" fill="var(--accent)"/></svg>'
+)
+
+
+def note(title: str, text: str = '') -> str:  # HTML: a card with a few words
     return f'<div class="fd-note">{FLOWER}<h2>{title}</h2>{text}</div>'
 
 # %% ../../nbs/apps/02_widgets.ipynb #41aa2a66
-def classed(widget, *names): # adds CSS classes, and returns the widget
-    for n in names: widget.add_class(n)
+def classed(widget, *names):  # adds CSS classes, and returns the widget
+    for n in names:
+        widget.add_class(n)
     return widget
 
-def row(*children): return classed(w.HBox(children), 'fd-row')
 
-def close(widget): # and all inside it: a kernel that draws all day does not grow
-    for child in getattr(widget, 'children', ()): close(child)
+def row(*children):
+    return classed(w.HBox(children), 'fd-row')
+
+
+def close(widget):  # and all inside it: a kernel that draws all day does not grow
+    for child in getattr(widget, 'children', ()):
+        close(child)
     widget.close()
     for part in (widget.layout, getattr(widget, 'style', None)):
-        if part is not None: part.close()
+        if part is not None:
+            part.close()
+
 
 class Pick:
     "One of a few: `widget` to show, `value`."
-    def __init__(self,
+
+    def __init__(
+        self,
         title: str,
-        options: list, # of (name, label, why it cannot be chosen or '')
+        options: list,  # of (name, label, why it cannot be chosen or '')
         changed: Callable = lambda value: None,
     ):
-        self.buttons, self.changed, self.why = {k: w.ToggleButton(description=label, disabled=bool(why), tooltip=why or label) for k, label, why in options}, changed, {label: why for _, label, why in options if why}
-        for k, b in self.buttons.items(): b.observe(lambda change, k=k: self._pressed(k, change.new), 'value')
-        lines = ''.join(f'<div>{html.escape(label)}: {html.escape(why)}</div>' for label, why in self.why.items())
-        self.widget = classed(w.VBox([*([w.HTML(f'<div class="fd-title">{title}</div>')] if title else []), classed(w.Box([*self.buttons.values()]), 'fd-chips'), *([w.HTML(f'<div class="fd-why">{lines}</div>')] if lines else [])]), 'fd-pick')
+        self.buttons, self.changed, self.why = (
+            {
+                k: w.ToggleButton(description=label, disabled=bool(why), tooltip=why or label)
+                for k, label, why in options
+            },
+            changed,
+            {label: why for _, label, why in options if why},
+        )
+        for k, b in self.buttons.items():
+            b.observe(lambda change, k=k: self._pressed(k, change.new), 'value')
+        lines = ''.join(
+            f'<div>{html.escape(label)}: {html.escape(why)}</div>' for label, why in self.why.items()
+        )
+        self.widget = classed(
+            w.VBox(
+                [
+                    *([w.HTML(f'<div class="fd-title">{title}</div>')] if title else []),
+                    classed(w.Box([*self.buttons.values()]), 'fd-chips'),
+                    *([w.HTML(f'<div class="fd-why">{lines}</div>')] if lines else []),
+                ]
+            ),
+            'fd-pick',
+        )
         self.value = next(k for k, _, why in options if not why)
 
     @property
-    def value(self): return self._value
+    def value(self):
+        return self._value
+
     @value.setter
     def value(self, name):
-        if name not in self.buttons or self.buttons[name].disabled: return
+        if name not in self.buttons or self.buttons[name].disabled:
+            return
         self._value = name
-        for k, b in self.buttons.items(): b.value = k == name
+        for k, b in self.buttons.items():
+            b.value = k == name
 
     def _pressed(self, name, on):
-        if on and name != self._value: self.value = name; self.changed(name)
-        elif not on and name == self._value: self.buttons[name].value = True # pressed again: it stays
+        if on and name != self._value:
+            self.value = name
+            self.changed(name)
+        elif not on and name == self._value:
+            self.buttons[name].value = True  # pressed again: it stays
 
 # %% ../../nbs/apps/02_widgets.ipynb #1e28d169
 SLIDE = dict(continuous_update=False, layout=w.Layout(width='100%'))
 
+
 class Dials:
     "How to draw: `widgets` to show, `values` for a `Wish`."
-    def __init__(self, choices: dict): # from `Painter.choices`
+
+    def __init__(self, choices: dict):  # from `Painter.choices`
         self.usual = choices['usual']
-        steps, guidance = self.usual.get('champion', (20, 4.))
-        labelled = lambda key, title: w.Dropdown(options=[(label, k) for k, label in choices[key]], description=title, layout=w.Layout(width='100%'))
-        self.c = dict(model=labelled('models', 'Model'), steps=w.IntSlider(value=steps, min=1, max=60, description='Steps', **SLIDE),
-                      guidance=w.FloatSlider(value=guidance, min=1, max=10, step=.5, readout_format='.1f', description='Guidance', **SLIDE), scheduler=labelled('schedulers', 'Sampler'))
+        steps, guidance = self.usual.get('champion', (20, 4.0))
+        labelled = lambda key, title: w.Dropdown(
+            options=[(label, k) for k, label in choices[key]],
+            description=title,
+            layout=w.Layout(width='100%'),
+        )
+        self.c = dict(
+            model=labelled('models', 'Model'),
+            steps=w.IntSlider(value=steps, min=1, max=60, description='Steps', **SLIDE),
+            guidance=w.FloatSlider(
+                value=guidance, min=1, max=10, step=0.5, readout_format='.1f', description='Guidance', **SLIDE
+            ),
+            scheduler=labelled('schedulers', 'Sampler'),
+        )
         self.backend = Pick('Backend', choices['backends'])
         self.c['model'].observe(lambda change: self._as_usual(change.new), 'value')
-        self.widgets = [x for k, x in self.c.items() if k != 'model' or len(choices['models']) > 1] + [self.backend.widget]
+        self.widgets = [x for k, x in self.c.items() if k != 'model' or len(choices['models']) > 1] + [
+            self.backend.widget
+        ]
 
-    def _as_usual(self, model): self.c['steps'].value, self.c['guidance'].value = self.usual.get(model, (20, 4.))
+    def _as_usual(self, model):
+        self.c['steps'].value, self.c['guidance'].value = self.usual.get(model, (20, 4.0))
 
     @property
-    def values(self) -> dict: return {k: x.value for k, x in self.c.items()} | dict(backend=self.backend.value)
+    def values(self) -> dict:
+        return {k: x.value for k, x in self.c.items()} | dict(backend=self.backend.value)
+
     @values.setter
     def values(self, wanted: dict):
         for k, x in self.c.items():
-            if k in wanted and (k not in ('model', 'scheduler') or wanted[k] in dict(x.options).values()): x.value = wanted[k]
+            if k in wanted and (k not in ('model', 'scheduler') or wanted[k] in dict(x.options).values()):
+                x.value = wanted[k]
         self.backend.value = wanted.get('backend', self.backend.value)
 
 # %% ../../nbs/apps/02_widgets.ipynb #cfff029c
 class Easel:
     "Draws wishes, one after the other, in a thread."
-    def __init__(self,
+
+    def __init__(
+        self,
         painter: Painter,
         label: str = 'Draw',
-        quiet: bool = False, # neither steps nor previews
+        quiet: bool = False,  # neither steps nor previews
     ):
-        self.painter, self.quiet, self.stop, self.busy, self.strip = painter, quiet, threading.Event(), False, []
-        self.button, self.cancel = classed(w.Button(description=label), 'fd-draw'), w.Button(description='Cancel', disabled=True)
+        self.painter, self.quiet, self.stop, self.busy, self.strip = (
+            painter,
+            quiet,
+            threading.Event(),
+            False,
+            [],
+        )
+        self.button, self.cancel = (
+            classed(w.Button(description=label), 'fd-draw'),
+            w.Button(description='Cancel', disabled=True),
+        )
         self.bar, self.line, self.now = w.FloatProgress(value=0, min=0, max=1), w.HTML(), w.HTML()
         self.cancel.on_click(lambda _: self.stop.set())
 
@@ -147,71 +234,127 @@ class Easel:
 
 # %% ../../nbs/apps/02_widgets.ipynb #bdb7d5ce
 @patch
-def _step(self:Easel, step, wish: Wish, before: int, total: int) -> bool: # steps of the wishes before this one, and of all; False: stop
-    if hasattr(step, 'place'): return self._waiting(step)
+def _step(
+    self: Easel, step, wish: Wish, before: int, total: int
+) -> bool:  # steps of the wishes before this one, and of all; False: stop
+    if hasattr(step, 'place'):
+        return self._waiting(step)
     now = time.monotonic()
-    if step.step == 1: self.began, self.strip = now, [] # again, when another backend begins anew
-    kept, told = step.step in strip_steps(step.steps, wish.strip), now - self.told > .12 or step.step == step.steps
+    if step.step == 1:
+        self.began, self.strip = now, []  # again, when another backend begins anew
+    kept, told = (
+        step.step in strip_steps(step.steps, wish.strip),
+        now - self.told > 0.12 or step.step == step.steps,
+    )
     small = step.preview(96) if kept or told and not self.quiet else []
-    if kept: self.strip.append(small)
-    if told: self.told = now; self._tell(before + step.step, total, (now - self.began)/max(1, step.step - 1)*(step.step > 1), small)
+    if kept:
+        self.strip.append(small)
+    if told:
+        self.told = now
+        self._tell(
+            before + step.step, total, (now - self.began) / max(1, step.step - 1) * (step.step > 1), small
+        )
     return not self.stop.is_set()
+
+
 @patch
-def _tell(self:Easel, done: int, total: int, pace: float, small: list): # seconds a step; pictures to show
-    self.bar.value, left = done/total, pace*(total - done)
-    self.say('Drawing …' if self.quiet else f'Step {done} of {total}' + (f', {left:.0f} s left' if left >= 1 else ''))
-    if not self.quiet: self.now.value = preview_html(small)
+def _tell(self: Easel, done: int, total: int, pace: float, small: list):  # seconds a step; pictures to show
+    self.bar.value, left = done / total, pace * (total - done)
+    self.say(
+        'Drawing …'
+        if self.quiet
+        else f'Step {done} of {total}' + (f', {left:.0f} s left' if left >= 1 else '')
+    )
+    if not self.quiet:
+        self.now.value = preview_html(small)
+
+
 @patch
-def _waiting(self:Easel, at) -> bool: # a `flowerdiff.apps.remote.Place`; False: stop
-    if at.place: self.say(f'{at.place} before you' + f', about {at.seconds:.0f} s'*(at.seconds >= 1) + ' …')
+def _waiting(self: Easel, at) -> bool:  # a `flowerdiff.apps.remote.Place`; False: stop
+    if at.place:
+        self.say(f'{at.place} before you' + f', about {at.seconds:.0f} s' * (at.seconds >= 1) + ' …')
     return not self.stop.is_set()
 
 # %% ../../nbs/apps/02_widgets.ipynb #16f69dfe
 @patch
-def start(self:Easel,
-    wishes: list,   # of `Wish`
-    done: Callable, # called in the thread with a list of (wish, picture, strip) of each wish
+def start(
+    self: Easel,
+    wishes: list,  # of `Wish`
+    done: Callable,  # called in the thread with a list of (wish, picture, strip) of each wish
 ):
-    if self.busy: return
+    if self.busy:
+        return
     try:
-        for wish in wishes: wish.check()
-    except Exception as e: return self.say(friendly(e), bad=True)
-    self.stop.clear(); self.busy, self.button.disabled, self.cancel.disabled = True, True, False
+        for wish in wishes:
+            wish.check()
+    except Exception as e:
+        return self.say(friendly(e), bad=True)
+    self.stop.clear()
+    self.busy, self.button.disabled, self.cancel.disabled = True, True, False
     self.thread = threading.Thread(target=self._work, args=(wishes, done), daemon=True)
     self.thread.start()
+
+
 @patch
-def _work(self:Easel, wishes: list, done: Callable): # in the thread
+def _work(self: Easel, wishes: list, done: Callable):  # in the thread
     began = time.monotonic()
     self.say('Drawing …' if self.painter.ready.is_set() else 'Loading the model …')
     try:
         done(drawn := self._drawn(wishes))
         self.say(self._summary([p for some in drawn for _, p, _ in some], time.monotonic() - began))
     except Exception as e:
-        if type(e).__name__ == 'Cancelled': self.say('Cancelled.')
-        else: self.say(friendly(e), bad=True)
+        if type(e).__name__ == 'Cancelled':
+            self.say('Cancelled.')
+        else:
+            self.say(friendly(e), bad=True)
     finally:
         self.now.value, self.bar.value, self.cancel.disabled = '', 0, True
-        self.busy = self.button.disabled = False # last: who sees that it can be pressed is heard
+        self.busy = self.button.disabled = False  # last: who sees that it can be pressed is heard
+
+
 @patch
-def _drawn(self:Easel, wishes: list) -> list: # of (wish, picture, strip) of each wish
+def _drawn(self: Easel, wishes: list) -> list:  # of (wish, picture, strip) of each wish
     out, before, total = [], 0, sum(wish.steps for wish in wishes)
     for wish in wishes:
         self.strip, self.told = [], 0
         pictures = self.painter.paint(wish, lambda step: self._step(step, wish, before, total))
-        out.append([(replace(wish, seed=wish.seed + k, n=1), p, [s[k] for s in self.strip]) for k, p in enumerate(pictures)])
+        out.append(
+            [
+                (replace(wish, seed=wish.seed + k, n=1), p, [s[k] for s in self.strip])
+                for k, p in enumerate(pictures)
+            ]
+        )
         before += wish.steps
     return out
+
+
 @patch
-def _summary(self:Easel, pictures: list, seconds: float) -> str:
+def _summary(self: Easel, pictures: list, seconds: float) -> str:
     n, notes = len(pictures), {p.info.get('note', '') for p in pictures} - {''}
-    return f'{n} picture{"s"*(n > 1)} in {seconds:.1f} s.' + ''.join(f' {x}.' for x in notes if not self.quiet)
+    return f'{n} picture{"s" * (n > 1)} in {seconds:.1f} s.' + ''.join(
+        f' {x}.' for x in notes if not self.quiet
+    )
 
 # %% ../../nbs/apps/02_widgets.ipynb #7bed1a33
-def ask_for(words: str) -> dict: # name -> widget; the words are an example
-    once = dict(continuous_update=False, layout=w.Layout(width='100%')) # told when they are left, not letter by letter: a click on Draw cannot overtake them
-    return dict(prompt=classed(w.Textarea(description='What shall it draw?', placeholder=words, **once), 'fd-tall', 'fd-prompt'),
-                negative=classed(w.Text(description='What not?', placeholder='nothing in particular', **once), 'fd-tall'),
-                seed=w.BoundedIntText(value=7, min=0, max=2**32 - 1, description='Seed'), dice=w.Button(description='Dice', tooltip='another seed'))
+def ask_for(words: str) -> dict:  # name -> widget; the words are an example
+    once = dict(
+        continuous_update=False, layout=w.Layout(width='100%')
+    )  # told when they are left, not letter by letter: a click on Draw cannot overtake them
+    return dict(
+        prompt=classed(
+            w.Textarea(description='What shall it draw?', placeholder=words, **once), 'fd-tall', 'fd-prompt'
+        ),
+        negative=classed(
+            w.Text(description='What not?', placeholder='nothing in particular', **once), 'fd-tall'
+        ),
+        seed=w.BoundedIntText(value=7, min=0, max=2**32 - 1, description='Seed'),
+        dice=w.Button(description='Dice', tooltip='another seed'),
+    )
 
-def asked(c: dict) -> dict: # what they say; an empty prompt is its example
-    return dict(prompt=c['prompt'].value.strip() or c['prompt'].placeholder, seed=c['seed'].value, **(dict(negative=c['negative'].value.strip()) if 'negative' in c else {}))
+
+def asked(c: dict) -> dict:  # what they say; an empty prompt is its example
+    return dict(
+        prompt=c['prompt'].value.strip() or c['prompt'].placeholder,
+        seed=c['seed'].value,
+        **(dict(negative=c['negative'].value.strip()) if 'negative' in c else {}),
+    )

@@ -15,88 +15,109 @@ from ..core.workspace import UserError, file_sha256, read_json, write_json
 
 # %% ../../nbs/cloud/02_container.ipynb #ce8a206c
 def lay_out(
-    files: list[dict], # path and sha256 of what the run reads
-    objects: Path,     # where they lie, as `objects/3f/3f9a…`
-    root: Path,        # becomes a workspace
+    files: list[dict],  # path and sha256 of what the run reads
+    objects: Path,  # where they lie, as `objects/3f/3f9a…`
+    root: Path,  # becomes a workspace
 ):
     "Link each object under its path. Raises `UserError` naming one that is missing or damaged."
     for f in files:
-        there, link = objects/object_key(f['sha256']), root/f['path']
+        there, link = objects / object_key(f['sha256']), root / f['path']
         state = 'missing' if not there.is_file() else 'damaged' if file_sha256(there) != f['sha256'] else ''
-        if state: raise UserError(f"{f['path']}: is {state} among the job's data; run the stage upload again")
-        link.parent.mkdir(parents=True, exist_ok=True); link.symlink_to(there)
+        if state:
+            raise UserError(f"{f['path']}: is {state} among the job's data; run the stage upload again")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(there)
 
 # %% ../../nbs/cloud/02_container.ipynb #c6c02b54
-EVENT = 'FLOWERDIFF ' # how a line of the log begins that is an event
+EVENT = 'FLOWERDIFF '  # how a line of the log begins that is an event
+
 
 @contextmanager
 def relay(
-    events: Path,       # an events.jsonl, perhaps not there yet
-    every: float = 1.,  # seconds between looks
+    events: Path,  # an events.jsonl, perhaps not there yet
+    every: float = 1.0,  # seconds between looks
 ):
     "While it is open, what is added to the file is printed."
     offset, closing = events.stat().st_size if events.exists() else 0, threading.Event()
+
     def tell():
         nonlocal offset
         while True:
             last = closing.wait(every)
             found, offset = read_events(events, offset)
-            for e in found: print(EVENT + json.dumps(e), flush=True)
-            if last: return
-    thread = threading.Thread(target=tell, daemon=True); thread.start()
-    try: yield
-    finally: closing.set(); thread.join()
+            for e in found:
+                print(EVENT + json.dumps(e), flush=True)
+            if last:
+                return
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join()
 
 # %% ../../nbs/cloud/02_container.ipynb #0c81b2b4
 def deliver(
-    root: Path,   # the workspace
-    folder: Path, # of the run
+    root: Path,  # the workspace
+    folder: Path,  # of the run
     model: Path,  # what SageMaker collects
 ):
     "Put the trained model and the run's story where they are collected."
-    for name in ('candidate', 'train.json'): shutil.move(root/name, model/name)
-    shutil.copyfile(folder/'events.jsonl', model/'events.jsonl')
+    for name in ('candidate', 'train.json'):
+        shutil.move(root / name, model / name)
+    shutil.copyfile(folder / 'events.jsonl', model / 'events.jsonl')
     for name in ('samples', 'guesses'):
-        if (folder/name).is_dir(): shutil.copytree(folder/name, model/name)
-    write_json(model/'manifest.json', make_manifest(model))
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, model / name)
+    write_json(model / 'manifest.json', make_manifest(model))
 
 # %% ../../nbs/cloud/02_container.ipynb #e3829881
 def prepare(
     ml: Path,  # /opt/ml
-    job: dict, # job.json
-) -> Path:     # the workspace
+    job: dict,  # job.json
+) -> Path:  # the workspace
     "Make the workspace on this host, or wait until another process has."
-    root, code = ml/'workspace', ml/'input/data/code'
+    root, code = ml / 'workspace', ml / 'input/data/code'
     if os.environ['LOCAL_RANK'] == '0':
-        lay_out(job['files'], ml/'input/data/data', root)
-        shutil.copyfile(code/'params.yaml', root/'params.yaml')
-        (ml/'checkpoints'/job['run']).mkdir(parents=True, exist_ok=True)
-        (root/'ready').touch()
-    while not (root/'ready').exists(): time.sleep(.2) # torchrun ends us when the one we wait for fails
+        lay_out(job['files'], ml / 'input/data/data', root)
+        shutil.copyfile(code / 'params.yaml', root / 'params.yaml')
+        (ml / 'checkpoints' / job['run']).mkdir(parents=True, exist_ok=True)
+        (root / 'ready').touch()
+    while not (root / 'ready').exists():
+        time.sleep(0.2)  # torchrun ends us when the one we wait for fails
     return root
 
 # %% ../../nbs/cloud/02_container.ipynb #80a4e358
 def fail(
     ml: Path,  # /opt/ml
     why: str,  # one line
-) -> int:      # exit code
+) -> int:  # exit code
     "Tell a person's mistake where SageMaker reads it; the first to tell is heard."
     print(why, file=sys.stderr, flush=True)
-    if not (ml/'output/failure').exists(): (ml/'output/failure').write_text(why)
+    if not (ml / 'output/failure').exists():
+        (ml / 'output/failure').write_text(why)
     return 2
 
 # %% ../../nbs/cloud/02_container.ipynb #f5139c6d
 def main(
     ml: Path = Path('/opt/ml'),
-) -> int: # exit code, see `flowerdiff.stages.train.work`
+) -> int:  # exit code, see `flowerdiff.stages.train.work`
     "What each of torchrun's processes does in the container."
     from flowerdiff.stages.train import work
-    job, first = read_json(ml/'input/data/code/job.json'), os.environ['RANK'] == '0'
-    folder = ml/'checkpoints'/job['run']
-    try: root = prepare(ml, job)
-    except UserError as e: return fail(ml, str(e))
-    with relay(folder/'events.jsonl') if first else nullcontext(): status = work(str(root), str(folder))
-    told = [e for e in read_events(folder/'events.jsonl')[0] if e['event'] == 'failed']
-    if status == 2: return fail(ml, told[-1]['message'] if told else 'train: did not start; the log says why')
-    if status == 0 and first: deliver(root, folder, ml/'model')
+
+    job, first = read_json(ml / 'input/data/code/job.json'), os.environ['RANK'] == '0'
+    folder = ml / 'checkpoints' / job['run']
+    try:
+        root = prepare(ml, job)
+    except UserError as e:
+        return fail(ml, str(e))
+    with relay(folder / 'events.jsonl') if first else nullcontext():
+        status = work(str(root), str(folder))
+    told = [e for e in read_events(folder / 'events.jsonl')[0] if e['event'] == 'failed']
+    if status == 2:
+        return fail(ml, told[-1]['message'] if told else 'train: did not start; the log says why')
+    if status == 0 and first:
+        deliver(root, folder, ml / 'model')
     return status

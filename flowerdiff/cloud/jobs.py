@@ -14,216 +14,353 @@ from pathlib import Path
 from ..services.s3 import S3Store
 from .container import EVENT
 from ..services.processes import only_one
-from .sagemaker import amazon_errors, aws_session, cost_text, find_job, job_tag, price, start_job
+from flowerdiff.cloud.sagemaker import (
+    amazon_errors,
+    aws_session,
+    cost_text,
+    find_job,
+    job_tag,
+    price,
+    start_job,
+)
 from ..services.store import open_store
 from ..services.tracking import ENDS, log_event, read_events, start_follower
-from ..core.workspace import UserError, Workspace, atomic_dir, disk_errors, file_sha256, open_workspace, read_json, write_json
+from flowerdiff.core.workspace import (
+    UserError,
+    Workspace,
+    atomic_dir,
+    disk_errors,
+    file_sha256,
+    open_workspace,
+    read_json,
+    write_json,
+)
 
 # %% ../../nbs/cloud/03_jobs.ipynb #d4aa90a1
-GROUP = '/aws/sagemaker/TrainingJobs' # where SageMaker puts the streams
+GROUP = '/aws/sagemaker/TrainingJobs'  # where SageMaker puts the streams
+
 
 class Logs:
     "What the containers of a job print."
-    def __init__(self,
-        client,   # boto3's, for CloudWatch Logs
-        job: str, # its name
-    ):
-        self.client, self.job, self.tokens, self.read = client, job, {}, [] # read: and not yet handed out
 
-    def streams(self) -> list[str]: # the first host's first container first
-        try: pages = list(self.client.get_paginator('describe_log_streams').paginate(logGroupName=GROUP, logStreamNamePrefix=f'{self.job}/'))
-        except self.client.exceptions.ResourceNotFoundException: return [] # nothing was ever printed
+    def __init__(
+        self,
+        client,  # boto3's, for CloudWatch Logs
+        job: str,  # its name
+    ):
+        self.client, self.job, self.tokens, self.read = client, job, {}, []  # read: and not yet handed out
+
+    def streams(self) -> list[str]:  # the first host's first container first
+        try:
+            pages = list(
+                self.client.get_paginator('describe_log_streams').paginate(
+                    logGroupName=GROUP, logStreamNamePrefix=f'{self.job}/'
+                )
+            )
+        except self.client.exceptions.ResourceNotFoundException:
+            return []  # nothing was ever printed
         return sorted(s['logStreamName'] for page in pages for s in page['logStreams'])
 
-    def new(self) -> list[tuple[str, str]]: # host, line
+    def new(self) -> list[tuple[str, str]]:  # host, line
         "What was printed since the last time."
         for stream in self.streams():
             host, at_end = stream.rpartition('/')[2].rpartition('-')[0], False
             while not at_end:
                 token = self.tokens.get(stream)
-                got = self.client.get_log_events(logGroupName=GROUP, logStreamName=stream, startFromHead=True, **(dict(nextToken=token) if token else {}))
+                got = self.client.get_log_events(
+                    logGroupName=GROUP,
+                    logStreamName=stream,
+                    startFromHead=True,
+                    **(dict(nextToken=token) if token else {}),
+                )
                 self.read += [(host, e['message']) for e in got['events']]
                 self.tokens[stream], at_end = got['nextForwardToken'], got['nextForwardToken'] == token
         lines, self.read = self.read, []
         return lines
 
 # %% ../../nbs/cloud/03_jobs.ipynb #f6a3e051
-def _event_in(line: str) -> dict: # {}: there is none, or it is not whole
-    try: return json.JSONDecoder().raw_decode(line.partition(EVENT)[2])[0]
-    except ValueError: return {}
+def _event_in(line: str) -> dict:  # {}: there is none, or it is not whole
+    try:
+        return json.JSONDecoder().raw_decode(line.partition(EVENT)[2])[0]
+    except ValueError:
+        return {}
 
-def _key(e: dict) -> tuple: return tuple(e.get(k) for k in ('event', 'time', 'kind', 'step', 'text')) # of an event, whoever tells it
+
+def _key(e: dict) -> tuple:
+    return tuple(e.get(k) for k in ('event', 'time', 'kind', 'step', 'text'))  # of an event, whoever tells it
+
 
 class Story:
     "What a job tells, in its run's folder."
-    def __init__(self,
-        folder: Path, # of the run
+
+    def __init__(
+        self,
+        folder: Path,  # of the run
     ):
-        self.folder, self.events, self.log = folder, folder/'events.jsonl', folder/'containers.log'
+        self.folder, self.events, self.log = folder, folder / 'events.jsonl', folder / 'containers.log'
         self.known = {_key(e) for e in read_events(self.events)[0] if e['event'] not in ENDS}
-        self.failure, self.tail = '', deque(maxlen=20) # what the container says went wrong; the last of its log
+        self.failure, self.tail = (
+            '',
+            deque(maxlen=20),
+        )  # what the container says went wrong; the last of its log
         self.log.write_text('')
 
     def add(self, lines: list[tuple[str, str]]):
         "Tell events from the rest."
         with open(self.log, 'a', encoding='utf-8') as log:
             for host, line in lines:
-                if not (e := _event_in(line)): print(f'{host}: {line}', file=log); self.tail.append(line)
-                elif e['event'] == 'failed': self.failure = e['message']
-                elif e['event'] not in ('samples', *ENDS): self.write(e)
+                if not (e := _event_in(line)):
+                    print(f'{host}: {line}', file=log)
+                    self.tail.append(line)
+                elif e['event'] == 'failed':
+                    self.failure = e['message']
+                elif e['event'] not in ('samples', *ENDS):
+                    self.write(e)
 
     def write(self, event: dict):
-        if _key(event) in self.known: return
+        if _key(event) in self.known:
+            return
         self.known.add(_key(event))
-        with open(self.events, 'a', encoding='utf-8') as f: f.write(json.dumps(event) + '\n')
+        with open(self.events, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(event) + '\n')
 
-    def close(self,
-        account: list[dict], # the run's own events, which came with its model
+    def close(
+        self,
+        account: list[dict],  # the run's own events, which came with its model
     ):
         "Write what was not heard, and the end."
         for e in account:
-            if 'file' in e: e['file'] = str(self.folder/e['kind']/Path(e['file']).name)
-            if e['event'] not in ENDS: self.write(e)
-        self.write(account[-1] if account and account[-1]['event'] in ENDS else dict(event='done', time=round(time.time(), 3))) # a full disk there may have kept it from being told
+            if 'file' in e:
+                e['file'] = str(self.folder / e['kind'] / Path(e['file']).name)
+            if e['event'] not in ENDS:
+                self.write(e)
+        self.write(
+            account[-1]
+            if account and account[-1]['event'] in ENDS
+            else dict(event='done', time=round(time.time(), 3))
+        )  # a full disk there may have kept it from being told
 
 # %% ../../nbs/cloud/03_jobs.ipynb #51fdd50e
-_WORDS = dict(Starting='starting the machines', Pending='waiting for machines', LaunchingMLInstances='starting the machines', PreparingTrainingStack='starting the machines', Downloading='bringing data and code', DownloadingTrainingImage='bringing the container', Training='training',
-    Interrupted='spot machines were taken back; waiting for others', Restarting='starting again, from the last checkpoint', Uploading='collecting the model', Stopping='stopping')
+_WORDS = dict(
+    Starting='starting the machines',
+    Pending='waiting for machines',
+    LaunchingMLInstances='starting the machines',
+    PreparingTrainingStack='starting the machines',
+    Downloading='bringing data and code',
+    DownloadingTrainingImage='bringing the container',
+    Training='training',
+    Interrupted='spot machines were taken back; waiting for others',
+    Restarting='starting again, from the last checkpoint',
+    Uploading='collecting the model',
+    Stopping='stopping',
+)
 ENDED = ('Completed', 'Failed', 'Stopped')
 
-def _passing(e: Exception) -> bool: # an error that may be gone in a minute
+
+def _passing(e: Exception) -> bool:  # an error that may be gone in a minute
     code = getattr(e, 'response', {}).get('Error', {}).get('Code', type(e).__name__)
     return any(w in code for w in ('Connect', 'Timeout', 'Throttl', 'ServiceUnavailable', 'InternalFailure'))
 
+
 def watch_job(
-    session,      # a boto3.Session
-    name: str,    # of the job
+    session,  # a boto3.Session
+    name: str,  # of the job
     story: Story,
-    tell,         # is told what the job does, in lines
-    poll: float = 5.,       # seconds between looks
-    patience: float = 900., # seconds without an answer
-) -> dict:        # as DescribeTrainingJob tells it
+    tell,  # is told what the job does, in lines
+    poll: float = 5.0,  # seconds between looks
+    patience: float = 900.0,  # seconds without an answer
+) -> dict:  # as DescribeTrainingJob tells it
     "Read along until the job has ended."
-    client, logs, seen, answered, quiet = session.client('sagemaker'), Logs(session.client('logs'), name), None, time.monotonic(), 0
-    while quiet < 2: # what was printed last comes late
-        try: job = client.describe_training_job(TrainingJobName=name); lines = logs.new(); answered = time.monotonic()
+    client, logs, seen, answered, quiet = (
+        session.client('sagemaker'),
+        Logs(session.client('logs'), name),
+        None,
+        time.monotonic(),
+        0,
+    )
+    while quiet < 2:  # what was printed last comes late
+        try:
+            job = client.describe_training_job(TrainingJobName=name)
+            lines = logs.new()
+            answered = time.monotonic()
         except Exception as e:
-            if not _passing(e) or time.monotonic() - answered > patience: raise
-            time.sleep(poll); continue
+            if not _passing(e) or time.monotonic() - answered > patience:
+                raise
+            time.sleep(poll)
+            continue
         story.add(lines)
         moves = [m['Status'] for m in job.get('SecondaryStatusTransitions', [])]
-        for move in moves[-1:] if seen is None else moves[seen:]: tell(f'SageMaker: {_WORDS[move]}') if move in _WORDS else None
+        for move in moves[-1:] if seen is None else moves[seen:]:
+            tell(f'SageMaker: {_WORDS[move]}') if move in _WORDS else None
         seen, quiet = len(moves), quiet + 1 if job['TrainingJobStatus'] in ENDED and not lines else 0
         time.sleep(poll)
     return job
 
 # %% ../../nbs/cloud/03_jobs.ipynb #4ddc2e8c
-_ENDINGS = dict(MaxRuntimeExceeded='it ran for sagemaker.max_hours and was stopped; raise that, or lower train.epochs', MaxWaitTimeExceeded='no spot machines were to be had within sagemaker.max_wait_hours; raise that, or set sagemaker.spot: false', Stopped='it was stopped')
+_ENDINGS = dict(
+    MaxRuntimeExceeded='it ran for sagemaker.max_hours and was stopped; raise that, or lower train.epochs',
+    MaxWaitTimeExceeded='no spot machines were to be had within sagemaker.max_wait_hours; raise that, or set sagemaker.spot: false',
+    Stopped='it was stopped',
+)
+
 
 def why_ended(
-    job: dict,    # as DescribeTrainingJob tells it
+    job: dict,  # as DescribeTrainingJob tells it
     story: Story,
-) -> str:         # one line
+) -> str:  # one line
     "Why a job has no model."
     reason = ' '.join(job.get('FailureReason', '').split())[:400]
-    if story.failure and story.failure in reason: return story.failure
-    if ended := _ENDINGS.get(job.get('SecondaryStatus')): return f"SageMaker, {job['TrainingJobName']}: {ended}; run again, it goes on from its last checkpoint"
+    if story.failure and story.failure in reason:
+        return story.failure
+    if ended := _ENDINGS.get(job.get('SecondaryStatus')):
+        return f'SageMaker, {job["TrainingJobName"]}: {ended}; run again, it goes on from its last checkpoint'
     last = ' | '.join(l.strip() for l in list(story.tail)[-3:] if l.strip())[-500:]
-    return f"SageMaker, {job['TrainingJobName']} failed: {reason or 'no reason is given'}" + (f'; its log ends: {last}' if last else '') + f'; {story.log} has all of it'
+    return (
+        f'SageMaker, {job["TrainingJobName"]} failed: {reason or "no reason is given"}'
+        + (f'; its log ends: {last}' if last else '')
+        + f'; {story.log} has all of it'
+    )
 
 # %% ../../nbs/cloud/03_jobs.ipynb #29404ad4
 def unpack(
-    archive: Path, # model.tar.gz
+    archive: Path,  # model.tar.gz
     folder: Path,  # empty
 ):
     "Unpack what a container delivered. Raises `UserError` where it is not what was packed."
     try:
-        with tarfile.open(archive) as tar: tar.extractall(folder, filter='data')
-        wrong = [f['path'] for f in read_json(folder/'manifest.json')['files'] if file_sha256(folder/f['path']) != f['sha256']]
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter='data')
+        wrong = [
+            f['path']
+            for f in read_json(folder / 'manifest.json')['files']
+            if file_sha256(folder / f['path']) != f['sha256']
+        ]
     except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError, UserError) as e:
-        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): raise # here, not there
+        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+            raise  # here, not there
         wrong = [f'{archive.name} ({type(e).__name__})']
-    if wrong: raise UserError(f"SageMaker: {', '.join(wrong[:3])} did not arrive as it was packed; run again to bring it once more")
+    if wrong:
+        raise UserError(
+            f'SageMaker: {", ".join(wrong[:3])} did not arrive as it was packed; run again to bring it once more'
+        )
+
 
 def take_in(
     ws: Workspace,
-    folder: Path,   # of the run
-    new: Path,      # what was unpacked
-    **facts,        # for train.json
+    folder: Path,  # of the run
+    new: Path,  # what was unpacked
+    **facts,  # for train.json
 ):
     "Put what a job made where training at home puts it."
     for name in ('samples', 'guesses'):
-        if (new/name).is_dir(): shutil.copytree(new/name, folder/name, dirs_exist_ok=True)
-    with atomic_dir(ws.candidate) as candidate: shutil.copytree(new/'candidate', candidate, dirs_exist_ok=True)
-    write_json(ws.root/'train.json', dict(read_json(new/'train.json'), **facts))
+        if (new / name).is_dir():
+            shutil.copytree(new / name, folder / name, dirs_exist_ok=True)
+    with atomic_dir(ws.candidate) as candidate:
+        shutil.copytree(new / 'candidate', candidate, dirs_exist_ok=True)
+    write_json(ws.root / 'train.json', dict(read_json(new / 'train.json'), **facts))
 
 # %% ../../nbs/cloud/03_jobs.ipynb #63132237
-def artifact(store: S3Store, job: dict) -> str: # key of a job's model, below the store's own prefix
+def artifact(store: S3Store, job: dict) -> str:  # key of a job's model, below the store's own prefix
     return job['ModelArtifacts']['S3ModelArtifacts'].removeprefix(f'{store.url}/')
+
 
 def bring_model(
     ws: Workspace,
-    session,       # a boto3.Session
+    session,  # a boto3.Session
     store: S3Store,
-    job: dict,     # as DescribeTrainingJob tells it
+    job: dict,  # as DescribeTrainingJob tells it
     folder: Path,  # of the run
     tell=print,
-) -> list[dict]:   # the run's own events
+) -> list[dict]:  # the run's own events
     "Fetch a finished job's model, and tidy up behind it."
     rented = job['ResourceConfig']
-    s = ws.settings.sagemaker.model_copy(update=dict(instance_type=rented['InstanceType'], instance_count=rented['InstanceCount'])) # the settings may be others by now
+    s = ws.settings.sagemaker.model_copy(
+        update=dict(instance_type=rented['InstanceType'], instance_count=rented['InstanceCount'])
+    )  # the settings may be others by now
     billed = job.get('BillableTimeInSeconds', job.get('TrainingTimeInSeconds', 0))
     ws.work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ws.work, prefix='job-') as new:
-        store.get(artifact(store, job), Path(new)/'model.tar.gz')
-        unpack(Path(new)/'model.tar.gz', Path(new))
-        take_in(ws, folder, Path(new), job=job['TrainingJobName'], billed_seconds=billed, instances=f'{s.instance_count} x {s.instance_type}')
-        account = read_events(Path(new)/'events.jsonl')[0]
-    tell(f"SageMaker: billed {billed:,} of {job.get('TrainingTimeInSeconds', billed):,} s: {cost_text(s, price(session, s.instance_type), billed)}")
+        store.get(artifact(store, job), Path(new) / 'model.tar.gz')
+        unpack(Path(new) / 'model.tar.gz', Path(new))
+        take_in(
+            ws,
+            folder,
+            Path(new),
+            job=job['TrainingJobName'],
+            billed_seconds=billed,
+            instances=f'{s.instance_count} x {s.instance_type}',
+        )
+        account = read_events(Path(new) / 'events.jsonl')[0]
+    tell(
+        f'SageMaker: billed {billed:,} of {job.get("TrainingTimeInSeconds", billed):,} s: {cost_text(s, price(session, s.instance_type), billed)}'
+    )
     drop_checkpoints(store, f'jobs/{job_tag(folder.name, store.url)}/checkpoints/', tell)
     return account
 
+
 def drop_checkpoints(
     store: S3Store,
-    prefix: str, # below the store's own
+    prefix: str,  # below the store's own
     tell,
 ):
     "Remove what nobody needs once the model is here. Never raises."
     try:
-        for page in store.s3.get_paginator('list_objects_v2').paginate(Bucket=store.bucket, Prefix=store.prefix + prefix):
+        for page in store.s3.get_paginator('list_objects_v2').paginate(
+            Bucket=store.bucket, Prefix=store.prefix + prefix
+        ):
             found = [dict(Key=o['Key']) for o in page.get('Contents', [])]
-            if found and (left := store.s3.delete_objects(Bucket=store.bucket, Delete=dict(Objects=found, Quiet=True)).get('Errors')): raise PermissionError(left[0]['Code'])
-    except Exception as e: tell(f'{store.url}/{prefix} was left there ({type(e).__name__}: {e}); remove it to save its cost')
+            if found and (
+                left := store.s3.delete_objects(
+                    Bucket=store.bucket, Delete=dict(Objects=found, Quiet=True)
+                ).get('Errors')
+            ):
+                raise PermissionError(left[0]['Code'])
+    except Exception as e:
+        tell(f'{store.url}/{prefix} was left there ({type(e).__name__}: {e}); remove it to save its cost')
 
 # %% ../../nbs/cloud/03_jobs.ipynb #2688e876
-def has_model(store: S3Store, job: dict) -> bool: # is it still in the bucket?
-    try: store.s3.head_object(**store._at(artifact(store, job))); return True
+def has_model(store: S3Store, job: dict) -> bool:  # is it still in the bucket?
+    try:
+        store.s3.head_object(**store._at(artifact(store, job)))
+        return True
     except store.s3.exceptions.ClientError as e:
-        if e.response['Error']['Code'] in ('404', 'NoSuchKey'): return False
+        if e.response['Error']['Code'] in ('404', 'NoSuchKey'):
+            return False
         raise
 
-def _lasts(store: S3Store, job: dict | None) -> bool: # does it run, or has a model to fetch?
-    return bool(job) and (job['TrainingJobStatus'] in ('InProgress', 'Stopping') or job['TrainingJobStatus'] == 'Completed' and has_model(store, job))
 
-def find_or_start(ws: Workspace, session, store: S3Store, run: str, tell) -> str: # the job's name
+def _lasts(store: S3Store, job: dict | None) -> bool:  # does it run, or has a model to fetch?
+    return bool(job) and (
+        job['TrainingJobStatus'] in ('InProgress', 'Stopping')
+        or job['TrainingJobStatus'] == 'Completed'
+        and has_model(store, job)
+    )
+
+
+def find_or_start(ws: Workspace, session, store: S3Store, run: str, tell) -> str:  # the job's name
     "The run's job: the one that there is, if it runs or has a model, else a new one."
     with amazon_errors(session.region_name):
         job = find_job(session, job_tag(run, store.url))
-        if _lasts(store, job): tell(f"SageMaker: found {job['TrainingJobName']}"); return job['TrainingJobName']
+        if _lasts(store, job):
+            tell(f'SageMaker: found {job["TrainingJobName"]}')
+            return job['TrainingJobName']
     name = start_job(ws, session, store, run, tell)
     tell(f'SageMaker: started {name}')
     return name
 
 # %% ../../nbs/cloud/03_jobs.ipynb #9dda9934
 def attend(
-    root: str,        # of the workspace
-    folder: str,      # of the run
-    poll: float = 5., # seconds between looks
-) -> int:             # exit code: 0 done, 2 a person's mistake
+    root: str,  # of the workspace
+    folder: str,  # of the run
+    poll: float = 5.0,  # seconds between looks
+) -> int:  # exit code: 0 done, 2 a person's mistake
     "Train at SageMaker, as `flowerdiff.stages.train.work` trains here."
     ws, folder = open_workspace(root), Path(folder)
-    events = folder/'events.jsonl'
-    def tell(text): log_event(events, 'note', text=text)
+    events = folder / 'events.jsonl'
+
+    def tell(text):
+        log_event(events, 'note', text=text)
+
     try:
         with only_one(folder), disk_errors():
             session, store = aws_session(), open_store(ws.settings.upload.destination, ws.root)
@@ -231,46 +368,68 @@ def attend(
             start_follower(ws, folder)
             story = Story(folder)
             try:
-                with amazon_errors(session.region_name): job = watch_job(session, name, story, tell, poll)
-            except UserError as e: raise UserError(f'{e}; the job goes on, run again to follow it') from None
-            if job['TrainingJobStatus'] != 'Completed': raise UserError(why_ended(job, story))
+                with amazon_errors(session.region_name):
+                    job = watch_job(session, name, story, tell, poll)
+            except UserError as e:
+                raise UserError(f'{e}; the job goes on, run again to follow it') from None
+            if job['TrainingJobStatus'] != 'Completed':
+                raise UserError(why_ended(job, story))
             story.close(bring_model(ws, session, store, job, folder, tell))
         return 0
     except Exception as e:
         log_event(events, 'failed', message=str(e), mistake=isinstance(e, UserError), kind=type(e).__name__)
-        if isinstance(e, UserError): return 2
+        if isinstance(e, UserError):
+            return 2
         raise
 
 # %% ../../nbs/cloud/03_jobs.ipynb #ec27497b
 def job_of(
     ws: Workspace,
-) -> tuple: # a boto3.Session; the newest job for these settings as DescribeTrainingJob tells it, None: there was never one
+) -> tuple:  # a boto3.Session; the newest job for these settings as DescribeTrainingJob tells it, None: there was never one
     from flowerdiff.stages.train import run_fingerprint
+
     session, run = aws_session(), ws.work_dir('train', run_fingerprint(ws)).name
     return session, find_job(session, job_tag(run, open_store(ws.settings.upload.destination, ws.root).url))
 
-def can_attach(ws: Workspace) -> bool: # would training start no job?
-    session, job = job_of(ws)
-    with amazon_errors(session.region_name): return _lasts(open_store(ws.settings.upload.destination, ws.root), job)
 
-def can_ask() -> bool: # is there a person to answer?
-    if 'ipykernel' not in sys.modules: return sys.stdin is not None and sys.stdin.isatty()
+def can_attach(ws: Workspace) -> bool:  # would training start no job?
+    session, job = job_of(ws)
+    with amazon_errors(session.region_name):
+        return _lasts(open_store(ws.settings.upload.destination, ws.root), job)
+
+
+def can_ask() -> bool:  # is there a person to answer?
+    if 'ipykernel' not in sys.modules:
+        return sys.stdin is not None and sys.stdin.isatty()
     from IPython import get_ipython
-    return bool(getattr(getattr(get_ipython(), 'kernel', None), '_allow_stdin', False)) and not os.environ.get('FLOWERDIFF_PROGRESS')
+
+    return bool(
+        getattr(getattr(get_ipython(), 'kernel', None), '_allow_stdin', False)
+    ) and not os.environ.get('FLOWERDIFF_PROGRESS')
+
 
 def offer_to_stop(
     ws: Workspace,
-    ask=input, # question -> answer
-) -> str:      # what to tell; '': there is no job
+    ask=input,  # question -> answer
+) -> str:  # what to tell; '': there is no job
     "After Ctrl-C: stop the job too?"
-    if not (ws.encoded/'manifest.json').exists(): return ''
-    try: session, job = job_of(ws)
-    except UserError as e: return f'{e}; if there is a job, it goes on'
-    if not job or job['TrainingJobStatus'] != 'InProgress': return ''
+    if not (ws.encoded / 'manifest.json').exists():
+        return ''
+    try:
+        session, job = job_of(ws)
+    except UserError as e:
+        return f'{e}; if there is a job, it goes on'
+    if not job or job['TrainingJobStatus'] != 'InProgress':
+        return ''
     name = job['TrainingJobName']
-    if not can_ask() or ask(f'{name} runs at SageMaker and costs money. Stop it? [y/N] ').strip().lower() not in ('y', 'yes'): return f'{name} goes on at SageMaker; the same command follows it again'
-    with amazon_errors(session.region_name): session.client('sagemaker').stop_training_job(TrainingJobName=name)
-    return f'{name} is being stopped; the same command starts another, which goes on from its last checkpoint' 
+    if not can_ask() or ask(
+        f'{name} runs at SageMaker and costs money. Stop it? [y/N] '
+    ).strip().lower() not in ('y', 'yes'):
+        return f'{name} goes on at SageMaker; the same command follows it again'
+    with amazon_errors(session.region_name):
+        session.client('sagemaker').stop_training_job(TrainingJobName=name)
+    return f'{name} is being stopped; the same command starts another, which goes on from its last checkpoint'
 
 # %% ../../nbs/cloud/03_jobs.ipynb #e78911fb
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(attend(*sys.argv[1:])) # a process of its own, not a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(attend(*sys.argv[1:]))  # a process of its own, not a notebook

@@ -18,165 +18,297 @@ from ..core.workspace import UserError, Workspace, fingerprint, write_json
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #22b43013
 _UNKNOWN = 'the credentials are not valid; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY'
-_ADVICE = dict({c: ADVICE[c] for c in ('ExpiredToken', 'ExpiredTokenException')}, UnrecognizedClientException=_UNKNOWN, InvalidClientTokenId=_UNKNOWN, InvalidSignatureException=_UNKNOWN,
+_ADVICE = dict(
+    {c: ADVICE[c] for c in ('ExpiredToken', 'ExpiredTokenException')},
+    UnrecognizedClientException=_UNKNOWN,
+    InvalidClientTokenId=_UNKNOWN,
+    InvalidSignatureException=_UNKNOWN,
     ResourceLimitExceeded='the account may not run so many of these machines; ask for more (Service Quotas, Amazon SageMaker, "for spot training job usage" or "for training job usage"), or change sagemaker.instance_type or instance_count',
-    AccessDeniedException='not allowed; give the credentials what the tutorial on the cloud lists', AccessDenied='not allowed; give the credentials what the tutorial on the cloud lists',
-    ThrottlingException='SageMaker asks to slow down; run again in a minute', ResourceNotFound='there is no such job')
+    AccessDeniedException='not allowed; give the credentials what the tutorial on the cloud lists',
+    AccessDenied='not allowed; give the credentials what the tutorial on the cloud lists',
+    ThrottlingException='SageMaker asks to slow down; run again in a minute',
+    ResourceNotFound='there is no such job',
+)
+
 
 def explain(
     region: str,
-    error: Exception, # what boto3 or the SDK raised
-) -> UserError:       # the same in one line, with what to do
+    error: Exception,  # what boto3 or the SDK raised
+) -> UserError:  # the same in one line, with what to do
     told = getattr(error, 'response', {}).get('Error', {})
-    code, said = told.get('Code', type(error).__name__), ' '.join(str(told.get('Message') or error).split())[:300]
-    if code == 'NoCredentialsError': return NoCredentials('SageMaker')
-    if 'Connect' in code or 'Timeout' in code: return UserError(f'SageMaker: no answer in the region {region}; check the network and AWS_DEFAULT_REGION, then run again: a job that runs is found')
-    if code == 'ValidationException' and 'role' in said.lower(): return UserError(f'sagemaker.role: {said}; give the ARN of a role that SageMaker may act as')
-    return UserError(f"SageMaker, {region}: {_ADVICE.get(code, code)}{f' ({said})' if said else ''}")
+    code, said = (
+        told.get('Code', type(error).__name__),
+        ' '.join(str(told.get('Message') or error).split())[:300],
+    )
+    if code == 'NoCredentialsError':
+        return NoCredentials('SageMaker')
+    if 'Connect' in code or 'Timeout' in code:
+        return UserError(
+            f'SageMaker: no answer in the region {region}; check the network and AWS_DEFAULT_REGION, then run again: a job that runs is found'
+        )
+    if code == 'ValidationException' and 'role' in said.lower():
+        return UserError(f'sagemaker.role: {said}; give the ARN of a role that SageMaker may act as')
+    return UserError(f'SageMaker, {region}: {_ADVICE.get(code, code)}{f" ({said})" if said else ""}')
 
-def amazon_errors(region: str): # a context manager
+
+def amazon_errors(region: str):  # a context manager
     "What boto3 and the SDK raise inside comes out as one line."
     return plain_errors(partial(explain, region))
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #ab9d0750
 _NO_SDK = "train.where: sagemaker needs Amazon's SDK; pip install 'flowerdiff[sagemaker]'"
 
-def aws_session(): # a boto3.Session
+
+def aws_session():  # a boto3.Session
     "Who we are at Amazon, and in which region. Raises `UserError` where one of both is not known."
     import boto3, botocore.exceptions
-    try: session = boto3.Session()
-    except botocore.exceptions.ProfileNotFound as e: raise UserError(f'AWS_PROFILE: {e}; check its name') from None
-    if not session.get_credentials(): raise NoCredentials('SageMaker')
-    if not session.region_name: raise UserError('SageMaker: no region is set; set AWS_DEFAULT_REGION to the one of your bucket, such as us-east-1')
+
+    try:
+        session = boto3.Session()
+    except botocore.exceptions.ProfileNotFound as e:
+        raise UserError(f'AWS_PROFILE: {e}; check its name') from None
+    if not session.get_credentials():
+        raise NoCredentials('SageMaker')
+    if not session.region_name:
+        raise UserError(
+            'SageMaker: no region is set; set AWS_DEFAULT_REGION to the one of your bucket, such as us-east-1'
+        )
     return session
 
-def role_of(ws: Workspace) -> str: # an ARN or a name
+
+def role_of(ws: Workspace) -> str:  # an ARN or a name
     role = ws.settings.sagemaker.role or os.environ.get('SAGEMAKER_ROLE', '')
-    if not role: raise UserError('sagemaker.role: the job needs a role to act as; set it to its ARN, or set SAGEMAKER_ROLE')
+    if not role:
+        raise UserError(
+            'sagemaker.role: the job needs a role to act as; set it to its ARN, or set SAGEMAKER_ROLE'
+        )
     return role
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #e5470193
 def person_policy(
     url: str,  # upload.destination
-    role: str, # the role's ARN
-) -> dict:     # of AWS IAM, version 2012-10-17
+    role: str,  # the role's ARN
+) -> dict:  # of AWS IAM, version 2012-10-17
     "The least that whoever runs the pipeline has to be allowed."
-    rights, objects = policy(url), f"arn:aws:s3:::{url.removeprefix('s3://').rstrip('/')}"
-    return dict(rights, Statement=[*rights['Statement'], allow('s3', 'DeleteObject', f'{objects}/jobs/*'),
-        allow('sagemaker', 'CreateTrainingJob DescribeTrainingJob StopTrainingJob', 'arn:aws:sagemaker:*:*:training-job/flowerdiff-*'), allow('sagemaker', 'ListTrainingJobs'),
-        dict(allow('iam', 'PassRole', role), Condition=dict(StringEquals={'iam:PassedToService': 'sagemaker.amazonaws.com'})),
-        allow('logs', 'DescribeLogStreams GetLogEvents', 'arn:aws:logs:*:*:log-group:/aws/sagemaker/TrainingJobs*'), allow('pricing', 'GetProducts')])
+    rights, objects = policy(url), f'arn:aws:s3:::{url.removeprefix("s3://").rstrip("/")}'
+    return dict(
+        rights,
+        Statement=[
+            *rights['Statement'],
+            allow('s3', 'DeleteObject', f'{objects}/jobs/*'),
+            allow(
+                'sagemaker',
+                'CreateTrainingJob DescribeTrainingJob StopTrainingJob',
+                'arn:aws:sagemaker:*:*:training-job/flowerdiff-*',
+            ),
+            allow('sagemaker', 'ListTrainingJobs'),
+            dict(
+                allow('iam', 'PassRole', role),
+                Condition=dict(StringEquals={'iam:PassedToService': 'sagemaker.amazonaws.com'}),
+            ),
+            allow(
+                'logs',
+                'DescribeLogStreams GetLogEvents',
+                'arn:aws:logs:*:*:log-group:/aws/sagemaker/TrainingJobs*',
+            ),
+            allow('pricing', 'GetProducts'),
+        ],
+    )
+
 
 def role_policies(
-    url: str, # upload.destination
-) -> tuple:   # who may act as the role; what the role may do
+    url: str,  # upload.destination
+) -> tuple:  # who may act as the role; what the role may do
     "The least that the machines have to be allowed."
-    trust = dict(Version='2012-10-17', Statement=[dict(Effect='Allow', Principal=dict(Service='sagemaker.amazonaws.com'), Action='sts:AssumeRole')])
+    trust = dict(
+        Version='2012-10-17',
+        Statement=[
+            dict(Effect='Allow', Principal=dict(Service='sagemaker.amazonaws.com'), Action='sts:AssumeRole')
+        ],
+    )
     bucket, _, prefix = url.removeprefix('s3://').rstrip('/').partition('/')
-    return trust, dict(Version='2012-10-17', Statement=[allow('s3', 'ListBucket', f'arn:aws:s3:::{bucket}'), allow('s3', 'GetObject PutObject', f"arn:aws:s3:::{bucket}/{prefix and prefix + '/'}*"),
-        allow('logs', 'CreateLogGroup CreateLogStream PutLogEvents DescribeLogStreams', 'arn:aws:logs:*:*:log-group:/aws/sagemaker/TrainingJobs*'), allow('cloudwatch', 'PutMetricData'),
-        allow('ecr', 'GetAuthorizationToken'), allow('ecr', 'BatchCheckLayerAvailability BatchGetImage GetDownloadUrlForLayer', 'arn:aws:ecr:*:*:repository/*')])
+    return trust, dict(
+        Version='2012-10-17',
+        Statement=[
+            allow('s3', 'ListBucket', f'arn:aws:s3:::{bucket}'),
+            allow('s3', 'GetObject PutObject', f'arn:aws:s3:::{bucket}/{prefix and prefix + "/"}*'),
+            allow(
+                'logs',
+                'CreateLogGroup CreateLogStream PutLogEvents DescribeLogStreams',
+                'arn:aws:logs:*:*:log-group:/aws/sagemaker/TrainingJobs*',
+            ),
+            allow('cloudwatch', 'PutMetricData'),
+            allow('ecr', 'GetAuthorizationToken'),
+            allow(
+                'ecr',
+                'BatchCheckLayerAvailability BatchGetImage GetDownloadUrlForLayer',
+                'arn:aws:ecr:*:*:repository/*',
+            ),
+        ],
+    )
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #fd827861
 def price(
-    session,       # a boto3.Session
-    instance: str, # such as ml.g4dn.xlarge
-) -> float | None: # US dollars an hour on demand; None: not known
+    session,  # a boto3.Session
+    instance: str,  # such as ml.g4dn.xlarge
+) -> float | None:  # US dollars an hour on demand; None: not known
     "What a training machine costs, from Amazon's price list."
     from botocore.config import Config
+
     want = dict(regionCode=session.region_name, instanceName=instance, component='Training')
     try:
-        client = session.client('pricing', region_name='us-east-1', config=Config(connect_timeout=5, read_timeout=10, retries=dict(max_attempts=1)))
-        found = client.get_products(ServiceCode='AmazonSageMaker', Filters=[dict(Type='TERM_MATCH', Field=k, Value=v) for k, v in want.items()])['PriceList']
-        return max(float(d['pricePerUnit']['USD']) for p in found for t in json.loads(p)['terms']['OnDemand'].values() for d in t['priceDimensions'].values())
-    except Exception: return None # a bound in hours will do
+        client = session.client(
+            'pricing',
+            region_name='us-east-1',
+            config=Config(connect_timeout=5, read_timeout=10, retries=dict(max_attempts=1)),
+        )
+        found = client.get_products(
+            ServiceCode='AmazonSageMaker',
+            Filters=[dict(Type='TERM_MATCH', Field=k, Value=v) for k, v in want.items()],
+        )['PriceList']
+        return max(
+            float(d['pricePerUnit']['USD'])
+            for p in found
+            for t in json.loads(p)['terms']['OnDemand'].values()
+            for d in t['priceDimensions'].values()
+        )
+    except Exception:
+        return None  # a bound in hours will do
+
 
 def cost_text(
-    s,                    # settings.sagemaker
-    rate: float | None,   # dollars an hour
-    seconds: float = None, # that were billed, of each machine; None: the most there can be
+    s,  # settings.sagemaker
+    rate: float | None,  # dollars an hour
+    seconds: float = None,  # that were billed, of each machine; None: the most there can be
 ) -> str:
     "What a job may cost, or did."
-    hours = s.instance_count*(s.max_hours if seconds is None else seconds/3600)
-    much = f', ${hours*rate:,.2f} at ${rate:.3f} an hour on demand' if rate else ', the price is not known (pricing:GetProducts)'
-    return f"{s.instance_count} x {s.instance_type}, {'at most ' if seconds is None else ''}{hours:.3g} machine hours{much}{', less on spot' if s.spot and seconds is None else ''}"
+    hours = s.instance_count * (s.max_hours if seconds is None else seconds / 3600)
+    much = (
+        f', ${hours * rate:,.2f} at ${rate:.3f} an hour on demand'
+        if rate
+        else ', the price is not known (pricing:GetProducts)'
+    )
+    return f'{s.instance_count} x {s.instance_type}, {"at most " if seconds is None else ""}{hours:.3g} machine hours{much}{", less on spot" if s.spot and seconds is None else ""}'
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #2b6bd2e4
 def job_tag(
-    run: str,   # the run's folder, such as train-3f9a…
-    store: str, # its address
-) -> str:       # what the names of its jobs begin with
+    run: str,  # the run's folder, such as train-3f9a…
+    store: str,  # its address
+) -> str:  # what the names of its jobs begin with
     return f'flowerdiff-{run}-{fingerprint(store)[:6]}'
+
 
 def find_job(
     session,  # a boto3.Session
     tag: str,
-) -> dict | None: # as DescribeTrainingJob tells it; None: there was never one
+) -> dict | None:  # as DescribeTrainingJob tells it; None: there was never one
     "The newest job of a run."
     client = session.client('sagemaker')
     with amazon_errors(session.region_name):
-        found = client.list_training_jobs(NameContains=tag, SortBy='CreationTime', SortOrder='Descending')['TrainingJobSummaries']
-        return client.describe_training_job(TrainingJobName=max(found, key=lambda j: j['CreationTime'])['TrainingJobName']) if found else None
+        found = client.list_training_jobs(NameContains=tag, SortBy='CreationTime', SortOrder='Descending')[
+            'TrainingJobSummaries'
+        ]
+        return (
+            client.describe_training_job(
+                TrainingJobName=max(found, key=lambda j: j['CreationTime'])['TrainingJobName']
+            )
+            if found
+            else None
+        )
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #0f7502df
 def send_data(
     ws: Workspace,
     store: S3Store,
-    tag: str,       # of the job
-) -> list[dict]:    # path, size and sha256 of each file that the job gets
+    tag: str,  # of the job
+) -> list[dict]:  # path, size and sha256 of each file that the job gets
     "Bring the bucket up to date with what the run reads, and write the list for SageMaker."
-    t, base = ws.settings.train, ws.root/Path(ws.settings.train.init).expanduser()
-    with Hashes(ws.root, ws.work/'hashes.json') as hashes: files = push(ws.root, store, ['encoded', *['model']*bool(t.distill)], name=f'jobs/{tag}/data.json', hashed=hashes)['files']
-    if t.init and base.is_dir(): files += [dict(f, path=f"init/{f['path']}") for f in push(base, store, name=f'jobs/{tag}/init.json')['files']]
-    if t.stream and t.stream_from: files = [f for f in files if not re.fullmatch(r'encoded/train/latents-\d+\.bin', f['path'])]
+    t, base = ws.settings.train, ws.root / Path(ws.settings.train.init).expanduser()
+    with Hashes(ws.root, ws.work / 'hashes.json') as hashes:
+        files = push(
+            ws.root,
+            store,
+            ['encoded', *['model'] * bool(t.distill)],
+            name=f'jobs/{tag}/data.json',
+            hashed=hashes,
+        )['files']
+    if t.init and base.is_dir():
+        files += [
+            dict(f, path=f'init/{f["path"]}')
+            for f in push(base, store, name=f'jobs/{tag}/init.json')['files']
+        ]
+    if t.stream and t.stream_from:
+        files = [f for f in files if not re.fullmatch(r'encoded/train/latents-\d+\.bin', f['path'])]
     keys = sorted({object_key(f['sha256']) for f in files})
     store.write(f'jobs/{tag}/channel.json', json.dumps([dict(prefix=f'{store.url}/'), *keys]).encode())
     return files
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #464a65a8
 PACKAGES = 'diffusers transformers accelerate peft safetensors fastcore pydantic ruamel.yaml psutil pillow matplotlib tqdm boto3 scipy'.split()
-START = 'import sys\nfrom flowerdiff.cloud.container import main\n\nif __name__ == "__main__": sys.exit(main())\n'
+START = (
+    'import sys\nfrom flowerdiff.cloud.container import main\n\nif __name__ == "__main__": sys.exit(main())\n'
+)
+
 
 def make_code(
     ws: Workspace,
-    folder: Path,      # empty
-    files: list[dict], # from `send_data`
-    run: str,          # the run's folder, such as train-3f9a…
+    folder: Path,  # empty
+    files: list[dict],  # from `send_data`
+    run: str,  # the run's folder, such as train-3f9a…
 ):
     "Fill a folder with what the containers run."
     import flowerdiff
-    shutil.copytree(Path(flowerdiff.__file__).parent, folder/'flowerdiff', ignore=shutil.ignore_patterns('__pycache__', 'assets', 'notebooks'))
+
+    shutil.copytree(
+        Path(flowerdiff.__file__).parent,
+        folder / 'flowerdiff',
+        ignore=shutil.ignore_patterns('__pycache__', 'assets', 'notebooks'),
+    )
     t = ws.settings.train
-    extra = ['deepspeed']*(t.distributed == 'zero2') + ['bitsandbytes']*(t.optimizer == 'adamw8bit')
-    (folder/'requirements.txt').write_text(''.join(f'{p}=={version(p)}\n' for p in PACKAGES + extra))
-    shutil.copyfile(ws.root/'params.yaml', folder/'params.yaml')
-    write_params(ws.settings.profile, folder/'params.yaml', {'tracking.enabled': False, 'train.keep_checkpoints': max(3, t.keep_checkpoints)} | ({'train.init': 'init'} if any(f['path'].startswith('init/') for f in files) else {})) # tracked from here; what is removed there is removed in the bucket, perhaps before the next one has arrived
-    write_json(folder/'job.json', dict(run=run, files=[{k: f[k] for k in ('path', 'sha256')} for f in files]))
-    (folder/'train.py').write_text(START)
+    extra = ['deepspeed'] * (t.distributed == 'zero2') + ['bitsandbytes'] * (t.optimizer == 'adamw8bit')
+    (folder / 'requirements.txt').write_text(''.join(f'{p}=={version(p)}\n' for p in PACKAGES + extra))
+    shutil.copyfile(ws.root / 'params.yaml', folder / 'params.yaml')
+    write_params(
+        ws.settings.profile,
+        folder / 'params.yaml',
+        {'tracking.enabled': False, 'train.keep_checkpoints': max(3, t.keep_checkpoints)}
+        | ({'train.init': 'init'} if any(f['path'].startswith('init/') for f in files) else {}),
+    )  # tracked from here; what is removed there is removed in the bucket, perhaps before the next one has arrived
+    write_json(
+        folder / 'job.json', dict(run=run, files=[{k: f[k] for k in ('path', 'sha256')} for f in files])
+    )
+    (folder / 'train.py').write_text(START)
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #01a111ed
-IMAGE = dict(framework='pytorch-amzn2023', version='2.13') # Amazon's container
+IMAGE = dict(framework='pytorch-amzn2023', version='2.13')  # Amazon's container
+
 
 def start_job(
     ws: Workspace,
-    session,        # a boto3.Session
+    session,  # a boto3.Session
     store: S3Store,
-    run: str,       # the run's folder, such as train-3f9a…
-    tell=print,     # is told what happens, in lines
-) -> str:           # the job's name
+    run: str,  # the run's folder, such as train-3f9a…
+    tell=print,  # is told what happens, in lines
+) -> str:  # the job's name
     "Send what the job needs and start it. Raises `UserError`."
     role, s, tag = role_of(ws), ws.settings.sagemaker, job_tag(run, store.url)
-    try: import sagemaker.train
-    except ImportError: raise UserError(_NO_SDK) from None
+    try:
+        import sagemaker.train
+    except ImportError:
+        raise UserError(_NO_SDK) from None
     tell(f'SageMaker, {session.region_name}: {cost_text(s, price(session, s.instance_type))}')
     files = send_data(ws, store, tag)
     with tempfile.TemporaryDirectory() as code, amazon_errors(session.region_name):
         make_code(ws, Path(code), files, run)
-        try: return _create(session, store, tag, s, role, code)
-        except ValueError as e: raise UserError(f"SageMaker, {session.region_name}: {' '.join(str(e).split())[:300]}; check the section sagemaker of params.yaml") from None # the SDK's own words
+        try:
+            return _create(session, store, tag, s, role, code)
+        except ValueError as e:
+            raise UserError(
+                f'SageMaker, {session.region_name}: {" ".join(str(e).split())[:300]}; check the section sagemaker of params.yaml'
+            ) from None  # the SDK's own words
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #cc5cc782
-def _create(session, store: S3Store, tag: str, s, role: str, code: str) -> str: # the job's name
+def _create(session, store: S3Store, tag: str, s, role: str, code: str) -> str:  # the job's name
     os.environ.setdefault('SAGEMAKER_VALIDATE_ROLE', 'false')
     import logging
     from sagemaker.core import image_uris
@@ -184,16 +316,43 @@ def _create(session, store: S3Store, tag: str, s, role: str, code: str) -> str: 
     from sagemaker.core.training import configs as c
     from sagemaker.train import ModelTrainer
     from sagemaker.train.distributed import Torchrun
-    for name in ('sagemaker', 'sagemaker.core', 'sagemaker.train'): logging.getLogger(name).setLevel(logging.ERROR)
+
+    for name in ('sagemaker', 'sagemaker.core', 'sagemaker.train'):
+        logging.getLogger(name).setLevel(logging.ERROR)
     home, region = f'{store.url}/jobs/{tag}', session.region_name
-    data = c.S3DataSource(s3_data_type='ManifestFile', s3_uri=f'{home}/channel.json', s3_data_distribution_type='FullyReplicated')
-    limits = dict(max_runtime_in_seconds=int(3600*s.max_hours)) | (dict(max_wait_time_in_seconds=int(3600*s.max_wait_hours)) if s.spot else {})
+    data = c.S3DataSource(
+        s3_data_type='ManifestFile',
+        s3_uri=f'{home}/channel.json',
+        s3_data_distribution_type='FullyReplicated',
+    )
+    limits = dict(max_runtime_in_seconds=int(3600 * s.max_hours)) | (
+        dict(max_wait_time_in_seconds=int(3600 * s.max_wait_hours)) if s.spot else {}
+    )
     trainer = ModelTrainer(
-        sagemaker_session=Session(session, default_bucket=store.bucket, default_bucket_prefix=f'{store.prefix}jobs/{tag}', sagemaker_config=dict(SchemaVersion='1.0', SageMaker=dict(PythonSDK=dict(Modules=dict(TelemetryOptOut=True))))),
-        role=role, base_job_name=tag, training_image=s.image or image_uris.retrieve(region=region, instance_type=s.instance_type, image_scope='training', **IMAGE),
-        source_code=c.SourceCode(source_dir=code, requirements='requirements.txt', entry_script='train.py'), distributed=Torchrun(),
-        compute=c.Compute(instance_type=s.instance_type, instance_count=s.instance_count, volume_size_in_gb=s.volume_gb, enable_managed_spot_training=s.spot),
-        stopping_condition=c.StoppingCondition(**limits), checkpoint_config=c.CheckpointConfig(s3_uri=f'{home}/checkpoints', local_path='/opt/ml/checkpoints'), output_data_config=c.OutputDataConfig(s3_output_path=f'{home}/output'))
+        sagemaker_session=Session(
+            session,
+            default_bucket=store.bucket,
+            default_bucket_prefix=f'{store.prefix}jobs/{tag}',
+            sagemaker_config=dict(
+                SchemaVersion='1.0', SageMaker=dict(PythonSDK=dict(Modules=dict(TelemetryOptOut=True)))
+            ),
+        ),
+        role=role,
+        base_job_name=tag,
+        training_image=s.image
+        or image_uris.retrieve(region=region, instance_type=s.instance_type, image_scope='training', **IMAGE),
+        source_code=c.SourceCode(source_dir=code, requirements='requirements.txt', entry_script='train.py'),
+        distributed=Torchrun(),
+        compute=c.Compute(
+            instance_type=s.instance_type,
+            instance_count=s.instance_count,
+            volume_size_in_gb=s.volume_gb,
+            enable_managed_spot_training=s.spot,
+        ),
+        stopping_condition=c.StoppingCondition(**limits),
+        checkpoint_config=c.CheckpointConfig(s3_uri=f'{home}/checkpoints', local_path='/opt/ml/checkpoints'),
+        output_data_config=c.OutputDataConfig(s3_output_path=f'{home}/output'),
+    )
     trainer.train([c.InputData(channel_name='data', data_source=data)], wait=False, logs=False)
     return trainer._latest_training_job.training_job_name
 
@@ -201,6 +360,9 @@ def _create(session, store: S3Store, tag: str, s, role: str, code: str) -> str: 
 def check_ready(ws: Workspace):
     "Raise a `UserError` for what would stop the run when it comes to training."
     from importlib.util import find_spec
-    if not find_spec('sagemaker'): raise UserError(_NO_SDK)
-    aws_session(); role_of(ws)
+
+    if not find_spec('sagemaker'):
+        raise UserError(_NO_SDK)
+    aws_session()
+    role_of(ws)
     open_store(ws.settings.upload.destination, ws.root).read('manifest.json')

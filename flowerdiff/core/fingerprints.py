@@ -11,23 +11,34 @@ from pathlib import Path
 
 # %% ../../nbs/core/06_fingerprints.ipynb #ed86d98a
 def fingerprint(
-    obj,    # anything that JSON can say
-) -> str:   # 64 hexadecimal digits
+    obj,  # anything that JSON can say
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of `obj` as canonical JSON: the order of keys does not matter."
-    return hashlib.sha256(json.dumps(obj, sort_keys=True, separators=(',', ':'), default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(obj, sort_keys=True, separators=(',', ':'), default=str).encode()
+    ).hexdigest()
+
 
 def file_sha256(
-    path: str | Path, # a file
+    path: str | Path,  # a file
 ) -> str:
     "SHA-256 of a file's bytes, read in pieces."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../../nbs/core/06_fingerprints.ipynb #8f5b2eae
-def _bare(source: str) -> str: # what the code does, as text
+def _bare(source: str) -> str:  # what the code does, as text
     tree = ast.parse(source)
     for n in ast.walk(tree):
         b = getattr(n, 'body', None)
-        if isinstance(b, list) and b and isinstance(b[0], ast.Expr) and isinstance(getattr(b[0], 'value', None), ast.Constant) and isinstance(b[0].value.value, str): b[0] = ast.Pass()
+        if (
+            isinstance(b, list)
+            and b
+            and isinstance(b[0], ast.Expr)
+            and isinstance(getattr(b[0], 'value', None), ast.Constant)
+            and isinstance(b[0].value.value, str)
+        ):
+            b[0] = ast.Pass()
     return ast.dump(tree)
 
 # %% ../../nbs/core/06_fingerprints.ipynb #9eecfd52
@@ -51,51 +62,90 @@ CARRIERS = {
     'flowerdiff.cloud.jobs',
 }
 
-def _imports(source: str, package: str) -> set: # modules of flowerdiff named in import statements
+
+def _imports(source: str, package: str) -> set:  # modules of flowerdiff named in import statements
     out = set()
     for n in ast.walk(ast.parse(source)):
-        if isinstance(n, ast.Import): out |= {a.name for a in n.names}
+        if isinstance(n, ast.Import):
+            out |= {a.name for a in n.names}
         if isinstance(n, ast.ImportFrom):
-            base = '.'.join(package.split('.')[:len(package.split('.')) - n.level + 1]) if n.level else ''
+            base = '.'.join(package.split('.')[: len(package.split('.')) - n.level + 1]) if n.level else ''
             name = '.'.join(p for p in (base, n.module) if p)
             out |= {name, *(f'{name}.{a.name}' for a in n.names)}
     return {m for m in out if m.split('.')[0] == 'flowerdiff'}
 
+
 def code_fingerprint(
     module: str,  # a module's name, such as 'flowerdiff.stages.train'
-) -> dict:        # module -> fingerprint, for it and all of flowerdiff that it reaches
+) -> dict:  # module -> fingerprint, for it and all of flowerdiff that it reaches
     "What a stage's result depends on in our own code; comments and docstrings do not count."
     import flowerdiff
+
     root, todo, out = Path(flowerdiff.__file__).parent, [module], {}
     while todo:
         m = todo.pop()
         path = root.joinpath(*m.split('.')[1:]).with_suffix('.py')
-        if m in out or m in CARRIERS and m != module or not path.is_file() or m == 'flowerdiff': continue
+        if m in out or m in CARRIERS and m != module or not path.is_file() or m == 'flowerdiff':
+            continue
         source = path.read_text(encoding='utf-8')
         out[m] = fingerprint(_bare(source))[:16]
         todo += _imports(source, m.rpartition('.')[0])
     return dict(sorted(out.items()))
 
 # %% ../../nbs/core/06_fingerprints.ipynb #98ba0555
-def _definitions(source: str) -> dict: # name -> what it does, of functions and classes
+def _definitions(source: str) -> dict:  # name -> what it does, of functions and classes
     source = '\n'.join(l for l in source.splitlines() if not l.lstrip().startswith(('%', '!')))
     defs = {}
     for n in ast.parse(source).body:
         if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
-            defs[n.name] = ast.dump(ast.Module([m for m in ast.walk(n) if isinstance(m, ast.stmt) and not isinstance(m, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.If, ast.With, ast.For, ast.While, ast.Try))], []))
+            defs[n.name] = ast.dump(
+                ast.Module(
+                    [
+                        m
+                        for m in ast.walk(n)
+                        if isinstance(m, ast.stmt)
+                        and not isinstance(
+                            m,
+                            (
+                                ast.Import,
+                                ast.ImportFrom,
+                                ast.FunctionDef,
+                                ast.ClassDef,
+                                ast.If,
+                                ast.With,
+                                ast.For,
+                                ast.While,
+                                ast.Try,
+                            ),
+                        )
+                    ],
+                    [],
+                )
+            )
     return defs
 
+
 def warn_if_stale(
-    module: str, # the library's module, such as 'flowerdiff.stages.train'
-) -> list:       # names that differ
+    module: str,  # the library's module, such as 'flowerdiff.stages.train'
+) -> list:  # names that differ
     "In a notebook: says when an exported cell that ran here differs from the library, which is what the next line runs."
     import importlib.util
-    try: cells = get_ipython().user_ns['In'] # type: ignore
-    except NameError: return []
-    library, stale = _definitions(Path(importlib.util.find_spec(module).origin).read_text(encoding='utf-8')), {}
+
+    try:
+        cells = get_ipython().user_ns['In']  # type: ignore
+    except NameError:
+        return []
+    library, stale = (
+        _definitions(Path(importlib.util.find_spec(module).origin).read_text(encoding='utf-8')),
+        {},
+    )
     for c in cells:
         if c.lstrip().startswith('#| export'):
-            with contextlib.suppress(SyntaxError): stale |= {k: library.get(k) != v for k, v in _definitions(c).items()}
+            with contextlib.suppress(SyntaxError):
+                stale |= {k: library.get(k) != v for k, v in _definitions(c).items()}
     names = [k for k, v in stale.items() if v]
-    if names: print(f'{", ".join(names)}: changed here and not in the library, which is what runs; run nbdev_export and start again')
+    if names:
+        print(
+            f'{", ".join(names)}: changed here and not in the library, which is what runs; run nbdev_export and start again'
+        )
     return names

@@ -16,37 +16,58 @@ from .setting_errors import _explain, _keys, _unknown
 # %% ../../nbs/core/05_profiles.ipynb #57979177
 def _yaml():
     from ruamel.yaml import YAML
-    y = YAML(); y.preserve_quotes = True; y.width = 4096
+
+    y = YAML()
+    y.preserve_quotes = True
+    y.width = 4096
     return y
 
-def _parse(text: str, name: str): # a mapping that keeps comments and line numbers
+
+def _parse(text: str, name: str):  # a mapping that keeps comments and line numbers
     from ruamel.yaml import YAMLError
-    try: data = _yaml().load(text)
+
+    try:
+        data = _yaml().load(text)
     except YAMLError as e:
-        mark, problem = getattr(e, 'problem_mark', None), (getattr(e, 'problem', None) or str(e)).split('\n')[0]
-        raise UserError(f'{name}{f" line {mark.line + 1}" if mark else ""}: is not YAML ({problem}); mend that line') from None
-    if not isinstance(data, dict): raise UserError(f'{name}: holds no settings; delete it and run again to get the profile anew')
+        mark, problem = (
+            getattr(e, 'problem_mark', None),
+            (getattr(e, 'problem', None) or str(e)).split('\n')[0],
+        )
+        raise UserError(
+            f'{name}{f" line {mark.line + 1}" if mark else ""}: is not YAML ({problem}); mend that line'
+        ) from None
+    if not isinstance(data, dict):
+        raise UserError(f'{name}: holds no settings; delete it and run again to get the profile anew')
     return data
 
-def _lines(data, prefix='') -> dict: # dotted key -> line
+
+def _lines(data, prefix='') -> dict:  # dotted key -> line
     out = {}
     for k, v in data.items():
         out[f'{prefix}{k}'] = data.lc.key(k)[0] + 1
-        if hasattr(v, 'lc') and isinstance(v, dict): out |= _lines(v, f'{prefix}{k}.')
+        if hasattr(v, 'lc') and isinstance(v, dict):
+            out |= _lines(v, f'{prefix}{k}.')
     return out
 
 # %% ../../nbs/core/05_profiles.ipynb #4edf42be
 def _validate(data, name='', lines=None) -> Settings:
-    try: return Settings.model_validate(data)
-    except ValidationError as e: raise UserError(_explain(e, name, lines or {})) from None
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as e:
+        raise UserError(_explain(e, name, lines or {})) from None
+
 
 def _read(path: Path) -> str:
-    try: return path.read_text(encoding='utf-8')
-    except FileNotFoundError: raise UserError(f'{path}: is not there; `flowerdiff init` makes it') from None
-    except UnicodeDecodeError: raise UserError(f'{path}: is not UTF-8 text; save it as UTF-8') from None
+    try:
+        return path.read_text(encoding='utf-8')
+    except FileNotFoundError:
+        raise UserError(f'{path}: is not there; `flowerdiff init` makes it') from None
+    except UnicodeDecodeError:
+        raise UserError(f'{path}: is not UTF-8 text; save it as UTF-8') from None
+
 
 def load_settings(
-    path: str | Path, # a workspace's params.yaml
+    path: str | Path,  # a workspace's params.yaml
 ) -> Settings:
     "The settings in a file. Raises `UserError` naming key, value, what is allowed, and the line."
     data = _parse(_read(path := Path(path)), path.name)
@@ -54,69 +75,97 @@ def load_settings(
 
 # %% ../../nbs/core/05_profiles.ipynb #45fac6c2
 def parse_overrides(
-    overrides, # `['train.epochs=3', ...]`, a dictionary of dotted keys, one string, or None
-) -> dict:     # dotted key -> value
-    if not overrides: return {}
-    if isinstance(overrides, dict): return dict(overrides)
-    if isinstance(overrides, str): overrides = re.split(r'[\s,;]+(?=[\w.]+=)', overrides.strip())
+    overrides,  # `['train.epochs=3', ...]`, a dictionary of dotted keys, one string, or None
+) -> dict:  # dotted key -> value
+    if not overrides:
+        return {}
+    if isinstance(overrides, dict):
+        return dict(overrides)
+    if isinstance(overrides, str):
+        overrides = re.split(r'[\s,;]+(?=[\w.]+=)', overrides.strip())
     out = {}
     for o in overrides:
         key, eq, value = o.partition('=')
-        if not eq: raise UserError(f'{o!r} is not a setting; write key=value, such as train.epochs=3')
+        if not eq:
+            raise UserError(f'{o!r} is not a setting; write key=value, such as train.epochs=3')
         out[key.strip()] = _value(value, key.strip())
     return out
 
-def _value(text: str, key: str): # text as YAML
+
+def _value(text: str, key: str):  # text as YAML
     from ruamel.yaml import YAML, YAMLError
-    try: v = YAML(typ='safe').load(text) if text.strip() else ''
-    except YAMLError: raise UserError(f'{key}={text}: the value is not YAML; quote it') from None
+
+    try:
+        v = YAML(typ='safe').load(text) if text.strip() else ''
+    except YAMLError:
+        raise UserError(f'{key}={text}: the value is not YAML; quote it') from None
     return v
 
 # %% ../../nbs/core/05_profiles.ipynb #499e421d
-def _apply(data, overrides: dict): # set dotted keys in place
+def _apply(data, overrides: dict):  # set dotted keys in place
     for key, value in overrides.items():
-        if key == 'profile': raise UserError('profile is not a setting to change; give --profile when the workspace is made')
-        if key not in _keys(): raise UserError(_unknown(key) if key not in Settings.model_fields else f'{key} is a group of settings; name one, such as {key}.{next(iter(Settings.model_fields[key].annotation.model_fields))}')
+        if key == 'profile':
+            raise UserError('profile is not a setting to change; give --profile when the workspace is made')
+        if key not in _keys():
+            raise UserError(
+                _unknown(key)
+                if key not in Settings.model_fields
+                else f'{key} is a group of settings; name one, such as {key}.{next(iter(Settings.model_fields[key].annotation.model_fields))}'
+            )
         *sections, name = key.split('.')
         d = data
-        for s in sections: d = d.setdefault(s, {})
-        if name not in d or d[name] != value or isinstance(d[name], bool) != isinstance(value, bool): d[name] = _flow(value)
+        for s in sections:
+            d = d.setdefault(s, {})
+        if name not in d or d[name] != value or isinstance(d[name], bool) != isinstance(value, bool):
+            d[name] = _flow(value)
     return data
 
-def _flow(value): # a list on one line
-    if not isinstance(value, list): return value
+
+def _flow(value):  # a list on one line
+    if not isinstance(value, list):
+        return value
     from ruamel.yaml.comments import CommentedSeq
-    seq = CommentedSeq(value); seq.fa.set_flow_style()
+
+    seq = CommentedSeq(value)
+    seq.fa.set_flow_style()
     return seq
 
 # %% ../../nbs/core/05_profiles.ipynb #fc5942a2
-def profiles() -> dict: # name -> file
+def profiles() -> dict:  # name -> file
     "The profiles that come with the library."
     import flowerdiff
-    return {p.stem: p for p in sorted((Path(flowerdiff.__file__).parent/'profiles').glob('*.yaml'))}
+
+    return {p.stem: p for p in sorted((Path(flowerdiff.__file__).parent / 'profiles').glob('*.yaml'))}
+
 
 def _profile_text(name: str) -> str:
     known = profiles()
-    if name in known: return _read(known[name])
-    if str(name).endswith(('.yaml', '.yml')) and Path(name).is_file(): return _read(Path(name))
+    if name in known:
+        return _read(known[name])
+    if str(name).endswith(('.yaml', '.yml')) and Path(name).is_file():
+        return _read(Path(name))
     raise UserError(f'{name} is not a profile; there are {", ".join(known)}, or give a .yaml file')
 
 # %% ../../nbs/core/05_profiles.ipynb #89abbaae
 def load_profile(
-    name: str,      # one of `profiles()`, or a .yaml file
-    overrides=(),   # changes, see `parse_overrides`
+    name: str,  # one of `profiles()`, or a .yaml file
+    overrides=(),  # changes, see `parse_overrides`
 ) -> Settings:
     "The settings of a profile. Raises `UserError` for a profile or a setting that does not exist."
     data = _parse(_profile_text(name), f'{name}.yaml' if name in profiles() else str(name))
     lines = _lines(data)
-    return _validate(_apply(data, parse_overrides(overrides)), Path(f'{name}').name, {k: v for k, v in lines.items() if k not in parse_overrides(overrides)})
+    return _validate(
+        _apply(data, parse_overrides(overrides)),
+        Path(f'{name}').name,
+        {k: v for k, v in lines.items() if k not in parse_overrides(overrides)},
+    )
 
 # %% ../../nbs/core/05_profiles.ipynb #23611e26
 def write_params(
-    profile: str,     # where a new file starts
-    path: str | Path, # params.yaml
-    overrides=(),     # changes, see `parse_overrides`
-) -> Settings:        # what the file says now
+    profile: str,  # where a new file starts
+    path: str | Path,  # params.yaml
+    overrides=(),  # changes, see `parse_overrides`
+) -> Settings:  # what the file says now
     "Make `path`, or bring it to date; comments stay."
     path = Path(path)
     old = _read(path) if path.exists() else None
@@ -125,9 +174,12 @@ def write_params(
     lines = {k: v for k, v in _lines(data).items() if k not in changes}
     settings = _validate(_apply(data, changes), path.name, lines)
     for s, section in settings:
-        if isinstance(section, Section) and s not in data: data[s] = {k: _flow(v) for k, v in section.model_dump().items()}
-    buffer = io.StringIO(); _yaml().dump(data, buffer)
+        if isinstance(section, Section) and s not in data:
+            data[s] = {k: _flow(v) for k, v in section.model_dump().items()}
+    buffer = io.StringIO()
+    _yaml().dump(data, buffer)
     if (old is None or changes or len(buffer.getvalue()) != len(old)) and buffer.getvalue() != old:
         temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-        temporary.write_text(buffer.getvalue(), encoding='utf-8'); os.replace(temporary, path)
+        temporary.write_text(buffer.getvalue(), encoding='utf-8')
+        os.replace(temporary, path)
     return settings

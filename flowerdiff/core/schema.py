@@ -18,25 +18,33 @@ class UserError(Exception):
 # %% ../../nbs/core/01_schema.ipynb #038cec82
 class Section(BaseModel):
     "A group of settings: an unknown key is an error, and so is a value of another type."
+
     model_config = ConfigDict(extra='forbid', validate_assignment=True, allow_inf_nan=False)
+
     @field_validator('*', mode='before')
     @classmethod
     def _no_bool_numbers(cls, v, info):
-        if isinstance(v, bool) and bool not in _kinds(cls.model_fields[info.field_name].annotation): raise ValueError('must not be true or false')
+        if isinstance(v, bool) and bool not in _kinds(cls.model_fields[info.field_name].annotation):
+            raise ValueError('must not be true or false')
         return v
 
-Count = Annotated[int, Field(ge=1)]          # 1, 2, 3...
-Share = Annotated[float, Field(ge=0, le=1)]  # a part of a whole
-Rate = Annotated[float, Field(gt=0)]         # more than nothing
 
-def _kinds(annotation) -> set: # the plain types inside an annotation
+Count = Annotated[int, Field(ge=1)]  # 1, 2, 3...
+Share = Annotated[float, Field(ge=0, le=1)]  # a part of a whole
+Rate = Annotated[float, Field(gt=0)]  # more than nothing
+
+
+def _kinds(annotation) -> set:  # the plain types inside an annotation
     return {annotation, *(k for a in getattr(annotation, '__args__', ()) for k in _kinds(a))}
 
 # %% ../../nbs/core/01_schema.ipynb #746aa1f8
 def pinned(spec: str) -> str:
     "A model's name, if it is none that may change under the same name."
     if re.fullmatch(r'[\w.-]+/[\w.-]+', spec) and not spec.startswith('.') and not Path(spec).exists():
-        raise ValueError(f"is neither a folder here nor pinned to a commit; write {spec}@COMMIT for the hub's model")
+        raise ValueError(
+            f"is neither a folder here nor pinned to a commit; write {spec}@COMMIT for the hub's model"
+        )
     return spec
+
 
 Pinned = Annotated[str, AfterValidator(pinned)]

@@ -12,44 +12,82 @@ from .schema import Section
 from .settings import Settings
 
 # %% ../../nbs/core/04_setting_errors.ipynb #dabee020
-def _allowed(e: dict) -> str: # what pydantic wanted, in words
+def _allowed(e: dict) -> str:  # what pydantic wanted, in words
     c, kind = e.get('ctx', {}), e['type']
-    words = dict(greater_than_equal='must be at least {ge}', greater_than='must be more than {gt}', less_than_equal='must be at most {le}', less_than='must be less than {lt}',
-        multiple_of='must be a multiple of {multiple_of}', literal_error='must be one of {expected}', missing='is missing', too_short='needs at least {min_length} entries',
-        finite_number='must be a number that is not infinite', string_type='must be text', list_type='must be a list such as [32, 64]')
-    if kind == 'value_error': return str(c['error'])
-    if kind in words: return words[kind].format(**{k: str(v).replace(' or ', ', ').replace("'", '') for k, v in c.items()})
-    for k, w in dict(int='a whole number', float='a number', bool='true or false', model='a group of settings', dict='a group of settings').items():
-        if kind.startswith(k + '_'): return f'must be {w}'
+    words = dict(
+        greater_than_equal='must be at least {ge}',
+        greater_than='must be more than {gt}',
+        less_than_equal='must be at most {le}',
+        less_than='must be less than {lt}',
+        multiple_of='must be a multiple of {multiple_of}',
+        literal_error='must be one of {expected}',
+        missing='is missing',
+        too_short='needs at least {min_length} entries',
+        finite_number='must be a number that is not infinite',
+        string_type='must be text',
+        list_type='must be a list such as [32, 64]',
+    )
+    if kind == 'value_error':
+        return str(c['error'])
+    if kind in words:
+        return words[kind].format(**{k: str(v).replace(' or ', ', ').replace("'", '') for k, v in c.items()})
+    for k, w in dict(
+        int='a whole number',
+        float='a number',
+        bool='true or false',
+        model='a group of settings',
+        dict='a group of settings',
+    ).items():
+        if kind.startswith(k + '_'):
+            return f'must be {w}'
     return e['msg'].lower()
 
 # %% ../../nbs/core/04_setting_errors.ipynb #1eff6eed
-def _keys(model=Settings, prefix='') -> dict: # dotted name of every setting -> its field
+def _keys(model=Settings, prefix='') -> dict:  # dotted name of every setting -> its field
     out = {}
     for k, f in model.model_fields.items():
-        if isinstance(f.annotation, type) and issubclass(f.annotation, Section): out |= _keys(f.annotation, f'{prefix}{k}.')
-        else: out[prefix + k] = f
+        if isinstance(f.annotation, type) and issubclass(f.annotation, Section):
+            out |= _keys(f.annotation, f'{prefix}{k}.')
+        else:
+            out[prefix + k] = f
     return out
 
 # %% ../../nbs/core/04_setting_errors.ipynb #82f1575d
-def _unknown(key: str) -> str: # told of a key that is no setting
+def _unknown(key: str) -> str:  # told of a key that is no setting
     section, _, name = key.rpartition('.')
-    near = difflib.get_close_matches(key, [*_keys(), *Settings.model_fields], 1, .75) or [k for k in _keys() if name and k.endswith('.' + name)][:1]
-    if near: return f'{key} is not a setting; did you mean {near[0]}?'
-    known = [k for k in Settings.model_fields] if section not in Settings.model_fields else list(Settings.model_fields[section].annotation.model_fields)
-    return f'{key} is not a setting; there are {", ".join(known[:8])}' + (' and more, see params.yaml' if len(known) > 8 else '')
+    near = (
+        difflib.get_close_matches(key, [*_keys(), *Settings.model_fields], 1, 0.75)
+        or [k for k in _keys() if name and k.endswith('.' + name)][:1]
+    )
+    if near:
+        return f'{key} is not a setting; did you mean {near[0]}?'
+    known = (
+        [k for k in Settings.model_fields]
+        if section not in Settings.model_fields
+        else list(Settings.model_fields[section].annotation.model_fields)
+    )
+    return f'{key} is not a setting; there are {", ".join(known[:8])}' + (
+        ' and more, see params.yaml' if len(known) > 8 else ''
+    )
 
 # %% ../../nbs/core/04_setting_errors.ipynb #b2702d61
 def _explain(
-    error: ValidationError, # what pydantic found
-    where: str = '',        # the file's name; '': the values came from a command line
-    lines: dict = {},       # dotted key -> line in that file
-) -> str:                   # one line, the first three mistakes
+    error: ValidationError,  # what pydantic found
+    where: str = '',  # the file's name; '': the values came from a command line
+    lines: dict = {},  # dotted key -> line in that file
+) -> str:  # one line, the first three mistakes
     out = []
     for e in error.errors():
-        key = '.'.join(p for p in map(str, e['loc']) if not p.isdigit()); line = lines.get(key)
-        if e['type'] == 'extra_forbidden': out.append(_unknown(key) + (f' ({where} line {line})' if line else '')); continue
+        key = '.'.join(p for p in map(str, e['loc']) if not p.isdigit())
+        line = lines.get(key)
+        if e['type'] == 'extra_forbidden':
+            out.append(_unknown(key) + (f' ({where} line {line})' if line else ''))
+            continue
         place = f'{where} line {line} has ' if line else 'given '
         text = _allowed(e)
-        out.append(text if text.startswith(key) else f'{key} {text}' + ('' if e['type'] == 'missing' or not key else f' ({place}{e["input"]!r})'))
+        out.append(
+            text
+            if text.startswith(key)
+            else f'{key} {text}' + ('' if e['type'] == 'missing' or not key else f' ({place}{e["input"]!r})')
+        )
     return '; '.join(out[:3]) + (f'; and {len(out) - 3} more' if len(out) > 3 else '')

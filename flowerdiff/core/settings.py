@@ -15,106 +15,145 @@ from .schema import Count, Pinned, Rate, Section, Share
 # %% ../../nbs/core/03_settings.ipynb #6813276a
 class Components(Section):
     "Which networks stand around the denoiser."
+
     autoencoder: Pinned = 'garden'  # 'garden', 'train' (one of the run's own, with a KL term), a Diffusers folder, or a hub id `org/name@commit`
-    text_encoder: Pinned = 'garden' # 'garden', 'train' (a small CLIP of the run's own), a folder, or a hub id `org/name@commit`
+    text_encoder: Pinned = (
+        'garden'  # 'garden', 'train' (a small CLIP of the run's own), a folder, or a hub id `org/name@commit`
+    )
 
 # %% ../../nbs/core/03_settings.ipynb #b36be47c
 class Prepare(Section):
     "Pictures in, splits out."
-    source: str = 'garden' # 'garden' (the library draws them), 'oxford102', 'celeba', or a folder of pictures
-    files: str = ''        # folder with the official files of oxford102 or celeba; '': the cache, downloaded where that can be done
-    count: Count = 6000    # how many pictures the garden draws; of a folder, at most so many
-    resolution: Annotated[int, Field(ge=16, le=2048, multiple_of=8)] = 64 # side of a picture, pixels
-    val: Annotated[float, Field(gt=0, lt=.5)] = .05  # share of pictures that decides which model is better
-    test: Annotated[float, Field(gt=0, lt=.5)] = .05 # share that nothing sees before the report
-    split: Literal['content', 'stratified', 'official'] = 'content' # content: by the pictures themselves; stratified: the same within each class; official: as metadata.jsonl or the folders say
-    crop: Literal['center', 'random', 'buckets'] = 'center' # which square of a picture that is wider or taller; random: by the picture's own hash, the same in each run; buckets: none, training pictures keep about their shape
+
+    source: str = (
+        'garden'  # 'garden' (the library draws them), 'oxford102', 'celeba', or a folder of pictures
+    )
+    files: str = ''  # folder with the official files of oxford102 or celeba; '': the cache, downloaded where that can be done
+    count: Count = 6000  # how many pictures the garden draws; of a folder, at most so many
+    resolution: Annotated[int, Field(ge=16, le=2048, multiple_of=8)] = 64  # side of a picture, pixels
+    val: Annotated[float, Field(gt=0, lt=0.5)] = 0.05  # share of pictures that decides which model is better
+    test: Annotated[float, Field(gt=0, lt=0.5)] = 0.05  # share that nothing sees before the report
+    split: Literal['content', 'stratified', 'official'] = (
+        'content'  # content: by the pictures themselves; stratified: the same within each class; official: as metadata.jsonl or the folders say
+    )
+    crop: Literal['center', 'random', 'buckets'] = (
+        'center'  # which square of a picture that is wider or taller; random: by the picture's own hash, the same in each run; buckets: none, training pictures keep about their shape
+    )
 
 # %% ../../nbs/core/03_settings.ipynb #dac80265
 class Caption(Section):
     "What each picture is said to show."
-    captioner: Literal['auto', 'given', 'attributes', 'labels', 'florence'] = 'auto' # auto: given captions, else attributes, else labels; florence: a model looks at each picture
-    per_picture: Count = 3 # captions a picture, of attributes and labels
-    class_captions: Annotated[int, Field(ge=0)] = 0 # sentences beside them that name the picture's class, where it has one
-    least_pictures: Annotated[int, Field(ge=0)] = 0 # fewer are remarked on
-    model: Pinned = 'florence-community/Florence-2-large@4271c66b88cdbc05735372ec13b2360108de5317' # of florence, as all that follows: a folder, or a hub id `org/name@commit`
-    prompts: Annotated[list[Literal['<CAPTION>', '<DETAILED_CAPTION>', '<MORE_DETAILED_CAPTION>']], Field(min_length=1)] = ['<DETAILED_CAPTION>'] # a caption for each: a short sentence, a longer one, a paragraph
-    batch_size: Count = 32     # pictures at a time; halved where memory does not hold them
-    num_beams: Count = 3       # sentences followed at once while one is written; 1: greedy, three times as fast
-    max_new_tokens: Count = 256 # of an answer
-    num_processes: Count = 1   # processes on this machine, a GPU each
+
+    captioner: Literal['auto', 'given', 'attributes', 'labels', 'florence'] = (
+        'auto'  # auto: given captions, else attributes, else labels; florence: a model looks at each picture
+    )
+    per_picture: Count = 3  # captions a picture, of attributes and labels
+    class_captions: Annotated[int, Field(ge=0)] = (
+        0  # sentences beside them that name the picture's class, where it has one
+    )
+    least_pictures: Annotated[int, Field(ge=0)] = 0  # fewer are remarked on
+    model: Pinned = 'florence-community/Florence-2-large@4271c66b88cdbc05735372ec13b2360108de5317'  # of florence, as all that follows: a folder, or a hub id `org/name@commit`
+    prompts: Annotated[
+        list[Literal['<CAPTION>', '<DETAILED_CAPTION>', '<MORE_DETAILED_CAPTION>']], Field(min_length=1)
+    ] = ['<DETAILED_CAPTION>']  # a caption for each: a short sentence, a longer one, a paragraph
+    batch_size: Count = 32  # pictures at a time; halved where memory does not hold them
+    num_beams: Count = 3  # sentences followed at once while one is written; 1: greedy, three times as fast
+    max_new_tokens: Count = 256  # of an answer
+    num_processes: Count = 1  # processes on this machine, a GPU each
 
 # %% ../../nbs/core/03_settings.ipynb #69928bb4
 class Encode(Section):
     "Pictures to latents, captions to embeddings, once."
-    batch_size: Count = 64       # pictures at a time
+
+    batch_size: Count = 64  # pictures at a time
     shard_records: Count = 1024  # records in one file
-    num_processes: Count = 1     # processes on this machine, a GPU each
-    clip_minutes: Rate = 4.      # time for the run's own CLIP, where components.text_encoder is 'train'
-    vae_minutes: Rate = 30.      # time for the run's own autoencoder, where components.autoencoder is 'train'
-    vae_factor: Literal[2, 4, 8] = 2 # how many times smaller a side its latents are
-    vae_features: str = ''       # a SqueezeNet (.safetensors) whose features its pictures should share as well: the perceptual term; '': none
+    num_processes: Count = 1  # processes on this machine, a GPU each
+    clip_minutes: Rate = 4.0  # time for the run's own CLIP, where components.text_encoder is 'train'
+    vae_minutes: Rate = 30.0  # time for the run's own autoencoder, where components.autoencoder is 'train'
+    vae_factor: Literal[2, 4, 8] = 2  # how many times smaller a side its latents are
+    vae_features: str = ''  # a SqueezeNet (.safetensors) whose features its pictures should share as well: the perceptual term; '': none
 
 # %% ../../nbs/core/03_settings.ipynb #716fedbb
 class Upload(Section):
     "Where the encoded data is stored."
-    destination: str = 'store' # a folder, relative to the workspace, or s3://bucket/prefix
+
+    destination: str = 'store'  # a folder, relative to the workspace, or s3://bucket/prefix
 
 # %% ../../nbs/core/03_settings.ipynb #8799654c
 class Promote(Section):
     "How much better a candidate must be."
-    margin: Annotated[float, Field(ge=0)] = .0135 # least improvement of the validation loss, as a share; what another seed alone brings, 99 times in 100
-    confidence: Annotated[float, Field(gt=.5, lt=1)] = .99 # of its being better at all
-    distill_prompts: Count = 300 # held-out prompts that a student is examined with
-    distill_loss: Share = .05    # adherence that a student may lose against its teacher (CLIP score where no judge applies, as a share)
-    distill_kid: Annotated[float, Field(ge=0)] = .1 # and the KID that it may gain
+
+    margin: Annotated[float, Field(ge=0)] = (
+        0.0135  # least improvement of the validation loss, as a share; what another seed alone brings, 99 times in 100
+    )
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99  # of its being better at all
+    distill_prompts: Count = 300  # held-out prompts that a student is examined with
+    distill_loss: Share = 0.05  # adherence that a student may lose against its teacher (CLIP score where no judge applies, as a share)
+    distill_kid: Annotated[float, Field(ge=0)] = 0.1  # and the KID that it may gain
 
 # %% ../../nbs/core/03_settings.ipynb #050c0ad0
 class Evaluate(Section):
     "What the report measures."
-    prompts: Count = 200        # held-out prompts to draw
-    steps: Count = 20           # sampling steps
-    guidance: Annotated[float, Field(ge=0)] = 4. # how strongly the prompt pulls
-    scheduler: Literal['auto', 'ddim', 'ddpm', 'dpm', 'unipc', 'euler'] = 'auto' # how a step is made; auto: the model's own, DPM-Solver++; ddpm needs as many steps as the schedule has
-    kid_pictures: Count = 300   # pictures a side of the distance to real ones
-    features: str = 'clip'      # whose KID, FID, precision and recall: clip (the run's own), or a file: a TorchScript Inception (.pt) or a SqueezeNet (.safetensors)
-    baseline: str = ''          # a model to beat by FID: a folder, a hub id, or previous (the champion before)
-    grid: Count = 8             # prompts of the sample grid
-    grid_prompts: list[Annotated[str, Field(pattern=r'\S')]] = [] # those that it begins with; the others are the garden's, or captions of test pictures
-    attention: Annotated[int, Field(ge=0)] = 0 # of these, prompts whose every word gets a map of where it was read
-    batch_size: Count = 50      # drawn at a time
+
+    prompts: Count = 200  # held-out prompts to draw
+    steps: Count = 20  # sampling steps
+    guidance: Annotated[float, Field(ge=0)] = 4.0  # how strongly the prompt pulls
+    scheduler: Literal['auto', 'ddim', 'ddpm', 'dpm', 'unipc', 'euler'] = (
+        'auto'  # how a step is made; auto: the model's own, DPM-Solver++; ddpm needs as many steps as the schedule has
+    )
+    kid_pictures: Count = 300  # pictures a side of the distance to real ones
+    features: str = 'clip'  # whose KID, FID, precision and recall: clip (the run's own), or a file: a TorchScript Inception (.pt) or a SqueezeNet (.safetensors)
+    baseline: str = ''  # a model to beat by FID: a folder, a hub id, or previous (the champion before)
+    grid: Count = 8  # prompts of the sample grid
+    grid_prompts: list[
+        Annotated[str, Field(pattern=r'\S')]
+    ] = []  # those that it begins with; the others are the garden's, or captions of test pictures
+    attention: Annotated[int, Field(ge=0)] = (
+        0  # of these, prompts whose every word gets a map of where it was read
+    )
+    batch_size: Count = 50  # drawn at a time
 
 # %% ../../nbs/core/03_settings.ipynb #7f9565f9
 class Onnx(Section):
     "The model for ONNX Runtime."
+
     opset: Annotated[int, Field(ge=17, le=20)] = 18
-    max_error: Rate = 1e-3      # largest relative difference to PyTorch that passes
+    max_error: Rate = 1e-3  # largest relative difference to PyTorch that passes
+
 
 class Tensorrt(Section):
     "The model for NVIDIA's runtime."
-    flavour: Literal['auto', 'rtx', 'classic'] = 'auto' # rtx can build without a GPU
-    precision: Literal['fp16', 'bf16'] = 'fp16' # bf16 needs a GPU from Ampere on
-    max_batch: Count = 8     # pictures at once
-    targets: list[str] = []  # architectures to build for ahead of time (rtx), such as [SM86]; none: this machine's GPU
+
+    flavour: Literal['auto', 'rtx', 'classic'] = 'auto'  # rtx can build without a GPU
+    precision: Literal['fp16', 'bf16'] = 'fp16'  # bf16 needs a GPU from Ampere on
+    max_batch: Count = 8  # pictures at once
+    targets: list[
+        str
+    ] = []  # architectures to build for ahead of time (rtx), such as [SM86]; none: this machine's GPU
+
 
 class Publish(Section):
     "Where the finished model goes."
-    destination: str = 'published' # a folder, relative to the workspace, or 'hub'
-    repo_name: str = ''            # name of the repository; '': the workspace's
+
+    destination: str = 'published'  # a folder, relative to the workspace, or 'hub'
+    repo_name: str = ''  # name of the repository; '': the workspace's
     private: bool = True
-    license: str = 'apache-2.0'    # as the Hub names it
-    engines: bool = False          # also the engines of `tensorrt`, which fit GPUs of their kind only
+    license: str = 'apache-2.0'  # as the Hub names it
+    engines: bool = False  # also the engines of `tensorrt`, which fit GPUs of their kind only
+
 
 class Tracking(Section):
     "What MLflow and TensorBoard record."
+
     enabled: bool = True
-    experiment: str = '' # '': the workspace's name
+    experiment: str = ''  # '': the workspace's name
 
 # %% ../../nbs/core/03_settings.ipynb #ea6ddc58
 class Settings(Section):
     "All settings of a run: what `params.yaml` holds."
-    profile: str    # the profile they started from
-    seed: Annotated[int, Field(ge=0)] = 0 # of everything random
+
+    profile: str  # the profile they started from
+    seed: Annotated[int, Field(ge=0)] = 0  # of everything random
     components: Components = Components()
     prepare: Prepare = Prepare()
     caption: Caption = Caption()
@@ -128,20 +167,50 @@ class Settings(Section):
     tensorrt: Tensorrt = Tensorrt()
     publish: Publish = Publish()
     tracking: Tracking = Tracking()
+
     @model_validator(mode='after')
     def _together(self):
-        if self.prepare.crop == 'buckets' and self.train.stream: raise ValueError('train.stream reads latents of one shape and prepare.crop: buckets makes many; set train.stream to 0, or prepare.crop to center')
-        if self.train.prediction_type == 'flow_prediction' and not self.train.init and self.evaluate.scheduler not in ('auto', 'dpm', 'unipc'):
-            raise ValueError(f'evaluate.scheduler: {self.evaluate.scheduler} does not know rectified flow, which train.prediction_type asks for; set it to auto')
-        if not self.train.init and self.evaluate.steps > self.train.timesteps: raise ValueError(f'evaluate.steps: {self.evaluate.steps} are more than train.timesteps has ({self.train.timesteps}); lower it')
+        if self.prepare.crop == 'buckets' and self.train.stream:
+            raise ValueError(
+                'train.stream reads latents of one shape and prepare.crop: buckets makes many; set train.stream to 0, or prepare.crop to center'
+            )
+        if (
+            self.train.prediction_type == 'flow_prediction'
+            and not self.train.init
+            and self.evaluate.scheduler not in ('auto', 'dpm', 'unipc')
+        ):
+            raise ValueError(
+                f'evaluate.scheduler: {self.evaluate.scheduler} does not know rectified flow, which train.prediction_type asks for; set it to auto'
+            )
+        if not self.train.init and self.evaluate.steps > self.train.timesteps:
+            raise ValueError(
+                f'evaluate.steps: {self.evaluate.steps} are more than train.timesteps has ({self.train.timesteps}); lower it'
+            )
         return self
+
     @model_validator(mode='after')
     def _rented(self):
         t, machines = self.train, self.sagemaker.instance_count
-        if t.where == 'here': return self
-        if not self.upload.destination.startswith('s3://'): raise ValueError('train.where: sagemaker reads its data from a bucket; set upload.destination to s3://bucket/prefix')
-        if t.num_processes > 1: raise ValueError('train.num_processes: SageMaker starts one process for each GPU; set it to 1, and sagemaker.instance_count to the machines you want')
-        if t.stream_from and not t.stream_from.startswith('s3://'): raise ValueError('train.stream_from: a machine of SageMaker does not see this folder; give s3://bucket/prefix')
-        if t.distributed == 'single' and machines > 1: raise ValueError(f'train.distributed: single is for one process and sagemaker.instance_count is {machines}; use ddp or zero2, or one machine')
-        if t.batch_size < machines: raise ValueError(f'train.batch_size: {t.batch_size} samples are too few for {machines} machines; give each at least one')
+        if t.where == 'here':
+            return self
+        if not self.upload.destination.startswith('s3://'):
+            raise ValueError(
+                'train.where: sagemaker reads its data from a bucket; set upload.destination to s3://bucket/prefix'
+            )
+        if t.num_processes > 1:
+            raise ValueError(
+                'train.num_processes: SageMaker starts one process for each GPU; set it to 1, and sagemaker.instance_count to the machines you want'
+            )
+        if t.stream_from and not t.stream_from.startswith('s3://'):
+            raise ValueError(
+                'train.stream_from: a machine of SageMaker does not see this folder; give s3://bucket/prefix'
+            )
+        if t.distributed == 'single' and machines > 1:
+            raise ValueError(
+                f'train.distributed: single is for one process and sagemaker.instance_count is {machines}; use ddp or zero2, or one machine'
+            )
+        if t.batch_size < machines:
+            raise ValueError(
+                f'train.batch_size: {t.batch_size} samples are too few for {machines} machines; give each at least one'
+            )
         return self

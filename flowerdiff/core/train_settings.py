@@ -13,132 +13,207 @@ from .schema import Count, Pinned, Rate, Section, Share
 # %% ../../nbs/core/02_train_settings.ipynb #c13e5216
 class _Length(Section):
     "How long training lasts, and what an update is."
-    epochs: Rate = 12.            # passes over the training pictures
-    batch_size: Count = 32        # samples a step, over all processes
-    accumulate: Count = 1         # parts that a batch goes through the network in: less memory, the same update
-    optimizer: Literal['adamw', 'muon', 'adamw8bit'] = 'adamw' # muon: for the matrices; adamw8bit: on a GPU, with the package bitsandbytes
-    lr: Rate = 2e-3               # highest learning rate
-    weight_decay: Annotated[float, Field(ge=0)] = .01
-    beta2: Annotated[float, Field(gt=0, lt=1)] = .99 # how long Adam remembers squared gradients
+
+    epochs: Rate = 12.0  # passes over the training pictures
+    batch_size: Count = 32  # samples a step, over all processes
+    accumulate: Count = 1  # parts that a batch goes through the network in: less memory, the same update
+    optimizer: Literal['adamw', 'muon', 'adamw8bit'] = (
+        'adamw'  # muon: for the matrices; adamw8bit: on a GPU, with the package bitsandbytes
+    )
+    lr: Rate = 2e-3  # highest learning rate
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.99  # how long Adam remembers squared gradients
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    lr_schedule: Literal['cosine', 'linear', 'linear_half', 'constant'] = 'linear_half' # after the warm-up; linear_half: level, then linear over the second half
-    grad_clip: Rate = 1.          # longest gradient; a longer one is shortened
-    spike_factor: Annotated[float, Field(ge=0)] = 10. # a gradient this many times longer than usual updates nothing; 0: every one does
-    max_hours: Annotated[float, Field(ge=0)] = 0. # finish within so much time, with fewer epochs if need be; 0: however long it takes
+    lr_schedule: Literal['cosine', 'linear', 'linear_half', 'constant'] = (
+        'linear_half'  # after the warm-up; linear_half: level, then linear over the second half
+    )
+    grad_clip: Rate = 1.0  # longest gradient; a longer one is shortened
+    spike_factor: Annotated[float, Field(ge=0)] = (
+        10.0  # a gradient this many times longer than usual updates nothing; 0: every one does
+    )
+    max_hours: Annotated[float, Field(ge=0)] = (
+        0.0  # finish within so much time, with fewer epochs if need be; 0: however long it takes
+    )
+
     @model_validator(mode='after')
     def _whole_parts(self):
-        if self.batch_size < self.accumulate: raise ValueError(f'train.accumulate is {self.accumulate} and train.batch_size {self.batch_size}; a part needs at least one sample')
+        if self.batch_size < self.accumulate:
+            raise ValueError(
+                f'train.accumulate is {self.accumulate} and train.batch_size {self.batch_size}; a part needs at least one sample'
+            )
         return self
 
 # %% ../../nbs/core/02_train_settings.ipynb #43a979f1
 class _Beginning(Section):
     "What training begins with."
-    init: Pinned = ''             # a model to fine-tune: a Diffusers folder, or a hub id `org/name@commit`; '': random weights. It brings its network, schedule and prediction type
-    lora_rank: Annotated[int, Field(ge=0)] = 0 # train only thin matrices beside its attention's, of this rank; 0: all weights
-    lora_alpha: Rate = 8.         # their scale, times the rank
+
+    init: Pinned = ''  # a model to fine-tune: a Diffusers folder, or a hub id `org/name@commit`; '': random weights. It brings its network, schedule and prediction type
+    lora_rank: Annotated[int, Field(ge=0)] = (
+        0  # train only thin matrices beside its attention's, of this rank; 0: all weights
+    )
+    lora_alpha: Rate = 8.0  # their scale, times the rank
+
     @model_validator(mode='after')
     def _has_base(self):
-        if self.lora_rank and not self.init: raise ValueError(f'train.lora_rank: {self.lora_rank} adds to a model and train.init names none; name one, or set it to 0')
+        if self.lora_rank and not self.init:
+            raise ValueError(
+                f'train.lora_rank: {self.lora_rank} adds to a model and train.init names none; name one, or set it to 0'
+            )
         return self
 
 # %% ../../nbs/core/02_train_settings.ipynb #eacea6a3
 class _Network(Section):
     "The UNet of a model that begins with random weights."
-    channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=1)] = [64, 64, 96] # of the UNet's levels
-    layers: Count = 1             # residual blocks a level
-    attention: list[bool] = [False, True, True] # which levels read the caption
-    attention_head_dim: Count = 16 # channels of an attention head
+
+    channels: Annotated[list[Annotated[int, Field(ge=8, multiple_of=8)]], Field(min_length=1)] = [
+        64,
+        64,
+        96,
+    ]  # of the UNet's levels
+    layers: Count = 1  # residual blocks a level
+    attention: list[bool] = [False, True, True]  # which levels read the caption
+    attention_head_dim: Count = 16  # channels of an attention head
+
     @model_validator(mode='after')
     def _levels(self):
-        if len(self.attention) != len(self.channels): raise ValueError(f'train.attention has {len(self.attention)} entries and train.channels {len(self.channels)}; give one a level')
+        if len(self.attention) != len(self.channels):
+            raise ValueError(
+                f'train.attention has {len(self.attention)} entries and train.channels {len(self.channels)}; give one a level'
+            )
         return self
 
 # %% ../../nbs/core/02_train_settings.ipynb #7f99ed4b
 class _Noise(Section):
     "What the network is asked, and how a picture becomes noise."
-    prediction_type: Literal['v_prediction', 'epsilon', 'flow_prediction'] = 'v_prediction' # what the UNet is asked for; flow_prediction: rectified flow, which reads no betas
-    flow_shift: Rate = 1.         # of rectified flow, towards more noise (Esser et al. 2024)
-    timesteps: Count = 1000       # of the noise schedule
-    beta_start: Rate = .00085     # noise added by the first timestep
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = .012 # and by the last
+
+    prediction_type: Literal['v_prediction', 'epsilon', 'flow_prediction'] = (
+        'v_prediction'  # what the UNet is asked for; flow_prediction: rectified flow, which reads no betas
+    )
+    flow_shift: Rate = 1.0  # of rectified flow, towards more noise (Esser et al. 2024)
+    timesteps: Count = 1000  # of the noise schedule
+    beta_start: Rate = 0.00085  # noise added by the first timestep
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012  # and by the last
     beta_schedule: Literal['linear', 'scaled_linear', 'squaredcos_cap_v2'] = 'scaled_linear'
-    zero_terminal_snr: bool = False # end in pure noise (Lin et al. 2023)
+    zero_terminal_snr: bool = False  # end in pure noise (Lin et al. 2023)
+
     @model_validator(mode='after')
     def _something_to_learn(self):
-        if self.zero_terminal_snr and self.prediction_type == 'epsilon': raise ValueError('train.zero_terminal_snr leaves nothing but noise to see and epsilon asks for it: nothing to learn; set train.prediction_type to v_prediction')
+        if self.zero_terminal_snr and self.prediction_type == 'epsilon':
+            raise ValueError(
+                'train.zero_terminal_snr leaves nothing but noise to see and epsilon asks for it: nothing to learn; set train.prediction_type to v_prediction'
+            )
         return self
 
 # %% ../../nbs/core/02_train_settings.ipynb #bac84c89
 class _Samples(Section):
     "What a sample is and how much it counts."
-    timestep_sampling: Literal['stratified', 'uniform', 'logit_normal'] = 'stratified' # how a batch's timesteps are drawn; logit_normal: most from the middle
-    offset_noise: Annotated[float, Field(ge=0)] = 0. # noise that shifts a whole channel; 0: none
-    min_snr_gamma: Annotated[float, Field(ge=0)] = 5. # where a timestep's weight stops growing; 0: no weights
-    caption_dropout: Share = .1   # share of samples that train without their caption, for guidance
-    mirror: bool = True           # also learn from mirror images
+
+    timestep_sampling: Literal['stratified', 'uniform', 'logit_normal'] = (
+        'stratified'  # how a batch's timesteps are drawn; logit_normal: most from the middle
+    )
+    offset_noise: Annotated[float, Field(ge=0)] = 0.0  # noise that shifts a whole channel; 0: none
+    min_snr_gamma: Annotated[float, Field(ge=0)] = (
+        5.0  # where a timestep's weight stops growing; 0: no weights
+    )
+    caption_dropout: Share = 0.1  # share of samples that train without their caption, for guidance
+    mirror: bool = True  # also learn from mirror images
 
 # %% ../../nbs/core/02_train_settings.ipynb #c36fc611
 class _Larger(Section):
     "Data that is larger than memory."
-    stream: Annotated[int, Field(ge=0)] = 0 # shards of latents in memory at a time; 0: all of them, on the GPU where they fit
-    stream_from: str = ''         # a store that has the shards which are not here, such as s3://bucket/prefix
+
+    stream: Annotated[int, Field(ge=0)] = (
+        0  # shards of latents in memory at a time; 0: all of them, on the GPU where they fit
+    )
+    stream_from: str = ''  # a store that has the shards which are not here, such as s3://bucket/prefix
 
 # %% ../../nbs/core/02_train_settings.ipynb #d6df3fd6
 class _Student(Section):
     "A student of the champion."
-    distill: Literal[0, 1, 2, 4] = 0 # steps of a student of the champion, which draws without guidance; 0: train a model of its own
-    distill_guidance: Annotated[float, Field(ge=0)] = 4. # the student's, folded into its answers
-    distill_epochs: Rate = 2.     # of the student; a sample costs it two to six times as much
-    distill_lr: Rate = 5e-4       # of the student
+
+    distill: Literal[0, 1, 2, 4] = (
+        0  # steps of a student of the champion, which draws without guidance; 0: train a model of its own
+    )
+    distill_guidance: Annotated[float, Field(ge=0)] = 4.0  # the student's, folded into its answers
+    distill_epochs: Rate = 2.0  # of the student; a sample costs it two to six times as much
+    distill_lr: Rate = 5e-4  # of the student
 
 # %% ../../nbs/core/02_train_settings.ipynb #35d98d2c
 class _Averages(Section):
     "What is kept of the weights."
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = .999 # of the averaged weights
-    ema_decays: list[Annotated[float, Field(ge=0, lt=1)]] = [] # of further averages; validation chooses among all
+
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999  # of the averaged weights
+    ema_decays: list[
+        Annotated[float, Field(ge=0, lt=1)]
+    ] = []  # of further averages; validation chooses among all
 
 # %% ../../nbs/core/02_train_settings.ipynb #360d71e9
 class _Machine(Section):
     "The machine, and how processes share the work."
-    where: Literal['here', 'sagemaker'] = 'here' # sagemaker: on machines that are rented for the run, as the settings under `sagemaker` say
-    precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto' # auto: the best that the device does well
-    threads: Annotated[int, Field(ge=0)] = 0 # CPU threads; 0: all cores
-    distributed: Literal['auto', 'single', 'ddp', 'zero2'] = 'auto' # how processes share the work; auto: single or ddp; zero2: DeepSpeed deals weights and memory out
-    num_processes: Count = 1      # processes on this machine
-    gradient_checkpointing: bool = False # forget activations and make them again: less memory, a third slower
-    compile: bool = False         # let torch.compile fuse the network's operations
-    cuda_graphs: bool = False     # and replay them as CUDA graphs, on a GPU
+
+    where: Literal['here', 'sagemaker'] = (
+        'here'  # sagemaker: on machines that are rented for the run, as the settings under `sagemaker` say
+    )
+    precision: Literal['auto', 'fp32', 'bf16', 'fp16'] = 'auto'  # auto: the best that the device does well
+    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads; 0: all cores
+    distributed: Literal['auto', 'single', 'ddp', 'zero2'] = (
+        'auto'  # how processes share the work; auto: single or ddp; zero2: DeepSpeed deals weights and memory out
+    )
+    num_processes: Count = 1  # processes on this machine
+    gradient_checkpointing: bool = (
+        False  # forget activations and make them again: less memory, a third slower
+    )
+    compile: bool = False  # let torch.compile fuse the network's operations
+    cuda_graphs: bool = False  # and replay them as CUDA graphs, on a GPU
 
 # %% ../../nbs/core/02_train_settings.ipynb #88978d79
 class _Notes(Section):
     "What is written down, and when."
-    checkpoint_minutes: Rate = 2. # between checkpoints
-    keep_checkpoints: Count = 2   # the newest; the best by validation loss stays too
-    samples_every: Count = 560    # steps between sample grids
-    validate_every: Count = 560   # steps between validations
+
+    checkpoint_minutes: Rate = 2.0  # between checkpoints
+    keep_checkpoints: Count = 2  # the newest; the best by validation loss stays too
+    samples_every: Count = 560  # steps between sample grids
+    validate_every: Count = 560  # steps between validations
 
 # %% ../../nbs/core/02_train_settings.ipynb #0e30bba9
 class Train(_Notes, _Machine, _Averages, _Student, _Larger, _Samples, _Noise, _Network, _Beginning, _Length):
     "The denoiser, what it learns, and how."
+
     @model_validator(mode='after')
     def _together(self):
-        if self.distributed == 'zero2' and self.optimizer != 'adamw': raise ValueError(f'train.optimizer: {self.optimizer} needs whole matrices, and train.distributed: zero2 deals them out in slices; use adamw, or ddp')
-        if self.lora_rank and self.distributed == 'zero2': raise ValueError('train.lora_rank: so few weights need not be dealt out; set train.distributed to ddp')
-        if self.init and self.distill: raise ValueError('train.init and train.distill both say where to begin; a student begins as its teacher, so empty train.init')
+        if self.distributed == 'zero2' and self.optimizer != 'adamw':
+            raise ValueError(
+                f'train.optimizer: {self.optimizer} needs whole matrices, and train.distributed: zero2 deals them out in slices; use adamw, or ddp'
+            )
+        if self.lora_rank and self.distributed == 'zero2':
+            raise ValueError(
+                'train.lora_rank: so few weights need not be dealt out; set train.distributed to ddp'
+            )
+        if self.init and self.distill:
+            raise ValueError(
+                'train.init and train.distill both say where to begin; a student begins as its teacher, so empty train.init'
+            )
         return self
 
 # %% ../../nbs/core/02_train_settings.ipynb #d9ca64fb
 class Sagemaker(Section):
     "The machines of a training job at Amazon SageMaker."
-    instance_type: Annotated[str, Field(pattern=r'^ml\.[a-z0-9-]+\.[a-z0-9]+$')] = 'ml.g4dn.xlarge' # one T4, 16 GB
+
+    instance_type: Annotated[str, Field(pattern=r'^ml\.[a-z0-9-]+\.[a-z0-9]+$')] = (
+        'ml.g4dn.xlarge'  # one T4, 16 GB
+    )
     instance_count: Count = 2
-    spot: bool = True          # machines that may be taken back, for a part of the price
-    max_hours: Rate = 6.       # of training, then the job is stopped
-    max_wait_hours: Rate = 12. # with the waiting for spot machines
-    volume_gb: Count = 50      # disk of each
-    role: str = ''             # an ARN, or a role's name; '': SAGEMAKER_ROLE of the environment
-    image: str = ''            # a container image; '': Amazon's own with PyTorch
+    spot: bool = True  # machines that may be taken back, for a part of the price
+    max_hours: Rate = 6.0  # of training, then the job is stopped
+    max_wait_hours: Rate = 12.0  # with the waiting for spot machines
+    volume_gb: Count = 50  # disk of each
+    role: str = ''  # an ARN, or a role's name; '': SAGEMAKER_ROLE of the environment
+    image: str = ''  # a container image; '': Amazon's own with PyTorch
+
     @model_validator(mode='after')
     def _waits_long_enough(self):
-        if self.spot and self.max_wait_hours < self.max_hours: raise ValueError(f'sagemaker.max_wait_hours: {self.max_wait_hours:g} are fewer than sagemaker.max_hours, {self.max_hours:g}; the waiting is on top, so give more')
+        if self.spot and self.max_wait_hours < self.max_hours:
+            raise ValueError(
+                f'sagemaker.max_wait_hours: {self.max_wait_hours:g} are fewer than sagemaker.max_hours, {self.max_hours:g}; the waiting is on top, so give more'
+            )
         return self

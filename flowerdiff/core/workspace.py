@@ -16,220 +16,375 @@ from .profiles import Settings, UserError, load_profile, load_settings, write_pa
 from .fingerprints import code_fingerprint, file_sha256, fingerprint, warn_if_stale
 
 # %% ../../nbs/core/07_workspace.ipynb #67ed3e99
-def _beside(path: Path) -> Path: return path.with_name(f'.{path.name}.tmp-{os.getpid()}')
+def _beside(path: Path) -> Path:
+    return path.with_name(f'.{path.name}.tmp-{os.getpid()}')
 
-def _sync(path: Path): # to the disk, so that a power cut after the rename finds the bytes there
+
+def _sync(path: Path):  # to the disk, so that a power cut after the rename finds the bytes there
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
 
 def atomic_write(
-    path: str | Path,    # where
-    data: str | bytes,   # what
+    path: str | Path,  # where
+    data: str | bytes,  # what
 ):
     "Write a file: afterwards `path` holds all of `data`, or what it held before."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        _sync(temporary); os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/core/07_workspace.ipynb #b6d4c1b6
 @contextlib.contextmanager
 def atomic_dir(
-    path: str | Path, # the folder to make or to replace
-):                    # -> an empty folder beside it, to fill
+    path: str | Path,  # the folder to make or to replace
+):  # -> an empty folder beside it, to fill
     "`with atomic_dir(out) as new:` fills `new`, which becomes `out` at the end. An error leaves `out` as it was."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f'.{path.name}.*-*'): # of a killed process
-        if not _alive(left): _put_back(left, path)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f'.{path.name}.*-*'):  # of a killed process
+        if not _alive(left):
+            _put_back(left, path)
     new, old = _beside(path), path.with_name(f'.{path.name}.old-{os.getpid()}')
     new.mkdir()
     try:
         yield new
-        with ThreadPoolExecutor(16) as pool: list(pool.map(_sync, [new, *(f for f in new.rglob('*') if f.exists())])) # thousands of small files: ten times as fast as one by one
-        if path.exists(): os.replace(path, old)
-        os.replace(new, path); _sync(path.parent)
+        with ThreadPoolExecutor(16) as pool:
+            list(
+                pool.map(_sync, [new, *(f for f in new.rglob('*') if f.exists())])
+            )  # thousands of small files: ten times as fast as one by one
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+        _sync(path.parent)
     finally:
-        if old.exists() and not path.exists(): os.replace(old, path)
-        shutil.rmtree(new, ignore_errors=True); shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
-def _alive(left: Path) -> bool: # is the process that made this folder still there?
+
+def _alive(left: Path) -> bool:  # is the process that made this folder still there?
     pid = left.name.rpartition('-')[2]
-    if not pid.isdigit(): return True
-    if int(pid) == os.getpid(): return False # in a container the next process often has the number of the one that was killed
+    if not pid.isdigit():
+        return True
+    if int(pid) == os.getpid():
+        return False  # in a container the next process often has the number of the one that was killed
     with contextlib.suppress(OSError):
-        if Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] == 'Z': return False # dead, and nobody has reaped it
-    try: os.kill(int(pid), 0); return True
-    except ProcessLookupError: return False
-    except PermissionError: return True
+        if Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] == 'Z':
+            return False  # dead, and nobody has reaped it
+    try:
+        os.kill(int(pid), 0)
+        return True
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
 
-def _put_back(left: Path, path: Path): # killed between the two renames: the old one returns
-    if '.old-' in left.name and not path.exists(): os.replace(left, path)
-    else: shutil.rmtree(left, ignore_errors=True)
+
+def _put_back(left: Path, path: Path):  # killed between the two renames: the old one returns
+    if '.old-' in left.name and not path.exists():
+        os.replace(left, path)
+    else:
+        shutil.rmtree(left, ignore_errors=True)
 
 # %% ../../nbs/core/07_workspace.ipynb #8d8e427b
 def write_json(path: str | Path, obj):
     "`obj` as JSON that a person can read."
     atomic_write(path, json.dumps(obj, indent=1, ensure_ascii=False, default=str) + '\n')
 
+
 def read_json(path: str | Path):
     "What a JSON file holds; a broken one raises `UserError`."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: raise UserError(f'{path}: is not there; run the stage that makes it') from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise UserError(f'{path}: is not JSON ({e}); delete it and run the stage that makes it') from None
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise UserError(f'{path}: is not there; run the stage that makes it') from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f'{path}: is not JSON ({e}); delete it and run the stage that makes it') from None
+
 
 def write_jsonl(path: str | Path, rows):
     "One JSON object a line."
     atomic_write(path, ''.join(json.dumps(r, ensure_ascii=False, default=str) + '\n' for r in rows))
 
+
 def read_jsonl(path: str | Path) -> list:
     "The rows of a file with one JSON object a line; a bad line raises `UserError` naming it."
     rows = []
-    if not Path(path).exists(): raise UserError(f'{path}: is not there; run the stage that makes it')
+    if not Path(path).exists():
+        raise UserError(f'{path}: is not there; run the stage that makes it')
     with open(path, encoding='utf-8') as f:
         for i, line in enumerate(f, 1):
-            try: rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as e: raise UserError(f'{path} line {i}: is not JSON ({e.msg}); mend or delete that line') from None
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as e:
+                raise UserError(f'{path} line {i}: is not JSON ({e.msg}); mend or delete that line') from None
     return rows
 
 # %% ../../nbs/core/07_workspace.ipynb #a1fa23d9
-STAGES = ('prepare', 'caption', 'encode', 'upload', 'train', 'promote', 'evaluate', 'onnx', 'tensorrt', 'publish')
+STAGES = (
+    'prepare',
+    'caption',
+    'encode',
+    'upload',
+    'train',
+    'promote',
+    'evaluate',
+    'onnx',
+    'tensorrt',
+    'publish',
+)
+
 
 @dataclass(frozen=True)
 class Workspace:
     "Where a run lives, and its settings."
-    root: Path         # absolute
-    settings: Settings # what params.yaml says
 
-    def __getattr__(self, name): # pictures, captions, encoded, candidate, model, student, report, onnx, tensorrt, work, notebooks: folders of these names
-        if name in _PLACES: return self.root/name
+    root: Path  # absolute
+    settings: Settings  # what params.yaml says
+
+    def __getattr__(
+        self, name
+    ):  # pictures, captions, encoded, candidate, model, student, report, onnx, tensorrt, work, notebooks: folders of these names
+        if name in _PLACES:
+            return self.root / name
         raise AttributeError(name)
 
     def work_dir(self, stage: str, fingerprint: str) -> Path:
         "A folder for what is in progress and can be resumed, one for each fingerprint of inputs and settings."
-        path = self.work/f'{stage}-{fingerprint[:12]}'; path.mkdir(parents=True, exist_ok=True)
+        path = self.work / f'{stage}-{fingerprint[:12]}'
+        path.mkdir(parents=True, exist_ok=True)
         return path
 
-_PLACES = {'pictures', 'captions', 'encoded', 'candidate', 'model', 'student', 'report', 'onnx', 'tensorrt', 'work', 'notebooks'}
+
+_PLACES = {
+    'pictures',
+    'captions',
+    'encoded',
+    'candidate',
+    'model',
+    'student',
+    'report',
+    'onnx',
+    'tensorrt',
+    'work',
+    'notebooks',
+}
 
 # %% ../../nbs/core/07_workspace.ipynb #595c07d1
 def open_workspace(
-    root: str | Path,      # the folder, made when it is not there
-    profile: str = None,   # the profile of a new one; None: 'garden', or what an old one has
-    overrides=None,        # settings to change, see `flowerdiff.core.profiles.parse_overrides`
+    root: str | Path,  # the folder, made when it is not there
+    profile: str = None,  # the profile of a new one; None: 'garden', or what an old one has
+    overrides=None,  # settings to change, see `flowerdiff.core.profiles.parse_overrides`
 ) -> Workspace:
     "The workspace at `root`. Raises `UserError` for wrong settings, for another profile's workspace, and where nothing can be written."
     root = Path(root).expanduser().absolute()
-    params = root/'params.yaml'
-    if root.exists() and not root.is_dir(): raise UserError(f'{root}: is a file; a workspace is a folder, give another name')
+    params = root / 'params.yaml'
+    if root.exists() and not root.is_dir():
+        raise UserError(f'{root}: is a file; a workspace is a folder, give another name')
     with disk_errors():
         if not params.exists():
-            load_profile(profile or 'garden', overrides or ()) # wrong settings make no folder
-            if root.exists() and any(p for p in root.iterdir() if not p.name.startswith('.') and p.name not in _PLACES): raise UserError(f'{root}: holds other files and no params.yaml; a workspace wants an empty folder, give another name')
+            load_profile(profile or 'garden', overrides or ())  # wrong settings make no folder
+            if root.exists() and any(
+                p for p in root.iterdir() if not p.name.startswith('.') and p.name not in _PLACES
+            ):
+                raise UserError(
+                    f'{root}: holds other files and no params.yaml; a workspace wants an empty folder, give another name'
+                )
             root.mkdir(parents=True, exist_ok=True)
         elif profile and (has := load_settings(params).profile) != Path(profile).stem:
-            raise UserError(f'{root}: is a workspace of the profile {has}, not {profile}; give another folder, or leave --profile out')
+            raise UserError(
+                f'{root}: is a workspace of the profile {has}, not {profile}; give another folder, or leave --profile out'
+            )
         return Workspace(root, write_params(profile or 'garden', params, overrides))
+
 
 @contextlib.contextmanager
 def disk_errors():
     "Turns a full or a read-only disk into one line."
-    try: yield
+    try:
+        yield
     except OSError as e:
-        why = {errno.ENOSPC: 'the disk is full; make room and run again, what is made stays', errno.EDQUOT: 'the quota is used up; make room and run again',
-               errno.EROFS: 'cannot be written, the disk is read-only; give a workspace elsewhere', errno.EACCES: 'may not be written or read; change its permissions, or give a workspace elsewhere',
-               errno.EPERM: 'may not be written; change its permissions, or give a workspace elsewhere'}.get(e.errno)
-        if why is None: raise
+        why = {
+            errno.ENOSPC: 'the disk is full; make room and run again, what is made stays',
+            errno.EDQUOT: 'the quota is used up; make room and run again',
+            errno.EROFS: 'cannot be written, the disk is read-only; give a workspace elsewhere',
+            errno.EACCES: 'may not be written or read; change its permissions, or give a workspace elsewhere',
+            errno.EPERM: 'may not be written; change its permissions, or give a workspace elsewhere',
+        }.get(e.errno)
+        if why is None:
+            raise
         raise UserError(f'{e.filename or "the workspace"}: {why}') from e
 
 # %% ../../nbs/core/07_workspace.ipynb #b337bfb9
 def free_bytes(
-    folder: str | Path, # one that may not be there yet
+    folder: str | Path,  # one that may not be there yet
 ) -> int:
     "Room on the disk where a folder is or will be."
     folder = Path(folder).absolute()
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
+
 def bytes_text(n: float) -> str:
     "A number of bytes as people say it."
-    return next(f'{n/size:,.{0 if n/size >= 10 else 1}f} {unit}' for unit, size in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6)) if n >= size or unit == 'MB')
+    return next(
+        f'{n / size:,.{0 if n / size >= 10 else 1}f} {unit}'
+        for unit, size in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6))
+        if n >= size or unit == 'MB'
+    )
 
 # %% ../../nbs/core/07_workspace.ipynb #e74512c6
-_MEMORY = ("can't allocate memory", 'cannot allocate memory', 'could not create a primitive', 'could not create a memory object', 'cublas_status_alloc_failed', 'out of memory', 'bad allocation', 'bad_alloc', 'failed to allocate', 'could not allocate')
+_MEMORY = (
+    "can't allocate memory",
+    'cannot allocate memory',
+    'could not create a primitive',
+    'could not create a memory object',
+    'cublas_status_alloc_failed',
+    'out of memory',
+    'bad allocation',
+    'bad_alloc',
+    'failed to allocate',
+    'could not allocate',
+)
+
 
 def out_of_memory(
     e: BaseException,
 ) -> bool:
     "Was it memory that an error is about?"
-    return not isinstance(e, UserError) and (isinstance(e, MemoryError) or any(s in str(e).lower() for s in _MEMORY))
+    return not isinstance(e, UserError) and (
+        isinstance(e, MemoryError) or any(s in str(e).lower() for s in _MEMORY)
+    )
 
 # %% ../../nbs/core/07_workspace.ipynb #345de029
 def progress(
-    iterable,           # what to go through
+    iterable,  # what to go through
     total: int = None,  # how many there are; None: its length
-    label: str = '',    # what is being done
-    every: float = 20., # seconds between lines in a log
+    label: str = '',  # what is being done
+    every: float = 20.0,  # seconds between lines in a log
 ):
     "Go through `iterable`, telling how far it is."
     total = total if total is not None else len(iterable) if hasattr(iterable, '__len__') else None
-    if not (state := os.environ.get('FLOWERDIFF_PROGRESS')) and (sys.stderr.isatty() or 'ipykernel' in sys.modules):
+    if not (state := os.environ.get('FLOWERDIFF_PROGRESS')) and (
+        sys.stderr.isatty() or 'ipykernel' in sys.modules
+    ):
         from tqdm import tqdm
-        yield from tqdm(iterable, total=total, desc=label, leave=False); return
-    start = told = shown = time.monotonic(); n = 0
+
+        yield from tqdm(iterable, total=total, desc=label, leave=False)
+        return
+    start = told = shown = time.monotonic()
+    n = 0
     for x in iterable:
         yield x
-        n += 1; now = time.monotonic()
-        if state and now - shown > .4: shown = now; Path(state).write_text(json.dumps(dict(label=label, n=n, total=total, rate=n/(now - start))))
-        if now - told > every: told = now; print(f'{label} {n}{f"/{total}" if total else ""}, {n/(now - start):.1f}/s', flush=True)
+        n += 1
+        now = time.monotonic()
+        if state and now - shown > 0.4:
+            shown = now
+            Path(state).write_text(json.dumps(dict(label=label, n=n, total=total, rate=n / (now - start))))
+        if now - told > every:
+            told = now
+            print(f'{label} {n}{f"/{total}" if total else ""}, {n / (now - start):.1f}/s', flush=True)
 
 # %% ../../nbs/core/07_workspace.ipynb #831ae8d9
 def stage(
-    name: str, # one of `STAGES`
+    name: str,  # one of `STAGES`
 ):
     "Makes `run(ws) -> Result` the public `run(workspace, profile, overrides) -> Result`, which leaves `work/records/<stage>.json`. The plain function stays as `run.plain`."
+
     def decorate(f):
         @functools.wraps(f)
         def run(
             workspace: str = '.',  # the folder
-            profile: str = None,   # settings to begin with, where the workspace is new
-            overrides: list | dict = None, # settings to change, such as 'train.lr=1e-3'
+            profile: str = None,  # settings to begin with, where the workspace is new
+            overrides: list | dict = None,  # settings to change, such as 'train.lr=1e-3'
         ):
             ws = open_workspace(workspace, profile, overrides)
             start = time.time()
-            with disk_errors(): result = f(ws); record(ws, name, result, time.time() - start)
+            with disk_errors():
+                result = f(ws)
+                record(ws, name, result, time.time() - start)
             return result
+
         del run.__wrapped__
         run.plain = f
         return run
+
     return decorate
+
 
 def record(ws: Workspace, name: str, result, seconds: float):
     "Write `work/records/<stage>.json` for a stage's result."
     skipped = getattr(result, 'skipped', '') or ''
-    write_json(ws.work/'records'/f'{name}.json', dict(stage=name, status='skipped' if skipped else 'done', summary=getattr(result, 'summary', '') or skipped,
-        reason=skipped, seconds=round(seconds, 2), finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())))
+    write_json(
+        ws.work / 'records' / f'{name}.json',
+        dict(
+            stage=name,
+            status='skipped' if skipped else 'done',
+            summary=getattr(result, 'summary', '') or skipped,
+            reason=skipped,
+            seconds=round(seconds, 2),
+            finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+        ),
+    )
 
 # %% ../../nbs/core/07_workspace.ipynb #a7f9e216
-DEMO = {'prepare.count': 48, 'prepare.val': .17, 'prepare.test': .17, 'caption.per_picture': 2, 'encode.batch_size': 16, 'encode.shard_records': 20,
-        'train.epochs': 5, 'train.batch_size': 8, 'train.channels': [16, 16, 32], 'train.warmup_steps': 2, 'train.samples_every': 10, 'train.validate_every': 10, 'train.threads': 1,
-        'evaluate.prompts': 6, 'evaluate.steps': 3, 'evaluate.kid_pictures': 8, 'evaluate.grid': 2, 'evaluate.batch_size': 6}
+DEMO = {
+    'prepare.count': 48,
+    'prepare.val': 0.17,
+    'prepare.test': 0.17,
+    'caption.per_picture': 2,
+    'encode.batch_size': 16,
+    'encode.shard_records': 20,
+    'train.epochs': 5,
+    'train.batch_size': 8,
+    'train.channels': [16, 16, 32],
+    'train.warmup_steps': 2,
+    'train.samples_every': 10,
+    'train.validate_every': 10,
+    'train.threads': 1,
+    'evaluate.prompts': 6,
+    'evaluate.steps': 3,
+    'evaluate.kid_pictures': 8,
+    'evaluate.grid': 2,
+    'evaluate.batch_size': 6,
+}
+
 
 def demo_workspace(
     upto: str = 'prepare',  # the last stage to have run
-    copy_to: Path = None,   # a folder to get a copy of your own; None: the shared one, to read only
+    copy_to: Path = None,  # a folder to get a copy of your own; None: the shared one, to read only
 ) -> Workspace:
     "A miniature garden's workspace, cached by settings and code."
     import importlib
+
     i = STAGES.index(upto)
-    key = fingerprint([load_profile('garden', DEMO).model_dump(), {s: code_fingerprint(f'flowerdiff.stages.{s}') for s in STAGES[:i + 1]}])
-    path = Path(tempfile.gettempdir())/f'flowerdiff-demo-{os.getuid()}'/f'{upto}-{key[:12]}'
+    key = fingerprint(
+        [
+            load_profile('garden', DEMO).model_dump(),
+            {s: code_fingerprint(f'flowerdiff.stages.{s}') for s in STAGES[: i + 1]},
+        ]
+    )
+    path = Path(tempfile.gettempdir()) / f'flowerdiff-demo-{os.getuid()}' / f'{upto}-{key[:12]}'
     if not path.exists():
-        new = _beside(path); shutil.rmtree(new, ignore_errors=True); new.parent.mkdir(parents=True, exist_ok=True)
+        new = _beside(path)
+        shutil.rmtree(new, ignore_errors=True)
+        new.parent.mkdir(parents=True, exist_ok=True)
         demo_workspace(STAGES[i - 1], new) if i else None
         importlib.import_module(f'flowerdiff.stages.{upto}').run(str(new), 'garden', DEMO)
-        try: os.rename(new, path)
-        except OSError: shutil.rmtree(new, ignore_errors=True) # another process was first
-    if copy_to: shutil.copytree(path, copy_to, dirs_exist_ok=True)
+        try:
+            os.rename(new, path)
+        except OSError:
+            shutil.rmtree(new, ignore_errors=True)  # another process was first
+    if copy_to:
+        shutil.copytree(path, copy_to, dirs_exist_ok=True)
     return open_workspace(copy_to or path)

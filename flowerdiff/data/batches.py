@@ -15,13 +15,15 @@ import numpy as np, torch
 from torch import Tensor
 
 # %% ../../nbs/data/10_batches.ipynb #d072a29a
-ORDER, DRAW, JUDGE, FIRST, WINDOW = range(5)  # streams: order of an epoch, draws of a step, noise of validation, a sample grid's first noise, order within a window of shards
+ORDER, DRAW, JUDGE, FIRST, WINDOW = range(
+    5
+)  # streams: order of an epoch, draws of a step, noise of validation, a sample grid's first noise, order within a window of shards
 
 # %% ../../nbs/data/10_batches.ipynb #17099334
 def chance(
-    seed: int,       # of the run
-    number: int,     # of the step, the epoch, the picture
-    stream: int = 0, # what it is for; streams share nothing
+    seed: int,  # of the run
+    number: int,  # of the step, the epoch, the picture
+    stream: int = 0,  # what it is for; streams share nothing
 ) -> np.random.Generator:
     "A random generator that is a pure function of its arguments (Philox, Salmon et al. 2011)."
     return np.random.Generator(np.random.Philox(key=[seed % 2**64, number], counter=[0, 0, 0, stream]))
@@ -29,42 +31,46 @@ def chance(
 # %% ../../nbs/data/10_batches.ipynb #2180084a
 @lru_cache(4)
 def epoch_order(
-    n: int,    # pictures
+    n: int,  # pictures
     seed: int,
     epoch: int,
-) -> np.ndarray: # [n] a permutation
+) -> np.ndarray:  # [n] a permutation
     "The order in which an epoch visits the pictures."
     return chance(seed, epoch, ORDER).permutation(n)
 
 # %% ../../nbs/data/10_batches.ipynb #1a161f54
 def batch_pictures(
     step: int,
-    batch: int,   # pictures in the batch, over all processes
-    n: int,       # pictures in the split
+    batch: int,  # pictures in the batch, over all processes
+    n: int,  # pictures in the split
     seed: int,
-    order=None,   # (seed, epoch) -> [n] a permutation; None: `epoch_order`
+    order=None,  # (seed, epoch) -> [n] a permutation; None: `epoch_order`
 ) -> np.ndarray:  # [batch] numbers of the pictures
     "The pictures of a step."
-    order, k = order or (lambda seed, epoch: epoch_order(n, seed, epoch)), np.arange(step*batch, (step + 1)*batch)
-    return np.array([order(seed, int(e))[i] for e, i in zip(k//n, k%n)])
+    order, k = (
+        order or (lambda seed, epoch: epoch_order(n, seed, epoch)),
+        np.arange(step * batch, (step + 1) * batch),
+    )
+    return np.array([order(seed, int(e))[i] for e, i in zip(k // n, k % n)])
 
 # %% ../../nbs/data/10_batches.ipynb #e804687b
 @dataclass
 class Draws:
     "The luck of one step's whole batch."
-    caption: np.ndarray # [B] in [0, 1): which caption
-    drop: np.ndarray    # [B] in [0, 1): below the dropout rate, no caption
+
+    caption: np.ndarray  # [B] in [0, 1): which caption
+    drop: np.ndarray  # [B] in [0, 1): below the dropout rate, no caption
     mirror: np.ndarray  # [B] in [0, 1): below a half, mirrored
-    time: np.ndarray    # [B] in [0, 1): where on the way to pure noise, see `time_shares`
+    time: np.ndarray  # [B] in [0, 1): where on the way to pure noise, see `time_shares`
     spread: np.ndarray  # [B, C, H, W] noise inside the autoencoder's distribution
-    noise: np.ndarray   # [B, C, H, W] noise of the diffusion
+    noise: np.ndarray  # [B, C, H, W] noise of the diffusion
     offset: np.ndarray  # [B, C, 1, 1] its shift of whole channels
 
 # %% ../../nbs/data/10_batches.ipynb #adce434b
 def draws(
     seed: int,
     step: int,
-    batch: int,                   # samples over all processes
+    batch: int,  # samples over all processes
     shape: tuple[int, int, int],  # C, H, W of the latents
 ) -> Draws:
     "Everything random in a step, as a pure function of seed and step."
@@ -76,152 +82,201 @@ def draws(
 
 # %% ../../nbs/data/10_batches.ipynb #9d3192a4
 def time_shares(
-    u: np.ndarray,            # [B] in [0, 1)
+    u: np.ndarray,  # [B] in [0, 1)
     how: str = 'stratified',  # settings.train.timestep_sampling
-) -> np.ndarray:              # [B] in [0, 1): share of the way to pure noise
+) -> np.ndarray:  # [B] in [0, 1): share of the way to pure noise
     "Luck as timesteps; stratified: Kingma et al. 2021 (arXiv 2107.00630), I.1; logit-normal of location 0 and scale 1: Esser et al. 2024 (arXiv 2403.03206), eq. 19."
-    if how == 'uniform': return u
-    spread = (np.arange(len(u)) + u)/len(u)
+    if how == 'uniform':
+        return u
+    spread = (np.arange(len(u)) + u) / len(u)
     return spread if how == 'stratified' else torch.special.ndtri(torch.from_numpy(spread)).sigmoid().numpy()
 
 # %% ../../nbs/data/10_batches.ipynb #4fc4c007
 def shift_time(
-    share,            # of the way to pure noise, a number or an array
-    shift: float = 1., # settings.train.flow_shift; 1: none
+    share,  # of the way to pure noise, a number or an array
+    shift: float = 1.0,  # settings.train.flow_shift; 1: none
 ):
     "Rectified flow's timesteps moved towards more noise, Esser et al. 2024 (arXiv 2403.03206), eq. 23."
-    return shift*share/(1 + (shift - 1)*share)
+    return shift * share / (1 + (shift - 1) * share)
 
 # %% ../../nbs/data/10_batches.ipynb #11958131
 def fit_gpu(
-    share: float, # of the memory that is free
+    share: float,  # of the memory that is free
     *tensors,
-) -> bool: # is there a GPU, and room?
-    return torch.cuda.is_available() and sum(t.nbytes for t in tensors) <= share*torch.cuda.mem_get_info()[0]
+) -> bool:  # is there a GPU, and room?
+    return (
+        torch.cuda.is_available() and sum(t.nbytes for t in tensors) <= share * torch.cuda.mem_get_info()[0]
+    )
+
 
 @dataclass
 class Split:
     "Encoded pictures in memory."
-    mean: Tensor             # [N, 2, C, H, W] fp16, picture and mirror, scaled
-    std: Tensor              # [N, 2, C, H, W] fp16
-    texts: Tensor            # [U, L, D] fp16, unique captions; 0 is the empty prompt
-    captions: list[list[int]] # for each picture the numbers of its texts
 
-    def __len__(self): return len(self.mean)
+    mean: Tensor  # [N, 2, C, H, W] fp16, picture and mirror, scaled
+    std: Tensor  # [N, 2, C, H, W] fp16
+    texts: Tensor  # [U, L, D] fp16, unique captions; 0 is the empty prompt
+    captions: list[list[int]]  # for each picture the numbers of its texts
+
+    def __len__(self):
+        return len(self.mean)
+
     @property
-    def shape(self): return tuple(self.mean.shape[2:])
+    def shape(self):
+        return tuple(self.mean.shape[2:])
 
-    def shape_of(self, pictures: np.ndarray) -> tuple: return self.shape # C, H, W of a step's pictures
+    def shape_of(self, pictures: np.ndarray) -> tuple:
+        return self.shape  # C, H, W of a step's pictures
 
-    def pictures(self, step: int, batch: int, seed: int) -> np.ndarray: return batch_pictures(step, batch, len(self), seed) # [batch] their numbers
+    def pictures(self, step: int, batch: int, seed: int) -> np.ndarray:
+        return batch_pictures(step, batch, len(self), seed)  # [batch] their numbers
 
-    def latents(self,
-        pictures: np.ndarray, # [b] numbers
-        side: np.ndarray,     # [b] 1: mirrored
-    ) -> tuple[Tensor, Tensor]: # [b, C, H, W] mean and standard deviation, float32
+    def latents(
+        self,
+        pictures: np.ndarray,  # [b] numbers
+        side: np.ndarray,  # [b] 1: mirrored
+    ) -> tuple[Tensor, Tensor]:  # [b, C, H, W] mean and standard deviation, float32
         "What the autoencoder said of pictures."
         return self.mean[pictures, side].float(), self.std[pictures, side].float()
 
-    def first(self, n: int): return Split(self.mean[:n], self.std[:n], self.texts, self.captions[:n]) # its first n pictures
+    def first(self, n: int):
+        return Split(self.mean[:n], self.std[:n], self.texts, self.captions[:n])  # its first n pictures
 
-    def to_gpu(self, share: float = .5): # of the memory that is free; where it fits, nothing travels any more
+    def to_gpu(
+        self, share: float = 0.5
+    ):  # of the memory that is free; where it fits, nothing travels any more
         "The split on the GPU when there is one and it takes no more than a share of what is free there."
-        return Split(*(t.cuda() for t in (self.mean, self.std, self.texts)), self.captions) if fit_gpu(share, self.mean, self.std, self.texts) else self
+        return (
+            Split(*(t.cuda() for t in (self.mean, self.std, self.texts)), self.captions)
+            if fit_gpu(share, self.mean, self.std, self.texts)
+            else self
+        )
 
 # %% ../../nbs/data/10_batches.ipynb #642adb2a
 @lru_cache(4)
 def bucketed_order(
-    sizes: tuple[int, ...], # pictures in each bucket
+    sizes: tuple[int, ...],  # pictures in each bucket
     batch: int,
     seed: int,
     epoch: int,
-) -> np.ndarray:            # [steps, batch] numbers of pictures, a row from one bucket
+) -> np.ndarray:  # [steps, batch] numbers of pictures, a row from one bucket
     "The batches of an epoch."
     rng, start, rows = chance(seed, epoch, ORDER), 0, [np.empty((0, batch), int)]
     for n in sizes:
-        steps, order = int(n/batch + rng.random()), rng.permutation(n)
-        if n: rows.append(start + np.resize(order, (steps, batch)))
+        steps, order = int(n / batch + rng.random()), rng.permutation(n)
+        if n:
+            rows.append(start + np.resize(order, (steps, batch)))
         start += n
     return rng.permutation(np.concatenate(rows))
 
 # %% ../../nbs/data/10_batches.ipynb #7d228abf
 class BucketedSplit(Split):
     "Encoded pictures of several shapes; those of a bucket have consecutive numbers."
-    def __init__(self,
-        buckets: list,              # of (mean, std), each [n, 2, C, H, W] fp16; the square's first
-        texts: Tensor,              # [U, L, D]
+
+    def __init__(
+        self,
+        buckets: list,  # of (mean, std), each [n, 2, C, H, W] fp16; the square's first
+        texts: Tensor,  # [U, L, D]
         captions: list[list[int]],
     ):
         self.buckets, self.texts, self.captions = buckets, texts, captions
         self.sizes, self._ends = tuple(len(mean) for mean, _ in buckets), {}
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
 
-    def __len__(self): return int(self.starts[-1])
-    @property
-    def shape(self): return tuple(self.buckets[0][0].shape[2:])
-    def _bucket(self, pictures): return int(np.searchsorted(self.starts, pictures[0], 'right')) - 1
-    def shape_of(self, pictures: np.ndarray) -> tuple: return tuple(self.buckets[self._bucket(pictures)][0].shape[2:])
+    def __len__(self):
+        return int(self.starts[-1])
 
-    def pictures(self, step: int, batch: int, seed: int) -> np.ndarray: # [batch] their numbers
-        ends = self._ends.setdefault((batch, seed), [0]) # steps before each epoch
-        while ends[-1] <= step: ends.append(ends[-1] + len(bucketed_order(self.sizes, batch, seed, len(ends) - 1)))
+    @property
+    def shape(self):
+        return tuple(self.buckets[0][0].shape[2:])
+
+    def _bucket(self, pictures):
+        return int(np.searchsorted(self.starts, pictures[0], 'right')) - 1
+
+    def shape_of(self, pictures: np.ndarray) -> tuple:
+        return tuple(self.buckets[self._bucket(pictures)][0].shape[2:])
+
+    def pictures(self, step: int, batch: int, seed: int) -> np.ndarray:  # [batch] their numbers
+        ends = self._ends.setdefault((batch, seed), [0])  # steps before each epoch
+        while ends[-1] <= step:
+            ends.append(ends[-1] + len(bucketed_order(self.sizes, batch, seed, len(ends) - 1)))
         epoch = bisect.bisect_right(ends, step) - 1
         return bucketed_order(self.sizes, batch, seed, epoch)[step - ends[epoch]]
 
-    def latents(self, pictures: np.ndarray, side: np.ndarray) -> tuple: # see `Split`
+    def latents(self, pictures: np.ndarray, side: np.ndarray) -> tuple:  # see `Split`
         b = self._bucket(pictures)
         return tuple(x[pictures - self.starts[b], side].float() for x in self.buckets[b])
 
-    def first(self, n: int) -> Split: # pictures of the largest bucket
+    def first(self, n: int) -> Split:  # pictures of the largest bucket
         b = int(np.argmax(self.sizes))
-        return Split(*(x[:n] for x in self.buckets[b]), self.texts, self.captions[self.starts[b]:self.starts[b] + n])
+        return Split(
+            *(x[:n] for x in self.buckets[b]), self.texts, self.captions[self.starts[b] : self.starts[b] + n]
+        )
 
-    def to_gpu(self, share: float = .5):
-        if not fit_gpu(share, self.texts, *(x for b in self.buckets for x in b)): return self
-        return BucketedSplit([tuple(x.cuda() for x in b) for b in self.buckets], self.texts.cuda(), self.captions)
+    def to_gpu(self, share: float = 0.5):
+        if not fit_gpu(share, self.texts, *(x for b in self.buckets for x in b)):
+            return self
+        return BucketedSplit(
+            [tuple(x.cuda() for x in b) for b in self.buckets], self.texts.cuda(), self.captions
+        )
 
 # %% ../../nbs/data/10_batches.ipynb #3f5cc3ab
 def load_split(
-    encoded,          # folder that the encode stage wrote
-    split: str,       # train, val or test
+    encoded,  # folder that the encode stage wrote
+    split: str,  # train, val or test
 ) -> Split:
     "Read a split of the encoded pictures into memory."
     from flowerdiff.data.shards import Shards, all_sets
     from flowerdiff.core.workspace import read_json
+
     tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a))
-    sets, texts = [s.load() for s in all_sets(encoded/split, 'latents')], tensor(Shards(encoded/'text', 'text').load()['embedding'])
-    buckets, captions = [(tensor(s['mean']), tensor(s['std'])) for s in sets], read_json(encoded/split/'captions.json')
-    return BucketedSplit(buckets, texts, captions) if len(buckets) > 1 else Split(*buckets[0], texts, captions)
+    sets, texts = (
+        [s.load() for s in all_sets(encoded / split, 'latents')],
+        tensor(Shards(encoded / 'text', 'text').load()['embedding']),
+    )
+    buckets, captions = (
+        [(tensor(s['mean']), tensor(s['std'])) for s in sets],
+        read_json(encoded / split / 'captions.json'),
+    )
+    return (
+        BucketedSplit(buckets, texts, captions) if len(buckets) > 1 else Split(*buckets[0], texts, captions)
+    )
 
 # %% ../../nbs/data/10_batches.ipynb #1a7fc950
 def toy_split(
-    n: int = 64,        # pictures
-    kinds: int = 2,     # texts, and as many brightnesses
-    size: int = 8,      # H = W of the latents
-    width: int = 16,    # of a text's embedding
+    n: int = 64,  # pictures
+    kinds: int = 2,  # texts, and as many brightnesses
+    size: int = 8,  # H = W of the latents
+    width: int = 16,  # of a text's embedding
 ) -> Split:
     "Latents whose mean is told by their text: text k of K has the brightness k/(K-1)*2 - 1."
     rng = chance(0, n)
     kind = np.arange(n) % kinds
-    bright = (2*kind/max(1, kinds - 1) - 1).reshape(n, 1, 1, 1, 1) + .1*rng.standard_normal((n, 2, 4, size, size))
-    texts = rng.standard_normal((kinds + 1, 6, width)); texts[0] = 0
+    bright = (2 * kind / max(1, kinds - 1) - 1).reshape(n, 1, 1, 1, 1) + 0.1 * rng.standard_normal(
+        (n, 2, 4, size, size)
+    )
+    texts = rng.standard_normal((kinds + 1, 6, width))
+    texts[0] = 0
     half = lambda a: torch.from_numpy(a.astype(np.float16))
-    return Split(half(bright), half(np.full(bright.shape, .05)), half(texts), [[int(k) + 1] for k in kind])
+    return Split(half(bright), half(np.full(bright.shape, 0.05)), half(texts), [[int(k) + 1] for k in kind])
 
 # %% ../../nbs/data/10_batches.ipynb #1065c84c
 @dataclass
 class Batch:
     "What one process trains on in one step."
-    latents: Tensor   # [b, C, H, W] float32, clean
-    text: Tensor      # [b, L, D]
-    timesteps: Tensor # [b] int64
-    noise: Tensor     # [b, C, H, W]
-    pictures: np.ndarray # [b] numbers of the pictures, for messages
 
-    def __len__(self): return len(self.pictures)
+    latents: Tensor  # [b, C, H, W] float32, clean
+    text: Tensor  # [b, L, D]
+    timesteps: Tensor  # [b] int64
+    noise: Tensor  # [b, C, H, W]
+    pictures: np.ndarray  # [b] numbers of the pictures, for messages
 
-    def parts(self,
-        n: int, # settings.train.accumulate
+    def __len__(self):
+        return len(self.pictures)
+
+    def parts(
+        self,
+        n: int,  # settings.train.accumulate
     ) -> list:  # of at most n batches, none empty, as even as can be
         "The batch cut into slices."
         cuts = np.linspace(0, len(self), min(n, len(self)) + 1).astype(int)
@@ -232,24 +287,35 @@ def make_batch(
     split: Split,
     step: int,
     seed: int,
-    batch: int,             # samples over all processes
-    dropout: float = .1,    # share of samples that train without their caption
-    mirror: bool = True,    # half of the pictures mirrored
+    batch: int,  # samples over all processes
+    dropout: float = 0.1,  # share of samples that train without their caption
+    mirror: bool = True,  # half of the pictures mirrored
     timesteps: int = 1000,  # T of the schedule
-    rank: int = 0,          # this process
-    world: int = 1,         # processes; divides the batch
-    device = 'cpu',
-    sampling: str = 'stratified', # how timesteps are drawn, see `time_shares`
-    shift: float = 1.,      # of the timesteps, see `shift_time`
-    offset: float = 0.,     # noise that shifts a whole channel: its standard deviation
+    rank: int = 0,  # this process
+    world: int = 1,  # processes; divides the batch
+    device='cpu',
+    sampling: str = 'stratified',  # how timesteps are drawn, see `time_shares`
+    shift: float = 1.0,  # of the timesteps, see `shift_time`
+    offset: float = 0.0,  # noise that shifts a whole channel: its standard deviation
 ) -> Batch:
     "The batch of a step: a pure function of split, seed and step, cut for this process."
-    mine = slice(rank*batch//world, (rank + 1)*batch//world)
-    pictures = split.pictures(step, batch, seed); luck, pictures = draws(seed, step, batch, split.shape_of(pictures)), pictures[mine]
-    side = ((luck.mirror[mine] < .5) & mirror).astype(int)
-    spread, noise = (torch.from_numpy(a[mine]) for a in (luck.spread, luck.noise + offset*luck.offset if offset else luck.noise))
+    mine = slice(rank * batch // world, (rank + 1) * batch // world)
+    pictures = split.pictures(step, batch, seed)
+    luck, pictures = draws(seed, step, batch, split.shape_of(pictures)), pictures[mine]
+    side = ((luck.mirror[mine] < 0.5) & mirror).astype(int)
+    spread, noise = (
+        torch.from_numpy(a[mine])
+        for a in (luck.spread, luck.noise + offset * luck.offset if offset else luck.noise)
+    )
     mean, std = split.latents(pictures, side)
-    latents = mean + std*spread.to(std.device)
-    text = [0 if d < dropout else split.captions[i][int(c*len(split.captions[i]))] for i, c, d in zip(pictures, luck.caption[mine], luck.drop[mine])]
-    t = torch.from_numpy((shift_time(time_shares(luck.time, sampling)[mine], shift)*timesteps).astype(np.int64))
-    return Batch(*(x.to(device, non_blocking=True) for x in (latents, split.texts[text].float(), t, noise)), pictures)
+    latents = mean + std * spread.to(std.device)
+    text = [
+        0 if d < dropout else split.captions[i][int(c * len(split.captions[i]))]
+        for i, c, d in zip(pictures, luck.caption[mine], luck.drop[mine])
+    ]
+    t = torch.from_numpy(
+        (shift_time(time_shares(luck.time, sampling)[mine], shift) * timesteps).astype(np.int64)
+    )
+    return Batch(
+        *(x.to(device, non_blocking=True) for x in (latents, split.texts[text].float(), t, noise)), pictures
+    )

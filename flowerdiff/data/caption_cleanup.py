@@ -14,81 +14,122 @@ def is_plural(noun: str) -> bool:
     "Does a noun say by itself that it means several? (canterbury bells, not iris, lotus or moss)"
     return noun.endswith('s') and not noun.endswith(('ss', 'us', 'is'))
 
+
 def article(noun: str) -> str:
     "`noun` with a or an; plural words and names in capitals as they are."
-    return noun if not noun or noun[0].isupper() or is_plural(noun) else f'an {noun}' if noun[0] in 'aeiou' else f'a {noun}'
+    return (
+        noun
+        if not noun or noun[0].isupper() or is_plural(noun)
+        else f'an {noun}'
+        if noun[0] in 'aeiou'
+        else f'a {noun}'
+    )
+
 
 def plural(noun: str) -> str:
     "Several of them: roses, lilies, irises, birds of paradise."
     head, link, rest = re.fullmatch(r'(.*?)( of |$)(.*)', noun).groups()
-    if is_plural(noun) or is_plural(head) or ' in ' in noun: return noun
-    many = head[:-1] + 'ies' if re.search(r'[^aeiou]y$', head) else head + ('es' if head.endswith(('s', 'x', 'z', 'ch', 'sh')) else 's')
+    if is_plural(noun) or is_plural(head) or ' in ' in noun:
+        return noun
+    many = (
+        head[:-1] + 'ies'
+        if re.search(r'[^aeiou]y$', head)
+        else head + ('es' if head.endswith(('s', 'x', 'z', 'ch', 'sh')) else 's')
+    )
     return many + link + rest
 
 # %% ../../nbs/data/05_caption_cleanup.ipynb #2a9ab311
 def mention(noun: str) -> re.Pattern:
     "Finds `noun` in a text, one (group `one`) or several: with a hyphen, a space or neither between its words, in any case."
     *first, last = re.findall(r"[\w']+", noun) or ['']
-    stem = re.escape(last[:-1]) + '(?:y|(?P<many>ies))' if re.search(r'[^aeiou]y$', last) else re.escape(last) + '(?P<many>e?s)?'
-    return re.compile(r'(?<![\w-])' + r'[\s-]*'.join([*map(re.escape, first), stem]) + r"(?![\w-])", re.I)
+    stem = (
+        re.escape(last[:-1]) + '(?:y|(?P<many>ies))'
+        if re.search(r'[^aeiou]y$', last)
+        else re.escape(last) + '(?P<many>e?s)?'
+    )
+    return re.compile(r'(?<![\w-])' + r'[\s-]*'.join([*map(re.escape, first), stem]) + r'(?![\w-])', re.I)
 
 # %% ../../nbs/data/05_caption_cleanup.ipynb #258b327a
 PICTURE = r'(?:image|picture|photo|photograph)'
 SEE = r'(?:(?:there|here)\s+(?:is|are)|(?:we|i|you|one)\s+(?:can\s+)?(?:also\s+)?see)'
-OPENING = re.compile(rf'''(?:
+OPENING = re.compile(
+    rf"""(?:
     (?:in|on)\s+(?:this|the)\s+{PICTURE}\s*,?\s+(?:{SEE}\s+)?
   | in\s+the\s+(?:cent(?:er|re)|middle|foreground|front)(?:\s+of\s+(?:this|the)\s+{PICTURE})?\s*,?\s+{SEE}\s+
   | (?:this|the)\s+{PICTURE}\s+(?:shows?|depicts?|features?|captures?|displays?|contains?|presents?|portrays?|showcases?|consists\s+of|is\s+of|is(?=\s+an?\s))\s+
   | (?:this|it)\s+is\s+(?=an?\s)
   | an?\s+{PICTURE}\s+of\s+
-  | {SEE}\s+)''', re.I | re.X)
+  | {SEE}\s+)""",
+    re.I | re.X,
+)
+
 
 def beginning(text: str) -> str:
     "A sentence from what is seen on, small at its start and with no full stop at its end."
     text = text.strip(' .')
-    while m := OPENING.match(text + ' '): text = text[m.end():]
+    while m := OPENING.match(text + ' '):
+        text = text[m.end() :]
     return text if text[1:2].isupper() else text[:1].lower() + text[1:]
 
 # %% ../../nbs/data/05_caption_cleanup.ipynb #7a99e22e
 GENERAL = 'flower', 'blossom', 'bloom'
-COMPOUND = re.compile(r"\s+(?:pots?|beds?|buds?|gardens?|petals?|heads?|stems?|arrangements?|vases?|fields?|plants?|shops?|markets?)\b", re.I)
-ELSEWHERE = re.compile(r'[.;:]|\b(?:with|in|on|at|by|near|next|that|which|is|are|has|have|against|behind|under|over|sitting|holding|standing|beside|from|among|and\s+an?)\b', re.I)
+COMPOUND = re.compile(
+    r'\s+(?:pots?|beds?|buds?|gardens?|petals?|heads?|stems?|arrangements?|vases?|fields?|plants?|shops?|markets?)\b',
+    re.I,
+)
+ELSEWHERE = re.compile(
+    r'[.;:]|\b(?:with|in|on|at|by|near|next|that|which|is|are|has|have|against|behind|under|over|sitting|holding|standing|beside|from|among|and\s+an?)\b',
+    re.I,
+)
+
 
 def general_word(text: str, name: str) -> re.Match | None:
     "Where `text` speaks of the picture's subject by a word more general than `name`."
     head = (re.split(r' of | in ', name)[0].split() or [''])[-1]
     alone = lambda m: not COMPOUND.match(text, m.end())
     found = [next(filter(alone, mention(head).finditer(text)), None)] if len(head) > 2 else []
-    found += [m for noun in GENERAL for m in mention(noun).finditer(text) if alone(m) and not ELSEWHERE.search(text[:m.start()])]
+    found += [
+        m
+        for noun in GENERAL
+        for m in mention(noun).finditer(text)
+        if alone(m) and not ELSEWHERE.search(text[: m.start()])
+    ]
     return next(filter(None, found), None)
+
 
 def renamed(text: str, m: re.Match, name: str) -> str:
     "`text` with `name` where `m` is, and an article that fits."
     name = plural(name) if m['many'] else name
-    words = text[:m.start()].split()
-    if words and words[-1].lower() == name.split()[0].lower(): words.pop()
+    words = text[: m.start()].split()
+    if words and words[-1].lower() == name.split()[0].lower():
+        words.pop()
     a = max((i for i, w in enumerate(words) if w.lower() in ('a', 'an')), default=None)
-    if a is not None and not {'of', 'with', 'in', 'on'} & set(words[a + 1:]) and not m['many']:
-        words[a:a + 1] = [] if is_plural(name) else ['an' if (words + [name])[a + 1][0].lower() in 'aeiou' else 'a']
-    return ' '.join([*words, name]) + text[m.end():]
+    if a is not None and not {'of', 'with', 'in', 'on'} & set(words[a + 1 :]) and not m['many']:
+        words[a : a + 1] = (
+            [] if is_plural(name) else ['an' if (words + [name])[a + 1][0].lower() in 'aeiou' else 'a']
+        )
+    return ' '.join([*words, name]) + text[m.end() :]
+
 
 def named(
-    text: str, # a sentence, small at its start
-    name: str, # of the picture's class; '': not known
-) -> str:      # with the name in it
+    text: str,  # a sentence, small at its start
+    name: str,  # of the picture's class; '': not known
+) -> str:  # with the name in it
     "What is seen, under the name of its class."
-    if not text or not re.search(r'[^\W\d_]', name) or mention(name).search(text): return text # a number is no name
+    if not text or not re.search(r'[^\W\d_]', name) or mention(name).search(text):
+        return text  # a number is no name
     m = general_word(text, name)
     return renamed(text, m, name) if m else f'{article(name)}, {text}'
 
 # %% ../../nbs/data/05_caption_cleanup.ipynb #ec151f08
 def sentence(
-    answer: str,          # of the model
-    name: str = '',       # of the picture's class
+    answer: str,  # of the model
+    name: str = '',  # of the picture's class
     whole: bool = False,  # a paragraph was asked for
-) -> str:                 # '': it says nothing
+) -> str:  # '': it says nothing
     "A caption from an answer."
     said = re.split(r'(?<=[.!?])\s+', ' '.join(re.sub(r'<[^<>\s]*>', ' ', answer).split()))
-    if len(said) > 1 and said[-1][-1:] not in ('.', '!', '?'): said.pop()
+    if len(said) > 1 and said[-1][-1:] not in ('.', '!', '?'):
+        said.pop()
     text = '. '.join(filter(None, map(beginning, said if whole else said[:1])))
     return named(text, name) if re.search(r'\w', text) else ''

@@ -14,117 +14,208 @@ from ..models.components import component_fingerprint, find_component
 from .encoding import read_ahead
 from ..models.florence import open_florence
 from ..services.launcher import Journal, all_events, as_rank, together
-from ..core.workspace import UserError, Workspace, code_fingerprint, file_sha256, fingerprint, open_workspace, out_of_memory, progress
+from flowerdiff.core.workspace import (
+    UserError,
+    Workspace,
+    code_fingerprint,
+    file_sha256,
+    fingerprint,
+    open_workspace,
+    out_of_memory,
+    progress,
+)
 
 # %% ../../nbs/data/09_captioning.ipynb #3c732d9d
 def largest_first(
-    folder: Path, # `pictures/`
+    folder: Path,  # `pictures/`
     files: list,  # names below it
-) -> tuple:       # [(key, file)] of different pictures, largest first; file -> key
+) -> tuple:  # [(key, file)] of different pictures, largest first; file -> key
     "Which pictures there are to describe. Raises `UserError` for one that can not be read."
     from PIL import Image
+
     keys, pixels = {}, {}
     for f in progress(files, label='pictures'):
         try:
-            with Image.open(folder/f) as im: pixels[f] = im.width*im.height
-            keys[f] = file_sha256(folder/f)[:16]
-        except OSError: raise UserError(f'{folder/f}: is not there or no picture; run the stage prepare again') from None
+            with Image.open(folder / f) as im:
+                pixels[f] = im.width * im.height
+            keys[f] = file_sha256(folder / f)[:16]
+        except OSError:
+            raise UserError(
+                f'{folder / f}: is not there or no picture; run the stage prepare again'
+            ) from None
     first = {k: f for f, k in reversed(keys.items())}
     return sorted(first.items(), key=lambda kf: (-pixels[kf[1]], kf[0])), keys
 
 # %% ../../nbs/data/09_captioning.ipynb #0f6ddbe6
-def read_journals(folder: Path) -> dict: # (task, key) -> answer
+def read_journals(folder: Path) -> dict:  # (task, key) -> answer
     "What all processes have answered so far."
-    return {(e['task'], k): a for e in all_events(folder) if e['event'] == 'batch' for k, a in e['answers'].items()}
+    return {
+        (e['task'], k): a
+        for e in all_events(folder)
+        if e['event'] == 'batch'
+        for k, a in e['answers'].items()
+    }
 
 # %% ../../nbs/data/09_captioning.ipynb #78c9ffab
 @dataclass
 class Fitting:
     "Asks about a batch in parts that memory holds."
-    ask: object  # (inputs) -> answers
-    size: int    # pictures at a time
-    tell: object # called with a line
 
-    def __call__(self, names: list, inputs: dict): # -> (names, their answers)
+    ask: object  # (inputs) -> answers
+    size: int  # pictures at a time
+    tell: object  # called with a line
+
+    def __call__(self, names: list, inputs: dict):  # -> (names, their answers)
         size = self.size
         while names:
             n = min(self.size, len(names))
             answers = self.tried({k: v[:n] for k, v in inputs.items()})
             if answers is not None:
-                if self.size < size: self.tell(f'caption: {size} pictures at a time do not fit into memory, going on with {self.size}'); size = self.size
+                if self.size < size:
+                    self.tell(
+                        f'caption: {size} pictures at a time do not fit into memory, going on with {self.size}'
+                    )
+                    size = self.size
                 yield names[:n], answers
                 names, inputs = names[n:], {k: v[n:] for k, v in inputs.items()}
-            elif n == 1: raise UserError('caption: one picture alone does not fit into memory; lower caption.num_beams or caption.max_new_tokens, or let caption.model be a smaller one, such as Florence-2-base')
-            else: self.size = n//2
+            elif n == 1:
+                raise UserError(
+                    'caption: one picture alone does not fit into memory; lower caption.num_beams or caption.max_new_tokens, or let caption.model be a smaller one, such as Florence-2-base'
+                )
+            else:
+                self.size = n // 2
 
-    def tried(self, inputs: dict): # the answers; None: out of memory
-        try: return self.ask(inputs)
+    def tried(self, inputs: dict):  # the answers; None: out of memory
+        try:
+            return self.ask(inputs)
         except Exception as e:
-            if not out_of_memory(e): raise
-        if torch.cuda.is_available(): torch.cuda.empty_cache()
+            if not out_of_memory(e):
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 # %% ../../nbs/data/09_captioning.ipynb #51c216fb
 def describe_share(
     ws: Workspace,
-    folder: Path,      # of the journals
-    pictures: list,    # [(key, file)] of all processes
-    rank: int = 0,     # this process
-    world: int = 1,    # of so many
-    go_on=lambda: True, # asked after each batch
-):                     # -> events, as they are written
+    folder: Path,  # of the journals
+    pictures: list,  # [(key, file)] of all processes
+    rank: int = 0,  # this process
+    world: int = 1,  # of so many
+    go_on=lambda: True,  # asked after each batch
+):  # -> events, as they are written
     "Describe the pictures that are this process's and not described yet."
     from PIL import Image
+
     c, done, gpus = ws.settings.caption, read_journals(folder), torch.cuda.device_count()
-    todo = [(task, kf) for task in dict.fromkeys(c.prompts) for kf in pictures[rank::world] if (task, kf[0]) not in done]
-    if not todo: return
-    journal, florence = Journal(folder, rank), open_florence(c.model, ws.root, f'cuda:{rank%gpus}' if gpus else None, c.num_beams, c.max_new_tokens)
-    batches = [(task, [kf for _, kf in some][i:i + c.batch_size]) for task, some in ((t, list(g)) for t, g in itertools.groupby(todo, lambda t: t[0])) for i in range(0, len(some), c.batch_size)]
-    def inputs(batch): task, some = batch; return florence.inputs([Image.open(ws.pictures/f) for _, f in some], task)
-    fitting, notes, start = Fitting(None, c.batch_size, lambda line: notes.append(journal.write('note', text=line))), [], time.perf_counter()
+    todo = [
+        (task, kf)
+        for task in dict.fromkeys(c.prompts)
+        for kf in pictures[rank::world]
+        if (task, kf[0]) not in done
+    ]
+    if not todo:
+        return
+    journal, florence = (
+        Journal(folder, rank),
+        open_florence(
+            c.model, ws.root, f'cuda:{rank % gpus}' if gpus else None, c.num_beams, c.max_new_tokens
+        ),
+    )
+    batches = [
+        (task, [kf for _, kf in some][i : i + c.batch_size])
+        for task, some in ((t, list(g)) for t, g in itertools.groupby(todo, lambda t: t[0]))
+        for i in range(0, len(some), c.batch_size)
+    ]
+
+    def inputs(batch):
+        task, some = batch
+        return florence.inputs([Image.open(ws.pictures / f) for _, f in some], task)
+
+    fitting, notes, start = (
+        Fitting(None, c.batch_size, lambda line: notes.append(journal.write('note', text=line))),
+        [],
+        time.perf_counter(),
+    )
     for (task, some), x in zip(batches, read_ahead(inputs, batches)):
         fitting.ask = lambda part: florence.answers(part, task)
         for names, answers in fitting([k for k, _ in some], x):
-            yield journal.write('batch', task=task, seconds=round(time.perf_counter() - start, 4), answers=dict(zip(names, answers)))
+            yield journal.write(
+                'batch',
+                task=task,
+                seconds=round(time.perf_counter() - start, 4),
+                answers=dict(zip(names, answers)),
+            )
             start = time.perf_counter()
-            yield from notes; notes.clear()
-            if not go_on(): return
+            yield from notes
+            notes.clear()
+            if not go_on():
+                return
 
 # %% ../../nbs/data/09_captioning.ipynb #f92fc5b5
 def work(
-    root: str,   # of the workspace
-    folder: str, # of the journals
-) -> int:        # exit code, see `as_rank`
+    root: str,  # of the workspace
+    folder: str,  # of the journals
+) -> int:  # exit code, see `as_rank`
     "Describe in this process: one of the ranks that torchrun started."
-    return as_rank(folder, lambda job, *how: describe_share(open_workspace(root), Path(folder), job['pictures'], *how))
+    return as_rank(
+        folder, lambda job, *how: describe_share(open_workspace(root), Path(folder), job['pictures'], *how)
+    )
+
 
 def describe_together(
     ws: Workspace,
-    folder: Path,   # of the journals
-    pictures: list, # [(key, file)]
-):                  # -> events of all processes
+    folder: Path,  # of the journals
+    pictures: list,  # [(key, file)]
+):  # -> events of all processes
     "Describe pictures in `caption.num_processes` processes. Raises what one of them died of."
-    yield from together('flowerdiff.data.captioning', ws.root, folder, ws.settings.caption.num_processes, 'caption', pictures=pictures)
+    yield from together(
+        'flowerdiff.data.captioning',
+        ws.root,
+        folder,
+        ws.settings.caption.num_processes,
+        'caption',
+        pictures=pictures,
+    )
 
 # %% ../../nbs/data/09_captioning.ipynb #d5337d8a
 def describe_pictures(
     ws: Workspace,
-    files: list, # names below `pictures/`
-) -> tuple:      # file -> {task: answer}; pictures/s, 0 where nothing was left to do
+    files: list,  # names below `pictures/`
+) -> tuple:  # file -> {task: answer}; pictures/s, 0 where nothing was left to do
     "What Florence-2 says of pictures."
     c = ws.settings.caption
-    folder = ws.work_dir('caption', fingerprint([component_fingerprint(find_component(c.model, 'florence', ws.root)), c.num_beams, c.max_new_tokens, code_fingerprint('flowerdiff.models.florence')['flowerdiff.models.florence']]))
+    folder = ws.work_dir(
+        'caption',
+        fingerprint(
+            [
+                component_fingerprint(find_component(c.model, 'florence', ws.root)),
+                c.num_beams,
+                c.max_new_tokens,
+                code_fingerprint('flowerdiff.models.florence')['flowerdiff.models.florence'],
+            ]
+        ),
+    )
     pictures, keys = largest_first(ws.pictures, files)
-    done, seconds, said, told = read_journals(folder), 0., 0, set()
+    done, seconds, said, told = read_journals(folder), 0.0, 0, set()
     left = sum((task, k) not in done for task in c.prompts for k, _ in pictures)
-    def answered(): # -> once for each answer
+
+    def answered():  # -> once for each answer
         nonlocal seconds
         for e in (describe_share if c.num_processes == 1 else describe_together)(ws, folder, pictures):
-            if e['event'] == 'note' and e['text'] not in told: told.add(e['text']); print(e['text'])
-            if e['event'] == 'batch': seconds += e['seconds']; yield from e['answers']
-    if left: said = sum(1 for _ in progress(answered(), left, 'descriptions'))
+            if e['event'] == 'note' and e['text'] not in told:
+                told.add(e['text'])
+                print(e['text'])
+            if e['event'] == 'batch':
+                seconds += e['seconds']
+                yield from e['answers']
+
+    if left:
+        said = sum(1 for _ in progress(answered(), left, 'descriptions'))
     done = read_journals(folder)
-    return {f: {task: done[task, k] for task in c.prompts} for f, k in keys.items()}, said/len(c.prompts)*c.num_processes/seconds if seconds else 0.
+    return {f: {task: done[task, k] for task in c.prompts} for f, k in keys.items()}, said / len(
+        c.prompts
+    ) * c.num_processes / seconds if seconds else 0.0
 
 # %% ../../nbs/data/09_captioning.ipynb #a981594c
-if __name__ == '__main__' and '__file__' in globals(): # a process of torchrun, not a notebook
+if __name__ == '__main__' and '__file__' in globals():  # a process of torchrun, not a notebook
     sys.exit(work(*sys.argv[1:]))

@@ -10,77 +10,132 @@ __all__ = ['ADJECTIVES', 'FEATURES', 'HAIR', 'BEARDS', 'WORN', 'OPENINGS', 'is_c
 from .datasets import CELEBA
 
 # %% ../../nbs/data/04_celeba_captions.ipynb #a534ec63
-ADJECTIVES = dict(Attractive='attractive', Smiling='smiling', Chubby='chubby', Bald='bald', Young='young') # in the order that English wants
-FEATURES = dict(Arched_Eyebrows='arched eyebrows', Bushy_Eyebrows='bushy eyebrows', Bags_Under_Eyes='bags under the eyes', Big_Lips='full lips', Big_Nose='a big nose', Pointy_Nose='a pointy nose',
-    Double_Chin='a double chin', High_Cheekbones='high cheekbones', Mouth_Slightly_Open='a slightly open mouth', Narrow_Eyes='narrow eyes', Oval_Face='an oval face', Pale_Skin='pale skin', Rosy_Cheeks='rosy cheeks')
+ADJECTIVES = dict(
+    Attractive='attractive', Smiling='smiling', Chubby='chubby', Bald='bald', Young='young'
+)  # in the order that English wants
+FEATURES = dict(
+    Arched_Eyebrows='arched eyebrows',
+    Bushy_Eyebrows='bushy eyebrows',
+    Bags_Under_Eyes='bags under the eyes',
+    Big_Lips='full lips',
+    Big_Nose='a big nose',
+    Pointy_Nose='a pointy nose',
+    Double_Chin='a double chin',
+    High_Cheekbones='high cheekbones',
+    Mouth_Slightly_Open='a slightly open mouth',
+    Narrow_Eyes='narrow eyes',
+    Oval_Face='an oval face',
+    Pale_Skin='pale skin',
+    Rosy_Cheeks='rosy cheeks',
+)
 HAIR = dict(Black_Hair='black', Brown_Hair='brown', Blond_Hair='blond', Gray_Hair='gray')
 BEARDS = dict(Goatee='a goatee', Mustache='a mustache', Sideburns='sideburns')
 BEARDS['5_o_Clock_Shadow'] = "a five o'clock shadow"
-WORN = dict(Eyeglasses='glasses', Wearing_Hat='a hat', Wearing_Earrings='earrings', Wearing_Necklace='a necklace', Wearing_Necktie='a necktie', Wearing_Lipstick='lipstick', Heavy_Makeup='heavy makeup')
+WORN = dict(
+    Eyeglasses='glasses',
+    Wearing_Hat='a hat',
+    Wearing_Earrings='earrings',
+    Wearing_Necklace='a necklace',
+    Wearing_Necktie='a necktie',
+    Wearing_Lipstick='lipstick',
+    Heavy_Makeup='heavy makeup',
+)
+
 
 def is_celeba(
-    attributes: dict, # columns of a table
+    attributes: dict,  # columns of a table
 ) -> bool:
     "Are these CelebA's forty?"
     return attributes.keys() >= set(CELEBA)
 
 # %% ../../nbs/data/04_celeba_captions.ipynb #1a5aa678
 def hair(
-    yes: set, # attributes that are 1
-) -> list:    # of what it is like, in words
+    yes: set,  # attributes that are 1
+) -> list:  # of what it is like, in words
     "The hair, where nothing contradicts it."
-    if 'Bald' in yes: return []
+    if 'Bald' in yes:
+        return []
     colors = [w for k, w in HAIR.items() if k in yes]
     texture = [w for k, w in (('Straight_Hair', 'straight'), ('Wavy_Hair', 'wavy')) if k in yes]
-    words = texture*(len(texture) == 1) + [' and '.join(colors)]*(len(colors) in (1, 2))
+    words = texture * (len(texture) == 1) + [' and '.join(colors)] * (len(colors) in (1, 2))
     top = [w for k, w in (('Bangs', 'bangs'), ('Receding_Hairline', 'a receding hairline')) if k in yes]
-    return ([' '.join(words) + ' hair'] if words else []) + top*(len(top) == 1)
+    return ([' '.join(words) + ' hair'] if words else []) + top * (len(top) == 1)
 
-def beard(yes: set) -> list: # the same of a beard
+
+def beard(yes: set) -> list:  # the same of a beard
     "The beard of a man, or of a person of whom neither is said."
-    if 'Male' not in yes: return []
+    if 'Male' not in yes:
+        return []
     some = [w for k, w in BEARDS.items() if k in yes and not (k == 'Goatee' and 'No_Beard' in yes)]
-    if 'No_Beard' in yes or {'Goatee', 'Mustache', '5_o_Clock_Shadow'} & yes: return some
+    if 'No_Beard' in yes or {'Goatee', 'Mustache', '5_o_Clock_Shadow'} & yes:
+        return some
     return ['a beard', *some]
 
-def features(yes: set) -> list: # the same of the face
-    both = lambda words, a, b, one: [w for w in words if w not in (a, b)] + [one] if a in words and b in words else words
+
+def features(yes: set) -> list:  # the same of the face
+    both = lambda words, a, b, one: (
+        [w for w in words if w not in (a, b)] + [one] if a in words and b in words else words
+    )
     words = [w for k, w in FEATURES.items() if k in yes]
-    return both(both(words, 'a big nose', 'a pointy nose', 'a big pointy nose'), 'arched eyebrows', 'bushy eyebrows', 'bushy arched eyebrows')
+    return both(
+        both(words, 'a big nose', 'a pointy nose', 'a big pointy nose'),
+        'arched eyebrows',
+        'bushy eyebrows',
+        'bushy arched eyebrows',
+    )
 
 # %% ../../nbs/data/04_celeba_captions.ipynb #33b5833d
-def listed(words: list) -> str: # 'a, b and c'
+def listed(words: list) -> str:  # 'a, b and c'
     return ' and '.join(filter(None, (', '.join(words[:-1]), *words[-1:])))
 
-def _some(rng, words: list, most: int) -> list: # four in five of them, in any order
-    return [words[i] for i in rng.permutation(len(words)) if rng.random() < .8][:most]
+
+def _some(rng, words: list, most: int) -> list:  # four in five of them, in any order
+    return [words[i] for i in rng.permutation(len(words)) if rng.random() < 0.8][:most]
+
 
 def who(
-    rng,      # a NumPy generator
+    rng,  # a NumPy generator
     yes: set,
-) -> str:     # without an article
+) -> str:  # without an article
     "Adjectives and a noun."
     sayable = [k for k in ADJECTIVES if k in yes and not (k == 'Young' and 'Gray_Hair' in yes)]
     clean = ['clean-shaven'] if {'Male', 'No_Beard'} <= yes and not set(BEARDS) & yes else []
     before = [k for k in sayable if k != 'Young']
-    chosen = set(_some(rng, before, 2)) | ({'Young'} & set(sayable) if rng.random() < .8 else set())
+    chosen = set(_some(rng, before, 2)) | ({'Young'} & set(sayable) if rng.random() < 0.8 else set())
     words = [ADJECTIVES[k] for k in sayable if k in chosen]
-    if clean and len(words) < 2 and rng.random() < .4: words = clean + words
+    if clean and len(words) < 2 and rng.random() < 0.4:
+        words = clean + words
     return ' '.join([*words, 'man' if 'Male' in yes else 'woman'])
+
 
 OPENINGS = 'a photo of ', 'a portrait of ', 'a close-up of '
 
+
 def describe_face(
-    attributes: dict, # attribute -> 1 or -1
-    rng,              # a NumPy generator of this picture's own
+    attributes: dict,  # attribute -> 1 or -1
+    rng,  # a NumPy generator of this picture's own
 ) -> str:
     "A sentence about a face, true of it."
     yes = {k for k in CELEBA if attributes.get(k, -1) > 0}
     person, has = who(rng, yes), (_some(rng, hair(yes) + beard(yes), 3) + _some(rng, features(yes), 3))[:4]
     worn = _some(rng, [w for k, w in WORN.items() if k in yes], 3)
     article = 'an' if person[0] in 'aeiou' else 'a'
-    if 'glasses' in worn and rng.random() < .5: worn.remove('glasses'); has.append('glasses')
-    if (has or worn) and 'Blurry' not in yes and rng.random() < .25:
-        return f'this {person} ' + ' and '.join([f'has {listed(has)}']*bool(has) + [f'wears {listed(worn)}']*bool(worn))
-    opening = 'a blurry photo of ' if 'Blurry' in yes else OPENINGS[int(rng.integers(3))] if rng.random() < .35 else ''
-    return f'{opening}{article} {person}' + f' with {listed(has)}'*bool(has) + f'{","*bool(has)} wearing {listed(worn)}'*bool(worn)
+    if 'glasses' in worn and rng.random() < 0.5:
+        worn.remove('glasses')
+        has.append('glasses')
+    if (has or worn) and 'Blurry' not in yes and rng.random() < 0.25:
+        return f'this {person} ' + ' and '.join(
+            [f'has {listed(has)}'] * bool(has) + [f'wears {listed(worn)}'] * bool(worn)
+        )
+    opening = (
+        'a blurry photo of '
+        if 'Blurry' in yes
+        else OPENINGS[int(rng.integers(3))]
+        if rng.random() < 0.35
+        else ''
+    )
+    return (
+        f'{opening}{article} {person}'
+        + f' with {listed(has)}' * bool(has)
+        + f'{"," * bool(has)} wearing {listed(worn)}' * bool(worn)
+    )

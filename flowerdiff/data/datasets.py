@@ -16,17 +16,18 @@ from ..core.workspace import UserError
 # %% ../../nbs/data/03_datasets.ipynb #db5d3d27
 class Dataset(NamedTuple):
     "How a data set is published."
+
     pictures: str  # folder of the pictures, unpacked and in the archive
     archive: File  # of the pictures
     tables: tuple  # of File, the others
-    rows: Callable # (folder with the tables) -> (name of a picture, row of metadata.jsonl)
-    page: str      # where a person finds them
-    counts: dict   # pictures in each official split
-    side: int      # the shorter one of most pictures, pixels
-    says: str      # what the tables say of a picture
+    rows: Callable  # (folder with the tables) -> (name of a picture, row of metadata.jsonl)
+    page: str  # where a person finds them
+    counts: dict  # pictures in each official split
+    side: int  # the shorter one of most pictures, pixels
+    says: str  # what the tables say of a picture
 
 # %% ../../nbs/data/03_datasets.ipynb #5d88fef6
-FLOWERS = '''pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid, bird of paradise, monkshood, globe thistle,
+FLOWERS = """pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid, bird of paradise, monkshood, globe thistle,
 snapdragon, colt's foot, king protea, spear thistle, yellow iris, globe-flower, purple coneflower, peruvian lily, balloon flower, giant white arum lily, fire lily,
 pincushion flower, fritillary, red ginger, grape hyacinth, corn poppy, prince of wales feathers, stemless gentian, artichoke, sweet william, carnation, garden phlox,
 love in the mist, mexican aster, alpine sea holly, ruby-lipped cattleya, cape flower, great masterwort, siam tulip, lenten rose, barbeton daisy, daffodil, sword lily,
@@ -34,123 +35,228 @@ poinsettia, bolero deep blue, wallflower, marigold, buttercup, oxeye daisy, comm
 bishop of llandaff, gaura, geranium, orange dahlia, pink-yellow dahlia, cautleya spicata, japanese anemone, black-eyed susan, silverbush, californian poppy,
 osteospermum, spring crocus, bearded iris, windflower, tree poppy, gazania, azalea, water lily, rose, thorn apple, morning glory, passion flower, lotus lotus,
 toad lily, anthurium, frangipani, clematis, hibiscus, columbine, desert-rose, tree mallow, magnolia, cyclamen, watercress, canna lily, hippeastrum, bee balm,
-ball moss, foxglove, bougainvillea, camellia, mallow, mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily'''.replace('\n', ' ').split(', ') # of the labels 1 to 102
+ball moss, foxglove, bougainvillea, camellia, mallow, mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily""".replace(
+    '\n', ' '
+).split(', ')  # of the labels 1 to 102
 
-def _mat(path: Path, *keys: str) -> list: # vectors of whole numbers in a MATLAB file
+
+def _mat(path: Path, *keys: str) -> list:  # vectors of whole numbers in a MATLAB file
     from scipy.io import loadmat
-    try: data = loadmat(path)
-    except Exception as e: raise UserError(f'{path}: is not a MATLAB file that can be read ({str(e).splitlines()[0]}); get it again') from None
-    if lacking := [k for k in keys if k not in data]: raise UserError(f'{path}: has no {" and no ".join(lacking)}; get it again')
+
+    try:
+        data = loadmat(path)
+    except Exception as e:
+        raise UserError(
+            f'{path}: is not a MATLAB file that can be read ({str(e).splitlines()[0]}); get it again'
+        ) from None
+    if lacking := [k for k in keys if k not in data]:
+        raise UserError(f'{path}: has no {" and no ".join(lacking)}; get it again')
     return [data[k].ravel().astype(int).tolist() for k in keys]
 
+
 def oxford102_rows(
-    folder: Path, # with imagelabels.mat and setid.mat
-):                # -> (name of a picture, row)
+    folder: Path,  # with imagelabels.mat and setid.mat
+):  # -> (name of a picture, row)
     "What the official tables say. Raises `UserError` when they do not belong together."
-    (labels,) = _mat(folder/'imagelabels.mat', 'labels')
+    (labels,) = _mat(folder / 'imagelabels.mat', 'labels')
     names = 'trnid', 'valid', 'tstid'
-    splits = {i: s for s, ids in zip(('train', 'val', 'test'), _mat(folder/'setid.mat', *names)) for i in ids}
-    if wrong := [i for i in labels if not 1 <= i <= len(FLOWERS)]: raise UserError(f'{folder/"imagelabels.mat"}: has the label {wrong[0]}, there are 1 to {len(FLOWERS)}; get it again')
-    if set(splits) != set(range(1, len(labels) + 1)): raise UserError(f'{folder}: imagelabels.mat has {len(labels):,} labels and setid.mat splits {len(splits):,} pictures; they do not belong together, get both again')
-    for i, label in enumerate(labels, 1): yield f'image_{i:05}.jpg', dict(label=FLOWERS[label - 1], official_split=splits[i])
+    splits = {
+        i: s for s, ids in zip(('train', 'val', 'test'), _mat(folder / 'setid.mat', *names)) for i in ids
+    }
+    if wrong := [i for i in labels if not 1 <= i <= len(FLOWERS)]:
+        raise UserError(
+            f'{folder / "imagelabels.mat"}: has the label {wrong[0]}, there are 1 to {len(FLOWERS)}; get it again'
+        )
+    if set(splits) != set(range(1, len(labels) + 1)):
+        raise UserError(
+            f'{folder}: imagelabels.mat has {len(labels):,} labels and setid.mat splits {len(splits):,} pictures; they do not belong together, get both again'
+        )
+    for i, label in enumerate(labels, 1):
+        yield f'image_{i:05}.jpg', dict(label=FLOWERS[label - 1], official_split=splits[i])
 
 # %% ../../nbs/data/03_datasets.ipynb #a7310f40
-CELEBA = '''5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin
+CELEBA = """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin
 Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks
-Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young'''.split() # of every face, 1 or -1
+Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young""".split()  # of every face, 1 or -1
 
-def _lines(path: Path): # -> (line number, its words)
-    with open(path, encoding='utf-8-sig', errors='replace') as f: yield from ((n, line.split()) for n, line in enumerate(f, 1) if line.strip())
+
+def _lines(path: Path):  # -> (line number, its words)
+    with open(path, encoding='utf-8-sig', errors='replace') as f:
+        yield from ((n, line.split()) for n, line in enumerate(f, 1) if line.strip())
+
 
 def attribute_rows(
-    path: Path, # list_attr_celeba.txt
-):              # -> (name of a picture, attribute -> 1 or -1)
+    path: Path,  # list_attr_celeba.txt
+):  # -> (name of a picture, attribute -> 1 or -1)
     "The attributes' table. Raises `UserError` naming the line that is wrong."
     lines, n = _lines(path), 0
     first, names = next(lines, (1, []))[1], next(lines, (2, []))[1]
-    if len(first) != 1 or not first[0].isdigit(): raise UserError(f'{path} line 1: is not the number of pictures ({" ".join(first)[:40] or "empty"}); the official table begins with it, get the table again')
-    if unknown := [k for k in names if k not in CELEBA]: raise UserError(f'{path} line 2: has the column {unknown[0][:40]}, which CelebA has not; get the table again')
-    if lacking := [k for k in CELEBA if k not in names]: raise UserError(f'{path} line 2: has no column {lacking[0]}; get the table again')
+    if len(first) != 1 or not first[0].isdigit():
+        raise UserError(
+            f'{path} line 1: is not the number of pictures ({" ".join(first)[:40] or "empty"}); the official table begins with it, get the table again'
+        )
+    if unknown := [k for k in names if k not in CELEBA]:
+        raise UserError(
+            f'{path} line 2: has the column {unknown[0][:40]}, which CelebA has not; get the table again'
+        )
+    if lacking := [k for k in CELEBA if k not in names]:
+        raise UserError(f'{path} line 2: has no column {lacking[0]}; get the table again')
     for at, (name, *values) in lines:
-        if len(values) != len(names): raise UserError(f'{path} line {at}: has {len(values)} values, the table {len(names)} columns; mend that line')
-        if wrong := [(k, v) for k, v in zip(names, values) if v not in ('1', '-1')]: raise UserError(f'{path} line {at}: {wrong[0][0]} is {wrong[0][1][:20]}, not 1 or -1; mend that line')
+        if len(values) != len(names):
+            raise UserError(
+                f'{path} line {at}: has {len(values)} values, the table {len(names)} columns; mend that line'
+            )
+        if wrong := [(k, v) for k, v in zip(names, values) if v not in ('1', '-1')]:
+            raise UserError(
+                f'{path} line {at}: {wrong[0][0]} is {wrong[0][1][:20]}, not 1 or -1; mend that line'
+            )
         n += 1
         yield name, {k: int(v) for k, v in zip(names, values)}
-    if n != int(first[0]): raise UserError(f'{path}: says {int(first[0]):,} pictures in line 1 and has {n:,}; it is cut off or was edited, get it again')
+    if n != int(first[0]):
+        raise UserError(
+            f'{path}: says {int(first[0]):,} pictures in line 1 and has {n:,}; it is cut off or was edited, get it again'
+        )
+
 
 def celeba_rows(
-    folder: Path, # with list_attr_celeba.txt and list_eval_partition.txt
-):                # -> (name of a picture, row)
+    folder: Path,  # with list_attr_celeba.txt and list_eval_partition.txt
+):  # -> (name of a picture, row)
     "What the official tables say."
-    parts, path = {}, folder/'list_eval_partition.txt'
+    parts, path = {}, folder / 'list_eval_partition.txt'
     for at, words in _lines(path):
-        if len(words) != 2 or words[1] not in ('0', '1', '2'): raise UserError(f'{path} line {at}: is not a picture and 0, 1 or 2; mend that line')
+        if len(words) != 2 or words[1] not in ('0', '1', '2'):
+            raise UserError(f'{path} line {at}: is not a picture and 0, 1 or 2; mend that line')
         parts[words[0]] = ('train', 'val', 'test')[int(words[1])]
-    for name, attributes in attribute_rows(folder/'list_attr_celeba.txt'):
-        if name not in parts: raise UserError(f'{path}: does not say in which split {name} is; it and list_attr_celeba.txt do not belong together, get both again')
+    for name, attributes in attribute_rows(folder / 'list_attr_celeba.txt'):
+        if name not in parts:
+            raise UserError(
+                f'{path}: does not say in which split {name} is; it and list_attr_celeba.txt do not belong together, get both again'
+            )
         yield name, dict(official_split=parts[name], **attributes)
 
 # %% ../../nbs/data/03_datasets.ipynb #b3dbb241
 VGG = 'https://www.robots.ox.ac.uk/~vgg/data/flowers/102'
 DATASETS = dict(
-    oxford102=Dataset('jpg', File('102flowers.tgz', f'{VGG}/102flowers.tgz', 344_862_509, '52808999861908f626f3c1f4e79d11fa'),
-        (File('imagelabels.mat', f'{VGG}/imagelabels.mat', 502, 'e0620be6f572b9609742df49c70aed4d'), File('setid.mat', f'{VGG}/setid.mat', 14_989, 'a5357ecc9cb78c4bef273ce3793fc85c')), oxford102_rows, f'{VGG}/',
-        dict(train=1020, val=1020, test=6149), 500, 'the names of the flowers'),
-    celeba=Dataset('img_align_celeba', File('img_align_celeba.zip', size=1_443_490_838), (File('list_attr_celeba.txt'), File('list_eval_partition.txt')), celeba_rows,
-        'https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html', dict(train=162_770, val=19_867, test=19_962), 178, 'the attributes'))
+    oxford102=Dataset(
+        'jpg',
+        File('102flowers.tgz', f'{VGG}/102flowers.tgz', 344_862_509, '52808999861908f626f3c1f4e79d11fa'),
+        (
+            File('imagelabels.mat', f'{VGG}/imagelabels.mat', 502, 'e0620be6f572b9609742df49c70aed4d'),
+            File('setid.mat', f'{VGG}/setid.mat', 14_989, 'a5357ecc9cb78c4bef273ce3793fc85c'),
+        ),
+        oxford102_rows,
+        f'{VGG}/',
+        dict(train=1020, val=1020, test=6149),
+        500,
+        'the names of the flowers',
+    ),
+    celeba=Dataset(
+        'img_align_celeba',
+        File('img_align_celeba.zip', size=1_443_490_838),
+        (File('list_attr_celeba.txt'), File('list_eval_partition.txt')),
+        celeba_rows,
+        'https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html',
+        dict(train=162_770, val=19_867, test=19_962),
+        178,
+        'the attributes',
+    ),
+)
 
 # %% ../../nbs/data/03_datasets.ipynb #5deeefd9
-def cache_folder(name: str) -> Path: # of a data set
+def cache_folder(name: str) -> Path:  # of a data set
     "Where downloads are kept, for all workspaces."
-    return Path(os.environ.get('FLOWERDIFF_DATA') or Path.home()/'.cache/flowerdiff/datasets').expanduser()/name
+    return (
+        Path(os.environ.get('FLOWERDIFF_DATA') or Path.home() / '.cache/flowerdiff/datasets').expanduser()
+        / name
+    )
 
-def _download(name: str, wanted: list, folder: Path): # the files that are not in the cache
+
+def _download(name: str, wanted: list, folder: Path):  # the files that are not in the cache
     by_hand = f'get {", ".join(f.name for f in wanted[:-1])}{" and " if wanted[1:] else ""}{wanted[-1].name} from {DATASETS[name].page}, and put them into {folder} or into a folder that prepare.files names'
-    if not all(f.url for f in wanted): raise UserError(f'{name}: no program can download it; {by_hand}')
-    left = sum(f.size - (p.stat().st_size if (p := folder/f'{f.name}.part').exists() else 0) for f in wanted)
+    if not all(f.url for f in wanted):
+        raise UserError(f'{name}: no program can download it; {by_hand}')
+    left = sum(
+        f.size - (p.stat().st_size if (p := folder / f'{f.name}.part').exists() else 0) for f in wanted
+    )
     check_room(folder, max(left, 0), f'{name}, which is to be downloaded,')
     folder.mkdir(parents=True, exist_ok=True)
-    print(f'{name}: {left/1e6:.0f} MB to download into {folder}')
+    print(f'{name}: {left / 1e6:.0f} MB to download into {folder}')
     try:
-        for f in wanted: fetch(f, folder)
-    except NETWORK as e: raise UserError(f'{name}: can not be downloaded now ({getattr(e, "reason", None) or e}); run again when there is a network, or {by_hand}') from None
+        for f in wanted:
+            fetch(f, folder)
+    except NETWORK as e:
+        raise UserError(
+            f'{name}: can not be downloaded now ({getattr(e, "reason", None) or e}); run again when there is a network, or {by_hand}'
+        ) from None
+
 
 def find_files(
-    name: str,   # one of DATASETS
-    given: Path, # settings.prepare.files as a path; None: the cache
-) -> Path:       # folder with all files
+    name: str,  # one of DATASETS
+    given: Path,  # settings.prepare.files as a path; None: the cache
+) -> Path:  # folder with all files
     "The folder with a data set's official files, downloaded where need be."
     d, folder = DATASETS[name], given or cache_folder(name)
-    if given and not folder.is_dir(): raise UserError(f'prepare.files: {given} is not a folder; give the one with the official files of {name}')
-    wanted = [f for f in (d.archive, *d.tables) if not (folder/f.name).exists() and not (f is d.archive and (folder/d.pictures).is_dir())]
-    if wanted and given: raise UserError(f'prepare.files: {given} lacks {" and ".join(f.name for f in wanted)}; {name} is {d.archive.name} (or the folder {d.pictures}), {" and ".join(f.name for f in d.tables)}')
-    if wanted: _download(name, wanted, folder)
+    if given and not folder.is_dir():
+        raise UserError(
+            f'prepare.files: {given} is not a folder; give the one with the official files of {name}'
+        )
+    wanted = [
+        f
+        for f in (d.archive, *d.tables)
+        if not (folder / f.name).exists() and not (f is d.archive and (folder / d.pictures).is_dir())
+    ]
+    if wanted and given:
+        raise UserError(
+            f'prepare.files: {given} lacks {" and ".join(f.name for f in wanted)}; {name} is {d.archive.name} (or the folder {d.pictures}), {" and ".join(f.name for f in d.tables)}'
+        )
+    if wanted:
+        _download(name, wanted, folder)
     return folder
 
 # %% ../../nbs/data/03_datasets.ipynb #e6e8dda1
-def _place_pictures(d: Dataset, folder: Path, work: Path): # into work/d.pictures
-    if (folder/d.pictures).is_dir():
-        if not os.path.lexists(work/d.pictures): (work/d.pictures).symlink_to((folder/d.pictures).resolve(), target_is_directory=True)
+def _place_pictures(d: Dataset, folder: Path, work: Path):  # into work/d.pictures
+    if (folder / d.pictures).is_dir():
+        if not os.path.lexists(work / d.pictures):
+            (work / d.pictures).symlink_to((folder / d.pictures).resolve(), target_is_directory=True)
         return
-    archive = folder/d.archive.name
-    there = sum(e.stat().st_size for e in os.scandir(work/d.pictures)) if (work/d.pictures).is_dir() else 0
+    archive = folder / d.archive.name
+    there = (
+        sum(e.stat().st_size for e in os.scandir(work / d.pictures)) if (work / d.pictures).is_dir() else 0
+    )
     check_room(work, archive.stat().st_size - there, f'{archive.name}, which is to be unpacked,')
     unpack(archive, work, d.pictures)
-    if not (work/d.pictures).is_dir(): raise UserError(f'{archive}: has no folder {d.pictures}; it is another archive, get {d.archive.name} from {d.page}')
+    if not (work / d.pictures).is_dir():
+        raise UserError(
+            f'{archive}: has no folder {d.pictures}; it is another archive, get {d.archive.name} from {d.page}'
+        )
+
 
 def lay_out(
-    name: str,          # one of DATASETS
-    work: Path,         # a folder; a run that was killed goes on in it
-    given: Path = None, # settings.prepare.files as a path; None: the cache, or the network
-) -> Path:              # `work`: pictures and metadata.jsonl
+    name: str,  # one of DATASETS
+    work: Path,  # a folder; a run that was killed goes on in it
+    given: Path = None,  # settings.prepare.files as a path; None: the cache, or the network
+) -> Path:  # `work`: pictures and metadata.jsonl
     "A data set as a folder of pictures that [the stage prepare](../stages/01_prepare.ipynb) reads. Raises `UserError` for files that are not there, not whole, or do not belong together."
     d, folder = DATASETS[name], find_files(name, given)
-    told = {file for file, _ in d.rows(folder)} # the tables first: they are small
+    told = {file for file, _ in d.rows(folder)}  # the tables first: they are small
     _place_pictures(d, folder, work)
-    there = {e.name for e in os.scandir(work/d.pictures) if e.name.endswith('.jpg')}
-    if there - told: raise UserError(f'{folder}: has {len(there):,} pictures and {len(told):,} rows in {d.tables[0].name}, none for {min(there - told)}; they do not belong together, get them again')
-    if told - there and not (folder/d.pictures).is_dir(): raise UserError(f'{folder/d.archive.name}: has {len(there):,} of the {len(told):,} pictures in {d.tables[0].name}; get both again')
-    if told - there: print(f'{name}: {folder/d.pictures} has {len(there):,} of {len(told):,} pictures; the run takes those')
-    with open(work/'metadata.jsonl', 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(dict(file_name=f'{d.pictures}/{file}', **row)) + '\n' for file, row in d.rows(folder) if file in there)
+    there = {e.name for e in os.scandir(work / d.pictures) if e.name.endswith('.jpg')}
+    if there - told:
+        raise UserError(
+            f'{folder}: has {len(there):,} pictures and {len(told):,} rows in {d.tables[0].name}, none for {min(there - told)}; they do not belong together, get them again'
+        )
+    if told - there and not (folder / d.pictures).is_dir():
+        raise UserError(
+            f'{folder / d.archive.name}: has {len(there):,} of the {len(told):,} pictures in {d.tables[0].name}; get both again'
+        )
+    if told - there:
+        print(
+            f'{name}: {folder / d.pictures} has {len(there):,} of {len(told):,} pictures; the run takes those'
+        )
+    with open(work / 'metadata.jsonl', 'w', encoding='utf-8') as f:
+        f.writelines(
+            json.dumps(dict(file_name=f'{d.pictures}/{file}', **row)) + '\n'
+            for file, row in d.rows(folder)
+            if file in there
+        )
     return work

@@ -19,78 +19,122 @@ from ..core.workspace import Workspace, read_json, write_json
 
 # %% ../../nbs/data/08_distributed_encoding.ipynb #957a70fb
 def my_part(
-    n: int,             # pictures
-    shard_records: int, # records in a shard
+    n: int,  # pictures
+    shard_records: int,  # records in a shard
     rank: int,
     world: int,
-) -> slice:             # of the pictures
+) -> slice:  # of the pictures
     "A worker's pictures, in whole shards."
-    first, last = (-(-n//shard_records)*r//world for r in (rank, rank + 1))
-    return slice(first*shard_records, min(n, last*shard_records))
+    first, last = (-(-n // shard_records) * r // world for r in (rank, rank + 1))
+    return slice(first * shard_records, min(n, last * shard_records))
 
-def rank_folder(folder: Path, rank: int, world: int) -> Path: return folder/f'rank-{rank}-of-{world}'
-def is_complete(folder: Path, name: str) -> bool: return (m := finished(folder, name, {}))[0].get('complete', False) and len(m[1]) == len(m[0]['shards'])
+
+def rank_folder(folder: Path, rank: int, world: int) -> Path:
+    return folder / f'rank-{rank}-of-{world}'
+
+
+def is_complete(folder: Path, name: str) -> bool:
+    return (m := finished(folder, name, {}))[0].get('complete', False) and len(m[1]) == len(m[0]['shards'])
 
 # %% ../../nbs/data/08_distributed_encoding.ipynb #4fb397a1
 def encode_share(
-    job: dict,          # what `encode_together` wrote
+    job: dict,  # what `encode_together` wrote
     journals: Path,
     rank: int,
     world: int,
-    go_on=lambda: True, # asked after each batch
-):                      # -> events, as they are written
+    go_on=lambda: True,  # asked after each batch
+):  # -> events, as they are written
     "Encode this worker's part of every set."
     gpus, journal = torch.cuda.device_count(), Journal(journals, rank)
-    vae = load_autoencoder(str(journals/'vae')).to(f'cuda:{rank%gpus}' if gpus else 'cpu', memory_format=torch.channels_last)
+    vae = load_autoencoder(str(journals / 'vae')).to(
+        f'cuda:{rank % gpus}' if gpus else 'cpu', memory_format=torch.channels_last
+    )
     for split, bucket, files in job['sets']:
-        mine, folder = files[my_part(len(files), job['shard_records'], rank, world)], rank_folder(Path(job['new'], split), rank, world)
+        mine, folder = (
+            files[my_part(len(files), job['shard_records'], rank, world)],
+            rank_folder(Path(job['new'], split), rank, world),
+        )
         folder.mkdir(parents=True, exist_ok=True)
-        with only_one(folder, 60): # a worker whose stage was killed may still be at its last batch
-            done, pictures = 0, encode_pictures(vae, [Path(job['pictures'], split, f) for f in mine], job['side'], folder, job['batch_size'], job['shard_records'], bucket)
+        with only_one(folder, 60):  # a worker whose stage was killed may still be at its last batch
+            done, pictures = (
+                0,
+                encode_pictures(
+                    vae,
+                    [Path(job['pictures'], split, f) for f in mine],
+                    job['side'],
+                    folder,
+                    job['batch_size'],
+                    job['shard_records'],
+                    bucket,
+                ),
+            )
             for _ in pictures:
                 done += 1
                 if done % job['batch_size'] == 0:
                     yield journal.write('batch', pictures=job['batch_size'])
-                    if not go_on(): return
-            if done % job['batch_size']: yield journal.write('batch', pictures=done % job['batch_size'])
+                    if not go_on():
+                        return
+            if done % job['batch_size']:
+                yield journal.write('batch', pictures=done % job['batch_size'])
+
 
 def join(
-    folder: Path, # of a split
-    name: str,    # of a set
-    world: int,   # workers, all of which have finished it
+    folder: Path,  # of a split
+    name: str,  # of a set
+    world: int,  # workers, all of which have finished it
 ):
     "Make one set of the workers' parts. Their files stay until the caller removes them."
     parts = [Shards(rank_folder(folder, r, world), name) for r in range(world)]
     for i, (p, k) in enumerate((p, k) for p in parts for k in range(len(p.shards))):
-        new = shard_path(folder, name, i); new.unlink(missing_ok=True)
-        try: os.link(shard_path(p.folder, name, k), new)
-        except OSError: shutil.copyfile(shard_path(p.folder, name, k), new)
-    write_json(folder/f'{name}.json', read_json(parts[0].folder/f'{name}.json') | dict(shards=[s for p in parts for s in p.shards]))
+        new = shard_path(folder, name, i)
+        new.unlink(missing_ok=True)
+        try:
+            os.link(shard_path(p.folder, name, k), new)
+        except OSError:
+            shutil.copyfile(shard_path(p.folder, name, k), new)
+    write_json(
+        folder / f'{name}.json',
+        read_json(parts[0].folder / f'{name}.json') | dict(shards=[s for p in parts for s in p.shards]),
+    )
 
 # %% ../../nbs/data/08_distributed_encoding.ipynb #8abbbacc
 def work(
-    root: str,   # of the workspace
-    folder: str, # of the journals, with vae/
-) -> int:        # exit code, see `as_rank`
+    root: str,  # of the workspace
+    folder: str,  # of the journals, with vae/
+) -> int:  # exit code, see `as_rank`
     "Encode in this process: one of the ranks that torchrun started."
     return as_rank(folder, lambda job, *how: encode_share(job, Path(folder), *how))
+
 
 def encode_together(
     ws: Workspace,
     vae: nn.Module,
-    sets: list, # of (split, bucket or None, files)
+    sets: list,  # of (split, bucket or None, files)
     new: Path,  # gets a folder a split
-):              # -> once for each picture encoded now
+):  # -> once for each picture encoded now
     "Encode in `encode.num_processes` processes. Raises what one of them died of."
-    e, journals = ws.settings.encode, ws.work/'encode-journals'
-    if not (todo := [s for s in sets if not is_complete(new/s[0], set_name('latents', s[1]))]): return
-    shutil.rmtree(journals, ignore_errors=True); save_part(vae, journals/'vae')
-    job = dict(sets=todo, pictures=str(ws.pictures), new=str(new), side=ws.settings.prepare.resolution, batch_size=e.batch_size, shard_records=e.shard_records)
-    for event in together('flowerdiff.data.distributed_encoding', ws.root, journals, e.num_processes, 'encode', **job):
-        if event['event'] == 'batch': yield from range(event['pictures'])
-    for split, bucket, _ in todo: join(new/split, set_name('latents', bucket), e.num_processes)
+    e, journals = ws.settings.encode, ws.work / 'encode-journals'
+    if not (todo := [s for s in sets if not is_complete(new / s[0], set_name('latents', s[1]))]):
+        return
+    shutil.rmtree(journals, ignore_errors=True)
+    save_part(vae, journals / 'vae')
+    job = dict(
+        sets=todo,
+        pictures=str(ws.pictures),
+        new=str(new),
+        side=ws.settings.prepare.resolution,
+        batch_size=e.batch_size,
+        shard_records=e.shard_records,
+    )
+    for event in together(
+        'flowerdiff.data.distributed_encoding', ws.root, journals, e.num_processes, 'encode', **job
+    ):
+        if event['event'] == 'batch':
+            yield from range(event['pictures'])
+    for split, bucket, _ in todo:
+        join(new / split, set_name('latents', bucket), e.num_processes)
     shutil.rmtree(journals)
 
 # %% ../../nbs/data/08_distributed_encoding.ipynb #9db8377a
-if __name__ == '__main__' and '__file__' in globals(): # a process of torchrun, not a notebook
+if __name__ == '__main__' and '__file__' in globals():  # a process of torchrun, not a notebook
     sys.exit(work(*sys.argv[1:]))

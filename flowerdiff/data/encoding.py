@@ -18,79 +18,98 @@ from ..core.workspace import UserError
 
 # %% ../../nbs/data/07_encoding.ipynb #476f584c
 def read_pictures(
-    paths: list, # of pictures of one size
-    side,        # that they should have, pixels; or (width, height)
-) -> np.ndarray: # [B, H, W, 3] uint8
+    paths: list,  # of pictures of one size
+    side,  # that they should have, pixels; or (width, height)
+) -> np.ndarray:  # [B, H, W, 3] uint8
     "Open pictures. Raises `UserError` naming one that can not be used."
     from PIL import Image
+
     w, h = side if isinstance(side, (tuple, list)) else (side, side)
     out = np.empty((len(paths), h, w, 3), np.uint8)
     for o, p in zip(out, paths):
         try:
-            with Image.open(p) as im: o[:] = np.asarray(im.convert('RGB'))
-        except FileNotFoundError: raise UserError(f'{p}: is not there; run the stage prepare again') from None
-        except Exception: raise UserError(f'{p}: is not a {w}x{h} picture that can be read; run the stage prepare again') from None
+            with Image.open(p) as im:
+                o[:] = np.asarray(im.convert('RGB'))
+        except FileNotFoundError:
+            raise UserError(f'{p}: is not there; run the stage prepare again') from None
+        except Exception:
+            raise UserError(
+                f'{p}: is not a {w}x{h} picture that can be read; run the stage prepare again'
+            ) from None
     return out
 
 # %% ../../nbs/data/07_encoding.ipynb #9a94e7e5
 def read_ahead(
-    f,     # called with an item, in a thread
+    f,  # called with an item, in a thread
     items,
-):         # -> f(item) of each, in order
+):  # -> f(item) of each, in order
     "`map(f, items)` that works on the next item while the caller is busy with one."
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for x in items:
             last, waiting = waiting, pool.submit(f, x)
-            if last: yield last.result()
-        if waiting: yield waiting.result()
+            if last:
+                yield last.result()
+        if waiting:
+            yield waiting.result()
 
 # %% ../../nbs/data/07_encoding.ipynb #a98fad0c
 def psnr(
     a: Tensor,  # [B, 3, H, W] from -1 to 1
     b: Tensor,
-) -> Tensor:    # [B] decibels
+) -> Tensor:  # [B] decibels
     "Peak signal-to-noise ratio of each picture."
-    return 10*torch.log10(4/(a - b).square().flatten(1).mean(1).clamp(min=1e-10))
+    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp(min=1e-10))
 
 # %% ../../nbs/data/07_encoding.ipynb #ee0061f5
 def encode_batch(
     vae: nn.Module,
-    names: list,          # of the pictures, for messages
-    pictures: np.ndarray, # [B, H, W, 3] uint8
-) -> dict:                # mean and std, each [B, 2, C, h, w] fp16, of the pictures and their mirror images
+    names: list,  # of the pictures, for messages
+    pictures: np.ndarray,  # [B, H, W, 3] uint8
+) -> dict:  # mean and std, each [B, 2, C, h, w] fp16, of the pictures and their mirror images
     "A batch through the autoencoder. Raises `UserError` for latents that are not finite."
     x = pil_to_tensor(pictures).to(vae.device, memory_format=torch.channels_last)
-    with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bf16(x.device.type)):
+    with (
+        torch.inference_mode(),
+        torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bf16(x.device.type)),
+    ):
         both = [encode_moments(vae, v) for v in (x, x.flip(-1))]
     out = {k: torch.stack(m, 1).half().cpu() for k, m in zip(('mean', 'std'), zip(*both))}
     bad = ~(out['mean'].isfinite() & out['std'].isfinite()).flatten(1).all(1)
-    if bad.any(): raise UserError(f'{names[int(bad.nonzero()[0])]}: the autoencoder makes numbers of it that are not finite in half precision; give another components.autoencoder')
+    if bad.any():
+        raise UserError(
+            f'{names[int(bad.nonzero()[0])]}: the autoencoder makes numbers of it that are not finite in half precision; give another components.autoencoder'
+        )
     return {k: v.numpy() for k, v in out.items()}
 
 # %% ../../nbs/data/07_encoding.ipynb #4c67307b
 def encode_pictures(
     vae: nn.Module,
-    paths: list,         # of pictures
-    side: int,           # of a picture, pixels
-    folder: Path,        # gets latents-00000.bin, …
+    paths: list,  # of pictures
+    side: int,  # of a picture, pixels
+    folder: Path,  # gets latents-00000.bin, …
     batch_size: int = 64,
     shard_records: int = 1024,
-    bucket=None,         # (width, height) of the pictures where they are no squares
-):                       # -> once for each picture encoded now
+    bucket=None,  # (width, height) of the pictures where they are no squares
+):  # -> once for each picture encoded now
     "Mean and deviation of the latents of each picture and its mirror image, scaled, fp16."
     w, h = bucket or (side, side)
-    shape = 2, vae.config.latent_channels, h//scale_factor(vae), w//scale_factor(vae)
-    with ShardWriter(folder, set_name('latents', bucket), dict(mean=(shape, 'float16'), std=(shape, 'float16')), shard_records) as out:
-        batches = [paths[i:i + batch_size] for i in range(len(out), len(paths), batch_size)]
+    shape = 2, vae.config.latent_channels, h // scale_factor(vae), w // scale_factor(vae)
+    with ShardWriter(
+        folder,
+        set_name('latents', bucket),
+        dict(mean=(shape, 'float16'), std=(shape, 'float16')),
+        shard_records,
+    ) as out:
+        batches = [paths[i : i + batch_size] for i in range(len(out), len(paths), batch_size)]
         for names, pictures in zip(batches, read_ahead(lambda b: read_pictures(b, (w, h)), batches)):
             out.append(**encode_batch(vae, names, pictures))
             yield from names
 
 # %% ../../nbs/data/07_encoding.ipynb #f640479c
 def number_captions(
-    captions: list, # a list of captions for each picture
-) -> tuple:         # (unique captions, the empty one first; for each picture the numbers of its captions)
+    captions: list,  # a list of captions for each picture
+) -> tuple:  # (unique captions, the empty one first; for each picture the numbers of its captions)
     "Each caption once, in the order of first use."
     number = {'': 0}
     numbers = [[number.setdefault(c, len(number)) for c in cs] or [0] for cs in captions]
@@ -99,26 +118,31 @@ def number_captions(
 # %% ../../nbs/data/07_encoding.ipynb #791d5dfb
 def encode_captions(
     text: TextEncoder,
-    texts: list,         # unique captions
-    folder: Path,        # gets text-00000.bin, …
+    texts: list,  # unique captions
+    folder: Path,  # gets text-00000.bin, …
     batch_size: int = 256,
     shard_records: int = 1024,
-):                       # -> once for each caption encoded now
+):  # -> once for each caption encoded now
     "All positions of each caption, fp16."
     fields = dict(embedding=((text.length, text.model.config.hidden_size), 'float16'))
     with ShardWriter(folder, 'text', fields, shard_records) as w:
         for i in range(len(w), len(texts), batch_size):
-            e = text.encode(texts[i:i + batch_size]).half()
-            if not e.isfinite().all(): raise UserError('components.text_encoder: makes numbers that are not finite in half precision; give another one')
+            e = text.encode(texts[i : i + batch_size]).half()
+            if not e.isfinite().all():
+                raise UserError(
+                    'components.text_encoder: makes numbers that are not finite in half precision; give another one'
+                )
             w.append(embedding=e.cpu().numpy())
             yield from range(len(e))
 
 # %% ../../nbs/data/07_encoding.ipynb #c79bb0ea
 def latent_statistics(
     latents: Shards,
-    most: int = 2000, # records looked at, evenly spread
-) -> tuple:           # mean and standard deviation, a list with a number a channel each
+    most: int = 2000,  # records looked at, evenly spread
+) -> tuple:  # mean and standard deviation, a list with a number a channel each
     "How large the latents are."
     n = len(latents)
-    z = latents.gather(np.unique(np.linspace(0, n - 1, min(n, most)).astype(int)))['mean'][:, 0].astype(np.float32)
+    z = latents.gather(np.unique(np.linspace(0, n - 1, min(n, most)).astype(int)))['mean'][:, 0].astype(
+        np.float32
+    )
     return tuple([round(float(v), 4) for v in f(z, axis=(0, 2, 3))] for f in (np.mean, np.std))

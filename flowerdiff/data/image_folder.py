@@ -18,9 +18,9 @@ from ..core.workspace import fingerprint, progress
 
 # %% ../../nbs/data/02_image_folder.ipynb #62c0ad24
 def walk(
-    root: str | Path, # a folder
-    leave_out=(),     # folders in it that are not entered
-):                    # -> (path relative to `root`, '' or why it is no file that can be read)
+    root: str | Path,  # a folder
+    leave_out=(),  # folders in it that are not entered
+):  # -> (path relative to `root`, '' or why it is no file that can be read)
     "Every file below `root`, in a fixed order; links are followed, no folder is entered twice."
     folders, links = deque(['']), deque()
     seen = {_identity(p) for p in leave_out if os.path.exists(p)}
@@ -28,106 +28,158 @@ def walk(
         here = folders.popleft() if folders else links.popleft()
         try:
             if (me := _identity(os.path.join(root, here))) in seen:
-                if here: yield here, 'is a link to a folder that is already gone through'
+                if here:
+                    yield here, 'is a link to a folder that is already gone through'
                 continue
             seen.add(me)
             entries = sorted(os.scandir(os.path.join(root, here)), key=lambda e: e.name)
-        except OSError as e: yield here, f'cannot be opened ({e.strerror})'; continue
+        except OSError as e:
+            yield here, f'cannot be opened ({e.strerror})'
+            continue
         for e in entries:
-            if e.name.startswith('.') or e.name in ('Thumbs.db', 'desktop.ini', '__MACOSX'): continue
+            if e.name.startswith('.') or e.name in ('Thumbs.db', 'desktop.ini', '__MACOSX'):
+                continue
             name = os.path.join(here, e.name)
-            try: mode = e.stat().st_mode
-            except OSError: yield name, 'is a link that leads nowhere'; continue
-            if stat.S_ISDIR(mode): (links if e.is_symlink() else folders).append(name)
-            else: yield name, '' if stat.S_ISREG(mode) else 'is not a file (a pipe, a socket or a device)'
+            try:
+                mode = e.stat().st_mode
+            except OSError:
+                yield name, 'is a link that leads nowhere'
+                continue
+            if stat.S_ISDIR(mode):
+                (links if e.is_symlink() else folders).append(name)
+            else:
+                yield name, '' if stat.S_ISREG(mode) else 'is not a file (a pipe, a socket or a device)'
 
-def _identity(path) -> tuple: # what makes a folder the same folder
+
+def _identity(path) -> tuple:  # what makes a folder the same folder
     s = os.stat(path)
     return s.st_dev, s.st_ino
 
 # %% ../../nbs/data/02_image_folder.ipynb #97bbdb61
 class Metadata:
     "Rows of `metadata.jsonl` files, looked up by picture; `problems` lists (place, reason) of those that are of no use."
-    def __init__(self, root: str | Path): self.root, self.where, self.problems = Path(root), {}, []
 
-    def add(self,
-        file: str, # path of a metadata.jsonl, relative to the root; its rows name files beside it
-    ) -> int:      # rows that can be used
+    def __init__(self, root: str | Path):
+        self.root, self.where, self.problems = Path(root), {}, []
+
+    def add(
+        self,
+        file: str,  # path of a metadata.jsonl, relative to the root; its rows name files beside it
+    ) -> int:  # rows that can be used
         n = used = 0
-        with open(self.root/file, 'rb') as f:
+        with open(self.root / file, 'rb') as f:
             while line := f.readline(16_000_000):
                 at, n = f.tell() - len(line), n + 1
-                if not line.strip(b' \t\r\n\xef\xbb\xbf'): continue
-                try: name = self._name(line, file)
-                except ValueError as e: self.problems.append((f'{shown(file)} line {n}', str(e))); continue
-                if name in self.where: self.problems.append((f'{shown(file)} line {n}', f'is a second row for {shown(name)}; the first one is used'))
-                else: self.where[name] = file, at, n; used += 1
+                if not line.strip(b' \t\r\n\xef\xbb\xbf'):
+                    continue
+                try:
+                    name = self._name(line, file)
+                except ValueError as e:
+                    self.problems.append((f'{shown(file)} line {n}', str(e)))
+                    continue
+                if name in self.where:
+                    self.problems.append(
+                        (
+                            f'{shown(file)} line {n}',
+                            f'is a second row for {shown(name)}; the first one is used',
+                        )
+                    )
+                else:
+                    self.where[name] = file, at, n
+                    used += 1
         return used
 
-    def _name(self, line: bytes, file: str) -> str: # of the picture, relative to the root
-        try: row = json.loads(line.decode('utf-8-sig'))
-        except UnicodeDecodeError: raise ValueError('is not UTF-8 text') from None
-        except (json.JSONDecodeError, RecursionError) as e: raise ValueError(f'is not JSON ({getattr(e, "msg", "nested too deeply")})') from None
-        if not isinstance(row, dict) or not isinstance(row.get('file_name'), str): raise ValueError('has no file_name')
+    def _name(self, line: bytes, file: str) -> str:  # of the picture, relative to the root
+        try:
+            row = json.loads(line.decode('utf-8-sig'))
+        except UnicodeDecodeError:
+            raise ValueError('is not UTF-8 text') from None
+        except (json.JSONDecodeError, RecursionError) as e:
+            raise ValueError(f'is not JSON ({getattr(e, "msg", "nested too deeply")})') from None
+        if not isinstance(row, dict) or not isinstance(row.get('file_name'), str):
+            raise ValueError('has no file_name')
         return _key(os.path.normpath(os.path.join(os.path.dirname(file), row['file_name'])))
 
-    def row(self,
-        name: str, # a picture, relative to the root
-    ) -> dict:     # empty when nothing is told of it
-        if (place := self.where.get(_key(name))) is None: return {}
-        with open(self.root/place[0], 'rb') as f: f.seek(place[1]); return json.loads(f.readline().decode('utf-8-sig'))
+    def row(
+        self,
+        name: str,  # a picture, relative to the root
+    ) -> dict:  # empty when nothing is told of it
+        if (place := self.where.get(_key(name))) is None:
+            return {}
+        with open(self.root / place[0], 'rb') as f:
+            f.seek(place[1])
+            return json.loads(f.readline().decode('utf-8-sig'))
 
-    def missing(self,
-        names,   # of the pictures that are there
-    ) -> list:   # (place, reason) of rows for others
+    def missing(
+        self,
+        names,  # of the pictures that are there
+    ) -> list:  # (place, reason) of rows for others
         there = {_key(n) for n in names}
-        return [(f'{shown(f)} line {n}', f'describes {shown(k)}, which is not there') for k, (f, _, n) in self.where.items() if k not in there]
+        return [
+            (f'{shown(f)} line {n}', f'describes {shown(k)}, which is not there')
+            for k, (f, _, n) in self.where.items()
+            if k not in there
+        ]
 
-def _key(name: str) -> str: return unicodedata.normalize('NFC', name) # a Mac writes ü as two characters
+
+def _key(name: str) -> str:
+    return unicodedata.normalize('NFC', name)  # a Mac writes ü as two characters
 
 # %% ../../nbs/data/02_image_folder.ipynb #c64ab5ce
 def each_row(
-    path: str | Path, # a metadata.jsonl that a stage wrote
-):                    # -> rows
+    path: str | Path,  # a metadata.jsonl that a stage wrote
+):  # -> rows
     "Rows of a file, one at a time."
-    with open(path, encoding='utf-8') as f: yield from map(json.loads, f)
+    with open(path, encoding='utf-8') as f:
+        yield from map(json.loads, f)
 
 # %% ../../nbs/data/02_image_folder.ipynb #98c98e81
 def given_captions(
-    row: dict, # of metadata.jsonl
-) -> list:     # texts, none empty, each once
+    row: dict,  # of metadata.jsonl
+) -> list:  # texts, none empty, each once
     "The captions in a row: `captions`, or one under `caption` or `text`."
     c = next((row[k] for k in ('captions', 'caption', 'text') if row.get(k)), [])
     c = c if isinstance(c, list) else [c]
     return list(dict.fromkeys(t.strip() for t in c if isinstance(t, str) and t.strip()))
 
-GENERIC = set('train training val valid validation test images image imgs img pictures pics photos data dataset jpg jpeg png'.split())
+
+GENERIC = set(
+    'train training val valid validation test images image imgs img pictures pics photos data dataset jpg jpeg png'.split()
+)
+
 
 def label_of(
-    name: str,      # a picture, relative to the root
-    row: dict = {}, # its metadata
-) -> str:           # '' when it has none
+    name: str,  # a picture, relative to the root
+    row: dict = {},  # its metadata
+) -> str:  # '' when it has none
     "A picture's class: told by its row, else its folder's name as words."
     for k in ('class_name', 'label_name', 'label', 'class'):
-        if isinstance(row.get(k), (str, int)) and str(row[k]).strip(): return str(row[k]).strip()
+        if isinstance(row.get(k), (str, int)) and str(row[k]).strip():
+            return str(row[k]).strip()
     parent = os.path.basename(os.path.dirname(name))
-    return '' if parent.lower() in GENERIC else ' '.join(shown(parent).replace('_', ' ').replace('-', ' ').split())
+    return (
+        ''
+        if parent.lower() in GENERIC
+        else ' '.join(shown(parent).replace('_', ' ').replace('-', ' ').split())
+    )
 
 # %% ../../nbs/data/02_image_folder.ipynb #278c51d2
 def hash_pairs(
-    hashes,          # [n] 64-bit numbers
-    bits: int = 4,   # differ in at most so many
-    reach: int = 64, # neighbours compared, in each sorted order
-) -> list:           # pairs (i, j), i < j
+    hashes,  # [n] 64-bit numbers
+    bits: int = 4,  # differ in at most so many
+    reach: int = 64,  # neighbours compared, in each sorted order
+) -> list:  # pairs (i, j), i < j
     "Pairs of hashes that are almost the same; in a crowd of more than `reach` alike ones, some pairs are left out."
     h, pairs = np.asarray(hashes, np.uint64), set()
     edges = np.linspace(0, 64, bits + 2).astype(int)
     for a, b in zip(edges, edges[1:]):
         part = (h >> np.uint64(a)) & np.uint64((1 << int(b - a)) - 1)
-        order = np.lexsort((h, part)); p, s = part[order], h[order]
+        order = np.lexsort((h, part))
+        p, s = part[order], h[order]
         for d in range(1, min(reach, len(h) - 1) + 1):
             same = p[d:] == p[:-d]
-            if not same.any(): break
+            if not same.any():
+                break
             k = np.flatnonzero(same & (np.bitwise_count(s[d:] ^ s[:-d]) <= bits))
             pairs |= {(min(i, j), max(i, j)) for i, j in zip(order[k].tolist(), order[k + d].tolist())}
     return sorted(pairs)
@@ -135,88 +187,127 @@ def hash_pairs(
 # %% ../../nbs/data/02_image_folder.ipynb #ac0d9e52
 def spread(
     items: list,  # in some order
-    share: float, # of them to take
+    share: float,  # of them to take
 ) -> list:
     "Evenly spaced items, `share` of all to the nearest whole number."
-    return [x for i, x in enumerate(items) if int((i + 1)*share + .5 + 1e-9) > int(i*share + .5 + 1e-9)]
+    return [x for i, x in enumerate(items) if int((i + 1) * share + 0.5 + 1e-9) > int(i * share + 0.5 + 1e-9)]
+
 
 def split_names(
-    labels: list, # [n] class of each picture
-    keys: list,   # [n] hash of its content
-    val: float,   # share
+    labels: list,  # [n] class of each picture
+    keys: list,  # [n] hash of its content
+    val: float,  # share
     test: float,  # share
-    twins=(),     # indices that stay in training
-) -> list:        # [n] 'train', 'val' or 'test'
+    twins=(),  # indices that stay in training
+) -> list:  # [n] 'train', 'val' or 'test'
     "A split by content with every class in proportion; val and test get at least one each."
     order = sorted(set(range(len(keys))) - set(twins), key=lambda i: (labels[i], keys[i]))
-    held = spread(order, min(max((val + test)*len(keys), 2)/max(len(order), 1), 1))
-    tests = set(spread(held, min(max(test/(val + test), 1/max(len(held), 1)), 1 - 1/max(len(held), 1))))
-    out = ['train']*len(keys)
-    for i in held: out[i] = 'test' if i in tests else 'val'
+    held = spread(order, min(max((val + test) * len(keys), 2) / max(len(order), 1), 1))
+    tests = set(spread(held, min(max(test / (val + test), 1 / max(len(held), 1)), 1 - 1 / max(len(held), 1))))
+    out = ['train'] * len(keys)
+    for i in held:
+        out[i] = 'test' if i in tests else 'val'
     return out
 
 # %% ../../nbs/data/02_image_folder.ipynb #e675f169
 def stratified(
-    labels: list, # [n] class of each picture
-    keys: list,   # [n] hash of its content
-    val: float,   # share
+    labels: list,  # [n] class of each picture
+    keys: list,  # [n] hash of its content
+    val: float,  # share
     test: float,  # share
-    twins=(),     # indices that stay in training
-) -> list:        # [n] 'train', 'val' or 'test'
+    twins=(),  # indices that stay in training
+) -> list:  # [n] 'train', 'val' or 'test'
     "Each class split by content, on its own: its shares to the nearest whole picture, one at least in each split; a class of fewer than three trains."
-    classes, out = {}, ['train']*len(keys)
-    for i, label in enumerate(labels): classes.setdefault(label, []).append(i)
+    classes, out = {}, ['train'] * len(keys)
+    for i, label in enumerate(labels):
+        classes.setdefault(label, []).append(i)
     for each in classes.values():
-        if len(each) < 3 or len(each) - len(set(each) & set(twins)) < 2: continue
-        own = split_names([''] * len(each), [keys[i] for i in each], val, test, [k for k, i in enumerate(each) if i in twins])
-        for i, s in zip(each, own): out[i] = s
+        if len(each) < 3 or len(each) - len(set(each) & set(twins)) < 2:
+            continue
+        own = split_names(
+            [''] * len(each),
+            [keys[i] for i in each],
+            val,
+            test,
+            [k for k, i in enumerate(each) if i in twins],
+        )
+        for i, s in zip(each, own):
+            out[i] = s
     return out
 
 # %% ../../nbs/data/02_image_folder.ipynb #10182b7e
-OFFICIAL = dict(train='train', training='train', trn='train', val='val', valid='val', validation='val', dev='val', test='test', tst='test')
+OFFICIAL = dict(
+    train='train',
+    training='train',
+    trn='train',
+    val='val',
+    valid='val',
+    validation='val',
+    dev='val',
+    test='test',
+    tst='test',
+)
+
 
 def official_split(
     name: str,  # of a file, relative to the root
-    told: dict, # its row of metadata
-) -> str:       # 'train', 'val', 'test', or '' when nobody says
+    told: dict,  # its row of metadata
+) -> str:  # 'train', 'val', 'test', or '' when nobody says
     "The split that the collection's makers chose: the column `official_split` or `split`, else the first folder. Used only when asked for."
     said = (str(told.get('official_split', '')), str(told.get('split', '')), name.split(os.sep)[0])
     return next((OFFICIAL[s.lower()] for s in said if s.lower() in OFFICIAL), '')
 
 # %% ../../nbs/data/02_image_folder.ipynb #226f40f4
 def look_through(
-    source: Path, # a folder of pictures
-    most: int,    # pictures to take
-    leave_out=(), # folders not to enter
-) -> tuple:       # (names of the files, what metadata.jsonl says, [(file, why it is left out)])
+    source: Path,  # a folder of pictures
+    most: int,  # pictures to take
+    leave_out=(),  # folders not to enter
+) -> tuple:  # (names of the files, what metadata.jsonl says, [(file, why it is left out)])
     "What there is. Of more than `most` files those are taken whose names have the lowest hashes: spread over all folders, and the same for everyone."
     names, told, left = [], Metadata(source), []
     for name, why in walk(source, leave_out):
-        if why: left.append((shown(name), why))
-        elif os.path.basename(name) != 'metadata.jsonl': names.append(name)
+        if why:
+            left.append((shown(name), why))
+        elif os.path.basename(name) != 'metadata.jsonl':
+            names.append(name)
         elif not told.add(name) and told.problems:
-            raise UserError(f'{source/name}: no line of it can be used ({told.problems[-1][0].rpartition("/")[2]} {told.problems[-1][1]}); write one JSON object a line, with file_name')
+            raise UserError(
+                f'{source / name}: no line of it can be used ({told.problems[-1][0].rpartition("/")[2]} {told.problems[-1][1]}); write one JSON object a line, with file_name'
+            )
     left += told.problems + told.missing(names)
-    return sorted(sorted(names, key=lambda n: fingerprint(shown(n)))[:most]) if len(names) > most else names, told, left
+    return (
+        sorted(sorted(names, key=lambda n: fingerprint(shown(n)))[:most]) if len(names) > most else names,
+        told,
+        left,
+    )
 
 # %% ../../nbs/data/02_image_folder.ipynb #13eea182
-def _seal(source: Path, name: str) -> list: # tells whether a file has changed
-    s = os.stat(source/name)
+def _seal(source: Path, name: str) -> list:  # tells whether a file has changed
+    s = os.stat(source / name)
     return [shown(name), s.st_size, s.st_mtime_ns]
 
+
 def still_true(
-    rows: Path,   # rows of an earlier run
+    rows: Path,  # rows of an earlier run
     source: Path,
     names: list,
-) -> int:         # how many of the first names need no work; the file is cut there
+) -> int:  # how many of the first names need no work; the file is cut there
     "Rows of a stopped run that still hold."
     n = at = 0
-    if not rows.exists(): return 0
+    if not rows.exists():
+        return 0
     with open(rows, 'rb') as f:
         for name, line in zip(names, f):
-            try: row = json.loads(line)
-            except ValueError: break
-            if row['seal'] != _seal(source, name) or 'file' in row and not (rows.parent/row['file']).exists(): break
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if (
+                row['seal'] != _seal(source, name)
+                or 'file' in row
+                and not (rows.parent / row['file']).exists()
+            ):
+                break
             n, at = n + 1, at + len(line)
     os.truncate(rows, at)
     return n
@@ -224,57 +315,95 @@ def still_true(
 # %% ../../nbs/data/02_image_folder.ipynb #fdcc10c6
 def make_squares(
     source: Path,
-    names: list, # of files in it
-    side: int,   # pixels
+    names: list,  # of files in it
+    side: int,  # pixels
     work: Path,  # where the squares go, with rows.jsonl: a row a file, in order
-    crop: str = 'center', # or 'random', or 'buckets'
+    crop: str = 'center',  # or 'random', or 'buckets'
 ):
     "Every file becomes a square, or a reason. Goes on where a stopped run was."
-    done = still_true(work/'rows.jsonl', source, names)
-    if done: print(f'{done} of {len(names)} files are done already')
+    done = still_true(work / 'rows.jsonl', source, names)
+    if done:
+        print(f'{done} of {len(names)} files are done already')
     todo = names[done:]
-    jobs = ((source/n, work/fingerprint(shown(n))[:20], side, crop) for n in todo)
+    jobs = ((source / n, work / fingerprint(shown(n))[:20], side, crop) for n in todo)
     results = in_order(prepare_picture, jobs, 1 if len(todo) < 50 else None)
-    with open(work/'rows.jsonl', 'a', encoding='utf-8') as f:
+    with open(work / 'rows.jsonl', 'a', encoding='utf-8') as f:
         for name, row in zip(todo, progress(results, len(todo), 'pictures')):
-            f.write(json.dumps(dict(seal=_seal(source, name), **row)) + '\n'); f.flush()
+            f.write(json.dumps(dict(seal=_seal(source, name), **row)) + '\n')
+            f.flush()
 
-def held_out_squares(source: Path, rows: list, side: int, work: Path) -> dict: # rows of `choose` -> name of a file: facts of its square, in `work`
+
+def held_out_squares(
+    source: Path, rows: list, side: int, work: Path
+) -> dict:  # rows of `choose` -> name of a file: facts of its square, in `work`
     "Squares of the pictures that do not train, for a run whose training pictures are none: what is compared is of one shape."
-    names = [name for _, split, _, name in rows if split != 'train']; work.mkdir(exist_ok=True)
+    names = [name for _, split, _, name in rows if split != 'train']
+    work.mkdir(exist_ok=True)
     make_squares(source, names, side, work)
-    out = dict(zip(names, each_row(work/'rows.jsonl')))
-    if bad := [n for n in names if 'reason' in out[n]]: raise UserError(f'{source/bad[0]}: {out[bad[0]]["reason"]}, which it did not a moment ago; run again')
+    out = dict(zip(names, each_row(work / 'rows.jsonl')))
+    if bad := [n for n in names if 'reason' in out[n]]:
+        raise UserError(
+            f'{source / bad[0]}: {out[bad[0]]["reason"]}, which it did not a moment ago; run again'
+        )
     return out
 
 # %% ../../nbs/data/02_image_folder.ipynb #90516d49
 def choose(
-    work: Path,      # with rows.jsonl and the squares
-    names: list,     # file of each row
+    work: Path,  # with rows.jsonl and the squares
+    names: list,  # file of each row
     told: Metadata,
-    settings,        # of prepare
-) -> tuple:          # ([(sha256, split, offset of the row, name)] of those to keep, near copies [(name, name)], left out [(file, why)])
+    settings,  # of prepare
+) -> tuple:  # ([(sha256, split, offset of the row, name)] of those to keep, near copies [(name, name)], left out [(file, why)])
     "Which pictures are used, and for what."
     keys, hashes, labels, says, kept, files, least, left, at = {}, [], [], [], [], [], [], [], 0
-    with open(work/'rows.jsonl', 'rb') as f:
+    with open(work / 'rows.jsonl', 'rb') as f:
         for name, line in zip(names, f):
             row, here, at = json.loads(line), at, at + len(line)
-            if 'reason' in row: left.append((shown(name), row['reason'])); continue
-            if row['sha256'] in keys: left.append((shown(name), f"has the same pixels as {shown(kept[keys[row['sha256']]][1])}")); continue
+            if 'reason' in row:
+                left.append((shown(name), row['reason']))
+                continue
+            if row['sha256'] in keys:
+                left.append((shown(name), f'has the same pixels as {shown(kept[keys[row["sha256"]]][1])}'))
+                continue
             keys[row['sha256']], meta = len(kept), told.row(name)
-            kept.append((here, name)); hashes.append(row['hash']); files.append(row['file']); least.append(.65 if 'bucket' in row else .95); labels.append(label_of(name, meta)); says.append(official_split(name, meta))
-    twins = [(i, j) for i, j in hash_pairs(hashes) if look_alike(work/files[i], work/files[j], min(least[i], least[j]))] # of a bucket the middle shows a little more or less
-    splits = _splits(list(keys), labels, says, {i for pair in twins for i in pair}, settings) if len(keys) > 2 else ['train']*len(keys)
-    return sorted((k, s, *x) for k, s, x in zip(keys, splits, kept)), [(shown(kept[i][1]), shown(kept[j][1])) for i, j in twins], left
+            kept.append((here, name))
+            hashes.append(row['hash'])
+            files.append(row['file'])
+            least.append(0.65 if 'bucket' in row else 0.95)
+            labels.append(label_of(name, meta))
+            says.append(official_split(name, meta))
+    twins = [
+        (i, j)
+        for i, j in hash_pairs(hashes)
+        if look_alike(work / files[i], work / files[j], min(least[i], least[j]))
+    ]  # of a bucket the middle shows a little more or less
+    splits = (
+        _splits(list(keys), labels, says, {i for pair in twins for i in pair}, settings)
+        if len(keys) > 2
+        else ['train'] * len(keys)
+    )
+    return (
+        sorted((k, s, *x) for k, s, x in zip(keys, splits, kept)),
+        [(shown(kept[i][1]), shown(kept[j][1])) for i, j in twins],
+        left,
+    )
+
 
 def _splits(keys, labels, says, twins, settings) -> list:
     if settings.split == 'content':
-        if len(keys) - len(twins) < 2: twins = () # all are alike
+        if len(keys) - len(twins) < 2:
+            twins = ()  # all are alike
         return split_names(labels, keys, settings.val, settings.test, twins)
     if settings.split == 'stratified':
         out = stratified(labels, keys, settings.val, settings.test, twins)
-        if 'val' not in out: raise UserError('prepare.split: is stratified, but no class has three pictures that differ; use content')
+        if 'val' not in out:
+            raise UserError(
+                'prepare.split: is stratified, but no class has three pictures that differ; use content'
+            )
         return out
     out = ['train' if i in twins else s or 'train' for i, s in enumerate(says)]
-    if missing := [s for s in ('train', 'val', 'test') if s not in out]: raise UserError(f'prepare.split: is official, but no picture is said to be in {" or ".join(missing)}; use content')
+    if missing := [s for s in ('train', 'val', 'test') if s not in out]:
+        raise UserError(
+            f'prepare.split: is official, but no picture is said to be in {" or ".join(missing)}; use content'
+        )
     return out

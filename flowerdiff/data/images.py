@@ -19,8 +19,8 @@ from ..core.profiles import UserError
 
 # %% ../../nbs/data/01_images.ipynb #1d6b01f8
 def shown(
-    name: str, # a file's name as the system gives it
-) -> str:      # the same, printable on one line
+    name: str,  # a file's name as the system gives it
+) -> str:  # the same, printable on one line
     "A name with line breaks and bytes that are no text written as escapes."
     name = os.fsencode(name).decode('utf-8', 'backslashreplace')
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in name)
@@ -29,154 +29,229 @@ def shown(
 class BadPicture(Exception):
     "Why a file can not be used, in words that follow its name."
 
+
 FORMATS = 'JPEG MPO PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000'.split()
-MAX_PIXELS = 100_000_000 # more would take gigabytes to decode
+MAX_PIXELS = 100_000_000  # more would take gigabytes to decode
+
 
 @lru_cache
-def _formats() -> tuple: # those that this Pillow was built with
+def _formats() -> tuple:  # those that this Pillow was built with
     Image.init()
     return tuple(f for f in FORMATS if f in Image.OPEN)
 
 # %% ../../nbs/data/01_images.ipynb #01d4235c
 def to_rgb(
-    im: Image.Image, # any mode
+    im: Image.Image,  # any mode
 ) -> Image.Image:
     "The picture in RGB, 8 bits, over white where it is transparent."
     if im.mode.startswith(('I', 'F')):
         a = np.nan_to_num(np.asarray(im, np.float32)).clip(0)
-        top = 65535. if im.mode.startswith('I;16') else next((t for t in (1., 255., 65535.) if a.max() <= t), a.max())
-        im = Image.fromarray((a*(255/top)).round().astype(np.uint8))
+        top = (
+            65535.0
+            if im.mode.startswith('I;16')
+            else next((t for t in (1.0, 255.0, 65535.0) if a.max() <= t), a.max())
+        )
+        im = Image.fromarray((a * (255 / top)).round().astype(np.uint8))
     if im.has_transparency_data:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im if im.mode == 'RGB' else im.convert('RGB')
 
+
 def upright(
-    im: Image.Image, # perhaps with an EXIF note of how the camera was held
+    im: Image.Image,  # perhaps with an EXIF note of how the camera was held
 ) -> Image.Image:
     "The picture as it was seen; a damaged note changes nothing."
-    try: return ImageOps.exif_transpose(im)
-    except Exception: return im
+    try:
+        return ImageOps.exif_transpose(im)
+    except Exception:
+        return im
 
 # %% ../../nbs/data/01_images.ipynb #dd48735f
 def buckets(
-    side: int, # of the square that they stand in for, pixels
-) -> list:     # (width, height), none longer than twice its breadth
+    side: int,  # of the square that they stand in for, pixels
+) -> list:  # (width, height), none longer than twice its breadth
     "The shapes that pictures may keep: areas of at most the square's, sides in sixteenths of it and multiples of 8."
-    step, out = max(8, side//128*8), {(side, side): None}
-    for w in range(2*side, side, -step):
-        h = side*side//w//step*step
-        if w <= 2*h and h not in {b[1] for b in out}: out |= {(w, h): None, (h, w): None}
+    step, out = max(8, side // 128 * 8), {(side, side): None}
+    for w in range(2 * side, side, -step):
+        h = side * side // w // step * step
+        if w <= 2 * h and h not in {b[1] for b in out}:
+            out |= {(w, h): None, (h, w): None}
     return sorted(out)
+
 
 def nearest_bucket(
     width: int,  # of a picture
     height: int,
-    side: int,   # of the square, pixels
-) -> tuple:      # (width, height)
+    side: int,  # of the square, pixels
+) -> tuple:  # (width, height)
     "The bucket whose shape is nearest."
-    return min(buckets(side), key=lambda b: (abs(math.log(b[0]*height/(b[1]*width))), b))
+    return min(buckets(side), key=lambda b: (abs(math.log(b[0] * height / (b[1] * width))), b))
 
 # %% ../../nbs/data/01_images.ipynb #dba0f8d6
 def load_picture(
-    path: str | Path, # a file
-    side: int,        # of the square wanted, pixels
-    crop: str = 'center', # or 'random', or 'buckets'
-) -> tuple:           # (RGB picture side x side or of a bucket, facts: width and height as found, a note, `plain`: nothing had to be changed, and the bucket if it is no square, with the hash of its middle)
+    path: str | Path,  # a file
+    side: int,  # of the square wanted, pixels
+    crop: str = 'center',  # or 'random', or 'buckets'
+) -> tuple:  # (RGB picture side x side or of a bucket, facts: width and height as found, a note, `plain`: nothing had to be changed, and the bucket if it is no square, with the hash of its middle)
     "Open a picture. Raises `BadPicture` with the reason for a file that can not be used."
     try:
-        if not os.path.getsize(path): raise BadPicture('is empty (0 bytes)')
+        if not os.path.getsize(path):
+            raise BadPicture('is empty (0 bytes)')
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            with Image.open(path, formats=_formats()) as im: return _cut(im, side, crop)
-    except BadPicture: raise
-    except UnidentifiedImageError: raise BadPicture('is not a picture that can be read') from None
-    except Image.DecompressionBombError: raise BadPicture(_too_large) from None
-    except OSError as e: raise BadPicture(f'cannot be read ({e.strerror})' if e.errno else 'is truncated' if 'truncated' in str(e).lower() else f'is damaged ({e})') from None
-    except Exception as e: raise BadPicture(f'is damaged ({shown(str(e)) or type(e).__name__})') from None
+            with Image.open(path, formats=_formats()) as im:
+                return _cut(im, side, crop)
+    except BadPicture:
+        raise
+    except UnidentifiedImageError:
+        raise BadPicture('is not a picture that can be read') from None
+    except Image.DecompressionBombError:
+        raise BadPicture(_too_large) from None
+    except OSError as e:
+        raise BadPicture(
+            f'cannot be read ({e.strerror})'
+            if e.errno
+            else 'is truncated'
+            if 'truncated' in str(e).lower()
+            else f'is damaged ({e})'
+        ) from None
+    except Exception as e:
+        raise BadPicture(f'is damaged ({shown(str(e)) or type(e).__name__})') from None
 
-_too_large = f'has more than {MAX_PIXELS//10**6} million pixels; shrink it'
+
+_too_large = f'has more than {MAX_PIXELS // 10**6} million pixels; shrink it'
+
 
 def _cut(im, side: int, crop: str):
     w, h = im.size
-    if w*h > MAX_PIXELS: raise BadPicture(_too_large)
-    if 2*min(w, h) < side: raise BadPicture(f'is {w}x{h} pixels, less than half of prepare.resolution ({side})')
-    if max(w, h) > 8*min(w, h): raise BadPicture(f'is {w}x{h} pixels, a strip; cut the part out that matters')
-    note = 'first of several frames' if getattr(im, 'is_animated', False) and im.format != 'MPO' else 'enlarged' if min(w, h) < side else ''
-    plain = im.format in ('JPEG', 'PNG') and im.mode == 'RGB' and not {'exif', 'icc_profile', 'transparency'} & set(im.info)
-    im.draft(None, (4*side, 4*side) if crop == 'buckets' else (2*side, 2*side)); im.load()
+    if w * h > MAX_PIXELS:
+        raise BadPicture(_too_large)
+    if 2 * min(w, h) < side:
+        raise BadPicture(f'is {w}x{h} pixels, less than half of prepare.resolution ({side})')
+    if max(w, h) > 8 * min(w, h):
+        raise BadPicture(f'is {w}x{h} pixels, a strip; cut the part out that matters')
+    note = (
+        'first of several frames'
+        if getattr(im, 'is_animated', False) and im.format != 'MPO'
+        else 'enlarged'
+        if min(w, h) < side
+        else ''
+    )
+    plain = (
+        im.format in ('JPEG', 'PNG')
+        and im.mode == 'RGB'
+        and not {'exif', 'icc_profile', 'transparency'} & set(im.info)
+    )
+    im.draft(None, (4 * side, 4 * side) if crop == 'buckets' else (2 * side, 2 * side))
+    im.load()
     turned = upright(im)
-    if turned.height/turned.width != im.height/im.width: w, h = h, w
+    if turned.height / turned.width != im.height / im.width:
+        w, h = h, w
     size = nearest_bucket(w, h, side) if crop == 'buckets' else (side, side)
     rgb = to_rgb(turned)
-    where = np.random.default_rng(perceptual_hash(rgb)).random(2) if crop == 'random' else (.5, .5)
-    facts = dict(width=w, height=h, note=note, plain=plain and (w, h) == size) | (dict(bucket=size, hash=perceptual_hash(ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS))) if size != (side, side) else {}) # of its middle: a picture and its square are to be known for the same
+    where = np.random.default_rng(perceptual_hash(rgb)).random(2) if crop == 'random' else (0.5, 0.5)
+    facts = dict(width=w, height=h, note=note, plain=plain and (w, h) == size) | (
+        dict(bucket=size, hash=perceptual_hash(ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS)))
+        if size != (side, side)
+        else {}
+    )  # of its middle: a picture and its square are to be known for the same
     return ImageOps.fit(rgb, size, Image.Resampling.LANCZOS, centering=tuple(where)), facts
 
 # %% ../../nbs/data/01_images.ipynb #4cc1447d
 def pixel_sha256(
-    im: Image.Image, # RGB
+    im: Image.Image,  # RGB
 ) -> str:
     "SHA-256 of the pixels: the same picture in another file format has the same."
     return hashlib.sha256(f'{im.size}'.encode() + im.tobytes()).hexdigest()
 
 # %% ../../nbs/data/01_images.ipynb #3ba8580a
-_DCT = np.cos(np.pi/32*(np.arange(32) + .5)*np.arange(8)[:, None])
+_DCT = np.cos(np.pi / 32 * (np.arange(32) + 0.5) * np.arange(8)[:, None])
+
 
 def perceptual_hash(
-    im: Image.Image, # RGB
-) -> int:            # 64 bits
+    im: Image.Image,  # RGB
+) -> int:  # 64 bits
     "Signs of the picture's lowest frequencies, around their median (pHash, Zauner 2010)."
     low = _DCT @ np.asarray(im.convert('L').resize((32, 32), Image.Resampling.BOX), float) @ _DCT.T
     return int.from_bytes(np.packbits(low > np.median(low.ravel()[1:])).tobytes(), 'big')
 
 # %% ../../nbs/data/01_images.ipynb #870e2aab
-def _coarse(path) -> np.ndarray: # 16x16 RGB, without brightness and contrast
+def _coarse(path) -> np.ndarray:  # 16x16 RGB, without brightness and contrast
     x = np.asarray(ImageOps.fit(Image.open(path).convert('RGB'), (16, 16), Image.Resampling.BOX), float)
-    return (x - x.mean())/max(np.linalg.norm(x - x.mean()), 1e-6)
+    return (x - x.mean()) / max(np.linalg.norm(x - x.mean()), 1e-6)
+
 
 def look_alike(
-    a: str | Path,      # a picture's file
-    b: str | Path,      # another
-    least: float = .95, # correlation wanted
+    a: str | Path,  # a picture's file
+    b: str | Path,  # another
+    least: float = 0.95,  # correlation wanted
 ) -> bool:
     "Do the two look the same in the middle at 16 pixels, brightness and contrast aside?"
-    return bool((_coarse(a)*_coarse(b)).sum() >= least)
+    return bool((_coarse(a) * _coarse(b)).sum() >= least)
 
 # %% ../../nbs/data/01_images.ipynb #39f743bc
-def _worker(): # Ctrl-C is the parent's to handle; a worker does not outlive its parent
+def _worker():  # Ctrl-C is the parent's to handle; a worker does not outlive its parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == 'linux':
         import ctypes
+
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
+
 def in_order(
-    f,                   # function of a module: f(item) -> result
-    items,               # what to apply it to, read as needed
-    workers: int = None, # processes; None: one a core; 1: here
-):                       # -> results, in the order of `items`
+    f,  # function of a module: f(item) -> result
+    items,  # what to apply it to, read as needed
+    workers: int = None,  # processes; None: one a core; 1: here
+):  # -> results, in the order of `items`
     "Apply `f` in worker processes."
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
-    if workers < 2: yield from map(f, items); return
+    workers = workers or (
+        len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    )
+    if workers < 2:
+        yield from map(f, items)
+        return
     import multiprocessing as mp
-    pool, ahead = ProcessPoolExecutor(workers, mp.get_context('fork' if sys.platform == 'linux' else 'spawn'), _worker), deque()
+
+    pool, ahead = (
+        ProcessPoolExecutor(workers, mp.get_context('fork' if sys.platform == 'linux' else 'spawn'), _worker),
+        deque(),
+    )
     try:
         for x in items:
             ahead.append(pool.submit(f, x))
-            if len(ahead) > 3*workers: yield ahead.popleft().result()
-        while ahead: yield ahead.popleft().result()
-    except BrokenProcessPool: raise UserError('a worker process was killed, most likely for want of memory; make room and run again, what is made stays') from None
-    finally: pool.shutdown(cancel_futures=True)
+            if len(ahead) > 3 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            'a worker process was killed, most likely for want of memory; make room and run again, what is made stays'
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/data/01_images.ipynb #ae8f9613
 def prepare_picture(
-    task: tuple, # (file, where to write without the ending, side in pixels, and perhaps the crop)
-) -> dict:       # facts of the picture written, or `reason`
+    task: tuple,  # (file, where to write without the ending, side in pixels, and perhaps the crop)
+) -> dict:  # facts of the picture written, or `reason`
     "Read a file and write the square, or what its bucket holds; a bad file is a result too, a full disk is an error."
     source, out, *how = task
-    try: im, facts = load_picture(source, *how)
-    except BadPicture as e: return dict(reason=str(e))
+    try:
+        im, facts = load_picture(source, *how)
+    except BadPicture as e:
+        return dict(reason=str(e))
     ending = '.jpg' if open(source, 'rb').read(3) == b'\xff\xd8\xff' else '.png'
-    if facts.pop('plain'): shutil.copyfile(source, f'{out}{ending}')
-    else: im.save(f'{out}{ending}', **(dict(quality=95, subsampling=0) if ending == '.jpg' else dict(compress_level=3)))
-    return dict(facts, file=os.path.basename(out) + ending, sha256=pixel_sha256(im), hash=facts.get('hash') or perceptual_hash(im))
+    if facts.pop('plain'):
+        shutil.copyfile(source, f'{out}{ending}')
+    else:
+        im.save(
+            f'{out}{ending}',
+            **(dict(quality=95, subsampling=0) if ending == '.jpg' else dict(compress_level=3)),
+        )
+    return dict(
+        facts,
+        file=os.path.basename(out) + ending,
+        sha256=pixel_sha256(im),
+        hash=facts.get('hash') or perceptual_hash(im),
+    )

@@ -14,158 +14,210 @@ from ..core.workspace import UserError, read_json, write_json
 
 # %% ../../nbs/data/06_shards.ipynb #41265dda
 def record_type(
-    fields: dict, # name -> (shape, dtype)
+    fields: dict,  # name -> (shape, dtype)
 ) -> np.dtype:
     "How a record's bytes are laid out."
     return np.dtype([(k, np.dtype(dtype), tuple(shape)) for k, (shape, dtype) in fields.items()])
 
 # %% ../../nbs/data/06_shards.ipynb #cfe24815
-def shard_path(folder: Path, name: str, i: int) -> Path: return Path(folder)/f'{name}-{i:05d}.bin'
+def shard_path(folder: Path, name: str, i: int) -> Path:
+    return Path(folder) / f'{name}-{i:05d}.bin'
+
 
 def finished(
     folder: Path,
-    name: str,       # what the records are, such as 'latents'
-    layout: dict,    # `fields` and `shard_records` that a manifest must have; empty: any
-) -> tuple:          # (manifest, its shards that are there)
+    name: str,  # what the records are, such as 'latents'
+    layout: dict,  # `fields` and `shard_records` that a manifest must have; empty: any
+) -> tuple:  # (manifest, its shards that are there)
     "The shards that can be relied on, checked by length only."
-    try: m = read_json(Path(folder)/f'{name}.json')
-    except UserError: return {}, []
-    if any(m.get(k) != v for k, v in layout.items()): return {}, []
+    try:
+        m = read_json(Path(folder) / f'{name}.json')
+    except UserError:
+        return {}, []
+    if any(m.get(k) != v for k, v in layout.items()):
+        return {}, []
     size, kept = record_type(m['fields']).itemsize, []
     for i, s in enumerate(m['shards']):
         path = shard_path(folder, name, i)
-        if not path.is_file() or path.stat().st_size != s['records']*size: break
+        if not path.is_file() or path.stat().st_size != s['records'] * size:
+            break
         kept.append(s)
     return m, kept
 
 # %% ../../nbs/data/06_shards.ipynb #1f42eeea
 class ShardWriter:
     "Appends records to `folder/name-00000.bin`, `name-00001.bin`, …; starts behind the shards that a killed writer finished."
-    def __init__(self,
+
+    def __init__(
+        self,
         folder: str | Path,
-        name: str,                 # what the records are, such as 'latents'
-        fields: dict,              # name -> (shape, dtype)
-        shard_records: int = 1024, # records in a shard
+        name: str,  # what the records are, such as 'latents'
+        fields: dict,  # name -> (shape, dtype)
+        shard_records: int = 1024,  # records in a shard
     ):
         self.folder, self.name, self.dtype = Path(folder), name, record_type(fields)
-        self.layout = dict(fields={k: [list(shape), np.dtype(dtype).name] for k, (shape, dtype) in fields.items()}, shard_records=shard_records)
+        self.layout = dict(
+            fields={k: [list(shape), np.dtype(dtype).name] for k, (shape, dtype) in fields.items()},
+            shard_records=shard_records,
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         m, self.shards = finished(self.folder, name, self.layout)
         self.complete = bool(m.get('complete')) and len(self.shards) == len(m['shards'])
-        if not self.complete: self.shards = [s for s in self.shards if s['records'] == shard_records]
+        if not self.complete:
+            self.shards = [s for s in self.shards if s['records'] == shard_records]
         keep = {shard_path(self.folder, name, i) for i in range(len(self.shards))}
-        for path in self.folder.glob(f'{name}-*.bin*'): path.unlink() if path not in keep else None
+        for path in self.folder.glob(f'{name}-*.bin*'):
+            path.unlink() if path not in keep else None
         self._begin()
 
-    def _begin(self): self.file, self.waiting, self.hash = None, 0, hashlib.sha256()
+    def _begin(self):
+        self.file, self.waiting, self.hash = None, 0, hashlib.sha256()
 
-    def __len__(self): # records so far; at first those of the finished shards: go on with this one
+    def __len__(self):  # records so far; at first those of the finished shards: go on with this one
         return sum(s['records'] for s in self.shards) + self.waiting
 
 # %% ../../nbs/data/06_shards.ipynb #4bdc9df0
 @patch
-def append(self: ShardWriter,
-    **arrays, # one [n, ...] a field
+def append(
+    self: ShardWriter,
+    **arrays,  # one [n, ...] a field
 ):
     "Add `n` records."
     records = np.empty(len(next(iter(arrays.values()))), self.dtype)
-    for k in self.dtype.names: records[k] = arrays[k]
+    for k in self.dtype.names:
+        records[k] = arrays[k]
     while len(records):
-        if not self.file: self.file = open(shard_path(self.folder, self.name, len(self.shards)).with_suffix('.bin.part'), 'wb')
+        if not self.file:
+            self.file = open(
+                shard_path(self.folder, self.name, len(self.shards)).with_suffix('.bin.part'), 'wb'
+            )
         now, records = np.split(records, [self.layout['shard_records'] - self.waiting])
-        data = now.tobytes(); self.file.write(data); self.hash.update(data); self.waiting += len(now)
-        if self.waiting == self.layout['shard_records']: self._finish()
+        data = now.tobytes()
+        self.file.write(data)
+        self.hash.update(data)
+        self.waiting += len(now)
+        if self.waiting == self.layout['shard_records']:
+            self._finish()
 
 # %% ../../nbs/data/06_shards.ipynb #034ba05e
 @patch
-def _finish(self: ShardWriter): # the shard gets its name, and the manifest tells of it
-    self.file.flush(); os.fsync(self.file.fileno()); self.file.close()
+def _finish(self: ShardWriter):  # the shard gets its name, and the manifest tells of it
+    self.file.flush()
+    os.fsync(self.file.fileno())
+    self.file.close()
     os.replace(self.file.name, shard_path(self.folder, self.name, len(self.shards)))
     self.shards.append(dict(records=self.waiting, sha256=self.hash.hexdigest()))
-    self._begin(); self._tell()
+    self._begin()
+    self._tell()
+
 
 @patch
-def _tell(self: ShardWriter): write_json(self.folder/f'{self.name}.json', self.layout | dict(complete=self.complete, shards=self.shards))
+def _tell(self: ShardWriter):
+    write_json(
+        self.folder / f'{self.name}.json', self.layout | dict(complete=self.complete, shards=self.shards)
+    )
 
 # %% ../../nbs/data/06_shards.ipynb #90c06a77
 @patch
 def close(self: ShardWriter):
     "Finish the last, shorter shard; the set is complete."
-    if self.file: self._finish()
-    self.complete = True; self._tell()
+    if self.file:
+        self._finish()
+    self.complete = True
+    self._tell()
+
 
 @patch
-def __enter__(self: ShardWriter): return self
+def __enter__(self: ShardWriter):
+    return self
+
 
 @patch
 def __exit__(self: ShardWriter, kind, *_):
-    if not kind: self.close()
-    elif self.file: self.file.close()
+    if not kind:
+        self.close()
+    elif self.file:
+        self.file.close()
 
 # %% ../../nbs/data/06_shards.ipynb #d3526424
 class Shards:
     "Reads what a `ShardWriter` wrote. Raises `UserError` when it is not there or not all of it."
-    def __init__(self,
+
+    def __init__(
+        self,
         folder: str | Path,
-        name: str,     # such as 'latents'
-        partial: bool = False, # some of the files may be elsewhere; `shard` and `gather` want theirs
+        name: str,  # such as 'latents'
+        partial: bool = False,  # some of the files may be elsewhere; `shard` and `gather` want theirs
     ):
         self.folder, self.name = Path(folder), name
-        where = self.folder/f'{name}.json'
+        where = self.folder / f'{name}.json'
         m, self.shards = finished(self.folder, name, {})
-        if not m: raise UserError(f'{where}: is not there; run the stage encode')
-        if partial: self.shards = m['shards']
+        if not m:
+            raise UserError(f'{where}: is not there; run the stage encode')
+        if partial:
+            self.shards = m['shards']
         if not m['complete'] or len(self.shards) < len(m['shards']):
-            missing = shard_path(self.folder, name, len(self.shards)) if len(self.shards) < len(m['shards']) else where
+            missing = (
+                shard_path(self.folder, name, len(self.shards))
+                if len(self.shards) < len(m['shards'])
+                else where
+            )
             raise UserError(f'{missing}: is missing or not all there; run the stage encode again')
         self.fields, self.per_shard, self.dtype = m['fields'], m['shard_records'], record_type(m['fields'])
         self._maps = {}
 
-    def __len__(self): return sum(s['records'] for s in self.shards)
+    def __len__(self):
+        return sum(s['records'] for s in self.shards)
 
 # %% ../../nbs/data/06_shards.ipynb #f94d89af
 @patch
-def shard(self: Shards,
-    i: int,     # its number
-) -> np.ndarray: # [records] of `dtype`, mapped
+def shard(
+    self: Shards,
+    i: int,  # its number
+) -> np.ndarray:  # [records] of `dtype`, mapped
     "One shard."
-    if i not in self._maps: self._maps[i] = np.memmap(shard_path(self.folder, self.name, i), self.dtype, 'r')
+    if i not in self._maps:
+        self._maps[i] = np.memmap(shard_path(self.folder, self.name, i), self.dtype, 'r')
     return self._maps[i]
 
 # %% ../../nbs/data/06_shards.ipynb #b0ed768c
 @patch
-def gather(self: Shards,
-    indices,   # [n] record numbers, in any order
-) -> dict:     # field -> [n, ...]
+def gather(
+    self: Shards,
+    indices,  # [n] record numbers, in any order
+) -> dict:  # field -> [n, ...]
     "Records by their numbers. Raises IndexError for one that is not there."
     indices = np.asarray(indices, np.int64)
-    if len(indices) and not 0 <= indices.min() <= indices.max() < len(self): raise IndexError(f'{self.name} has {len(self)} records')
+    if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+        raise IndexError(f'{self.name} has {len(self)} records')
     out = np.empty(len(indices), self.dtype)
-    for s in np.unique(indices//self.per_shard):
-        here = indices//self.per_shard == s
+    for s in np.unique(indices // self.per_shard):
+        here = indices // self.per_shard == s
         out[here] = self.shard(int(s))[indices[here] % self.per_shard]
     return {k: out[k] for k in self.dtype.names}
 
 # %% ../../nbs/data/06_shards.ipynb #6cf05427
 @patch
-def load(self: Shards) -> dict: # field -> [records, ...]
+def load(self: Shards) -> dict:  # field -> [records, ...]
     "All records, in memory."
     out = {k: np.empty((len(self), *self.dtype[k].shape), self.dtype[k].base) for k in self.dtype.names}
     for i in range(len(self.shards)):
-        for k, v in out.items(): v[i*self.per_shard:(i + 1)*self.per_shard] = self.shard(i)[k]
+        for k, v in out.items():
+            v[i * self.per_shard : (i + 1) * self.per_shard] = self.shard(i)[k]
     return out
 
 # %% ../../nbs/data/06_shards.ipynb #5138f367
 def set_name(
-    name: str,   # what the records are, such as 'latents'
-    bucket=None, # (width, height) of the pictures; None: the square
+    name: str,  # what the records are, such as 'latents'
+    bucket=None,  # (width, height) of the pictures; None: the square
 ) -> str:
     return name + ('x'.join(map(str, bucket)) if bucket else '')
+
 
 def all_sets(
     folder: Path,
     name: str,
-) -> list: # of Shards: the squares first, then by name
+) -> list:  # of Shards: the squares first, then by name
     "Every set of records in a folder. Raises `UserError` as `Shards` does."
     others = sorted(p.stem for p in Path(folder).glob(f'{name}*x*.json'))
     return [Shards(folder, n) for n in (name, *others)]
@@ -176,5 +228,9 @@ def verify(self: Shards):
     "Compare every byte with the checksums. Raises `UserError` naming the damaged file."
     for i, s in enumerate(self.shards):
         path = shard_path(self.folder, self.name, i)
-        with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
-        if found != s['sha256']: raise UserError(f'{path}: is damaged (its checksum differs); delete it and run the stage encode again')
+        with open(path, 'rb') as f:
+            found = hashlib.file_digest(f, 'sha256').hexdigest()
+        if found != s['sha256']:
+            raise UserError(
+                f'{path}: is damaged (its checksum differs); delete it and run the stage encode again'
+            )

@@ -23,31 +23,36 @@ def windows(
     shards: int,  # how many there are
     seed: int,
     epoch: int,
-    size: int,    # shards in a window
-) -> list[np.ndarray]: # numbers of the shards, window by window
+    size: int,  # shards in a window
+) -> list[np.ndarray]:  # numbers of the shards, window by window
     "Which shards an epoch reads together."
     order = chance(seed, epoch, ORDER).permutation(shards)
-    return [order[i:i + size] for i in range(0, shards, size)]
+    return [order[i : i + size] for i in range(0, shards, size)]
 
 # %% ../../nbs/data/11_streaming.ipynb #d6444faf
 @lru_cache(4)
 def windowed_order(
-    sizes: tuple[int, ...], # pictures in each shard
+    sizes: tuple[int, ...],  # pictures in each shard
     seed: int,
     epoch: int,
-    size: int,              # shards in a window
-) -> np.ndarray:            # [n] a permutation
+    size: int,  # shards in a window
+) -> np.ndarray:  # [n] a permutation
     "The order in which an epoch visits the pictures of windows of shards."
     start, rng = np.concatenate([[0], np.cumsum(sizes)]), chance(seed, epoch, WINDOW)
-    return np.concatenate([rng.permutation(np.concatenate([np.arange(start[s], start[s + 1]) for s in part])) for part in windows(len(sizes), seed, epoch, size)])
+    return np.concatenate(
+        [
+            rng.permutation(np.concatenate([np.arange(start[s], start[s + 1]) for s in part]))
+            for part in windows(len(sizes), seed, epoch, size)
+        ]
+    )
 
 # %% ../../nbs/data/11_streaming.ipynb #70409da7
 def window_and_next(
     shard: int,  # whose window it is
-    shards: int, # how many there are
+    shards: int,  # how many there are
     seed: int,
     epoch: int,
-    size: int,   # shards in a window
+    size: int,  # shards in a window
 ) -> list[int]:  # numbers of shards
     "The window that has a shard, and the window after it."
     parts = windows(shards, seed, epoch, size)
@@ -58,60 +63,101 @@ def window_and_next(
 # %% ../../nbs/data/11_streaming.ipynb #8f97fd55
 class StreamedSplit(Split):
     "Encoded pictures of which a window of shards is in memory."
-    def __init__(self,
-        folder: Path,         # a split's, with latents.json
-        texts: Tensor,        # [U, L, D]
-        captions: list[list[int]],
-        window: int,          # shards
-        bring=None,           # (file name) -> Path, for a shard that is not in `folder`; the file is removed when it has been read
-    ):
-        self.shards, self.texts, self.captions, self.window, self.bring = Shards(folder, 'latents', partial=bring is not None), texts, captions, window, bring
-        self.sizes, self.held, self.pool = tuple(s['records'] for s in self.shards.shards), {}, ThreadPoolExecutor(1, 'shards')
 
-    def __len__(self): return len(self.shards)
+    def __init__(
+        self,
+        folder: Path,  # a split's, with latents.json
+        texts: Tensor,  # [U, L, D]
+        captions: list[list[int]],
+        window: int,  # shards
+        bring=None,  # (file name) -> Path, for a shard that is not in `folder`; the file is removed when it has been read
+    ):
+        self.shards, self.texts, self.captions, self.window, self.bring = (
+            Shards(folder, 'latents', partial=bring is not None),
+            texts,
+            captions,
+            window,
+            bring,
+        )
+        self.sizes, self.held, self.pool = (
+            tuple(s['records'] for s in self.shards.shards),
+            {},
+            ThreadPoolExecutor(1, 'shards'),
+        )
+
+    def __len__(self):
+        return len(self.shards)
+
     @property
-    def shape(self): return tuple(self.shards.dtype['mean'].shape[1:])
-    def to_gpu(self, share: float = .5): return self
+    def shape(self):
+        return tuple(self.shards.dtype['mean'].shape[1:])
+
+    def to_gpu(self, share: float = 0.5):
+        return self
 
 # %% ../../nbs/data/11_streaming.ipynb #c51b6fb7
 @patch
-def read(self: StreamedSplit,
-    s: int,      # number of a shard
-) -> np.ndarray: # its records
+def read(
+    self: StreamedSplit,
+    s: int,  # number of a shard
+) -> np.ndarray:  # its records
     "A shard, from here or from elsewhere. Raises `UserError` when its checksum differs."
     path = shard_path(self.shards.folder, 'latents', s)
-    if here := path.is_file(): data = path.read_bytes()
-    else: path = self.bring(path.name); data = path.read_bytes(); path.unlink()
-    if hashlib.sha256(data).hexdigest() != self.shards.shards[s]['sha256']: raise UserError(f'{path}: is damaged (its checksum differs); ' + ('delete it and run the stage encode again' if here else 'upload it again'))
+    if here := path.is_file():
+        data = path.read_bytes()
+    else:
+        path = self.bring(path.name)
+        data = path.read_bytes()
+        path.unlink()
+    if hashlib.sha256(data).hexdigest() != self.shards.shards[s]['sha256']:
+        raise UserError(
+            f'{path}: is damaged (its checksum differs); '
+            + ('delete it and run the stage encode again' if here else 'upload it again')
+        )
     return np.frombuffer(data, self.shards.dtype)
 
 # %% ../../nbs/data/11_streaming.ipynb #7ac120eb
 @patch
-def pictures(self: StreamedSplit,
+def pictures(
+    self: StreamedSplit,
     step: int,
     batch: int,  # pictures in the batch, over all processes
     seed: int,
-) -> np.ndarray: # [batch] their numbers
+) -> np.ndarray:  # [batch] their numbers
     "The pictures of a step; from here on their shards are read."
     order = lambda seed, epoch: windowed_order(self.sizes, seed, epoch, self.window)
     found = batch_pictures(step, batch, len(self), seed, order)
-    shards, epoch = found//self.shards.per_shard, ((step + 1)*batch - 1)//len(self)
-    wanted = dict.fromkeys([*map(int, shards), *window_and_next(shards[-1], len(self.sizes), seed, epoch, self.window)])
+    shards, epoch = found // self.shards.per_shard, ((step + 1) * batch - 1) // len(self)
+    wanted = dict.fromkeys(
+        [*map(int, shards), *window_and_next(shards[-1], len(self.sizes), seed, epoch, self.window)]
+    )
     self.held = {s: self.held.get(s) or self.pool.submit(self.read, s) for s in wanted}
     return found
 
 # %% ../../nbs/data/11_streaming.ipynb #4f8e6b37
 @patch
-def latents(self: StreamedSplit,
-    pictures: np.ndarray, # [b] numbers
-    side: np.ndarray,     # [b] 1: mirrored
-) -> tuple[Tensor, Tensor]: # [b, C, H, W] mean and standard deviation, float32
+def latents(
+    self: StreamedSplit,
+    pictures: np.ndarray,  # [b] numbers
+    side: np.ndarray,  # [b] 1: mirrored
+) -> tuple[Tensor, Tensor]:  # [b, C, H, W] mean and standard deviation, float32
     "What the autoencoder said of pictures."
-    records = [(self.held[s].result() if s in self.held else self.read(s))[p % self.shards.per_shard] for s, p in ((int(p//self.shards.per_shard), p) for p in pictures)]
-    return tuple(torch.from_numpy(np.stack([r[k][m] for r, m in zip(records, side)]).astype(np.float32)) for k in ('mean', 'std'))
+    records = [
+        (self.held[s].result() if s in self.held else self.read(s))[p % self.shards.per_shard]
+        for s, p in ((int(p // self.shards.per_shard), p) for p in pictures)
+    ]
+    return tuple(
+        torch.from_numpy(np.stack([r[k][m] for r, m in zip(records, side)]).astype(np.float32))
+        for k in ('mean', 'std')
+    )
+
 
 @patch
 def first(self: StreamedSplit, n: int) -> Split:
     "Its first `n` pictures, in memory."
-    r = np.concatenate([self.read(s) for s in range(-(-min(n, len(self))//self.shards.per_shard))])[:n]
-    return Split(*(torch.from_numpy(np.ascontiguousarray(r[k])) for k in ('mean', 'std')), self.texts, self.captions[:n])
+    r = np.concatenate([self.read(s) for s in range(-(-min(n, len(self)) // self.shards.per_shard))])[:n]
+    return Split(
+        *(torch.from_numpy(np.ascontiguousarray(r[k])) for k in ('mean', 'std')),
+        self.texts,
+        self.captions[:n],
+    )

@@ -14,66 +14,87 @@ from ..core.workspace import Workspace, progress, read_jsonl
 @dataclass
 class Ask:
     "A prompt, and what is known of a good answer."
+
     prompt: str
-    wanted: dict = field(default_factory=dict) # attribute -> value, when known
-    file: str = ''                             # the held-out picture it was made from
-    new: bool = False                          # a combination that training never saw
+    wanted: dict = field(default_factory=dict)  # attribute -> value, when known
+    file: str = ''  # the held-out picture it was made from
+    new: bool = False  # a combination that training never saw
 
 # %% ../../nbs/evaluation/03_eval_prompts.ipynb #47c7fa0f
 ATTRIBUTES = ('species', 'color', 'background')  # what the judge sees
 
+
 def garden_prompt(
-    attributes: dict, # of a picture
-    rng,              # numpy Generator
+    attributes: dict,  # of a picture
+    rng,  # numpy Generator
 ) -> str:
     "A sentence about a picture that names its species, colour and background."
     from flowerdiff.garden.garden import caption
+
     while True:
         text, facts = caption(attributes, rng)
-        if set(ATTRIBUTES) <= set(facts): return text
+        if set(ATTRIBUTES) <= set(facts):
+            return text
 
 # %% ../../nbs/evaluation/03_eval_prompts.ipynb #86587f9e
 STREAMS = dict(test=7, val=8)  # of the random numbers
 
+
 def questions(
     ws: Workspace,
-    n: int,              # at most
-    split: str = 'test', # or 'val'
+    n: int,  # at most
+    split: str = 'test',  # or 'val'
 ) -> list[Ask]:
     "Prompts from held-out pictures: by attributes where they are known, else their captions; pictures that have neither are left out."
-    rng, rows = np.random.default_rng([ws.settings.seed, STREAMS[split]]), read_jsonl(ws.pictures/split/'metadata.jsonl')
+    rng, rows = (
+        np.random.default_rng([ws.settings.seed, STREAMS[split]]),
+        read_jsonl(ws.pictures / split / 'metadata.jsonl'),
+    )
     shown = lambda r: {k: r[k] for k in ATTRIBUTES if r.get(k)}
-    seen = {tuple(shown(r).values()) for r in read_jsonl(ws.pictures/'train'/'metadata.jsonl')}
-    said = {r['file_name']: r['captions'] for r in read_jsonl(ws.captions/'metadata.jsonl')}
+    seen = {tuple(shown(r).values()) for r in read_jsonl(ws.pictures / 'train' / 'metadata.jsonl')}
+    said = {r['file_name']: r['captions'] for r in read_jsonl(ws.captions / 'metadata.jsonl')}
+
     def ask(r):
-        known, texts = shown(r), said.get(f"{split}/{r['file_name']}")
-        if len(known) == len(ATTRIBUTES): return Ask(garden_prompt(r, rng), known, r['file_name'], tuple(known.values()) not in seen)
-        if texts: return Ask(texts[rng.integers(len(texts))], file=r['file_name'])
+        known, texts = shown(r), said.get(f'{split}/{r["file_name"]}')
+        if len(known) == len(ATTRIBUTES):
+            return Ask(garden_prompt(r, rng), known, r['file_name'], tuple(known.values()) not in seen)
+        if texts:
+            return Ask(texts[rng.integers(len(texts))], file=r['file_name'])
+
     return [a for i in rng.permutation(len(rows))[:n] if (a := ask(rows[i]))]
 
 # %% ../../nbs/evaluation/03_eval_prompts.ipynb #b500e671
-ENOUGH = 50 # steps of a model's own scheduler
+ENOUGH = 50  # steps of a model's own scheduler
+
 
 def drawn_how(
-    evaluate, # settings.evaluate
-) -> dict:    # steps, guidance, scheduler: of `Generator`
+    evaluate,  # settings.evaluate
+) -> dict:  # steps, guidance, scheduler: of `Generator`
     "How pictures are drawn that are measured."
-    return dict(steps=evaluate.steps, guidance=evaluate.guidance) | ({} if evaluate.scheduler == 'auto' else dict(scheduler=evaluate.scheduler))
+    return dict(steps=evaluate.steps, guidance=evaluate.guidance) | (
+        {} if evaluate.scheduler == 'auto' else dict(scheduler=evaluate.scheduler)
+    )
+
 
 def shown_how(
-    evaluate,         # settings.evaluate
-    student: int = 0, # steps of a distilled model, which has its own and needs no guidance
-) -> dict:            # steps, guidance
+    evaluate,  # settings.evaluate
+    student: int = 0,  # steps of a distilled model, which has its own and needs no guidance
+) -> dict:  # steps, guidance
     "How they are drawn with the model's own scheduler."
-    return dict(steps=student, guidance=1.) if student else dict(steps=min(evaluate.steps, ENOUGH), guidance=evaluate.guidance)
+    return (
+        dict(steps=student, guidance=1.0)
+        if student
+        else dict(steps=min(evaluate.steps, ENOUGH), guidance=evaluate.guidance)
+    )
+
 
 def draw_all(
-    generator,    # `Generator`
-    asks: list,   # of Ask
-    size: int,    # pictures at a time
+    generator,  # `Generator`
+    asks: list,  # of Ask
+    size: int,  # pictures at a time
     seed: int = 0,
-    **how,        # of `drawn_how`; else the generator's own
-) -> list:        # of PIL.Image
+    **how,  # of `drawn_how`; else the generator's own
+) -> list:  # of PIL.Image
     "A picture for each prompt; picture i is drawn from seed + i."
     parts = progress(range(0, len(asks), size), label=f'drawing {len(asks)} pictures, {size} at a time')
-    return [p for i in parts for p in generator([a.prompt for a in asks[i:i + size]], seed=seed + i, **how)]
+    return [p for i in parts for p in generator([a.prompt for a in asks[i : i + size]], seed=seed + i, **how)]

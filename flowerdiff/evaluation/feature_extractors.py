@@ -19,90 +19,142 @@ from ..models.perceptual import SqueezeNet
 from ..core.workspace import UserError, read_json
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #55c84f8a
-CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711) # of the pixels that the first CLIP was trained on
+CLIP_MEAN, CLIP_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of the pixels that the first CLIP was trained on
+
 
 class ClipFeatures:
     "Embeds pictures and texts with a CLIP in transformers' layout."
+
     name = 'CLIP'
-    def __init__(self,
-        folder: str | Path, # with the model's, and the tokenizer's, files
+
+    def __init__(
+        self,
+        folder: str | Path,  # with the model's, and the tokenizer's, files
     ):
         from transformers import AutoTokenizer, CLIPModel
+
         self.fingerprint = component_fingerprint(folder)[:12]
         self.model = load_part(CLIPModel, Path(folder))
-        with readable(Path(folder)): self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        how = read_json(Path(folder)/'preprocessor_config.json') if (Path(folder)/'preprocessor_config.json').is_file() else {}
+        with readable(Path(folder)):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        how = (
+            read_json(Path(folder) / 'preprocessor_config.json')
+            if (Path(folder) / 'preprocessor_config.json').is_file()
+            else {}
+        )
         self.mean, self.std = how.get('image_mean', CLIP_MEAN), how.get('image_std', CLIP_STD)
 
-    def __call__(self, pictures: list) -> np.ndarray: return directions(self.pictures(pictures)) # -> [n, d], what crowds are compared by
+    def __call__(self, pictures: list) -> np.ndarray:
+        return directions(self.pictures(pictures))  # -> [n, d], what crowds are compared by
 
-    def pictures(self, pictures: list, batch: int = 64) -> np.ndarray: # PIL pictures or their files, opened a batch at a time -> [n, d]
-        seen = lambda p: ImageOps.fit((Image.open(p) if isinstance(p, (str, Path)) else p).convert('RGB'), (size, size))
+    def pictures(
+        self, pictures: list, batch: int = 64
+    ) -> np.ndarray:  # PIL pictures or their files, opened a batch at a time -> [n, d]
+        seen = lambda p: ImageOps.fit(
+            (Image.open(p) if isinstance(p, (str, Path)) else p).convert('RGB'), (size, size)
+        )
         size, out = self.model.config.vision_config.image_size, []
         for i in range(0, len(pictures), batch):
-            x = np.stack([np.asarray(seen(p), np.float32) for p in pictures[i:i+batch]])
-            x = (torch.from_numpy(x).permute(0, 3, 1, 2)/255 - torch.tensor(self.mean)[:, None, None])/torch.tensor(self.std)[:, None, None]
-            with torch.inference_mode(): out.append(self.model.visual_projection(self.model.vision_model(pixel_values=x)[1]).numpy())
+            x = np.stack([np.asarray(seen(p), np.float32) for p in pictures[i : i + batch]])
+            x = (
+                torch.from_numpy(x).permute(0, 3, 1, 2) / 255 - torch.tensor(self.mean)[:, None, None]
+            ) / torch.tensor(self.std)[:, None, None]
+            with torch.inference_mode():
+                out.append(self.model.visual_projection(self.model.vision_model(pixel_values=x)[1]).numpy())
         return np.concatenate(out)
 
-    def texts(self, texts: list, batch: int = 256) -> np.ndarray: # -> [n, d]
+    def texts(self, texts: list, batch: int = 256) -> np.ndarray:  # -> [n, d]
         out = []
         for i in range(0, len(texts), batch):
-            ids = self.tokenizer(texts[i:i+batch], padding='max_length', truncation=True, max_length=self.tokenizer.model_max_length, return_tensors='pt')
-            with torch.inference_mode(): out.append(self.model.text_projection(self.model.text_model(**ids)[1]).numpy())
+            ids = self.tokenizer(
+                texts[i : i + batch],
+                padding='max_length',
+                truncation=True,
+                max_length=self.tokenizer.model_max_length,
+                return_tensors='pt',
+            )
+            with torch.inference_mode():
+                out.append(self.model.text_projection(self.model.text_model(**ids)[1]).numpy())
         return np.concatenate(out)
 
+
 def own_clip(
-    components: Path,      # folder that the stage encode left
+    components: Path,  # folder that the stage encode left
 ) -> ClipFeatures | None:  # None: the text encoder came without its picture half
     "The CLIP whose text half a run conditions on."
-    return ClipFeatures(components/'clip') if (components/'clip'/'config.json').is_file() else None
+    return ClipFeatures(components / 'clip') if (components / 'clip' / 'config.json').is_file() else None
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #5c26c3ef
 def resized(
     picture: Image.Image,
-    side: int,     # pixels
-) -> np.ndarray:   # [3, side, side] float32, 0..255
+    side: int,  # pixels
+) -> np.ndarray:  # [3, side, side] float32, 0..255
     "A picture at a network's size, as clean-fid makes it."
-    planes = [np.asarray(c.convert('F').resize((side, side), Image.Resampling.BICUBIC)) for c in picture.convert('RGB').split()]
+    planes = [
+        np.asarray(c.convert('F').resize((side, side), Image.Resampling.BICUBIC))
+        for c in picture.convert('RGB').split()
+    ]
     return np.stack(planes).clip(0, 255)
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #aec86097
 class ScriptFeatures:
     "A network in a TorchScript file that is called as StyleGAN's Inception: uint8-range pixels [n, 3, 299, 299] in."
+
     name, side = 'Inception', 299
+
     def __init__(self, path: str | Path):
         self.fingerprint = file_sha256(path)[:12]
-        with readable(path): self.net = torch.jit.load(str(path)).eval()
+        with readable(path):
+            self.net = torch.jit.load(str(path)).eval()
 
     @torch.inference_mode()
     def _each(self, pictures: list, **how) -> np.ndarray:
-        parts = [np.stack([resized(p, self.side) for p in pictures[i:i+32]]) for i in range(0, len(pictures), 32)]
+        parts = [
+            np.stack([resized(p, self.side) for p in pictures[i : i + 32]])
+            for i in range(0, len(pictures), 32)
+        ]
         return np.concatenate([self.net(torch.from_numpy(x), **how).numpy() for x in parts])
 
-    def __call__(self, pictures: list) -> np.ndarray: return self._each(pictures, return_features=True)  # of PIL.Image -> [n, 2048]
+    def __call__(self, pictures: list) -> np.ndarray:
+        return self._each(pictures, return_features=True)  # of PIL.Image -> [n, 2048]
 
-    def beliefs(self, pictures: list) -> np.ndarray: return self._each(pictures, no_output_bias=True)    # -> [n, classes], rows sum to 1
+    def beliefs(self, pictures: list) -> np.ndarray:
+        return self._each(pictures, no_output_bias=True)  # -> [n, classes], rows sum to 1
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #2993f871
 class SqueezeNetFeatures:
     "The mean over SqueezeNet's last stage."
+
     name, side = 'SqueezeNet', 224
-    def __init__(self, path: str | Path): self.fingerprint, self.net = file_sha256(path)[:12], SqueezeNet(path)
+
+    def __init__(self, path: str | Path):
+        self.fingerprint, self.net = file_sha256(path)[:12], SqueezeNet(path)
 
     @torch.inference_mode()
-    def __call__(self, pictures: list) -> np.ndarray: # of PIL.Image -> [n, 512], directions
-        parts = [np.stack([resized(p, self.side) for p in pictures[i:i+32]]) for i in range(0, len(pictures), 32)]
-        return directions(np.concatenate([self.net.stages(torch.from_numpy(x))[-1].mean((2, 3)).numpy() for x in parts]))
+    def __call__(self, pictures: list) -> np.ndarray:  # of PIL.Image -> [n, 512], directions
+        parts = [
+            np.stack([resized(p, self.side) for p in pictures[i : i + 32]])
+            for i in range(0, len(pictures), 32)
+        ]
+        return directions(
+            np.concatenate([self.net.stages(torch.from_numpy(x))[-1].mean((2, 3)).numpy() for x in parts])
+        )
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #85dc6b21
 def open_features(
-    spec: str,                        # settings.evaluate.features
-    clip: ClipFeatures | None = None, # the run's own, if it has one
-    base: Path = '.',                 # what a relative file is relative to
-):                                    # pictures -> [n, d]; None where there is none
+    spec: str,  # settings.evaluate.features
+    clip: ClipFeatures | None = None,  # the run's own, if it has one
+    base: Path = '.',  # what a relative file is relative to
+):  # pictures -> [n, d]; None where there is none
     "The network whose features KID, FID, precision and recall compare."
-    if spec == 'clip': return clip
+    if spec == 'clip':
+        return clip
     path = Path(base, spec)
-    if not path.is_file(): raise UserError(f"evaluate.features: {path}: not there; give clip, a TorchScript Inception (.pt) or a SqueezeNet (.safetensors)")
+    if not path.is_file():
+        raise UserError(
+            f'evaluate.features: {path}: not there; give clip, a TorchScript Inception (.pt) or a SqueezeNet (.safetensors)'
+        )
     return (SqueezeNetFeatures if path.suffix == '.safetensors' else ScriptFeatures)(path)

@@ -19,86 +19,144 @@ from ..core.workspace import read_jsonl
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #1b524c46
 def read_pictures(
-    folder: Path, # a split
-    n: int,       # at most
-    names: list = None, # file names; None: the first n
-) -> list:        # of PIL.Image
-    names = names or [r['file_name'] for r in read_jsonl(folder/'metadata.jsonl')][:n]
-    return [Image.open(folder/name).convert('RGB') for name in names]
+    folder: Path,  # a split
+    n: int,  # at most
+    names: list = None,  # file names; None: the first n
+) -> list:  # of PIL.Image
+    names = names or [r['file_name'] for r in read_jsonl(folder / 'metadata.jsonl')][:n]
+    return [Image.open(folder / name).convert('RGB') for name in names]
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #f3c14e0d
 @torch.inference_mode()
 def reconstruct(
     backend: TorchBackend,
-    pictures: list, # of PIL.Image, of one size
+    pictures: list,  # of PIL.Image, of one size
     batch: int = 64,
 ) -> list:
     "Pictures through the autoencoder and back."
     out = []
     for i in range(0, len(pictures), batch):
-        x = torch.from_numpy(np.stack([np.asarray(p, np.float32) for p in pictures[i:i+batch]])).permute(0, 3, 1, 2)/127.5 - 1
+        x = (
+            torch.from_numpy(np.stack([np.asarray(p, np.float32) for p in pictures[i : i + batch]])).permute(
+                0, 3, 1, 2
+            )
+            / 127.5
+            - 1
+        )
         z = backend.vae.encode(x.to(backend.device))
-        out += to_pil(backend.vae.decode(z.latent_dist.mode() if hasattr(z, 'latent_dist') else z.latents).sample)
+        out += to_pil(
+            backend.vae.decode(z.latent_dist.mode() if hasattr(z, 'latent_dist') else z.latents).sample
+        )
     return out
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #e5f0df4d
 def real_strip(
-    real: list,    # test pictures
-    rebuilt: list, # the same through the autoencoder
-    drawn: list,   # pictures drawn from their captions
-) -> dict:         # a strip of `flowerdiff.evaluation.report.render`
+    real: list,  # test pictures
+    rebuilt: list,  # the same through the autoencoder
+    drawn: list,  # pictures drawn from their captions
+) -> dict:  # a strip of `flowerdiff.evaluation.report.render`
     "Pictures that training never saw, beside what comes nearest to them."
-    return dict(title='Real and drawn', note='Pictures that training never saw, what the autoencoder alone keeps of them, and what the model draws from their captions. They should be alike in kind, not in detail.', columns=len(real),
-        rows=[dict(label='real', pictures=real), dict(label='through the autoencoder', pictures=rebuilt), dict(label='drawn from the caption', pictures=drawn)])
+    return dict(
+        title='Real and drawn',
+        note='Pictures that training never saw, what the autoencoder alone keeps of them, and what the model draws from their captions. They should be alike in kind, not in detail.',
+        columns=len(real),
+        rows=[
+            dict(label='real', pictures=real),
+            dict(label='through the autoencoder', pictures=rebuilt),
+            dict(label='drawn from the caption', pictures=drawn),
+        ],
+    )
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #54debefb
 def nearest_strip(
     pairs: list,  # (drawn picture, training picture, distance) from `crowd_numbers`
     drawn: list,
-    folder: Path, # the training split
-) -> dict:        # a strip of `flowerdiff.evaluation.report.render`
+    folder: Path,  # the training split
+) -> dict:  # a strip of `flowerdiff.evaluation.report.render`
     "The drawn pictures that are nearest to training pictures, and those."
-    rows = read_jsonl(folder/'metadata.jsonl')
-    return dict(title='Nearest training pictures', note='The drawn pictures that come nearest to a training picture by the CLIP, and below each that training picture. The same flower is expected, the same picture would be a copy.', columns=len(pairs),
-        rows=[dict(label='drawn', pictures=[drawn[i] for i, _, _ in pairs]), dict(label='nearest in training', pictures=read_pictures(folder, 0, [rows[j]['file_name'] for _, j, _ in pairs]))])
+    rows = read_jsonl(folder / 'metadata.jsonl')
+    return dict(
+        title='Nearest training pictures',
+        note='The drawn pictures that come nearest to a training picture by the CLIP, and below each that training picture. The same flower is expected, the same picture would be a copy.',
+        columns=len(pairs),
+        rows=[
+            dict(label='drawn', pictures=[drawn[i] for i, _, _ in pairs]),
+            dict(
+                label='nearest in training',
+                pictures=read_pictures(folder, 0, [rows[j]['file_name'] for _, j, _ in pairs]),
+            ),
+        ],
+    )
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #8e57bcd2
 def agreement_strip(
-    order: list, # numbers of the drawn pictures, the worst first
+    order: list,  # numbers of the drawn pictures, the worst first
     drawn: list,
     asks: list,  # of Ask
     n: int = 8,
 ) -> dict:
     "The drawn pictures that fit their words best and worst."
-    n = min(n, len(order)//2); worst, good = order[:n], order[::-1][:n]
+    n = min(n, len(order) // 2)
+    worst, good = order[:n], order[::-1][:n]
     say = lambda numbers: '; '.join(asks[i].prompt for i in numbers[:3])
-    return dict(title='Best and worst', note=f'Drawn pictures by their CLIP score. The best were asked for as: {say(good)}. The worst: {say(worst)}.', columns=n,
-        rows=[dict(label='fit best', pictures=[drawn[i] for i in good]), dict(label='fit worst', pictures=[drawn[i] for i in worst])])
+    return dict(
+        title='Best and worst',
+        note=f'Drawn pictures by their CLIP score. The best were asked for as: {say(good)}. The worst: {say(worst)}.',
+        columns=n,
+        rows=[
+            dict(label='fit best', pictures=[drawn[i] for i in good]),
+            dict(label='fit worst', pictures=[drawn[i] for i in worst]),
+        ],
+    )
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #e9a75095
 GUIDANCES, STEPS = (1, 2, 3, 5, 8), (2, 4, 8, 16, 32)
+
 
 def dial_strips(
     generator: Generator,
     prompts: list,
     seed: int = 0,
-    **how,          # steps, guidance, scheduler; else the generator's own
-) -> list: # of strips
+    **how,  # steps, guidance, scheduler; else the generator's own
+) -> list:  # of strips
     "The same noise at growing guidance, and in more steps, a row for each prompt."
+
     def strip(title, note, values, name):
         columns = [generator(prompts, seed=seed, **how | {name: v}) for v in values]
-        return dict(title=title, note=note, columns=len(values), rows=[dict(label=p, pictures=[c[i] for c in columns]) for i, p in enumerate(prompts)])
+        return dict(
+            title=title,
+            note=note,
+            columns=len(values),
+            rows=[dict(label=p, pictures=[c[i] for c in columns]) for i, p in enumerate(prompts)],
+        )
+
     said = lambda values: ', '.join(map(str, values))
-    return [strip('Guidance', f'The same noise with guidance {said(GUIDANCES)}: from what comes to mind to what the prompt says, and beyond.', GUIDANCES, 'guidance'),
-        strip('Steps', f'The same noise in {said(STEPS)} steps: when it is good enough, more cost time and change nothing.', STEPS, 'steps')]
+    return [
+        strip(
+            'Guidance',
+            f'The same noise with guidance {said(GUIDANCES)}: from what comes to mind to what the prompt says, and beyond.',
+            GUIDANCES,
+            'guidance',
+        ),
+        strip(
+            'Steps',
+            f'The same noise in {said(STEPS)} steps: when it is good enough, more cost time and change nothing.',
+            STEPS,
+            'steps',
+        ),
+    ]
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #8c26e57e
 def attention_strip(
-    generator: Generator,    # with the backend torch
-    seeds: dict,             # prompt -> seed of its picture
-    **how,          # steps, guidance, scheduler; else the generator's own
-) -> dict:                   # a strip of `flowerdiff.evaluation.report.render`
+    generator: Generator,  # with the backend torch
+    seeds: dict,  # prompt -> seed of its picture
+    **how,  # steps, guidance, scheduler; else the generator's own
+) -> dict:  # a strip of `flowerdiff.evaluation.report.render`
     "Each prompt's picture, and a map a word."
     seen = [attention_maps(generator, p, s, **how) for p, s in seeds.items()]
-    return dict(title='Where each word looked', note='A picture and, bright on its darkened copy, where it read each word: cross-attention with the prompt, averaged over heads, steps and all layers but the coarsest. Each map is on its own scale; in brackets the share of attention that the word has, the rest went to the begin, the end and the padding. A word also stands for all that came before it.', columns=6,
-        rows=[dict(label=a.prompt, pictures=a.pictures(), captions=a.captions()) for a in seen])
+    return dict(
+        title='Where each word looked',
+        note='A picture and, bright on its darkened copy, where it read each word: cross-attention with the prompt, averaged over heads, steps and all layers but the coarsest. Each map is on its own scale; in brackets the share of attention that the word has, the rest went to the begin, the end and the padding. A word also stands for all that came before it.',
+        columns=6,
+        rows=[dict(label=a.prompt, pictures=a.pictures(), captions=a.captions()) for a in seen],
+    )

@@ -11,42 +11,65 @@ from ..core.workspace import UserError, read_json
 
 # %% ../../nbs/evaluation/06_metric_table.ipynb #e04801a3
 def numbers(
-    tree: dict,       # of `report/metrics.json`
-    name: tuple = (), # keys on the way down
-) -> dict:            # 'adherence color' -> dict(value, low, high)
+    tree: dict,  # of `report/metrics.json`
+    name: tuple = (),  # keys on the way down
+) -> dict:  # 'adherence color' -> dict(value, low, high)
     "The measured values of a report: leaves with a `value`, alone or with the interval `low`..`high`."
     found = {}
     for k, v in tree.items():
-        if not isinstance(v, dict) or k == 'former': continue
+        if not isinstance(v, dict) or k == 'former':
+            continue
         path = (*name, k)
-        if isinstance(v.get('value'), (int, float)): found[' '.join(path).replace('_', ' ')] = {q: v[q] for q in ('value', 'low', 'high') if q in v}
-        else: found |= numbers(v, path)
+        if isinstance(v.get('value'), (int, float)):
+            found[' '.join(path).replace('_', ' ')] = {q: v[q] for q in ('value', 'low', 'high') if q in v}
+        else:
+            found |= numbers(v, path)
     return found
 
 # %% ../../nbs/evaluation/06_metric_table.ipynb #429b0cbe
-def written(number: dict, name: str) -> str: # of `numbers`; a value for people, with its interval
+def written(number: dict, name: str) -> str:  # of `numbers`; a value for people, with its interval
     share = name.startswith(('adherence', 'copies', 'precision', 'recall'))
-    say = (lambda v: f'{100*v:.1f} %') if share else (lambda v: f'{v:.3g}')
-    return say(number['value']) + (f" ({say(number['low'])} to {say(number['high'])})" if 'low' in number else '')
+    say = (lambda v: f'{100 * v:.1f} %') if share else (lambda v: f'{v:.3g}')
+    return say(number['value']) + (
+        f' ({say(number["low"])} to {say(number["high"])})' if 'low' in number else ''
+    )
 
 # %% ../../nbs/evaluation/06_metric_table.ipynb #670a93ec
 def former(
-    report: Path,   # folder of the last report
-    model: str,     # fingerprint of the weights that are measured now
-    protocol: dict, # how
-) -> dict:          # its metrics.json; {} when no other model was measured like this
+    report: Path,  # folder of the last report
+    model: str,  # fingerprint of the weights that are measured now
+    protocol: dict,  # how
+) -> dict:  # its metrics.json; {} when no other model was measured like this
     "What the champion before this one reached."
-    try: last = read_json(report/'metrics.json')
-    except UserError: return {}
-    if last.get('model') == model: last = last.get('former', {})
+    try:
+        last = read_json(report / 'metrics.json')
+    except UserError:
+        return {}
+    if last.get('model') == model:
+        last = last.get('former', {})
     return {k: v for k, v in last.items() if k != 'former'} if last.get('protocol') == protocol else {}
 
 # %% ../../nbs/evaluation/06_metric_table.ipynb #8232ae8d
 def beside(
-    now: dict,    # metrics.json
-    before: dict, # another model's, or {}
-) -> list:        # of tables for `flowerdiff.evaluation.report.render`: one, or none
+    now: dict,  # metrics.json
+    before: dict,  # another model's, or {}
+) -> list:  # of tables for `flowerdiff.evaluation.report.render`: one, or none
     "Two models, number by number; what belongs to the pictures alone (the autoencoder, real captions) is left out."
     a, b = numbers(now), numbers(before)
-    rows = [[k.removesuffix(' drawn'), written(a[k], k), written(b[k], k)] for k in a if k in b and not k.endswith((' autoencoder', ' real', ' shuffled')) and not k.startswith('baseline')]
-    return [dict(title='Beside the champion before', note=f"The same prompts, seeds, pictures and network of features, for the model that was here before ({before['model'][:16]}).", columns=['', 'now', 'before'], rows=rows)] if rows else []
+    rows = [
+        [k.removesuffix(' drawn'), written(a[k], k), written(b[k], k)]
+        for k in a
+        if k in b and not k.endswith((' autoencoder', ' real', ' shuffled')) and not k.startswith('baseline')
+    ]
+    return (
+        [
+            dict(
+                title='Beside the champion before',
+                note=f'The same prompts, seeds, pictures and network of features, for the model that was here before ({before["model"][:16]}).',
+                columns=['', 'now', 'before'],
+                rows=rows,
+            )
+        ]
+        if rows
+        else []
+    )

@@ -17,174 +17,210 @@ from ..core.workspace import UserError
 @dataclass
 class Estimate:
     "A number and the 95 % interval it is known to."
+
     value: float
     low: float
     high: float
-    n: int = 0 # of what it was estimated from
-    def __str__(self): return f'{self.value:.3g} ({self.low:.3g} to {self.high:.3g})'
-    def scaled(self, k: float): return Estimate(self.value*k, self.low*k, self.high*k, self.n)
+    n: int = 0  # of what it was estimated from
+
+    def __str__(self):
+        return f'{self.value:.3g} ({self.low:.3g} to {self.high:.3g})'
+
+    def scaled(self, k: float):
+        return Estimate(self.value * k, self.low * k, self.high * k, self.n)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #a210e9e6
 def bootstrap(
-    values,          # one a picture
+    values,  # one a picture
     rounds: int = 2000,
     seed: int = 0,
-) -> Estimate:       # of their mean
+) -> Estimate:  # of their mean
     "Mean with its 95 % bootstrap interval."
     values = np.asarray(values, float)
     means = values[np.random.default_rng(seed).integers(0, len(values), (rounds, len(values)))].mean(1)
-    return Estimate(values.mean(), *np.quantile(means, (.025, .975)), len(values))
+    return Estimate(values.mean(), *np.quantile(means, (0.025, 0.975)), len(values))
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #d59c324b
 def share(
-    right: int, # how many
-    n: int,     # of how many
+    right: int,  # how many
+    n: int,  # of how many
 ) -> Estimate:
     "A proportion with its 95 % interval, Wilson 1927."
-    z, p = 1.96, right/n
-    mid, half = (p + z*z/2/n)/(1 + z*z/n), z*math.sqrt(p*(1-p)/n + z*z/4/n/n)/(1 + z*z/n)
-    return Estimate(p, max(0., mid-half), min(1., mid+half), n)
+    z, p = 1.96, right / n
+    mid, half = (
+        (p + z * z / 2 / n) / (1 + z * z / n),
+        z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n),
+    )
+    return Estimate(p, max(0.0, mid - half), min(1.0, mid + half), n)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #d195c406
 def cubic(
-    x: np.ndarray, # [n, d] features
-    y: np.ndarray, # [m, d]
-) -> np.ndarray:   # [n, m]
+    x: np.ndarray,  # [n, d] features
+    y: np.ndarray,  # [m, d]
+) -> np.ndarray:  # [n, m]
     "KID's kernel, Binkowski et al. 2018 (arXiv 1801.01401), section 3.2."
-    return (x@y.T/x.shape[1] + 1)**3
+    return (x @ y.T / x.shape[1] + 1) ** 3
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #e949a69f
 def mmd2(
-    xx: np.ndarray, # [n, n] similarities within one crowd
-    yy: np.ndarray, # [m, m] within the other
-    xy: np.ndarray, # [n, m] between
+    xx: np.ndarray,  # [n, n] similarities within one crowd
+    yy: np.ndarray,  # [m, m] within the other
+    xy: np.ndarray,  # [n, m] between
 ) -> float:
     "Squared maximum mean discrepancy, unbiased, Gretton et al. 2012, eq. 3."
-    within = lambda k: (k.sum() - np.trace(k))/(len(k)*(len(k)-1))
-    return float(within(xx) + within(yy) - 2*xy.mean())
+    within = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+    return float(within(xx) + within(yy) - 2 * xy.mean())
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #53e79744
 def by_halves(
-    f,             # (numbers of pictures of one crowd, of the other) -> a number
-    n: int,        # pictures in the one
-    m: int,        # and in the other
-    subsets: int = 100, # how many random halves the interval comes from
+    f,  # (numbers of pictures of one crowd, of the other) -> a number
+    n: int,  # pictures in the one
+    m: int,  # and in the other
+    subsets: int = 100,  # how many random halves the interval comes from
     seed: int = 0,
 ) -> Estimate:
     "A number that two whole crowds give; the interval by subsampling halves without replacement (Politis and Romano 1994)."
-    if min(n, m) < 4: raise UserError(f'to compare crowds needs at least 4 pictures a side, not {min(n, m)}')
+    if min(n, m) < 4:
+        raise UserError(f'to compare crowds needs at least 4 pictures a side, not {min(n, m)}')
     rng, value = np.random.default_rng(seed), f(np.arange(n), np.arange(m))
-    pick = lambda n: rng.choice(n, n//2, replace=False)
-    spread = 1.96*np.std([f(pick(n), pick(m)) for _ in range(subsets)])  # half the points, half of them shared: the two factors cancel
+    pick = lambda n: rng.choice(n, n // 2, replace=False)
+    spread = 1.96 * np.std(
+        [f(pick(n), pick(m)) for _ in range(subsets)]
+    )  # half the points, half of them shared: the two factors cancel
     return Estimate(value, value - spread, value + spread, min(n, m))
 
+
 def mmd(
-    kernel,            # (x, y) -> [n, m]
-    x: np.ndarray,     # [n, d] features of one crowd
-    y: np.ndarray,     # [m, d] of the other
+    kernel,  # (x, y) -> [n, m]
+    x: np.ndarray,  # [n, d] features of one crowd
+    y: np.ndarray,  # [m, d] of the other
     subsets: int = 100,
     seed: int = 0,
 ) -> Estimate:
     "Squared maximum mean discrepancy of two crowds."
     xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
-    return by_halves(lambda i, j: mmd2(xx[np.ix_(i, i)], yy[np.ix_(j, j)], xy[np.ix_(i, j)]), len(x), len(y), subsets, seed)
+    return by_halves(
+        lambda i, j: mmd2(xx[np.ix_(i, i)], yy[np.ix_(j, j)], xy[np.ix_(i, j)]), len(x), len(y), subsets, seed
+    )
 
-def kid(x, y, subsets: int = 100, seed: int = 0) -> Estimate: # as in `mmd`
+
+def kid(x, y, subsets: int = 100, seed: int = 0) -> Estimate:  # as in `mmd`
     "Kernel inception distance over all pictures."
     return mmd(cubic, x, y, subsets, seed)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #7ed4c7f6
 def unit(
-    x: np.ndarray, # [n, d]
+    x: np.ndarray,  # [n, d]
 ) -> np.ndarray:
     "Rows of length one."
-    return x/np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #9b32fb45
 def gaussian(
-    x: np.ndarray, # [n, d]
-    y: np.ndarray, # [m, d]
-    width: float = 10.,
-) -> np.ndarray:   # [n, m]
+    x: np.ndarray,  # [n, d]
+    y: np.ndarray,  # [m, d]
+    width: float = 10.0,
+) -> np.ndarray:  # [n, m]
     "CMMD's kernel."
-    return np.exp(-(np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2*x@y.T).clip(0)/(2*width**2))
+    return np.exp(
+        -(np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * x @ y.T).clip(0) / (2 * width**2)
+    )
 
-def cmmd(x, y, subsets: int = 100, seed: int = 0) -> Estimate: # [n, d] and [m, d] embeddings of a CLIP
+
+def cmmd(x, y, subsets: int = 100, seed: int = 0) -> Estimate:  # [n, d] and [m, d] embeddings of a CLIP
     "CLIP maximum mean discrepancy."
     return mmd(gaussian, unit(x), unit(y), subsets, seed).scaled(1000)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #ce35f0fe
 def frechet(
-    x: np.ndarray, # [n, d] points of one crowd
-    y: np.ndarray, # [m, d] of the other
+    x: np.ndarray,  # [n, d] points of one crowd
+    y: np.ndarray,  # [m, d] of the other
 ) -> float:
     "Squared Fréchet distance of the normal distributions that fit two crowds, Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), eq. 6."
-    root = lambda a: np.linalg.qr((a - a.mean(0))/math.sqrt(len(a) - 1), mode='r')  # root.T @ root is the covariance
+    root = lambda a: np.linalg.qr(
+        (a - a.mean(0)) / math.sqrt(len(a) - 1), mode='r'
+    )  # root.T @ root is the covariance
     a, b = root(x), root(y)
-    return float(np.square(x.mean(0) - y.mean(0)).sum() + np.square(a).sum() + np.square(b).sum() - 2*np.linalg.svd(a@b.T, compute_uv=False).sum())
+    return float(
+        np.square(x.mean(0) - y.mean(0)).sum()
+        + np.square(a).sum()
+        + np.square(b).sum()
+        - 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    )
 
-def fid(x, y, subsets: int = 20, seed: int = 0) -> Estimate: # [n, d] and [m, d] features
+
+def fid(x, y, subsets: int = 20, seed: int = 0) -> Estimate:  # [n, d] and [m, d] features
     "Fréchet distance of two crowds; biased, by more with fewer pictures."
     return by_halves(lambda i, j: frechet(x[i], y[j]), len(x), len(y), subsets, seed)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #49f255db
 def within(
-    x: np.ndarray,     # [n, d]
-    among: np.ndarray, # [m, d]
+    x: np.ndarray,  # [n, d]
+    among: np.ndarray,  # [m, d]
     k: int = 3,
-) -> Estimate:         # share of `x`
+) -> Estimate:  # share of `x`
     "Share of points that lie in the others' neighbourhoods, Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1."
-    apart = lambda a, b: (np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2*a@b.T).clip(0)
+    apart = lambda a, b: (np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T).clip(0)
     reach = np.sort(apart(among, among), 1)[:, min(k, len(among) - 1)]  # the nearest is itself
     return share(int((apart(x, among) <= reach).any(1).sum()), len(x))
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #e46c3fae
 def inception_score(
-    p: np.ndarray, # [n, classes] what a classifier believes of each picture, rows sum to 1
+    p: np.ndarray,  # [n, classes] what a classifier believes of each picture, rows sum to 1
 ) -> Estimate:
     "Exponential of the mean divergence from the average belief, Salimans et al. 2016 (arXiv 1606.03498), eq. 1."
-    each = (p*(np.log(p.clip(1e-12)) - np.log(p.mean(0).clip(1e-12)))).sum(1); e = bootstrap(each)
+    each = (p * (np.log(p.clip(1e-12)) - np.log(p.mean(0).clip(1e-12)))).sum(1)
+    e = bootstrap(each)
     return Estimate(*np.exp([e.value, e.low, e.high]).tolist(), len(p))
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #17b743ec
 def psnr(
-    a: list, # of PIL.Image
-    b: list, # the same, changed
+    a: list,  # of PIL.Image
+    b: list,  # the same, changed
 ) -> float:  # decibels
     "Peak signal-to-noise ratio of pictures, averaged."
-    return float(np.mean([10*np.log10(255**2/max(1e-9, np.square(np.asarray(x, float)-np.asarray(y, float)).mean())) for x, y in zip(a, b)]))
+    return float(
+        np.mean(
+            [
+                10
+                * np.log10(255**2 / max(1e-9, np.square(np.asarray(x, float) - np.asarray(y, float)).mean()))
+                for x, y in zip(a, b)
+            ]
+        )
+    )
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #5aedcbba
 def clip_scores(
-    pictures: np.ndarray, # [n, d] embeddings
-    texts: np.ndarray,    # [n, d] of the text of each
-) -> np.ndarray:          # [n]
+    pictures: np.ndarray,  # [n, d] embeddings
+    texts: np.ndarray,  # [n, d] of the text of each
+) -> np.ndarray:  # [n]
     "CLIP score of each pair, Hessel et al. 2021 (arXiv 2104.08718), with torchmetrics' factor 100."
-    return 100*np.maximum((unit(pictures)*unit(texts)).sum(1), 0)
+    return 100 * np.maximum((unit(pictures) * unit(texts)).sum(1), 0)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #72fcd6b6
 def shuffled(
     n: int,
     seed: int = 0,
-) -> np.ndarray: # [n]
+) -> np.ndarray:  # [n]
     "A permutation that leaves nothing in its place: everybody gets another's caption."
     order = np.random.default_rng(seed).permutation(n)
-    out = np.empty(n, int); out[order] = np.roll(order, 1)
+    out = np.empty(n, int)
+    out[order] = np.roll(order, 1)
     return out
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #f6aac77d
 def directions(
-    x: np.ndarray, # [n, d] embeddings
+    x: np.ndarray,  # [n, d] embeddings
 ) -> np.ndarray:
     "Embeddings of length sqrt(d): KID's kernel of two of them is (1 + cosine)^3."
-    return unit(x)*math.sqrt(x.shape[1])
+    return unit(x) * math.sqrt(x.shape[1])
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #1fb4de24
 def adherence(
     wanted: list,  # of dicts: attribute -> what was asked
-    seen: list,    # of dicts: attribute -> what the judge sees
+    seen: list,  # of dicts: attribute -> what the judge sees
     attributes=('species', 'color', 'background'),
-) -> dict:         # attribute -> Estimate of the share that is right; 'all' for all at once
+) -> dict:  # attribute -> Estimate of the share that is right; 'all' for all at once
     "Share of pictures that show what was asked."
     right = {a: [w[a] == s[a] for w, s in zip(wanted, seen) if a in w] for a in attributes}
     right = {a: r for a, r in right.items() if r}
@@ -195,26 +231,27 @@ def adherence(
 def confusion(
     wanted: list,  # of values
     seen: list,
-) -> tuple:        # (names, [n, n] counts: rows asked, columns seen)
+) -> tuple:  # (names, [n, n] counts: rows asked, columns seen)
     "Who is taken for whom."
     names = sorted({*wanted, *seen})
-    table = np.zeros((len(names),)*2, int)
-    for w, s in zip(wanted, seen): table[names.index(w), names.index(s)] += 1
+    table = np.zeros((len(names),) * 2, int)
+    for w, s in zip(wanted, seen):
+        table[names.index(w), names.index(s)] += 1
     return names, table
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #21353965
 def nearest(
-    x: np.ndarray,     # [n, d] embeddings
-    among: np.ndarray, # [m, d]
-) -> tuple:            # ([n] index of the nearest, [n] its cosine distance)
+    x: np.ndarray,  # [n, d] embeddings
+    among: np.ndarray,  # [m, d]
+) -> tuple:  # ([n] index of the nearest, [n] its cosine distance)
     "The nearest of `among` for each row."
-    similarity = unit(x)@unit(among).T
+    similarity = unit(x) @ unit(among).T
     return similarity.argmax(1), 1 - similarity.max(1)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #5ef86423
 def copies(
-    drawn: np.ndarray, # [n] distances of drawn pictures to their nearest training picture
+    drawn: np.ndarray,  # [n] distances of drawn pictures to their nearest training picture
     test: np.ndarray,  # [m] of test pictures to theirs
-) -> Estimate:         # share of drawn ones nearer than nearly all test pictures
+) -> Estimate:  # share of drawn ones nearer than nearly all test pictures
     "Share of drawn pictures that lie nearer to a training picture than 99 % of test pictures do; about 1 % is innocent."
-    return share(int((drawn < np.quantile(test, .01)).sum()), len(drawn))
+    return share(int((drawn < np.quantile(test, 0.01)).sum()), len(drawn))

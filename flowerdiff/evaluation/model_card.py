@@ -14,62 +14,128 @@ from .metric_table import numbers, written
 from ..core.workspace import Workspace, read_json
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #9fcf241a
-def on_the_hub(spec: str) -> str: # its id there without the commit, '' when it is none
+def on_the_hub(spec: str) -> str:  # its id there without the commit, '' when it is none
     return spec.partition('@')[0] if re.fullmatch(r'[\w.-]+/[\w.-]+@\w+', spec) else ''
+
 
 def base_models(
     ws: Workspace,
-) -> list[str]: # hub ids of the networks that the model was built on
-    specs = [ws.settings.train.init, *(v for v in ws.settings.components.model_dump().values() if isinstance(v, str))]
+) -> list[str]:  # hub ids of the networks that the model was built on
+    specs = [
+        ws.settings.train.init,
+        *(v for v in ws.settings.components.model_dump().values() if isinstance(v, str)),
+    ]
     return sorted({on_the_hub(s) for s in specs} - {''})
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #95cf28ea
-TERMS = dict( # of data that is not free: a name, where it is written, what it says
-    oxford102=('oxford-102-flowers', 'https://www.robots.ox.ac.uk/~vgg/data/flowers/102/', 'The photographs were gathered from the web for research, and their rights are with those who took them; the collection names no licence. Use these weights for research, and ask before any other use.'),
-    celeba=('celeba-non-commercial-research', 'http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html', 'CelebA is given for research that is not commercial, and may not be passed on; use these weights for nothing else. Its pictures show real people: do not use the model to make pictures that pass for somebody.'))
+TERMS = dict(  # of data that is not free: a name, where it is written, what it says
+    oxford102=(
+        'oxford-102-flowers',
+        'https://www.robots.ox.ac.uk/~vgg/data/flowers/102/',
+        'The photographs were gathered from the web for research, and their rights are with those who took them; the collection names no licence. Use these weights for research, and ask before any other use.',
+    ),
+    celeba=(
+        'celeba-non-commercial-research',
+        'http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html',
+        'CelebA is given for research that is not commercial, and may not be passed on; use these weights for nothing else. Its pictures show real people: do not use the model to make pictures that pass for somebody.',
+    ),
+)
+
 
 def terms(
     ws: Workspace,
-) -> tuple: # name and address of the licence where it is `other`, and a sentence on the data
+) -> tuple:  # name and address of the licence where it is `other`, and a sentence on the data
     source, bases = ws.settings.prepare.source, base_models(ws)
-    rights = 'The training pictures were drawn by the library and carry no rights of others.' if source == 'garden' else 'Check that the rights to the training pictures allow what you intend.'
+    rights = (
+        'The training pictures were drawn by the library and carry no rights of others.'
+        if source == 'garden'
+        else 'Check that the rights to the training pictures allow what you intend.'
+    )
     name, link, rights = TERMS.get(source, ('see-the-card', 'README.md', rights))
-    return name, link, rights + (f" The model was built on {' and '.join(bases)}, whose terms go on." if bases else '')
+    return (
+        name,
+        link,
+        rights + (f' The model was built on {" and ".join(bases)}, whose terms go on.' if bases else ''),
+    )
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #56c53430
-CONTROLS = (' real', ' autoencoder', ' shuffled') # ends of names of numbers that the model's own are read against
+CONTROLS = (
+    ' real',
+    ' autoencoder',
+    ' shuffled',
+)  # ends of names of numbers that the model's own are read against
 
-CROWDS = ('kid', 'fid', 'precision', 'recall')   # compare many pictures with many
+CROWDS = ('kid', 'fid', 'precision', 'recall')  # compare many pictures with many
+
 
 def card_results(
     ws: Workspace,
-    results: dict, # from `numbers`
+    results: dict,  # from `numbers`
     network: str,  # whose features the crowds of pictures were compared by
-) -> list:         # of `EvalResult`
+) -> list:  # of `EvalResult`
     from huggingface_hub import EvalResult
-    data = 'flowerdiff garden (drawn flowers)' if ws.settings.prepare.source == 'garden' else Path(ws.settings.prepare.source).name
+
+    data = (
+        'flowerdiff garden (drawn flowers)'
+        if ws.settings.prepare.source == 'garden'
+        else Path(ws.settings.prepare.source).name
+    )
     by = '' if network.startswith('Inception') else network.partition(' ')[0]
-    kind = lambda k: 'accuracy' if k.startswith('adherence') else '_'.join([k.replace(' ', '_'), *[by.lower()]*(k in CROWDS and bool(by))])
-    found = {k.removesuffix(' drawn'): v['value'] for k, v in results.items() if not (k.endswith(CONTROLS) or k.startswith('baseline'))}
-    return [EvalResult(task_type='text-to-image', dataset_type=re.sub(r'\W+', '-', data).strip('-').lower(), dataset_name=data, metric_type=kind(k), metric_name=f'{k} ({network})' if k in CROWDS and network else k, metric_value=round(v, 5)) for k, v in found.items()]
+    kind = lambda k: (
+        'accuracy'
+        if k.startswith('adherence')
+        else '_'.join([k.replace(' ', '_'), *[by.lower()] * (k in CROWDS and bool(by))])
+    )
+    found = {
+        k.removesuffix(' drawn'): v['value']
+        for k, v in results.items()
+        if not (k.endswith(CONTROLS) or k.startswith('baseline'))
+    }
+    return [
+        EvalResult(
+            task_type='text-to-image',
+            dataset_type=re.sub(r'\W+', '-', data).strip('-').lower(),
+            dataset_name=data,
+            metric_type=kind(k),
+            metric_name=f'{k} ({network})' if k in CROWDS and network else k,
+            metric_value=round(v, 5),
+        )
+        for k, v in found.items()
+    ]
+
 
 def card_data(
     ws: Workspace,
-    name: str,     # of the model
-    results: dict, # from `numbers`
-    samples: list, # prompt and file of each picture
+    name: str,  # of the model
+    results: dict,  # from `numbers`
+    samples: list,  # prompt and file of each picture
     network: str = '',
 ):
     "The header of the card, as `huggingface_hub.ModelCardData`."
     from huggingface_hub import ModelCardData
-    other = dict(zip(('license_name', 'license_link'), terms(ws))) if ws.settings.publish.license == 'other' else {}
+
+    other = (
+        dict(zip(('license_name', 'license_link'), terms(ws)))
+        if ws.settings.publish.license == 'other'
+        else {}
+    )
     tuned = dict(base_model_relation='finetune') if on_the_hub(ws.settings.train.init) else {}
     return ModelCardData(
-        model_name=name, license=ws.settings.publish.license, **other, language='en', library_name='diffusers', pipeline_tag='text-to-image', tags=['text-to-image', 'diffusers', 'stable-diffusion', 'latent-diffusion', 'flowerdiff'],
-        base_model=base_models(ws) or None, **tuned, widget=[dict(text=s['prompt'], output=dict(url=s['file'])) for s in samples], eval_results=card_results(ws, results, network) or None)
+        model_name=name,
+        license=ws.settings.publish.license,
+        **other,
+        language='en',
+        library_name='diffusers',
+        pipeline_tag='text-to-image',
+        tags=['text-to-image', 'diffusers', 'stable-diffusion', 'latent-diffusion', 'flowerdiff'],
+        base_model=base_models(ws) or None,
+        **tuned,
+        widget=[dict(text=s['prompt'], output=dict(url=s['file'])) for s in samples],
+        eval_results=card_results(ws, results, network) or None,
+    )
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #5babc763
-CARD_USE = '''# {{ name }}
+CARD_USE = """# {{ name }}
 
 {{ what }}
 
@@ -99,10 +165,10 @@ The same model for ONNX Runtime, without PyTorch, lies in `onnx/`.
 {% endif %}{% if engines %}
 Engines of TensorRT lie in `tensorrt/`, for {{ engines|join('; ') }}: `Generator.from_pretrained("{{ repo }}", "tensorrt")`.
 {% endif %}
-'''
+"""
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #9d46927b
-CARD_QUALITY = '''## How good it is
+CARD_QUALITY = """## How good it is
 
 {% if results %}| measure | value (95 % interval) |
 |---|---|
@@ -111,10 +177,10 @@ CARD_QUALITY = '''## How good it is
 {{ judged }}{% if controls %} What ends in {{ controls|join(', ') }} is not the model's own: it is what real pictures, wrong captions or the autoencoder alone reach.{% endif %}{% if network %} KID, FID, precision and recall compare features of {{ network }}, the CLIP score is by the text encoder's own CLIP: set them beside another model's only where these are the same.{% endif %}
 {% else %}Not measured: the run was published without its report.
 {% endif %}
-'''
+"""
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #f381342a
-CARD_ORIGIN = '''## How it was made
+CARD_ORIGIN = """## How it was made
 
 {{ data }}
 
@@ -129,57 +195,116 @@ CARD_ORIGIN = '''## How it was made
 ## Licence
 
 The weights: {{ license }}. {{ data_license }}
-'''
+"""
 CARD = '---\n{{ card_data }}\n---\n\n' + CARD_USE + CARD_QUALITY + CARD_ORIGIN
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #54b68b67
 def card_words(
     ws: Workspace,
-) -> dict: # the sentences of the card that depend on the data
+) -> dict:  # the sentences of the card that depend on the data
     "What the model is, its data, its limits, for the garden or for somebody's pictures."
     s, garden = ws.settings, ws.settings.prepare.source == 'garden'
-    info = read_json(ws.pictures/'info.json') if (ws.pictures/'info.json').exists() else {}
+    info = read_json(ws.pictures / 'info.json') if (ws.pictures / 'info.json').exists() else {}
     n = (info.get('counts') or {}).get('train', 'some')
-    source = dict(oxford102='the Oxford 102 flowers (Nilsback and Zisserman 2008)', celeba='CelebA (Liu et al. 2015)').get(s.prepare.source, f'a folder named `{Path(s.prepare.source).name}`')
+    source = dict(
+        oxford102='the Oxford 102 flowers (Nilsback and Zisserman 2008)', celeba='CelebA (Liu et al. 2015)'
+    ).get(s.prepare.source, f'a folder named `{Path(s.prepare.source).name}`')
     size = f'{s.prepare.resolution}x{s.prepare.resolution}'
     what = f'A small latent-diffusion model that draws {"flowers" if garden else "pictures"} of {size} pixels from English words. Made with [flowerdiff](https://github.com/flowerdiff/flowerdiff), which trains such a model from a folder of pictures.'
-    data = (f'Trained on {n} pictures of flowers that the library itself draws, with captions made from their known attributes.' if garden
-            else f'Trained on {n} pictures from {source}, captioned by the captioner `{s.caption.captioner}`.')
-    judged = 'Adherence: of pictures drawn for held-out prompts, the share that shows what was asked, by a classifier that took no part in training.' if garden else 'Measured on pictures and captions that were held out from training.'
-    limits = [f'It draws at {size} pixels and was not trained for other sizes.',
-              'It knows the flowers, colours and backgrounds of its data, and nothing else: other words are ignored or misread.' if garden else 'It knows what its pictures showed and what their captions named, with the bias of both; other words are ignored or misread.',
-              'Numbers, positions and text in a prompt are followed loosely.', 'It has no safety filter; its training pictures decide what it can show.']
+    data = (
+        f'Trained on {n} pictures of flowers that the library itself draws, with captions made from their known attributes.'
+        if garden
+        else f'Trained on {n} pictures from {source}, captioned by the captioner `{s.caption.captioner}`.'
+    )
+    judged = (
+        'Adherence: of pictures drawn for held-out prompts, the share that shows what was asked, by a classifier that took no part in training.'
+        if garden
+        else 'Measured on pictures and captions that were held out from training.'
+    )
+    limits = [
+        f'It draws at {size} pixels and was not trained for other sizes.',
+        'It knows the flowers, colours and backgrounds of its data, and nothing else: other words are ignored or misread.'
+        if garden
+        else 'It knows what its pictures showed and what their captions named, with the bias of both; other words are ignored or misread.',
+        'Numbers, positions and text in a prompt are followed loosely.',
+        'It has no safety filter; its training pictures decide what it can show.',
+    ]
     name, link, rights = terms(ws)
-    return dict(what=what, data=data, judged=judged, limits=limits, license=s.publish.license if s.publish.license != 'other' else f'[{name}]({link})', data_license=rights)
+    return dict(
+        what=what,
+        data=data,
+        judged=judged,
+        limits=limits,
+        license=s.publish.license if s.publish.license != 'other' else f'[{name}]({link})',
+        data_license=rights,
+    )
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #eebd92fd
-def without_folder(v): return Path(v).name if isinstance(v, str) and os.sep in v and '@' not in v else v # a place of this machine by its last name only
+def without_folder(v):
+    return (
+        Path(v).name if isinstance(v, str) and os.sep in v and '@' not in v else v
+    )  # a place of this machine by its last name only
+
 
 def how_made(
     ws: Workspace,
-) -> dict: # setting -> value, what a reader of the card wants to know about training
+) -> dict:  # setting -> value, what a reader of the card wants to know about training
     t, c = ws.settings.train, ws.settings.components
-    trained = read_json(ws.root/'train.json') if (ws.root/'train.json').exists() else {}
-    made = {'autoencoder': c.autoencoder, 'text encoder': c.text_encoder, 'UNet channels': ', '.join(map(str, t.channels)), 'prediction': t.prediction_type, 'epochs': t.epochs, 'batch size': t.batch_size,
-            'learning rate': t.lr, 'min-SNR gamma': t.min_snr_gamma, 'caption dropout': t.caption_dropout, 'seed': ws.settings.seed}
-    return {k: without_folder(v) for k, v in made.items()} | {k: trained[k] for k in ('steps', 'device') if k in trained}
+    trained = read_json(ws.root / 'train.json') if (ws.root / 'train.json').exists() else {}
+    made = {
+        'autoencoder': c.autoencoder,
+        'text encoder': c.text_encoder,
+        'UNet channels': ', '.join(map(str, t.channels)),
+        'prediction': t.prediction_type,
+        'epochs': t.epochs,
+        'batch size': t.batch_size,
+        'learning rate': t.lr,
+        'min-SNR gamma': t.min_snr_gamma,
+        'caption dropout': t.caption_dropout,
+        'seed': ws.settings.seed,
+    }
+    return {k: without_folder(v) for k, v in made.items()} | {
+        k: trained[k] for k in ('steps', 'device') if k in trained
+    }
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #634f67bc
 def make_card(
     ws: Workspace,
-    name: str,     # of the model
-    repo: str,     # what a reader gives to `from_pretrained`
-    samples: list, # from `draw_samples`
-    onnx: bool,    # are the ONNX files there?
-    engines: dict, # engines of TensorRT beside them: name -> gpu, targets, package, version, precision
-) -> str:          # README.md
+    name: str,  # of the model
+    repo: str,  # what a reader gives to `from_pretrained`
+    samples: list,  # from `draw_samples`
+    onnx: bool,  # are the ONNX files there?
+    engines: dict,  # engines of TensorRT beside them: name -> gpu, targets, package, version, precision
+) -> str:  # README.md
     "The model card, header and page."
     from huggingface_hub import ModelCard
     from flowerdiff.models.model_folder import student_steps
-    metrics = read_json(ws.report/'metrics.json') if (ws.report/'metrics.json').exists() else {}
-    found, e, network = numbers(metrics), ws.settings.evaluate, (metrics.get('protocol') or {}).get('features', '').replace('none', '')
-    card = ModelCard.from_template(card_data(ws, name, found, samples, network), template_str=CARD, network=network, name=name, repo=repo, grid=(ws.report/'grid.png').exists(), onnx=onnx, lora=without_folder(ws.settings.train.init) if (ws.model/'lora').is_dir() else '',
-        prompt=samples[0]['prompt'].replace('"', "'") if samples else 'a red rose', size=ws.settings.prepare.resolution, results={k: written(v, k) for k, v in found.items()},
-        made=how_made(ws), engines=[f"{e['gpu'] or ', '.join(e['targets'])} ({e['package']} {e['version']}, {e['precision']})" for e in engines.values()],
-        controls=sorted({f'`{c[1:]}`' for c in CONTROLS for k in found if k.endswith(c)}), **shown_how(e, student_steps(ws.model)), **card_words(ws))
+
+    metrics = read_json(ws.report / 'metrics.json') if (ws.report / 'metrics.json').exists() else {}
+    found, e, network = (
+        numbers(metrics),
+        ws.settings.evaluate,
+        (metrics.get('protocol') or {}).get('features', '').replace('none', ''),
+    )
+    card = ModelCard.from_template(
+        card_data(ws, name, found, samples, network),
+        template_str=CARD,
+        network=network,
+        name=name,
+        repo=repo,
+        grid=(ws.report / 'grid.png').exists(),
+        onnx=onnx,
+        lora=without_folder(ws.settings.train.init) if (ws.model / 'lora').is_dir() else '',
+        prompt=samples[0]['prompt'].replace('"', "'") if samples else 'a red rose',
+        size=ws.settings.prepare.resolution,
+        results={k: written(v, k) for k, v in found.items()},
+        made=how_made(ws),
+        engines=[
+            f'{e["gpu"] or ", ".join(e["targets"])} ({e["package"]} {e["version"]}, {e["precision"]})'
+            for e in engines.values()
+        ],
+        controls=sorted({f'`{c[1:]}`' for c in CONTROLS for k in found if k.endswith(c)}),
+        **shown_how(e, student_steps(ws.model)),
+        **card_words(ws),
+    )
     return f'{str(card).strip()}\n'

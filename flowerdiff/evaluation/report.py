@@ -11,12 +11,13 @@ import base64, html, io, math
 
 # %% ../../nbs/evaluation/05_report.ipynb #ec07276e
 def png(
-    picture,        # PIL.Image
+    picture,  # PIL.Image
     alt: str = '',  # what it shows, for those who cannot see it
-    width: int = 0, # pixels on the page; 0 lets the layout decide
+    width: int = 0,  # pixels on the page; 0 lets the layout decide
 ) -> str:
     "An `<img>` that carries its picture."
-    buffer = io.BytesIO(); picture.save(buffer, 'PNG', optimize=True)
+    buffer = io.BytesIO()
+    picture.save(buffer, 'PNG', optimize=True)
     size = f' style="width:{width}px"' if width else ''
     return f'<img alt="{html.escape(alt, quote=True)}" decoding="async"{size} src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
@@ -24,112 +25,219 @@ def png(
 def ticks(
     low: float,
     high: float,
-    n: int = 5, # about how many
+    n: int = 5,  # about how many
 ) -> list:
     "Round numbers inside low..high."
-    if not high > low: return [low]
-    step = 10**math.floor(math.log10((high-low)/n))
-    step = next(step*k for k in (1, 2, 5, 10) if (high-low)/(step*k) <= n)
-    return [round(i*step, 10) for i in range(math.ceil(low/step - 1e-9), math.floor(high/step + 1e-9)+1)]
+    if not high > low:
+        return [low]
+    step = 10 ** math.floor(math.log10((high - low) / n))
+    step = next(step * k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= n)
+    return [
+        round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 # %% ../../nbs/evaluation/05_report.ipynb #89130cab
 def smooth(
-    points: list,    # (x, y) pairs
-    keep: int = 120, # about how many remain
+    points: list,  # (x, y) pairs
+    keep: int = 120,  # about how many remain
 ) -> list:
     "Averages of neighbours, so that a noisy curve of thousands of points stays readable and small."
-    k = max(1, len(points)//keep)
-    return [tuple(sum(v)/len(v) for v in zip(*points[i:i+k])) for i in range(0, len(points), k)]
+    k = max(1, len(points) // keep)
+    return [tuple(sum(v) / len(v) for v in zip(*points[i : i + k])) for i in range(0, len(points), k)]
 
 # %% ../../nbs/evaluation/05_report.ipynb #f7356e2e
 def line_chart(
-    series: dict,      # name -> list of (x, y)
+    series: dict,  # name -> list of (x, y)
     xlabel: str = '',
     width: int = 680,
     height: int = 280,
-) -> str:              # '' when there is nothing to draw
+) -> str:  # '' when there is nothing to draw
     "Lines over x as SVG; colours are the page's `--c1`, `--c2`, ..."
     series = {k: [(float(x), float(y)) for x, y in v if math.isfinite(y)] for k, v in series.items()}
     points = [p for v in series.values() for p in v]
-    if not points: return ''
+    if not points:
+        return ''
     (x0, x1), ys = (min(p[0] for p in points), max(p[0] for p in points)), sorted(p[1] for p in points)
-    y0, y1 = ys[0], ys[min(len(ys)-1, int(len(ys)*.99))]*1.02   # a first wild point does not flatten the rest
-    X = lambda x: 52 + (x-x0)/((x1-x0) or 1)*(width-70)
-    Y = lambda y: height-34 - (min(y, y1)-y0)/((y1-y0) or 1)*(height-60)
-    out = [f'<line class="rule" x1="52" x2="{width-18}" y1="{Y(t):.1f}" y2="{Y(t):.1f}"/><text x="46" y="{Y(t)+4:.1f}" text-anchor="end">{t:g}</text>' for t in ticks(y0, y1)]
-    out += [f'<text x="{X(t):.1f}" y="{height-14}" text-anchor="middle">{t:g}</text>' for t in ticks(x0, x1, 7) if not xlabel or X(t) < width - 30 - 7*len(xlabel)]  # the label stands there
+    y0, y1 = (
+        ys[0],
+        ys[min(len(ys) - 1, int(len(ys) * 0.99))] * 1.02,
+    )  # a first wild point does not flatten the rest
+    X = lambda x: 52 + (x - x0) / ((x1 - x0) or 1) * (width - 70)
+    Y = lambda y: height - 34 - (min(y, y1) - y0) / ((y1 - y0) or 1) * (height - 60)
+    out = [
+        f'<line class="rule" x1="52" x2="{width - 18}" y1="{Y(t):.1f}" y2="{Y(t):.1f}"/><text x="46" y="{Y(t) + 4:.1f}" text-anchor="end">{t:g}</text>'
+        for t in ticks(y0, y1)
+    ]
+    out += [
+        f'<text x="{X(t):.1f}" y="{height - 14}" text-anchor="middle">{t:g}</text>'
+        for t in ticks(x0, x1, 7)
+        if not xlabel or X(t) < width - 30 - 7 * len(xlabel)
+    ]  # the label stands there
     for i, (name, v) in enumerate(series.items()):
-        dots = ''.join(f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="2.6"/>' for x, y in v) if len(v) < 30 else ''
-        out.append(f'<g style="stroke:var(--c{i+1});fill:var(--c{i+1})"><polyline fill="none" points="{" ".join(f"{X(x):.1f},{Y(y):.1f}" for x, y in v)}"/>{dots}</g>')
-        out.append(f'<text x="{62+i*150}" y="16" class="key"><tspan style="fill:var(--c{i+1})">●</tspan> {html.escape(name)}</text>')
-    out.append(f'<text x="{width-18}" y="{height-14}" text-anchor="end" class="key">{html.escape(xlabel)}</text>')
+        dots = (
+            ''.join(f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="2.6"/>' for x, y in v) if len(v) < 30 else ''
+        )
+        out.append(
+            f'<g style="stroke:var(--c{i + 1});fill:var(--c{i + 1})"><polyline fill="none" points="{" ".join(f"{X(x):.1f},{Y(y):.1f}" for x, y in v)}"/>{dots}</g>'
+        )
+        out.append(
+            f'<text x="{62 + i * 150}" y="16" class="key"><tspan style="fill:var(--c{i + 1})">●</tspan> {html.escape(name)}</text>'
+        )
+    out.append(
+        f'<text x="{width - 18}" y="{height - 14}" text-anchor="end" class="key">{html.escape(xlabel)}</text>'
+    )
     return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(", ".join(series))}">{"".join(out)}</svg>'
 
 # %% ../../nbs/evaluation/05_report.ipynb #98753211
 def bar(
-    value: float, # 0..1
+    value: float,  # 0..1
     low: float,
     high: float,
 ) -> str:
     "A horizontal bar from 0 to 1 with its interval."
-    return f'<span class="bar"><i style="width:{100*value:.1f}%"></i><b style="left:{100*low:.1f}%;width:{100*(high-low):.1f}%"></b></span>'
+    return f'<span class="bar"><i style="width:{100 * value:.1f}%"></i><b style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></b></span>'
 
 # %% ../../nbs/evaluation/05_report.ipynb #fac81a48
 def curves(
-    train: dict, # train.json
-) -> str:        # SVG, '' without curves
+    train: dict,  # train.json
+) -> str:  # SVG, '' without curves
     "Training and validation loss over the steps."
     pairs = lambda c: [(p['step'], p['loss']) if isinstance(p, dict) else tuple(p[:2]) for p in c or []]
-    return line_chart({k: v for k, v in (('training loss', smooth(pairs(train.get('loss_curve')))), ('validation loss', pairs(train.get('validation_curve')))) if v}, 'steps')
+    return line_chart(
+        {
+            k: v
+            for k, v in (
+                ('training loss', smooth(pairs(train.get('loss_curve')))),
+                ('validation loss', pairs(train.get('validation_curve'))),
+            )
+            if v
+        },
+        'steps',
+    )
+
 
 def by_timestep(
-    train: dict, # train.json
-) -> str:        # SVG, '' without a validation
+    train: dict,  # train.json
+) -> str:  # SVG, '' without a validation
     "Validation loss at each timestep that was asked."
     v = train.get('validation') or {}
-    return line_chart({'validation loss by timestep': list(zip(v['timesteps'], v['by_level']))}, 'timestep') if v.get('by_level') else ''
+    return (
+        line_chart({'validation loss by timestep': list(zip(v['timesteps'], v['by_level']))}, 'timestep')
+        if v.get('by_level')
+        else ''
+    )
 
 # %% ../../nbs/evaluation/05_report.ipynb #9bfe6513
-def percent(e) -> str: return f'{100*e.value:.1f}'.removesuffix('.0') + ' %'
+def percent(e) -> str:
+    return f'{100 * e.value:.1f}'.removesuffix('.0') + ' %'
 
-def interval(e, k: float = 1.) -> str:
+
+def interval(e, k: float = 1.0) -> str:
     short = lambda x: f'{x:.0f}' if abs(x) >= 100 else f'{x:.1f}'
-    return f'{short(k*e.low)} to {short(k*e.high)}'
+    return f'{short(k * e.low)} to {short(k * e.high)}'
 
 # %% ../../nbs/evaluation/05_report.ipynb #d1c75f3b
 def headlines(numbers: dict) -> list:
     "The cards under the grid: name, value, and what to compare it with."
-    out, by = [], f" ({numbers['features']})" if 'features' in numbers and not numbers['features'].startswith('CLIP') else ''
+    out, by = (
+        [],
+        f' ({numbers["features"]})'
+        if 'features' in numbers and not numbers['features'].startswith('CLIP')
+        else '',
+    )
     if 'adherence' in numbers:
         a = numbers['adherence']
-        out += [dict(name=f'Right {n}', value=percent(a[k]), note=f'{interval(a[k], 100)} %, by the judge') for k, n in (('color', 'colour'), ('background', 'background'), ('species', 'species'))]
+        out += [
+            dict(name=f'Right {n}', value=percent(a[k]), note=f'{interval(a[k], 100)} %, by the judge')
+            for k, n in (('color', 'colour'), ('background', 'background'), ('species', 'species'))
+        ]
     if 'clip_score' in numbers:
         c = numbers['clip_score']
-        out.append(dict(name='CLIP score', value=f"{c['drawn'].value:.1f}", note=f"real pictures {c['real'].value:.1f}, with wrong captions {c['shuffled'].value:.1f}"))
+        out.append(
+            dict(
+                name='CLIP score',
+                value=f'{c["drawn"].value:.1f}',
+                note=f'real pictures {c["real"].value:.1f}, with wrong captions {c["shuffled"].value:.1f}',
+            )
+        )
     if 'kid' in numbers:
         k, f, p, r = (numbers[n] for n in ('kid', 'fid', 'precision', 'recall'))
-        out.append(dict(name='KID × 1000', value=f"{1000*k['drawn'].value:.1f}", note=f"{interval(k['drawn'], 1000)}; the autoencoder alone {1000*k['autoencoder'].value:.1f}; 0 is perfect{by}"))
-        if by: out.append(dict(name='FID', value=f"{f['drawn'].value:.1f}", note=f"{interval(f['drawn'])}; the autoencoder alone {f['autoencoder'].value:.1f}, from as many pictures{by}"))
-        out.append(dict(name='Precision, recall', value=f"{percent(p['drawn'])}, {percent(r['drawn'])}", note=f"of the drawn that look like real ones, of the real that could be drawn; the autoencoder alone {percent(p['autoencoder'])}, {percent(r['autoencoder'])}"))
-    if 'copies' in numbers: out.append(dict(name='Near copies', value=percent(numbers['copies']), note='drawn pictures nearer to a training picture than 99 % of test pictures are; 1 % is innocent'))
+        out.append(
+            dict(
+                name='KID × 1000',
+                value=f'{1000 * k["drawn"].value:.1f}',
+                note=f'{interval(k["drawn"], 1000)}; the autoencoder alone {1000 * k["autoencoder"].value:.1f}; 0 is perfect{by}',
+            )
+        )
+        if by:
+            out.append(
+                dict(
+                    name='FID',
+                    value=f'{f["drawn"].value:.1f}',
+                    note=f'{interval(f["drawn"])}; the autoencoder alone {f["autoencoder"].value:.1f}, from as many pictures{by}',
+                )
+            )
+        out.append(
+            dict(
+                name='Precision, recall',
+                value=f'{percent(p["drawn"])}, {percent(r["drawn"])}',
+                note=f'of the drawn that look like real ones, of the real that could be drawn; the autoencoder alone {percent(p["autoencoder"])}, {percent(r["autoencoder"])}',
+            )
+        )
+    if 'copies' in numbers:
+        out.append(
+            dict(
+                name='Near copies',
+                value=percent(numbers['copies']),
+                note='drawn pictures nearer to a training picture than 99 % of test pictures are; 1 % is innocent',
+            )
+        )
     return out
 
 # %% ../../nbs/evaluation/05_report.ipynb #44e13bee
 NAMES = dict(species='species', color='colour', background='background', all='all three at once')
 
+
 def adherence_section(
-    numbers: dict, # from `attribute_numbers`
-    asks: list, drawn: list,
+    numbers: dict,  # from `attribute_numbers`
+    asks: list,
+    drawn: list,
 ) -> dict:
     "The table of attributes, who is taken for whom, and the pictures that the judge did not accept."
-    rows = [dict(name=NAMES.get(k, k), value=percent(e), interval=f'{interval(e, 100)} %', bar=bar(e.value, e.low, e.high), n=e.n) for k, e in numbers['adherence'].items()]
-    wrong = [(i, [f"{NAMES[k]}: {numbers['seen'][i][k]}" for k in a.wanted if numbers['seen'][i][k] != a.wanted[k]]) for i, a in enumerate(asks)]
-    return dict(note='Prompts made from the attributes of test pictures, one picture each. The judge is a classifier of its own that never met the model, nor the CLIP that reads the prompts.', rows=rows,
+    rows = [
+        dict(
+            name=NAMES.get(k, k),
+            value=percent(e),
+            interval=f'{interval(e, 100)} %',
+            bar=bar(e.value, e.low, e.high),
+            n=e.n,
+        )
+        for k, e in numbers['adherence'].items()
+    ]
+    wrong = [
+        (
+            i,
+            [
+                f'{NAMES[k]}: {numbers["seen"][i][k]}'
+                for k in a.wanted
+                if numbers['seen'][i][k] != a.wanted[k]
+            ],
+        )
+        for i, a in enumerate(asks)
+    ]
+    return dict(
+        note='Prompts made from the attributes of test pictures, one picture each. The judge is a classifier of its own that never met the model, nor the CLIP that reads the prompts.',
+        rows=rows,
         confusion={NAMES[k]: dict(names=n, table=t.tolist()) for k, (n, t) in numbers['confusion'].items()},
-        wrong=[dict(picture=drawn[i], prompt=asks[i].prompt, note='seen as ' + ', '.join(w)) for i, w in wrong if w][:8])
+        wrong=[
+            dict(picture=drawn[i], prompt=asks[i].prompt, note='seen as ' + ', '.join(w))
+            for i, w in wrong
+            if w
+        ][:8],
+    )
 
 # %% ../../nbs/evaluation/05_report.ipynb #24ddcb16
-CSS = '''
+CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#23201d;--soft:#756f68;--line:#e6e1da;--accent:#b8336a;--c1:#b8336a;--c2:#2f6fb3;--c3:#4d8a3d;--c4:#c98a1b}
 @media(prefers-color-scheme:dark){:root{--bg:#16151a;--card:#201f26;--ink:#ece9e4;--soft:#a09a93;--line:#35333d;--accent:#f07aa8;--c1:#f07aa8;--c2:#7db4f0;--c3:#93c983;--c4:#e8b75a}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif}
@@ -144,10 +252,10 @@ table{border-collapse:collapse;width:100%;margin:14px 0;font-variant-numeric:tab
 .chart{width:100%;max-width:760px;font-size:12px}.chart text{fill:var(--soft);stroke:none}.chart polyline{stroke-width:2.2;stroke-linejoin:round}.chart .rule{stroke:var(--line)}.chart .key{font-size:12.5px}
 .strip{display:grid;gap:8px;margin:8px 0 18px}.label{font-size:.9rem;color:var(--soft);margin:14px 0 0}@media(max-width:560px){.wide{display:none}main{padding:28px 16px 60px}h1{font-size:1.8rem}}.scroll{overflow-x:auto}.heat td{padding:5px 9px;text-align:center;border:0;font-size:.82rem}.heat th{padding:5px 9px;border:0;font-size:.82rem}
 details{border-top:1px solid var(--line);padding:12px 0}summary{cursor:pointer;font-weight:600}dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;margin:12px 0}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-'''
+"""
 
 # %% ../../nbs/evaluation/05_report.ipynb #c000297b
-PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ title }}</title><style>{{ css|safe }}</style></head><body><main>
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ title }}</title><style>{{ css|safe }}</style></head><body><main>
 <h1>{{ title }}</h1><p class="soft">{{ subtitle }}</p>
 {% if grid %}<section class="grid" aria-label="samples">{% for g in grid %}<figure>{% if g.pictures|length > 1 %}<div class="four">{% for p in g.pictures %}{{ png(p, g.prompt)|safe }}{% endfor %}</div>{% else %}{{ png(g.pictures[0], g.prompt)|safe }}{% endif %}<figcaption>{{ g.prompt }}</figcaption></figure>{% endfor %}</section>{% endif %}
 {% if headlines %}<section class="cards">{% for h in headlines %}<div class="card"><span class="name">{{ h.name }}</span><b>{{ h.value }}</b><span class="note">{{ h.note }}</span></div>{% endfor %}</section>{% endif %}
@@ -159,23 +267,38 @@ PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 {% if chart %}<h2>How it learned</h2><p>{{ chart_note }}</p>{{ chart|safe }}{% endif %}
 <h2>How this was made</h2>{% for name, d in details.items() %}<details{% if loop.first %} open{% endif %}><summary>{{ name }}</summary><dl>{% for k, v in d.items() if v or v == 0 %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></details>{% endfor %}
 {% if links %}<p class="soft">{% for l in links %}<a href="{{ l.href }}">{{ l.name }}</a>{{ '' if loop.last else ' · ' }}{% endfor %}</p>{% endif %}
-</main></body></html>'''
+</main></body></html>"""
 
 # %% ../../nbs/evaluation/05_report.ipynb #2bdf6b53
 def render(
     title: str,
     subtitle: str = '',
-    grid: list = (),        # of dicts: prompt, pictures
-    headlines: list = (),   # of dicts: name, value, note
-    adherence: dict = None, # note, rows (name, value, interval, bar, n), confusion, wrong
-    strips: list = (),      # of dicts: title, note, columns, rows (label, pictures and, if they have some, their captions)
-    tables: list = (),      # of dicts: title, note, columns, rows (lists of texts)
-    chart: str = '',        # SVG of the curves
+    grid: list = (),  # of dicts: prompt, pictures
+    headlines: list = (),  # of dicts: name, value, note
+    adherence: dict = None,  # note, rows (name, value, interval, bar, n), confusion, wrong
+    strips: list = (),  # of dicts: title, note, columns, rows (label, pictures and, if they have some, their captions)
+    tables: list = (),  # of dicts: title, note, columns, rows (lists of texts)
+    chart: str = '',  # SVG of the curves
     chart_note: str = '',
-    details: dict = None,   # heading -> {name: value}
-    links: list = (),       # of dicts: name, href
-) -> str:                   # a whole HTML page
+    details: dict = None,  # heading -> {name: value}
+    links: list = (),  # of dicts: name, href
+) -> str:  # a whole HTML page
     "The report: nothing in it is fetched from elsewhere; whatever a person wrote is escaped."
     from jinja2 import Environment
+
     page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    return page.render(css=CSS, png=png, title=title, subtitle=subtitle, grid=grid, headlines=headlines, adherence=adherence, strips=strips, tables=tables, chart=chart, chart_note=chart_note, details=details or {}, links=links)
+    return page.render(
+        css=CSS,
+        png=png,
+        title=title,
+        subtitle=subtitle,
+        grid=grid,
+        headlines=headlines,
+        adherence=adherence,
+        strips=strips,
+        tables=tables,
+        chart=chart,
+        chart_note=chart_note,
+        details=details or {},
+        links=links,
+    )

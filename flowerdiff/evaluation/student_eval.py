@@ -17,20 +17,27 @@ from ..core.workspace import Workspace, read_jsonl
 @dataclass
 class Marks:
     "What is known of a crowd of drawn pictures."
-    right: list = field(default_factory=list)  # [n] whether each shows all that was asked; empty where no judge applies
+
+    right: list = field(
+        default_factory=list
+    )  # [n] whether each shows all that was asked; empty where no judge applies
     score: list = field(default_factory=list)  # [n] CLIP scores
-    features: np.ndarray = None                # [n, d] embeddings; None: there is no CLIP
+    features: np.ndarray = None  # [n, d] embeddings; None: there is no CLIP
+
 
 def mark(
-    drawn: list, # of PIL.Image
+    drawn: list,  # of PIL.Image
     asks: list,  # of Ask
-    clip=None,   # `ClipFeatures`
+    clip=None,  # `ClipFeatures`
 ) -> Marks:
     "Judge pictures."
     out = Marks()
     if asks and all(a.wanted for a in asks):
         from flowerdiff.models.attribute_classifier import load_judge
-        out.right = [all(seen[k] == v for k, v in a.wanted.items()) for a, seen in zip(asks, load_judge().names(drawn))]
+
+        out.right = [
+            all(seen[k] == v for k, v in a.wanted.items()) for a, seen in zip(asks, load_judge().names(drawn))
+        ]
     if clip:
         x = clip.pictures(drawn)
         out.score, out.features = clip_scores(x, clip.texts([a.prompt for a in asks])).tolist(), directions(x)
@@ -38,55 +45,98 @@ def mark(
 
 # %% ../../nbs/evaluation/07_student_eval.ipynb #a59374c6
 def kid_gain(
-    student: np.ndarray, # [n, d] features
-    teacher: np.ndarray, # [n, d] of the same prompts
-    real: np.ndarray,    # [m, d]
+    student: np.ndarray,  # [n, d] features
+    teacher: np.ndarray,  # [n, d] of the same prompts
+    real: np.ndarray,  # [m, d]
     subsets: int = 100,
 ) -> Estimate:
     "How much further from real pictures the student's are than the teacher's, by KID; the interval by halves, as in `kid`."
     within, yy = [(cubic(x, x), cubic(x, real)) for x in (student, teacher)], cubic(real, real)
-    def gain(i, j): return float(np.subtract(*[mmd2(xx[np.ix_(i, i)], yy[np.ix_(j, j)], xy[np.ix_(i, j)]) for xx, xy in within]))
+
+    def gain(i, j):
+        return float(
+            np.subtract(*[mmd2(xx[np.ix_(i, i)], yy[np.ix_(j, j)], xy[np.ix_(i, j)]) for xx, xy in within])
+        )
+
     return by_halves(gain, len(student), len(real), subsets)
 
 # %% ../../nbs/evaluation/07_student_eval.ipynb #10fed024
 @dataclass
 class Grade:
     "What the exam says."
+
     passed: bool
-    reason: str      # a line for people
+    reason: str  # a line for people
     numbers: dict = field(default_factory=dict)
+
 
 def grade(
     student: Marks,
     teacher: Marks,
-    real=None,         # [m, d] features of real pictures; None: there is no CLIP
-    loss: float = .05, # adherence that may be lost
-    gain: float = .1,  # KID that may be gained
+    real=None,  # [m, d] features of real pictures; None: there is no CLIP
+    loss: float = 0.05,  # adherence that may be lost
+    gain: float = 0.1,  # KID that may be gained
 ) -> Grade:
     "Does the student pass?"
     by_judge = bool(teacher.right)
-    a, b = ((teacher.right, student.right) if by_judge else (teacher.score, student.score))
-    if len(a) < 4: return Grade(False, 'there is nothing to examine it by: that needs 4 validation pictures, and their attributes or a text encoder with its picture half')
-    if real is None or len(real) < 4: return Grade(False, 'KID cannot be measured: the text encoder came without its picture half; components.text_encoder=train trains both')
+    a, b = (teacher.right, student.right) if by_judge else (teacher.score, student.score)
+    if len(a) < 4:
+        return Grade(
+            False,
+            'there is nothing to examine it by: that needs 4 validation pictures, and their attributes or a text encoder with its picture half',
+        )
+    if real is None or len(real) < 4:
+        return Grade(
+            False,
+            'KID cannot be measured: the text encoder came without its picture half; components.text_encoder=train trains both',
+        )
     a, b = np.asarray(a, float), np.asarray(b, float)
-    lost = bootstrap(a - b) if by_judge else bootstrap((a - b)/max(1e-9, a.mean()))
+    lost = bootstrap(a - b) if by_judge else bootstrap((a - b) / max(1e-9, a.mean()))
     more = kid_gain(student.features, teacher.features, real)
     passed = bool(lost.high <= loss and more.high <= gain)
     name = 'adherence' if by_judge else 'CLIP score'
-    reason = f"{name} {100*b.mean():.1f} % with the teacher's {100*a.mean():.1f} %" if by_judge else f"{name} {b.mean():.1f} with the teacher's {a.mean():.1f}"
-    reason += f' (lost {100*lost.value:.1f} %, at most {100*lost.high:.1f} %, allowed {100*loss:g} %), KID x 1000 more by {1000*more.value:.0f} (at most {1000*more.high:.0f}, allowed {1000*gain:g})'
-    return Grade(passed, reason, dict(measure=name, student=float(b.mean()), teacher=float(a.mean()), lost=lost.value, lost_high=lost.high, kid_gain=more.value, kid_gain_high=more.high, prompts=len(a)))
+    reason = (
+        f"{name} {100 * b.mean():.1f} % with the teacher's {100 * a.mean():.1f} %"
+        if by_judge
+        else f"{name} {b.mean():.1f} with the teacher's {a.mean():.1f}"
+    )
+    reason += f' (lost {100 * lost.value:.1f} %, at most {100 * lost.high:.1f} %, allowed {100 * loss:g} %), KID x 1000 more by {1000 * more.value:.0f} (at most {1000 * more.high:.0f}, allowed {1000 * gain:g})'
+    return Grade(
+        passed,
+        reason,
+        dict(
+            measure=name,
+            student=float(b.mean()),
+            teacher=float(a.mean()),
+            lost=lost.value,
+            lost_high=lost.high,
+            kid_gain=more.value,
+            kid_gain_high=more.high,
+            prompts=len(a),
+        ),
+    )
 
 # %% ../../nbs/evaluation/07_student_eval.ipynb #1c623e0f
 def exam(
     ws: Workspace,
-    teacher,   # `Generator`
-    student,   # `Generator`, with its own steps and guidance
+    teacher,  # `Generator`
+    student,  # `Generator`, with its own steps and guidance
 ) -> Grade:
     "Have both draw and compare."
     from PIL import Image
+
     s, e = ws.settings.promote, ws.settings.evaluate
-    asks, clip = questions(ws, s.distill_prompts, 'val'), own_clip(ws.encoded/'components')
-    real = [Image.open(ws.pictures/'val'/r['file_name']).convert('RGB') for r in read_jsonl(ws.pictures/'val'/'metadata.jsonl')[:e.kid_pictures]] if clip else []
-    marks = [mark(draw_all(g, asks, e.batch_size, ws.settings.seed, **how), asks, clip) for g, how in ((student, {}), (teacher, drawn_how(e)))]
+    asks, clip = questions(ws, s.distill_prompts, 'val'), own_clip(ws.encoded / 'components')
+    real = (
+        [
+            Image.open(ws.pictures / 'val' / r['file_name']).convert('RGB')
+            for r in read_jsonl(ws.pictures / 'val' / 'metadata.jsonl')[: e.kid_pictures]
+        ]
+        if clip
+        else []
+    )
+    marks = [
+        mark(draw_all(g, asks, e.batch_size, ws.settings.seed, **how), asks, clip)
+        for g, how in ((student, {}), (teacher, drawn_how(e)))
+    ]
     return grade(*marks, directions(clip.pictures(real)) if real else None, s.distill_loss, s.distill_kid)

@@ -13,234 +13,347 @@ from PIL import Image, ImageDraw
 from fastcore.basics import patch
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #82732afd
-SPECIES = ('sunflower', 'rose', 'lavender', 'daisy', 'cherry blossom', 'tulip', 'iris', 'poppy', 'bluebell', 'lily')
-COLORS = { # dark side, middle, light side
-    'red':       ((138, 12, 34), (214, 32, 42), (244, 96, 84)),
-    'orange':    ((196, 84, 6), (246, 134, 24), (255, 186, 96)),
-    'yellow':    ((206, 146, 4), (250, 208, 34), (255, 240, 132)),
-    'white':     ((178, 186, 206), (238, 240, 246), (255, 255, 255)),
-    'pink':      ((206, 76, 134), (246, 140, 182), (255, 202, 220)),
-    'purple':    ((78, 28, 136), (132, 64, 190), (184, 130, 232)),
-    'blue':      ((22, 46, 156), (50, 96, 222), (124, 166, 250)),
+SPECIES = (
+    'sunflower',
+    'rose',
+    'lavender',
+    'daisy',
+    'cherry blossom',
+    'tulip',
+    'iris',
+    'poppy',
+    'bluebell',
+    'lily',
+)
+COLORS = {  # dark side, middle, light side
+    'red': ((138, 12, 34), (214, 32, 42), (244, 96, 84)),
+    'orange': ((196, 84, 6), (246, 134, 24), (255, 186, 96)),
+    'yellow': ((206, 146, 4), (250, 208, 34), (255, 240, 132)),
+    'white': ((178, 186, 206), (238, 240, 246), (255, 255, 255)),
+    'pink': ((206, 76, 134), (246, 140, 182), (255, 202, 220)),
+    'purple': ((78, 28, 136), (132, 64, 190), (184, 130, 232)),
+    'blue': ((22, 46, 156), (50, 96, 222), (124, 166, 250)),
     'turquoise': ((0, 104, 114), (20, 176, 176), (122, 228, 216)),
 }
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #8229be03
 def mix(
-    a: tuple, # a colour
-    b: tuple, # another one
-    t: float, # 0 is `a`, 1 is `b`
+    a: tuple,  # a colour
+    b: tuple,  # another one
+    t: float,  # 0 is `a`, 1 is `b`
 ) -> tuple:
     "The colour a share `t` of the way from `a` to `b`."
-    return tuple(x + t*(y-x) for x, y in zip(a, b))
+    return tuple(x + t * (y - x) for x, y in zip(a, b))
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #68bdba41
 @lru_cache(64)
 def outline(
-    peak: float = 1.,  # above 1 the petal is widest towards its tip
-    point: float = .6, # 1 gives a pointed tip, below it a round one
-    notch: float = 0., # depth of the cut in the tip
-    n: int = 12,       # points a side
-) -> np.ndarray:       # [2n-2] complex, from 0 (base) to 1 (tip) and back
+    peak: float = 1.0,  # above 1 the petal is widest towards its tip
+    point: float = 0.6,  # 1 gives a pointed tip, below it a round one
+    notch: float = 0.0,  # depth of the cut in the tip
+    n: int = 12,  # points a side
+) -> np.ndarray:  # [2n-2] complex, from 0 (base) to 1 (tip) and back
     "Outline of a petal of length 1 and half width 1."
-    t = (1 - np.cos(np.linspace(0, np.pi, n)))/2
-    w = np.abs(np.sin(np.pi*t**peak))**point
+    t = (1 - np.cos(np.linspace(0, np.pi, n))) / 2
+    w = np.abs(np.sin(np.pi * t**peak)) ** point
     w[0] = w[-1] = 0
-    x = t - notch*np.clip(1 - w/.55, 0, 1)*(t > .6)
-    return np.r_[x + 1j*w, (x - 1j*w)[-2:0:-1]]
+    x = t - notch * np.clip(1 - w / 0.55, 0, 1) * (t > 0.6)
+    return np.r_[x + 1j * w, (x - 1j * w)[-2:0:-1]]
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #eea9c122
 @lru_cache(16)
-def circle(n: int = 24) -> np.ndarray: # [n] complex
+def circle(n: int = 24) -> np.ndarray:  # [n] complex
     "Points on the unit circle."
-    return np.exp(2j*np.pi*np.arange(n)/n)
+    return np.exp(2j * np.pi * np.arange(n) / n)
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #944579b8
 class Brush:
     "Paints shapes given in the unit square on a picture of `scale` pixels."
-    def __init__(self,
-        img: Image.Image, # painted in place
-        scale: int,       # its side in pixels
+
+    def __init__(
+        self,
+        img: Image.Image,  # painted in place
+        scale: int,  # its side in pixels
         levels: int = 4,  # steps of shading
     ):
-        self.draw, self.scale, self.levels, self.n = ImageDraw.Draw(img), scale, levels, 12 if scale < 400 else 40
-        self.pivot, self.turn = 0, 1+0j
+        self.draw, self.scale, self.levels, self.n = (
+            ImageDraw.Draw(img),
+            scale,
+            levels,
+            12 if scale < 400 else 40,
+        )
+        self.pivot, self.turn = 0, 1 + 0j
 
     def fill(self, z, color):
         "The polygon through the complex points `z`."
-        z = self.pivot + self.turn*(z - self.pivot)
-        self.draw.polygon((z*self.scale).view(float).tolist(), fill=tuple(int(min(255, max(0, c))) for c in color))
+        z = self.pivot + self.turn * (z - self.pivot)
+        self.draw.polygon(
+            (z * self.scale).view(float).tolist(), fill=tuple(int(min(255, max(0, c))) for c in color)
+        )
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #31c72ec3
 LIGHT = np.exp(-2.2j)
 
+
 @patch
-def petal(self: Brush,
-    base: complex,        # where it is attached
-    angle: float,         # radians, 0 to the right, clockwise
+def petal(
+    self: Brush,
+    base: complex,  # where it is attached
+    angle: float,  # radians, 0 to the right, clockwise
     length: float,
-    width: float,         # half of its greatest width
-    tones: tuple,         # dark, middle and light colour
-    shape: tuple = (1., .6, 0.), # `outline`'s peak, point and notch
-    lift: float = 0.,     # above 0 lighter than its neighbours, below darker
+    width: float,  # half of its greatest width
+    tones: tuple,  # dark, middle and light colour
+    shape: tuple = (1.0, 0.6, 0.0),  # `outline`'s peak, point and notch
+    lift: float = 0.0,  # above 0 lighter than its neighbours, below darker
 ):
     "One petal, shaded from its rim to its heart."
-    z, turn = outline(*shape, self.n), np.exp(1j*angle)
+    z, turn = outline(*shape, self.n), np.exp(1j * angle)
     dark, mid, light = tones
-    lit = .14*(turn*np.conj(LIGHT)).real + lift
+    lit = 0.14 * (turn * np.conj(LIGHT)).real + lift
     for i in range(self.levels):
-        t = i/max(1, self.levels-1)
-        c = mix(dark, mid, min(1, .42+1.1*t)) if t < .55 else mix(mid, light, (t-.55)/.45*.7)
-        inner = .55 + (z-.55)*(1 - .62*t)
-        self.fill(base + turn*(length*inner.real + 1j*width*inner.imag), mix(c, light, lit) if lit > 0 else mix(c, dark, -lit))
+        t = i / max(1, self.levels - 1)
+        c = mix(dark, mid, min(1, 0.42 + 1.1 * t)) if t < 0.55 else mix(mid, light, (t - 0.55) / 0.45 * 0.7)
+        inner = 0.55 + (z - 0.55) * (1 - 0.62 * t)
+        self.fill(
+            base + turn * (length * inner.real + 1j * width * inner.imag),
+            mix(c, light, lit) if lit > 0 else mix(c, dark, -lit),
+        )
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #cb723c95
 @patch
-def ball(self: Brush,
+def ball(
+    self: Brush,
     centre: complex,
     radius: float,
     dark: tuple,  # colour of the rim
-    light: tuple, # colour where the light falls
+    light: tuple,  # colour where the light falls
 ):
     "A ball lit from the upper left."
     for i in range(self.levels):
-        t = i/max(1, self.levels-1)
-        z = circle(2*self.n)*radius*(1-.75*t)
-        self.fill(centre + .25*radius*t*LIGHT + z, mix(dark, light, t))
+        t = i / max(1, self.levels - 1)
+        z = circle(2 * self.n) * radius * (1 - 0.75 * t)
+        self.fill(centre + 0.25 * radius * t * LIGHT + z, mix(dark, light, t))
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #35151128
 def bezier(
     a: complex,  # start
     b: complex,  # where it bends to
     c: complex,  # end
-    n: int = 13, # points
+    n: int = 13,  # points
 ) -> np.ndarray:
     "Quadratic Bezier curve."
     t = np.linspace(0, 1, n)
-    return (1-t)**2*a + 2*t*(1-t)*b + t*t*c
+    return (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t * t * c
+
 
 @patch
-def stroke(self: Brush,
-    p: np.ndarray, # [n] complex, the way
+def stroke(
+    self: Brush,
+    p: np.ndarray,  # [n] complex, the way
     first: float,  # width at its start
-    last: float,   # width at its end
+    last: float,  # width at its end
     dark: tuple,
     light: tuple,
 ):
     "A stem along `p`, its left side light."
     d = np.gradient(p)
-    across = 1j*d/np.abs(d)*np.linspace(first, last, len(p))/2
-    self.fill(np.r_[p+across, (p-across)[::-1]], dark)
+    across = 1j * d / np.abs(d) * np.linspace(first, last, len(p)) / 2
+    self.fill(np.r_[p + across, (p - across)[::-1]], dark)
     s = 1 if across[0].real < 0 else -1
-    self.fill(np.r_[p+s*across*.1, (p+s*across*.9)[::-1]], light)
+    self.fill(np.r_[p + s * across * 0.1, (p + s * across * 0.9)[::-1]], light)
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #da51ddb2
 @patch
-def leaf(self: Brush,
+def leaf(
+    self: Brush,
     base: complex,
-    angle: float, # radians
+    angle: float,  # radians
     length: float,
-    width: float, # half of its greatest width
+    width: float,  # half of its greatest width
     dark: tuple,
     light: tuple,
 ):
     "A leaf whose upper half is light."
-    z, turn = outline(.8, .9, 0., self.n), np.exp(1j*angle)
-    put = lambda z: base + turn*(length*z.real + 1j*width*z.imag)
+    z, turn = outline(0.8, 0.9, 0.0, self.n), np.exp(1j * angle)
+    put = lambda z: base + turn * (length * z.real + 1j * width * z.imag)
     self.fill(put(z), dark)
-    half, up = z[:self.n], 1 if turn.real < 0 else -1
-    self.fill(put(np.r_[half.real + 0j, (half.real + 1j*up*np.abs(half.imag)*.85)[::-1]]), light)
+    half, up = z[: self.n], 1 if turn.real < 0 else -1
+    self.fill(put(np.r_[half.real + 0j, (half.real + 1j * up * np.abs(half.imag) * 0.85)[::-1]]), light)
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #b04edf14
 def sunflower(b, c, r, tones, n, tilt, side):
     "Two rings of pointed petals about a wide brown disc."
-    for ring, k in ((0, 1.), (.5, .93)):
-        for i in range(n): b.petal(c, tilt + 2*np.pi*(i+ring)/n, r*k, r*2.7/n, tones, (.95, .8, 0.), -.25*(ring == 0)+.08)
-    b.ball(c, r*.5, (58, 30, 14), (132, 80, 36))
+    for ring, k in ((0, 1.0), (0.5, 0.93)):
+        for i in range(n):
+            b.petal(
+                c,
+                tilt + 2 * np.pi * (i + ring) / n,
+                r * k,
+                r * 2.7 / n,
+                tones,
+                (0.95, 0.8, 0.0),
+                -0.25 * (ring == 0) + 0.08,
+            )
+    b.ball(c, r * 0.5, (58, 30, 14), (132, 80, 36))
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #54800090
 def daisy(b, c, r, tones, n, tilt, side):
     "One ring of slender petals about a small golden centre."
-    for i in range(n): b.petal(c, tilt + 2*np.pi*i/n, r, r*1.75/n, tones, (1.35, .5, 0.))
-    b.ball(c, r*.27, (202, 128, 8), (255, 216, 70))
+    for i in range(n):
+        b.petal(c, tilt + 2 * np.pi * i / n, r, r * 1.75 / n, tones, (1.35, 0.5, 0.0))
+    b.ball(c, r * 0.27, (202, 128, 8), (255, 216, 70))
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #71ebe385
 def cherry_blossom(b, c, r, tones, n, tilt, side):
     "Five notched petals and a red star."
-    for i in range(n): b.petal(c, tilt + 2*np.pi*i/n, r, r*.43, tones, (1.2, .6, .18), .1)
-    for i in range(n): b.petal(c, tilt + 2*np.pi*(i+.5)/n, r*.42, r*.05, ((150, 40, 70),)*3, (1.6, .6, 0.))
-    b.ball(c, r*.13, (190, 60, 80), (255, 214, 120))
+    for i in range(n):
+        b.petal(c, tilt + 2 * np.pi * i / n, r, r * 0.43, tones, (1.2, 0.6, 0.18), 0.1)
+    for i in range(n):
+        b.petal(
+            c, tilt + 2 * np.pi * (i + 0.5) / n, r * 0.42, r * 0.05, ((150, 40, 70),) * 3, (1.6, 0.6, 0.0)
+        )
+    b.ball(c, r * 0.13, (190, 60, 80), (255, 214, 120))
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #8a1dffc9
 def poppy(b, c, r, tones, n, tilt, side):
     "A bowl of wide petals with a black heart."
-    for i in range(n): b.petal(c, tilt + 2*np.pi*i/n, r, r*(.92 if n == 4 else .74)*.8, tones, (1.25, .42, 0.))
-    for i in range(n): b.petal(c, tilt + 2*np.pi*i/n, r*.5, r*.2, ((34, 20, 34),)*3, (1., .6, 0.))
-    b.ball(c, r*.24, (24, 20, 26), (92, 104, 78))
+    for i in range(n):
+        b.petal(
+            c, tilt + 2 * np.pi * i / n, r, r * (0.92 if n == 4 else 0.74) * 0.8, tones, (1.25, 0.42, 0.0)
+        )
+    for i in range(n):
+        b.petal(c, tilt + 2 * np.pi * i / n, r * 0.5, r * 0.2, ((34, 20, 34),) * 3, (1.0, 0.6, 0.0))
+    b.ball(c, r * 0.24, (24, 20, 26), (92, 104, 78))
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #203678f8
 def lily(b, c, r, tones, n, tilt, side):
     "A six-pointed star with a green throat."
     for j in (0, 1):
-        for i in range(3): b.petal(c, tilt + 2*np.pi*(2*i+j)/6, r*(1.04 if j else 1.), r*(.27 if j else .23), tones, (.85, .95, 0.), .1*j)
-    for i in range(6): b.petal(c, tilt + 2*np.pi*i/6, r*.36, r*.06, ((166, 190, 84),)*3, (.7, .8, 0.))
-    for i in range(3): b.ball(c + np.exp(1j*(tilt + 2*np.pi*(i+.25)/3))*r*.36, r*.075, (150, 62, 10), (206, 104, 24))
-    b.ball(c, r*.1, (120, 160, 60), (214, 226, 130))
+        for i in range(3):
+            b.petal(
+                c,
+                tilt + 2 * np.pi * (2 * i + j) / 6,
+                r * (1.04 if j else 1.0),
+                r * (0.27 if j else 0.23),
+                tones,
+                (0.85, 0.95, 0.0),
+                0.1 * j,
+            )
+    for i in range(6):
+        b.petal(c, tilt + 2 * np.pi * i / 6, r * 0.36, r * 0.06, ((166, 190, 84),) * 3, (0.7, 0.8, 0.0))
+    for i in range(3):
+        b.ball(
+            c + np.exp(1j * (tilt + 2 * np.pi * (i + 0.25) / 3)) * r * 0.36,
+            r * 0.075,
+            (150, 62, 10),
+            (206, 104, 24),
+        )
+    b.ball(c, r * 0.1, (120, 160, 60), (214, 226, 130))
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #c54c127e
 def rose(b, c, r, tones, n, tilt, side):
     "Two rings of round petals about a spiral of discs."
     dark, mid, light = tones
-    for i in range(5): b.petal(c, tilt + 2*np.pi*i/5, r, r*.62, tones, (1.35, .42, 0.), -.1)
-    for i in range(5): b.petal(c, tilt + 2*np.pi*(i+.5)/5, r*.76, r*.5, tones, (1.35, .42, 0.), .1)
-    for k, (rad, off) in enumerate(((.52, .10), (.42, .09), (.32, .07), (.22, .05), (.12, .02))):
-        pair = (mix(dark, mid, .1), mix(dark, mid, .45)) if k % 2 == 0 else (mix(mid, light, .5), mix(mid, light, .1))
-        b.ball(c + np.exp(1j*(tilt + 2.2*k))*r*off, r*rad, *pair)
+    for i in range(5):
+        b.petal(c, tilt + 2 * np.pi * i / 5, r, r * 0.62, tones, (1.35, 0.42, 0.0), -0.1)
+    for i in range(5):
+        b.petal(c, tilt + 2 * np.pi * (i + 0.5) / 5, r * 0.76, r * 0.5, tones, (1.35, 0.42, 0.0), 0.1)
+    for k, (rad, off) in enumerate(((0.52, 0.10), (0.42, 0.09), (0.32, 0.07), (0.22, 0.05), (0.12, 0.02))):
+        pair = (
+            (mix(dark, mid, 0.1), mix(dark, mid, 0.45))
+            if k % 2 == 0
+            else (mix(mid, light, 0.5), mix(mid, light, 0.1))
+        )
+        b.ball(c + np.exp(1j * (tilt + 2.2 * k)) * r * off, r * rad, *pair)
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #0b4e846c
 def tulip(b, c, r, tones, n, tilt, side):
     "A cup seen from the side."
-    base, up = c + 1j*r, -np.pi/2
-    for d in (-.2, .2): b.petal(base, up + d, r*1.94, r*.42, tones, (.85, .8, 0.), -.5)
-    for d in (-1, 1): b.petal(base + d*r*.12, up + d*.24, r*1.96, r*.47, tones, (.72, .75, 0.), -.12 if d > 0 else .05)
-    b.petal(base + .04j*r, up, r*1.72, r*.5, tones, (.75, .75, 0.), .1)
+    base, up = c + 1j * r, -np.pi / 2
+    for d in (-0.2, 0.2):
+        b.petal(base, up + d, r * 1.94, r * 0.42, tones, (0.85, 0.8, 0.0), -0.5)
+    for d in (-1, 1):
+        b.petal(
+            base + d * r * 0.12,
+            up + d * 0.24,
+            r * 1.96,
+            r * 0.47,
+            tones,
+            (0.72, 0.75, 0.0),
+            -0.12 if d > 0 else 0.05,
+        )
+    b.petal(base + 0.04j * r, up, r * 1.72, r * 0.5, tones, (0.75, 0.75, 0.0), 0.1)
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #dfd6917b
 def iris(b, c, r, tones, n, tilt, side):
     "Three petals up, three down, a yellow flame."
-    up, m = -np.pi/2, c + .12j*r
-    for d in (-.5, .5): b.petal(m, up + d, r*1.08, r*.36, tones, (1.15, .55, 0.), -.25)
-    for d in (-1, 1): b.petal(m, up + d*2.05, r*1.1, r*.36, tones, (1.3, .5, 0.), -.1)
-    b.petal(m, up, r*1.12, r*.36, tones, (1.1, .6, 0.), .2)
-    b.petal(m - .1j*r, -up, r*.98, r*.4, tones, (1.25, .5, 0.), .1)
-    b.petal(m - .04j*r, -up, r*.55, r*.11, ((226, 140, 10), (250, 200, 40), (255, 230, 110)), (.9, .7, 0.))
+    up, m = -np.pi / 2, c + 0.12j * r
+    for d in (-0.5, 0.5):
+        b.petal(m, up + d, r * 1.08, r * 0.36, tones, (1.15, 0.55, 0.0), -0.25)
+    for d in (-1, 1):
+        b.petal(m, up + d * 2.05, r * 1.1, r * 0.36, tones, (1.3, 0.5, 0.0), -0.1)
+    b.petal(m, up, r * 1.12, r * 0.36, tones, (1.1, 0.6, 0.0), 0.2)
+    b.petal(m - 0.1j * r, -up, r * 0.98, r * 0.4, tones, (1.25, 0.5, 0.0), 0.1)
+    b.petal(
+        m - 0.04j * r,
+        -up,
+        r * 0.55,
+        r * 0.11,
+        ((226, 140, 10), (250, 200, 40), (255, 230, 110)),
+        (0.9, 0.7, 0.0),
+    )
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #97793c26
 def lavender(b, c, r, tones, n, tilt, side):
     "Whorls of three buds up a stalk."
-    b.stroke(bezier(c + 1j*r, c, c - 1j*r*.9), r*.14, r*.08, (58, 104, 60), (104, 150, 92))
+    b.stroke(bezier(c + 1j * r, c, c - 1j * r * 0.9), r * 0.14, r * 0.08, (58, 104, 60), (104, 150, 92))
     rows = 6 if n > 12 else 4
     for t in np.linspace(0, 1, rows):
-        p, w = c + 1j*r*(.84 - 1.62*t), r*(.42 - .17*t)*(.4 + .6*6/rows)
-        for d in (-1, 1): b.petal(p - .02j*r, -np.pi/2 + d*1.02, w*1.15, w*.42, tones, (1.1, .5, 0.), -.2 if d > 0 else 0)
-        b.petal(p + .1j*r, -np.pi/2, w*1.1, w*.46, tones, (1.1, .5, 0.), .15)
+        p, w = c + 1j * r * (0.84 - 1.62 * t), r * (0.42 - 0.17 * t) * (0.4 + 0.6 * 6 / rows)
+        for d in (-1, 1):
+            b.petal(
+                p - 0.02j * r,
+                -np.pi / 2 + d * 1.02,
+                w * 1.15,
+                w * 0.42,
+                tones,
+                (1.1, 0.5, 0.0),
+                -0.2 if d > 0 else 0,
+            )
+        b.petal(p + 0.1j * r, -np.pi / 2, w * 1.1, w * 0.46, tones, (1.1, 0.5, 0.0), 0.15)
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #e95942b7
 def bluebell(b, c, r, tones, n, tilt, side):
     "Bells on an arching stalk."
-    green, top = ((44, 96, 50), (110, 160, 84)), c + side*.1*r - .92j*r
-    arch = np.r_[bezier(c - side*.5*r + 1j*r, c - side*.72*r - .95j*r, top, 19), bezier(top, c + side*.62*r - .9j*r, c + side*.74*r - .45j*r, 15)[1:]]
-    b.stroke(arch, r*.15, r*.1, *green)
-    h, w = r*.78*(1.12 - .1*(n-3)), r*.26*(1.12 - .1*(n-3))
+    green, top = ((44, 96, 50), (110, 160, 84)), c + side * 0.1 * r - 0.92j * r
+    arch = np.r_[
+        bezier(c - side * 0.5 * r + 1j * r, c - side * 0.72 * r - 0.95j * r, top, 19),
+        bezier(top, c + side * 0.62 * r - 0.9j * r, c + side * 0.74 * r - 0.45j * r, 15)[1:],
+    ]
+    b.stroke(arch, r * 0.15, r * 0.1, *green)
+    h, w = r * 0.78 * (1.12 - 0.1 * (n - 3)), r * 0.26 * (1.12 - 0.1 * (n - 3))
     for j, p in enumerate(arch[list({3: (14, 22, 32), 4: (10, 17, 24, 32)}[n])]):
-        a, q = np.pi/2 - side*.12*(j-1), p + .06j*r
-        for d in (-1, 1): b.petal(q, a + d*.3, h, w*.62, tones, (1.5, .6, 0.), -.2)
-        b.petal(q, a, h*.86, w*1.05, tones, (.8, .5, 0.), .08)
-        b.petal(q, a, h*1.02, w*.55, tones, (1.2, .6, 0.), .15)
-        b.ball(p, r*.09, *green)
+        a, q = np.pi / 2 - side * 0.12 * (j - 1), p + 0.06j * r
+        for d in (-1, 1):
+            b.petal(q, a + d * 0.3, h, w * 0.62, tones, (1.5, 0.6, 0.0), -0.2)
+        b.petal(q, a, h * 0.86, w * 1.05, tones, (0.8, 0.5, 0.0), 0.08)
+        b.petal(q, a, h * 1.02, w * 0.55, tones, (1.2, 0.6, 0.0), 0.15)
+        b.ball(p, r * 0.09, *green)
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #e4a1c233
-HEADS = dict(zip(SPECIES, (sunflower, rose, lavender, daisy, cherry_blossom, tulip, iris, poppy, bluebell, lily)))
+HEADS = dict(
+    zip(SPECIES, (sunflower, rose, lavender, daisy, cherry_blossom, tulip, iris, poppy, bluebell, lily))
+)
 FACING = {'sunflower', 'rose', 'daisy', 'cherry blossom', 'poppy', 'lily'}
-PETALS = {'sunflower': (12, 13, 14, 15), 'rose': (13,), 'lavender': (12, 18), 'daisy': (9, 10, 11, 12), 'cherry blossom': (5,), 'tulip': (3,),
-          'iris': (6,), 'poppy': (4, 5), 'bluebell': (3, 4), 'lily': (6,)}
+PETALS = {
+    'sunflower': (12, 13, 14, 15),
+    'rose': (13,),
+    'lavender': (12, 18),
+    'daisy': (9, 10, 11, 12),
+    'cherry blossom': (5,),
+    'tulip': (3,),
+    'iris': (6,),
+    'poppy': (4, 5),
+    'bluebell': (3, 4),
+    'lily': (6,),
+}

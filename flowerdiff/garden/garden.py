@@ -19,184 +19,294 @@ BACKGROUNDS = ('meadow', 'blue sky', 'soil', 'studio', 'sunset')
 SIZES = ('small', 'medium', 'large')
 SPIKES = ('lavender', 'bluebell')
 
+
 def sample_attributes(
     seed: int,  # number of the garden
-    index: int, # number of the picture in it
-) -> dict:      # species, color, background, petals, size, count
+    index: int,  # number of the picture in it
+) -> dict:  # species, color, background, petals, size, count
     "What picture `index` of garden `seed` shows."
     rng = np.random.default_rng([seed, index])
     pick = lambda xs: xs[int(rng.integers(len(xs)))]
-    species, color, background, petals, size = pick(SPECIES), pick(tuple(COLORS)), pick(BACKGROUNDS), rng.random(), pick(SIZES)
-    count = 1 if rng.random() < .65 else 3
-    choices = PETALS[species][:1 if count == 3 and species in SPIKES else None]  # three small spikes have room for few
-    return dict(species=species, color=color, background=background, petals=choices[int(petals*len(choices))], size=size, count=count)
+    species, color, background, petals, size = (
+        pick(SPECIES),
+        pick(tuple(COLORS)),
+        pick(BACKGROUNDS),
+        rng.random(),
+        pick(SIZES),
+    )
+    count = 1 if rng.random() < 0.65 else 3
+    choices = PETALS[species][
+        : 1 if count == 3 and species in SPIKES else None
+    ]  # three small spikes have room for few
+    return dict(
+        species=species,
+        color=color,
+        background=background,
+        petals=choices[int(petals * len(choices))],
+        size=size,
+        count=count,
+    )
 
 # %% ../../nbs/garden/02_garden.ipynb #72fe0465
 @lru_cache(8)
-def grid(n: int): # -> x, y: [n, n] in 0..1
+def grid(n: int):  # -> x, y: [n, n] in 0..1
     "Centres of `n` by `n` pixels."
-    t = (np.arange(n) + .5)/n
+    t = (np.arange(n) + 0.5) / n
     return np.meshgrid(t, t)
+
 
 def ramp(y, *stops):
     "Colours by height: `stops` are (y, colour)."
     at, colors = zip(*stops)
     return np.stack([np.interp(y, at, c) for c in np.array(colors, float).T], -1)
 
-def blend(img, mask, color): return img + mask[..., None]*(np.asarray(color, float) - img)
-def blob(x, y, cx, cy, rx, ry): return np.exp(-((x-cx)/rx)**2 - ((y-cy)/ry)**2)
+
+def blend(img, mask, color):
+    return img + mask[..., None] * (np.asarray(color, float) - img)
+
+
+def blob(x, y, cx, cy, rx, ry):
+    return np.exp(-(((x - cx) / rx) ** 2) - ((y - cy) / ry) ** 2)
+
 
 def hill(x, y, top, height, phase, freq, soft):
     "1 below a wavy line, 0 above it."
-    return 1/(1 + np.exp(-(y - top - height*np.sin(freq*x + phase))/(soft/2)))
+    return 1 / (1 + np.exp(-(y - top - height * np.sin(freq * x + phase)) / (soft / 2)))
 
 # %% ../../nbs/garden/02_garden.ipynb #b3cd8606
 def meadow(x, y, u):
-    img = ramp(y, (0, (222, 236, 176)), (.35, (176, 208, 118)), (1, (84, 142, 58)))
-    img = blend(img, .75*hill(x, y, .52+.12*u[0], .05, 6.3*u[1], 4, .1), (128, 180, 84))
-    img = blend(img, .75*hill(x, y, .76+.1*u[2], .04, 6.3*u[3], 5, .1), (92, 152, 62))
-    return blend(img, .6*blob(x, y, .1+.8*u[4], .1*u[5], .4, .3), (250, 250, 214))
+    img = ramp(y, (0, (222, 236, 176)), (0.35, (176, 208, 118)), (1, (84, 142, 58)))
+    img = blend(img, 0.75 * hill(x, y, 0.52 + 0.12 * u[0], 0.05, 6.3 * u[1], 4, 0.1), (128, 180, 84))
+    img = blend(img, 0.75 * hill(x, y, 0.76 + 0.1 * u[2], 0.04, 6.3 * u[3], 5, 0.1), (92, 152, 62))
+    return blend(img, 0.6 * blob(x, y, 0.1 + 0.8 * u[4], 0.1 * u[5], 0.4, 0.3), (250, 250, 214))
+
 
 def blue_sky(x, y, u):
-    img = ramp(y, (0, (78, 150, 232)), (.75, (184, 220, 250)), (1, (216, 236, 250)))
+    img = ramp(y, (0, (78, 150, 232)), (0.75, (184, 220, 250)), (1, (216, 236, 250)))
     for a, b in ((u[0], u[1]), (u[2], u[3])):
-        for dx, s in ((-.16, .7), (0, 1), (.16, .75)): img = blend(img, .7*blob(x, y, a+dx, .1+.55*b, .15*s, .075*s), (255, 255, 255))
-    return blend(img, .9*hill(x, y, .9+.05*u[4], .03, 6.3*u[5], 4, .04), (122, 178, 108))
+        for dx, s in ((-0.16, 0.7), (0, 1), (0.16, 0.75)):
+            img = blend(img, 0.7 * blob(x, y, a + dx, 0.1 + 0.55 * b, 0.15 * s, 0.075 * s), (255, 255, 255))
+    return blend(img, 0.9 * hill(x, y, 0.9 + 0.05 * u[4], 0.03, 6.3 * u[5], 4, 0.04), (122, 178, 108))
+
 
 def soil(x, y, u):
-    img = ramp(y, (0, (152, 112, 78)), (.5, (108, 74, 50)), (1, (58, 38, 28)))
-    img = blend(img, .6*hill(x, y, .6+.12*u[0], .04, 6.3*u[1], 4, .1), (80, 54, 38))
-    for i in (2, 4, 6): img = blend(img, .35*blob(x, y, u[i], .3+.7*u[i+1], .16, .1), (164, 124, 90))
+    img = ramp(y, (0, (152, 112, 78)), (0.5, (108, 74, 50)), (1, (58, 38, 28)))
+    img = blend(img, 0.6 * hill(x, y, 0.6 + 0.12 * u[0], 0.04, 6.3 * u[1], 4, 0.1), (80, 54, 38))
+    for i in (2, 4, 6):
+        img = blend(img, 0.35 * blob(x, y, u[i], 0.3 + 0.7 * u[i + 1], 0.16, 0.1), (164, 124, 90))
     return img
 
+
 def studio(x, y, u):
-    img = ramp(y, (0, (158, 160, 168)), (.7, (200, 202, 208)), (.78, (176, 178, 184)), (1, (140, 142, 150)))
-    return blend(img, .7*blob(x, y, .3+.4*u[0], .35+.15*u[1], .42, .36), (226, 227, 230))
+    img = ramp(y, (0, (158, 160, 168)), (0.7, (200, 202, 208)), (0.78, (176, 178, 184)), (1, (140, 142, 150)))
+    return blend(img, 0.7 * blob(x, y, 0.3 + 0.4 * u[0], 0.35 + 0.15 * u[1], 0.42, 0.36), (226, 227, 230))
+
 
 def sunset(x, y, u):
-    img = ramp(y, (0, (88, 66, 134)), (.35, (198, 104, 136)), (.65, (252, 168, 104)), (.85, (255, 208, 132)), (1, (255, 208, 132)))
-    sx, sy = .12+.76*u[0], .66+.1*u[1]
-    img = blend(img, .8*blob(x, y, sx, sy, .3, .26), (255, 222, 150))
-    img = blend(img, 1/(1+np.exp((np.hypot(x-sx, y-sy)-.1)/.012)), (255, 246, 206))
-    img = blend(img, .85*hill(x, y, .8+.06*u[2], .04, 6.3*u[3], 4, .05), (138, 74, 104))
-    return blend(img, .95*hill(x, y, .9+.05*u[4], .03, 6.3*u[5], 5, .05), (78, 44, 82))
+    img = ramp(
+        y,
+        (0, (88, 66, 134)),
+        (0.35, (198, 104, 136)),
+        (0.65, (252, 168, 104)),
+        (0.85, (255, 208, 132)),
+        (1, (255, 208, 132)),
+    )
+    sx, sy = 0.12 + 0.76 * u[0], 0.66 + 0.1 * u[1]
+    img = blend(img, 0.8 * blob(x, y, sx, sy, 0.3, 0.26), (255, 222, 150))
+    img = blend(img, 1 / (1 + np.exp((np.hypot(x - sx, y - sy) - 0.1) / 0.012)), (255, 246, 206))
+    img = blend(img, 0.85 * hill(x, y, 0.8 + 0.06 * u[2], 0.04, 6.3 * u[3], 4, 0.05), (138, 74, 104))
+    return blend(img, 0.95 * hill(x, y, 0.9 + 0.05 * u[4], 0.03, 6.3 * u[5], 5, 0.05), (78, 44, 82))
+
 
 GROUNDS = dict(zip(BACKGROUNDS, (meadow, blue_sky, soil, studio, sunset)))
 
 # %% ../../nbs/garden/02_garden.ipynb #f3a864a4
 def backdrop(
-    kind: str, # one of `BACKGROUNDS`
-    rng,       # numpy's Generator
-    n: int,    # pixels a side
-) -> np.ndarray: # [n, n, 3] float, 0..255
+    kind: str,  # one of `BACKGROUNDS`
+    rng,  # numpy's Generator
+    n: int,  # pixels a side
+) -> np.ndarray:  # [n, n, 3] float, 0..255
     "The ground of a picture, a little lighter or darker each time."
     u = rng.random(12)
-    return GROUNDS[kind](*grid(n), u)*(.97 + .06*u[11])
+    return GROUNDS[kind](*grid(n), u) * (0.97 + 0.06 * u[11])
 
 # %% ../../nbs/garden/02_garden.ipynb #3108d5fc
-RADII = {1: dict(small=.25, medium=.31, large=.375), 3: dict(small=.15, medium=.17, large=.19)}
-SPOTS = (((.26, .28), (.74, .28), (.5, .66)), ((.5, .26), (.25, .58), (.75, .58)), ((.22, .25), (.5, .47), (.78, .69)))
+RADII = {1: dict(small=0.25, medium=0.31, large=0.375), 3: dict(small=0.15, medium=0.17, large=0.19)}
+SPOTS = (
+    ((0.26, 0.28), (0.74, 0.28), (0.5, 0.66)),
+    ((0.5, 0.26), (0.25, 0.58), (0.75, 0.58)),
+    ((0.22, 0.25), (0.5, 0.47), (0.78, 0.69)),
+)
+
 
 def place(
-    count: int,    # 1 or 3
-    radius: float, # of a head
-    rng,           # numpy's Generator
-) -> list:         # (x, y) of every head
+    count: int,  # 1 or 3
+    radius: float,  # of a head
+    rng,  # numpy's Generator
+) -> list:  # (x, y) of every head
     "Centres of the heads, clear of each other."
     if count == 1:
-        wander = min(.5 - radius*1.05, .14)
-        return [(.5 + rng.uniform(-wander, wander), max(radius + .03, .45 + rng.uniform(-.1, .1)))]
-    flip = rng.random() < .5
-    return [(1-x if flip else x, y) + rng.uniform(-.035, .035, 2) for x, y in SPOTS[rng.integers(len(SPOTS))]]
+        wander = min(0.5 - radius * 1.05, 0.14)
+        return [(0.5 + rng.uniform(-wander, wander), max(radius + 0.03, 0.45 + rng.uniform(-0.1, 0.1)))]
+    flip = rng.random() < 0.5
+    return [
+        (1 - x if flip else x, y) + rng.uniform(-0.035, 0.035, 2) for x, y in SPOTS[rng.integers(len(SPOTS))]
+    ]
 
 # %% ../../nbs/garden/02_garden.ipynb #6ecf1c9f
 def halo(
-    back: np.ndarray, # [n, n, 3]
-    spots: list,      # centres of the heads
+    back: np.ndarray,  # [n, n, 3]
+    spots: list,  # centres of the heads
     radius: float,
-    color: tuple,     # the flower's middle tone
+    color: tuple,  # the flower's middle tone
 ) -> np.ndarray:
     "`back` with soft contrast behind each head."
     n, (x, y) = len(back), grid(len(back))
     for cx, cy in spots:
-        here = back[int(cy*n), int(cx*n)]
+        here = back[int(cy * n), int(cx * n)]
         lamp = (255, 255, 255) if sum(color) < sum(here) + 60 else (30, 36, 40)
-        back = blend(back, .3*np.exp(-(np.hypot(x-cx, y-cy)/(1.35*radius))**4), lamp)
+        back = blend(back, 0.3 * np.exp(-((np.hypot(x - cx, y - cy) / (1.35 * radius)) ** 4)), lamp)
     return back
 
 # %% ../../nbs/garden/02_garden.ipynb #4abb4556
 def held_at(species, c, r, side):
     "Where the stem meets a head with centre `c` and radius `r`."
-    if species == 'bluebell': return c - side*.5*r + 1j*r
-    return c + 1j*r*(.2 if species in FACING else .3 if species == 'iris' else .95)
+    if species == 'bluebell':
+        return c - side * 0.5 * r + 1j * r
+    return c + 1j * r * (0.2 if species in FACING else 0.3 if species == 'iris' else 0.95)
+
 
 def grow(b, species, head, c, r, side, lone, bend, lean, blades, luck, green):
     "Paints stem and leaves of one flower."
-    foot = complex(.5 + (c.real-.5)*.72 + lean, 1.04)
-    via = complex((foot.real+head.real)/2 + bend*(1.06-c.imag), (foot.imag+head.imag)/2)
-    if species == 'bluebell': via = head + .2*r*(.22*side + 1.95j)
-    stem, k, wide = bezier(foot, via, head), 1. if lone else .62, .055 if lone else .05
-    for d in ((-1, 1) if lone and luck[0] < .6 else (side,)):
+    foot = complex(0.5 + (c.real - 0.5) * 0.72 + lean, 1.04)
+    via = complex((foot.real + head.real) / 2 + bend * (1.06 - c.imag), (foot.imag + head.imag) / 2)
+    if species == 'bluebell':
+        via = head + 0.2 * r * (0.22 * side + 1.95j)
+    stem, k, wide = bezier(foot, via, head), 1.0 if lone else 0.62, 0.055 if lone else 0.05
+    for d in (-1, 1) if lone and luck[0] < 0.6 else (side,):
         far = luck[1 if d > 0 else 2]
-        if blades: b.leaf(stem[0], -np.pi/2 + d*(.3 + .4*far), (.4 + .2*luck[3])*k, .075*k, *green)
-        else: b.leaf(stem[2 + int(4*far)], -np.pi/2 + d*1.05, .27*k, .075*k, *green)
-    b.stroke(stem, wide*1.1, wide*.85, *green)
+        if blades:
+            b.leaf(stem[0], -np.pi / 2 + d * (0.3 + 0.4 * far), (0.4 + 0.2 * luck[3]) * k, 0.075 * k, *green)
+        else:
+            b.leaf(stem[2 + int(4 * far)], -np.pi / 2 + d * 1.05, 0.27 * k, 0.075 * k, *green)
+    b.stroke(stem, wide * 1.1, wide * 0.85, *green)
 
 # %% ../../nbs/garden/02_garden.ipynb #6347cb3a
 def draw(
-    attributes: dict, # as `sample_attributes` gives them
-    seed: int,        # with `index`, everything that has no name: pose, clouds, leaves
+    attributes: dict,  # as `sample_attributes` gives them
+    seed: int,  # with `index`, everything that has no name: pose, clouds, leaves
     index: int,
-    size: int = 64,   # pixels a side
-) -> Image.Image:     # RGB
+    size: int = 64,  # pixels a side
+) -> Image.Image:  # RGB
     "The picture that shows `attributes`."
     a, rng = attributes, np.random.default_rng([seed, index, 1])
     zoom = 4 if size <= 96 else 3 if size <= 300 else 2
-    shade, lone = rng.uniform(.95, 1.03), a['count'] == 1
+    shade, lone = rng.uniform(0.95, 1.03), a['count'] == 1
     tones = tuple(mix((0, 0, 0), t, shade) for t in COLORS[a['color']])
     back = backdrop(a['background'], rng, min(size, 256) if size > 64 else 48)
-    r = RADII[a['count']][a['size']]*rng.uniform(.96, 1.04)
+    r = RADII[a['count']][a['size']] * rng.uniform(0.96, 1.04)
     spots = place(a['count'], r, rng)
-    img = Image.fromarray(np.clip(halo(back, spots, r, tones[1]), 0, 255).astype(np.uint8)).resize((size*zoom,)*2, Image.Resampling.BICUBIC)
-    b = Brush(img, size*zoom, int(min(14, max(3, size//24))))
-    green = ((66, 118, 52), (126, 178, 84)) if a['background'] in ('soil', 'sunset') else ((34, 92, 44), (84, 146, 66))
-    side, tilt = 1 if rng.random() < .5 else -1, rng.uniform(-.35, .35) - np.pi/2
-    bend, lean, nod = rng.uniform(-.08, .08), rng.uniform(-.1, .1), np.exp(1j*rng.uniform(-.18, .18))
-    blades, luck = rng.random() < (.6 if a['species'] in ('tulip', 'iris', 'bluebell') else .4), rng.random(4)
+    img = Image.fromarray(np.clip(halo(back, spots, r, tones[1]), 0, 255).astype(np.uint8)).resize(
+        (size * zoom,) * 2, Image.Resampling.BICUBIC
+    )
+    b = Brush(img, size * zoom, int(min(14, max(3, size // 24))))
+    green = (
+        ((66, 118, 52), (126, 178, 84))
+        if a['background'] in ('soil', 'sunset')
+        else ((34, 92, 44), (84, 146, 66))
+    )
+    side, tilt = 1 if rng.random() < 0.5 else -1, rng.uniform(-0.35, 0.35) - np.pi / 2
+    bend, lean, nod = rng.uniform(-0.08, 0.08), rng.uniform(-0.1, 0.1), np.exp(1j * rng.uniform(-0.18, 0.18))
+    blades, luck = (
+        rng.random() < (0.6 if a['species'] in ('tulip', 'iris', 'bluebell') else 0.4),
+        rng.random(4),
+    )
     flowers = [(complex(*s), -side if i == 1 else side) for i, s in enumerate(spots)]
-    for c, d in flowers: grow(b, a['species'], held_at(a['species'], c, r, d), c, r, d, lone, bend, lean, blades, luck, green)
+    for c, d in flowers:
+        grow(b, a['species'], held_at(a['species'], c, r, d), c, r, d, lone, bend, lean, blades, luck, green)
     for i, (c, d) in enumerate(flowers):
-        if a['species'] not in FACING: b.pivot, b.turn = held_at(a['species'], c, r, d), nod
-        HEADS[a['species']](b, c, r, tones, a['petals'], tilt + .4*i, d)
+        if a['species'] not in FACING:
+            b.pivot, b.turn = held_at(a['species'], c, r, d), nod
+        HEADS[a['species']](b, c, r, tones, a['petals'], tilt + 0.4 * i, d)
     return img.resize((size, size), Image.Resampling.BILINEAR)
 
 # %% ../../nbs/garden/02_garden.ipynb #830a4f83
 def flower(
-    seed: int,      # number of the garden
-    index: int,     # number of the picture in it
-    size: int = 64, # pixels a side
-) -> tuple:         # (picture, attributes)
+    seed: int,  # number of the garden
+    index: int,  # number of the picture in it
+    size: int = 64,  # pixels a side
+) -> tuple:  # (picture, attributes)
     "Picture `index` of garden `seed`, and what it shows."
     a = sample_attributes(seed, index)
     return draw(a, seed, index, size), a
 
 # %% ../../nbs/garden/02_garden.ipynb #2584ae97
-COLOR_WORDS = {'red': ('red', 'crimson', 'scarlet'), 'orange': ('orange', 'tangerine'), 'yellow': ('yellow', 'golden', 'lemon'),
-    'white': ('white', 'snow-white', 'ivory'), 'pink': ('pink', 'blush'), 'purple': ('purple', 'violet', 'plum'),
-    'blue': ('blue', 'cobalt', 'navy'), 'turquoise': ('turquoise', 'teal', 'aqua')}
-SPECIES_WORDS = {s: (s, {'daisy': 'daisies', 'poppy': 'poppies', 'lily': 'lilies', 'iris': 'irises'}.get(s, s + 's')) for s in SPECIES}
-PLACES = {'meadow': ('in a meadow', 'in a green meadow', 'on the grass', 'in a green field', 'with grass behind'),
-    'blue sky': ('under a blue sky', 'against a blue sky', 'in front of the sky', 'with clouds behind', 'on a clear day'),
+COLOR_WORDS = {
+    'red': ('red', 'crimson', 'scarlet'),
+    'orange': ('orange', 'tangerine'),
+    'yellow': ('yellow', 'golden', 'lemon'),
+    'white': ('white', 'snow-white', 'ivory'),
+    'pink': ('pink', 'blush'),
+    'purple': ('purple', 'violet', 'plum'),
+    'blue': ('blue', 'cobalt', 'navy'),
+    'turquoise': ('turquoise', 'teal', 'aqua'),
+}
+SPECIES_WORDS = {
+    s: (s, {'daisy': 'daisies', 'poppy': 'poppies', 'lily': 'lilies', 'iris': 'irises'}.get(s, s + 's'))
+    for s in SPECIES
+}
+PLACES = {
+    'meadow': ('in a meadow', 'in a green meadow', 'on the grass', 'in a green field', 'with grass behind'),
+    'blue sky': (
+        'under a blue sky',
+        'against a blue sky',
+        'in front of the sky',
+        'with clouds behind',
+        'on a clear day',
+    ),
     'soil': ('on brown soil', 'in the soil', 'on dark earth', 'in the earth', 'on bare ground'),
-    'studio': ('in a studio', 'in the studio', 'on a grey background', 'against a plain backdrop', 'in front of a gray wall'),
-    'sunset': ('at sunset', 'in the sunset', 'at dusk', 'in the evening', 'under an evening sky')}
-TAGS = {'meadow': ('meadow', 'grass', 'green field'), 'blue sky': ('blue sky', 'sky', 'clouds'), 'soil': ('soil', 'brown earth', 'ground'),
-    'studio': ('studio', 'grey background', 'plain backdrop'), 'sunset': ('sunset', 'dusk', 'evening sky')}
-SIZE_WORDS = {'small': ('small', 'little', 'tiny'), 'medium': ('medium-sized',), 'large': ('large', 'big', 'huge')}
-COUNT_WORDS = {1: ('a', 'a', 'a', 'one', 'a single'), 3: ('three', 'three', 'three', '3', 'a group of three', 'a trio of')}
-TEMPLATES = ('{who} {where}', '{who} {where}', '{who} {where}', 'a photo of {who} {where}', 'a picture of {who} {where}', 'a drawing of {who} {where}',
-    'an illustration of {who} {where}', '{where}, {who}', '{where} there {be} {who}', '{bare}, {tag}', '{bare} {where}', '{tag}: {bare}',
-    '{tag}, {bare}', 'flower art: {bare}, {tag}', 'show me {who} {where}')
+    'studio': (
+        'in a studio',
+        'in the studio',
+        'on a grey background',
+        'against a plain backdrop',
+        'in front of a gray wall',
+    ),
+    'sunset': ('at sunset', 'in the sunset', 'at dusk', 'in the evening', 'under an evening sky'),
+}
+TAGS = {
+    'meadow': ('meadow', 'grass', 'green field'),
+    'blue sky': ('blue sky', 'sky', 'clouds'),
+    'soil': ('soil', 'brown earth', 'ground'),
+    'studio': ('studio', 'grey background', 'plain backdrop'),
+    'sunset': ('sunset', 'dusk', 'evening sky'),
+}
+SIZE_WORDS = {
+    'small': ('small', 'little', 'tiny'),
+    'medium': ('medium-sized',),
+    'large': ('large', 'big', 'huge'),
+}
+COUNT_WORDS = {
+    1: ('a', 'a', 'a', 'one', 'a single'),
+    3: ('three', 'three', 'three', '3', 'a group of three', 'a trio of'),
+}
+TEMPLATES = (
+    '{who} {where}',
+    '{who} {where}',
+    '{who} {where}',
+    'a photo of {who} {where}',
+    'a picture of {who} {where}',
+    'a drawing of {who} {where}',
+    'an illustration of {who} {where}',
+    '{where}, {who}',
+    '{where} there {be} {who}',
+    '{bare}, {tag}',
+    '{bare} {where}',
+    '{tag}: {bare}',
+    '{tag}, {bare}',
+    'flower art: {bare}, {tag}',
+    'show me {who} {where}',
+)
 
 # %% ../../nbs/garden/02_garden.ipynb #8647bea1
 def article(words: str) -> str:
@@ -206,33 +316,49 @@ def article(words: str) -> str:
 # %% ../../nbs/garden/02_garden.ipynb #c73b8bb1
 def mention(attributes, rng):
     "Names of the attributes that a sentence will state."
-    if rng.random() < .15: return {('species', 'color', 'background')[int(rng.random()*3)]}
-    odds = dict(species=.95, color=.92, background=.88, size=.15 if attributes['size'] == 'medium' else .5)
+    if rng.random() < 0.15:
+        return {('species', 'color', 'background')[int(rng.random() * 3)]}
+    odds = dict(
+        species=0.95, color=0.92, background=0.88, size=0.15 if attributes['size'] == 'medium' else 0.5
+    )
     return {k for k, p in odds.items() if rng.random() < p}
 
 # %% ../../nbs/garden/02_garden.ipynb #c0cb7c3d
 def caption(
-    attributes: dict, # of the picture
-    rng,              # numpy's Generator or random.Random: only its `random()` is used
-) -> tuple:           # (sentence, dict of the attributes that it states)
+    attributes: dict,  # of the picture
+    rng,  # numpy's Generator or random.Random: only its `random()` is used
+) -> tuple:  # (sentence, dict of the attributes that it states)
     "A sentence that is true of a picture, and what it states."
     a, said = attributes, mention(attributes, rng)
-    pick = lambda xs: xs[int(rng.random()*len(xs))]
-    first = lambda xs: xs[0] if rng.random() < .6 else pick(xs)
+    pick = lambda xs: xs[int(rng.random() * len(xs))]
+    first = lambda xs: xs[0] if rng.random() < 0.6 else pick(xs)
     n, place = a['count'], a['background']
     noun = (SPECIES_WORDS[a['species']] if 'species' in said else ('flower', 'flowers'))[n == 3]
     color = first(COLOR_WORDS[a['color']]) if 'color' in said else ''
     size = pick(SIZE_WORDS[a['size']]) if 'size' in said else ''
     bare = ' '.join(filter(None, (size, color, noun)))
-    counted = '' if n == 3 and rng.random() < .15 else pick(COUNT_WORDS[n])
+    counted = '' if n == 3 and rng.random() < 0.15 else pick(COUNT_WORDS[n])
     who = article(f'{counted} {bare}'.strip())
-    if n == 3 and counted: bare = f'{counted} {bare}'
-    if 'color' in said and rng.random() < .06: who = article(' '.join(filter(None, (counted, size, noun)))) + f' that {"are" if n == 3 else "is"} {color}'
-    if 'species' in said and rng.random() < .06: who += f" with {a['petals']} petals"
-    text = pick(TEMPLATES).format(who=who, bare=bare, be='are' if n == 3 else 'is', where=first(PLACES[place]) if 'background' in said else '',
-                                  tag=first(TAGS[place]) if 'background' in said else '')
-    if ' petals' in text: said = said | {'petals'}
+    if n == 3 and counted:
+        bare = f'{counted} {bare}'
+    if 'color' in said and rng.random() < 0.06:
+        who = (
+            article(' '.join(filter(None, (counted, size, noun))))
+            + f' that {"are" if n == 3 else "is"} {color}'
+        )
+    if 'species' in said and rng.random() < 0.06:
+        who += f' with {a["petals"]} petals'
+    text = pick(TEMPLATES).format(
+        who=who,
+        bare=bare,
+        be='are' if n == 3 else 'is',
+        where=first(PLACES[place]) if 'background' in said else '',
+        tag=first(TAGS[place]) if 'background' in said else '',
+    )
+    if ' petals' in text:
+        said = said | {'petals'}
     return text.replace(' ,', ',').strip(' ,:'), {k: a[k] for k in (*sorted(said), 'count')}
+
 
 def describe(attributes: dict, rng) -> str:
     "A sentence that is true of a picture."

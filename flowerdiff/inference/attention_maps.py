@@ -21,103 +21,159 @@ from ..core.workspace import UserError
 # %% ../../nbs/inference/08_attention_maps.ipynb #38be9bdc
 MARKS = re.escape(string.punctuation + '…–—“”„‘’«»¿¡')
 
+
 def words_of(
-    tokenizer,   # a CLIP tokenizer
+    tokenizer,  # a CLIP tokenizer
     prompt: str,
-) -> list:       # (word, places of its tokens), in order
+) -> list:  # (word, places of its tokens), in order
     "The words of a prompt, and which tokens they are."
-    places = tokenizer(prompt, return_offsets_mapping=True).offset_mapping # (from, to) in the text; (0, 0) of begin and end
-    found = ((m, [i for i, (a, b) in enumerate(places) if a < m.end() and b > m.start()]) for m in re.finditer(rf'[^\s{MARKS}](?:\S*[^\s{MARKS}])?', prompt))
+    places = tokenizer(
+        prompt, return_offsets_mapping=True
+    ).offset_mapping  # (from, to) in the text; (0, 0) of begin and end
+    found = (
+        (m, [i for i, (a, b) in enumerate(places) if a < m.end() and b > m.start()])
+        for m in re.finditer(rf'[^\s{MARKS}](?:\S*[^\s{MARKS}])?', prompt)
+    )
     return [(m[0], tokens) for m, tokens in found if tokens]
 
 # %% ../../nbs/inference/08_attention_maps.ipynb #1d4125ff
 class Recorder:
     "An attention processor that does what another one does, and adds up where the text was read."
-    def __init__(self,
-        plain, # the processor that does the work
-    ): self.plain, self.total, self.calls = plain, 0, 0
+
+    def __init__(
+        self,
+        plain,  # the processor that does the work
+    ):
+        self.plain, self.total, self.calls = plain, 0, 0
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        query, key = attn.to_q(hidden_states[-1:]), encoder_hidden_states[self.plain.i][0][-1:] # of the prompt's half; keys are made before the first step
-        shares = attn.get_attention_scores(*map(attn.head_to_batch_dim, (query, key)))          # [heads, places, L]
-        self.total, self.calls = self.total + shares.mean(0).T, self.calls + 1                  # [L, places]
+        query, key = (
+            attn.to_q(hidden_states[-1:]),
+            encoder_hidden_states[self.plain.i][0][-1:],
+        )  # of the prompt's half; keys are made before the first step
+        shares = attn.get_attention_scores(*map(attn.head_to_batch_dim, (query, key)))  # [heads, places, L]
+        self.total, self.calls = self.total + shares.mean(0).T, self.calls + 1  # [L, places]
         return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 # %% ../../nbs/inference/08_attention_maps.ipynb #92d1f996
 @contextmanager
 def recording(
-    backend: Backend, # of PyTorch
-):                    # of Recorder, one an attention to the text
+    backend: Backend,  # of PyTorch
+):  # of Recorder, one an attention to the text
     "While it lasts, the shares are added up; then the processors are as they were."
     old, told = backend.unet.attn_processors, {m.processor for m in backend.readers}
     new = {k: Recorder(p) if p in told else p for k, p in old.items()}
     backend.unet.set_attn_processor(dict(new))
-    try: yield [p for p in new.values() if isinstance(p, Recorder)]
-    finally: backend.unet.set_attn_processor(dict(old))
+    try:
+        yield [p for p in new.values() if isinstance(p, Recorder)]
+    finally:
+        backend.unet.set_attn_processor(dict(old))
 
 # %% ../../nbs/inference/08_attention_maps.ipynb #a05835b8
 def token_maps(
-    recorders: list, # of Recorder
-    size: tuple,     # (h, w) of the latents
-) -> Tensor:         # [L, h, w]; sums to 1 over the tokens
+    recorders: list,  # of Recorder
+    size: tuple,  # (h, w) of the latents
+) -> Tensor:  # [L, h, w]; sums to 1 over the tokens
     "The share of each token at each place of the latents: the mean over heads, steps and layers but the coarsest."
     places = {r.total.shape[1] for r in recorders}
     fine = [r for r in recorders if len(places) == 1 or r.total.shape[1] > min(places)]
+
     def enlarged(r):
-        k = round(math.sqrt(math.prod(size)/r.total.shape[1]))
-        return F.interpolate((r.total/r.calls).unflatten(1, (size[0]//k, size[1]//k))[None], size, mode='bicubic')[0]
+        k = round(math.sqrt(math.prod(size) / r.total.shape[1]))
+        return F.interpolate(
+            (r.total / r.calls).unflatten(1, (size[0] // k, size[1] // k))[None], size, mode='bicubic'
+        )[0]
+
     return torch.stack([enlarged(r) for r in fine]).mean(0).float().cpu()
 
 # %% ../../nbs/inference/08_attention_maps.ipynb #bcc7e9d3
 def heat(
-    picture,         # PIL.Image
-    share: Tensor,   # [h, w]
-    size: int = 192, # pixels of the longer side
+    picture,  # PIL.Image
+    share: Tensor,  # [h, w]
+    size: int = 192,  # pixels of the longer side
 ) -> Image.Image:
     "The picture, darkened, and bright where the map is high: from its own least to its own most."
     import matplotlib
-    k = size/max(picture.size); w, h = round(k*picture.width), round(k*picture.height)
-    x = np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC), np.float32)/255
-    scaled = (share - share.min())/(share.max() - share.min()).clamp(min=1e-6)
+
+    k = size / max(picture.size)
+    w, h = round(k * picture.width), round(k * picture.height)
+    x = np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC), np.float32) / 255
+    scaled = (share - share.min()) / (share.max() - share.min()).clamp(min=1e-6)
     m = F.interpolate(scaled[None, None], (h, w), mode='bicubic')[0, 0].clamp(0, 1).numpy()[..., None]
-    return Image.fromarray((255*(.5*(1-m)*x + m*matplotlib.colormaps['inferno'](m[..., 0])[..., :3])).astype(np.uint8))
+    return Image.fromarray(
+        (255 * (0.5 * (1 - m) * x + m * matplotlib.colormaps['inferno'](m[..., 0])[..., :3])).astype(np.uint8)
+    )
+
 
 @dataclass
 class Attention:
     "A picture, and where it read each word of its prompt."
+
     prompt: str
     picture: Image.Image = field(repr=False)
     words: list
-    maps: Tensor = field(repr=False) # [words, h, w] share of a place's attention, 0..1; a word's tokens together
+    maps: Tensor = field(
+        repr=False
+    )  # [words, h, w] share of a place's attention, 0..1; a word's tokens together
 
-    def captions(self) -> list: return ['the picture', *(f'{w} ({100*m.mean():.0f} %)' for w, m in zip(self.words, self.maps))]
+    def captions(self) -> list:
+        return ['the picture', *(f'{w} ({100 * m.mean():.0f} %)' for w, m in zip(self.words, self.maps))]
 
-    def pictures(self, size: int = 192) -> list: # the picture, then a word each
-        k = size/max(self.picture.size)
-        return [self.picture.resize((round(k*self.picture.width), round(k*self.picture.height)), Image.Resampling.BICUBIC), *(heat(self.picture, m, size) for m in self.maps)]
+    def pictures(self, size: int = 192) -> list:  # the picture, then a word each
+        k = size / max(self.picture.size)
+        return [
+            self.picture.resize(
+                (round(k * self.picture.width), round(k * self.picture.height)), Image.Resampling.BICUBIC
+            ),
+            *(heat(self.picture, m, size) for m in self.maps),
+        ]
 
     def show(self, columns: int = 8):
         import matplotlib.pyplot as plt
-        n = len(self.words) + 1; columns = min(columns, n)
-        fig, axes = plt.subplots(math.ceil(n/columns), columns, figsize=(1.2*columns, 1.4*math.ceil(n/columns)), squeeze=False, layout='constrained')
-        for ax in axes.flat: ax.axis('off')
-        for ax, p, c in zip(axes.flat, self.pictures(), self.captions()): ax.imshow(p); ax.set_title(c, fontsize=8)
+
+        n = len(self.words) + 1
+        columns = min(columns, n)
+        fig, axes = plt.subplots(
+            math.ceil(n / columns),
+            columns,
+            figsize=(1.2 * columns, 1.4 * math.ceil(n / columns)),
+            squeeze=False,
+            layout='constrained',
+        )
+        for ax in axes.flat:
+            ax.axis('off')
+        for ax, p, c in zip(axes.flat, self.pictures(), self.captions()):
+            ax.imshow(p)
+            ax.set_title(c, fontsize=8)
         plt.show()
 
 # %% ../../nbs/inference/08_attention_maps.ipynb #e1337932
 def attention_maps(
-    generator: Generator,          # with the backend torch
+    generator: Generator,  # with the backend torch
     prompt: str,
     seed: int = 0,
-    size=None,                     # as of `Generator`
-    **how,                         # steps, guidance, scheduler: likewise
+    size=None,  # as of `Generator`
+    **how,  # steps, guidance, scheduler: likewise
 ) -> Attention:
     "Draw a picture and see where it reads each word, Tang et al. 2022 (arXiv 2210.04885); a word's tokens are added."
     backend, [prompt] = generator.backend, check_prompts([prompt])
-    if backend.name != 'torch': raise UserError(f'attention maps: the backend {backend.name} does not show its attention; open the model with the backend torch')
-    if not backend.readers: raise UserError(f"{backend.folder}: its UNet does not read the text by Stable Diffusion's cross-attention; it has no maps")
-    if rest := left_out(backend.tokenizer, prompt): raise UserError(f'prompt: is longer than {backend.tokenizer.model_max_length} tokens, and "{rest[:80]}" is not read; shorten it')
-    if not (found := words_of(backend.tokenizer, prompt)): raise UserError(f'prompt: "{prompt[:80]}" has no word; say what to draw')
-    with recording(backend) as recorders: [picture] = generator(prompt, seed=seed, size=size, **how)
+    if backend.name != 'torch':
+        raise UserError(
+            f'attention maps: the backend {backend.name} does not show its attention; open the model with the backend torch'
+        )
+    if not backend.readers:
+        raise UserError(
+            f"{backend.folder}: its UNet does not read the text by Stable Diffusion's cross-attention; it has no maps"
+        )
+    if rest := left_out(backend.tokenizer, prompt):
+        raise UserError(
+            f'prompt: is longer than {backend.tokenizer.model_max_length} tokens, and "{rest[:80]}" is not read; shorten it'
+        )
+    if not (found := words_of(backend.tokenizer, prompt)):
+        raise UserError(f'prompt: "{prompt[:80]}" has no word; say what to draw')
+    with recording(backend) as recorders:
+        [picture] = generator(prompt, seed=seed, size=size, **how)
     tokens = token_maps(recorders, latent_shape(size, backend)[1:])
-    return Attention(prompt, picture, [w for w, _ in found], torch.stack([tokens[i].sum(0) for _, i in found]))
+    return Attention(
+        prompt, picture, [w for w, _ in found], torch.stack([tokens[i].sum(0) for _, i in found])
+    )

@@ -17,75 +17,114 @@ from ..core.workspace import UserError, read_json
 
 # %% ../../nbs/inference/06_backends.ipynb #8a1d62c5
 def onnx_beside(
-    folder: Path, # model folder
+    folder: Path,  # model folder
 ) -> Path | None:
     "The ONNX export that belongs to exactly these weights, if there is one."
-    for onnx in (folder/'onnx', folder.parent/'onnx'):
-        try: parity = read_json(onnx/'parity.json')
-        except UserError: continue
-        if parity.get('passed') and parity.get('model') == weights_fingerprint(folder): return onnx
+    for onnx in (folder / 'onnx', folder.parent / 'onnx'):
+        try:
+            parity = read_json(onnx / 'parity.json')
+        except UserError:
+            continue
+        if parity.get('passed') and parity.get('model') == weights_fingerprint(folder):
+            return onnx
 
 # %% ../../nbs/inference/06_backends.ipynb #66f1fc3b
 def fastest(
-    onnx: Path, # an export
-    among=None, # names; None: all
-) -> str:       # a name that can run here
+    onnx: Path,  # an export
+    among=None,  # names; None: all
+) -> str:  # a name that can run here
     "What the export's check measured to be fastest and as good; 'onnx' where it measured nothing."
-    try: seen = read_json(onnx/'parity.json')['backends']
-    except (UserError, KeyError): return 'onnx'
-    good = [k for k, v in seen.items() if v['keeps'] and k in BACKENDS and (among is None or k in among) and not why_not(k, onnx)]
+    try:
+        seen = read_json(onnx / 'parity.json')['backends']
+    except (UserError, KeyError):
+        return 'onnx'
+    good = [
+        k
+        for k, v in seen.items()
+        if v['keeps'] and k in BACKENDS and (among is None or k in among) and not why_not(k, onnx)
+    ]
     return min(good, key=lambda k: seen[k]['milliseconds'], default='onnx')
 
 # %% ../../nbs/inference/06_backends.ipynb #2e04b585
 def automatic(
-    onnx: Path | None,    # an export of the weights
-    weights: bool = True, # are they there for PyTorch as well?
-) -> str:                 # a name
+    onnx: Path | None,  # an export of the weights
+    weights: bool = True,  # are they there for PyTorch as well?
+) -> str:  # a name
     "What `auto` means here."
-    if not onnx: return 'torch'
+    if not onnx:
+        return 'torch'
     if cuda_device():
         import onnxruntime as ort
-        if not why_not('tensorrt', onnx): return 'tensorrt'
-        if 'CUDAExecutionProvider' in ort.get_available_providers(): return 'onnx'
-        if weights: return 'torch'
+
+        if not why_not('tensorrt', onnx):
+            return 'tensorrt'
+        if 'CUDAExecutionProvider' in ort.get_available_providers():
+            return 'onnx'
+        if weights:
+            return 'torch'
     return fastest(onnx, None if weights else [*filter(reads_onnx, BACKENDS)])
 
 # %% ../../nbs/inference/06_backends.ipynb #d6d0e008
-BACKENDS = {'torch': TorchBackend, 'torch-compile': partial(TorchBackend, compile=True), 'onnx': OnnxBackend, 'onnx-fp16': partial(OnnxBackend, variant='fp16'), 'onnx-int8': partial(OnnxBackend, variant='int8'), 'openvino': OpenVinoBackend, 'openvino-bf16': partial(OpenVinoBackend, precision='bf16'), 'tensorrt': TensorRtBackend}
+BACKENDS = {
+    'torch': TorchBackend,
+    'torch-compile': partial(TorchBackend, compile=True),
+    'onnx': OnnxBackend,
+    'onnx-fp16': partial(OnnxBackend, variant='fp16'),
+    'onnx-int8': partial(OnnxBackend, variant='int8'),
+    'openvino': OpenVinoBackend,
+    'openvino-bf16': partial(OpenVinoBackend, precision='bf16'),
+    'tensorrt': TensorRtBackend,
+}
 EXACT = ('torch', 'onnx', 'openvino')  # those that compute in 32 bits
 
+
 def why_not(
-    name: str,                # one of `BACKENDS`
-    onnx: Path | None = None, # the export it would read; None: whatever that is
+    name: str,  # one of `BACKENDS`
+    onnx: Path | None = None,  # the export it would read; None: whatever that is
 ) -> str:
     "What keeps a backend from running here, '' when nothing does."
-    if name == 'torch-compile': return why_not_compile()
-    if name == 'tensorrt': return why_not_tensorrt(onnx)
+    if name == 'torch-compile':
+        return why_not_compile()
+    if name == 'tensorrt':
+        return why_not_tensorrt(onnx)
     return why_not_openvino(name.partition('-')[2] or 'f32') if name.startswith('openvino') else ''
 
-def reads_onnx(name: str) -> bool: return not name.startswith('torch') # or the model folder itself
+
+def reads_onnx(name: str) -> bool:
+    return not name.startswith('torch')  # or the model folder itself
 
 # %% ../../nbs/inference/06_backends.ipynb #c0d22f37
 def open_backend(
-    name: str,    # one of `BACKENDS`
-    folder: Path, # that it reads
+    name: str,  # one of `BACKENDS`
+    folder: Path,  # that it reads
 ) -> Backend:
     "A backend that says its name."
-    out = BACKENDS[name](folder); out.name = name
+    out = BACKENDS[name](folder)
+    out.name = name
     return out
 
+
 def load_backend(
-    where: str | Path,   # a workspace, a model folder, a folder of ONNX files, or a hub id
+    where: str | Path,  # a workspace, a model folder, a folder of ONNX files, or a hub id
     name: str = 'auto',  # 'auto' or one of `BACKENDS`
 ) -> Backend:
     "Open a model for drawing; 'auto' takes what is there and fastest."
-    if name not in ('auto', *BACKENDS): raise UserError(f"backend: '{name}' is not one of auto, {', '.join(BACKENDS)}")
+    if name not in ('auto', *BACKENDS):
+        raise UserError(f"backend: '{name}' is not one of auto, {', '.join(BACKENDS)}")
     folder = find_model(where)
-    if (folder/'unet'/'model.onnx').is_file():
-        if not (name == 'auto' or reads_onnx(name)): raise UserError(f'{folder}: holds ONNX files only; use the backend onnx, or give the model folder')
+    if (folder / 'unet' / 'model.onnx').is_file():
+        if not (name == 'auto' or reads_onnx(name)):
+            raise UserError(
+                f'{folder}: holds ONNX files only; use the backend onnx, or give the model folder'
+            )
         return open_backend(automatic(folder, weights=False) if name == 'auto' else name, folder)
     onnx = onnx_beside(folder) if name == 'auto' or reads_onnx(name) else None
-    if name == 'auto': name = automatic(onnx)
-    if not reads_onnx(name): return open_backend(name, folder)
-    if not onnx: raise UserError(f'{folder}: has no ONNX files made from these weights beside it; the stage `onnx` makes them')
+    if name == 'auto':
+        name = automatic(onnx)
+    if not reads_onnx(name):
+        return open_backend(name, folder)
+    if not onnx:
+        raise UserError(
+            f'{folder}: has no ONNX files made from these weights beside it; the stage `onnx` makes them'
+        )
     return open_backend(name, onnx)

@@ -17,133 +17,220 @@ from ..core.workspace import UserError, write_json
 
 # %% ../../nbs/inference/09_benchmark.ipynb #e1b4e425
 def race(
-    drawers: dict, # name -> () -> None, or anything that can be called
+    drawers: dict,  # name -> () -> None, or anything that can be called
     rounds: int = 3,
     row: int = 2,  # calls in a turn
-) -> dict:         # name -> milliseconds of a call, the fastest; a first round warms up and does not count
+) -> dict:  # name -> milliseconds of a call, the fastest; a first round warms up and does not count
     "Time calls in turns."
     best = dict.fromkeys(drawers, float('inf'))
     for r in range(rounds + 1):
         for name, f in drawers.items():
             for _ in range(row):
-                t = time.perf_counter(); f()
-                if r: best[name] = min(best[name], 1000*(time.perf_counter() - t))
+                t = time.perf_counter()
+                f()
+                if r:
+                    best[name] = min(best[name], 1000 * (time.perf_counter() - t))
     return best
 
 # %% ../../nbs/inference/09_benchmark.ipynb #d13c3bad
 def network_parts(
     backend,
-    guided: bool = True, # both halves of guidance
-) -> dict:               # name -> a call of that part on one picture
+    guided: bool = True,  # both halves of guidance
+) -> dict:  # name -> a call of that part on one picture
     "The network's share of a picture: one step of the denoiser, and the decoder."
-    n, shape = 1 + guided, (backend.channels,) + (backend.unet_config['sample_size'],)*2
+    n, shape = 1 + guided, (backend.channels,) + (backend.unet_config['sample_size'],) * 2
     text = backend.condition(backend.encode(['a red rose', ''][:n]))
-    x, t = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(backend.device), torch.tensor(500, device=backend.device)
-    return dict(unet=lambda: backend.denoise(x, t, text).cpu(), decode=lambda: backend.decode(x[:1]).cpu()) # a GPU is done when its answer is here
+    x, t = (
+        torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(backend.device),
+        torch.tensor(500, device=backend.device),
+    )
+    return dict(
+        unet=lambda: backend.denoise(x, t, text).cpu(), decode=lambda: backend.decode(x[:1]).cpu()
+    )  # a GPU is done when its answer is here
+
 
 def overhead(
-    milliseconds: float, # of a picture
+    milliseconds: float,  # of a picture
     steps: int,
-    parts: dict,         # milliseconds of `unet` and `decode`
-) -> float:              # share
+    parts: dict,  # milliseconds of `unet` and `decode`
+) -> float:  # share
     "What a picture costs beyond its network."
-    return milliseconds/(steps*parts['unet'] + parts['decode']) - 1
+    return milliseconds / (steps * parts['unet'] + parts['decode']) - 1
 
 # %% ../../nbs/inference/09_benchmark.ipynb #82c05cf6
-def peak_so_far() -> float: # MB
+def peak_so_far() -> float:  # MB
     "Highest resident memory of this process."
-    status = Path('/proc/self/status')  # where there is one: elsewhere what a process inherited from its parent counts as well
-    if status.exists(): return int(next(l.split()[1] for l in status.read_text().splitlines() if l.startswith('VmHWM')))/1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 1024)
+    status = Path(
+        '/proc/self/status'
+    )  # where there is one: elsewhere what a process inherited from its parent counts as well
+    if status.exists():
+        return (
+            int(next(l.split()[1] for l in status.read_text().splitlines() if l.startswith('VmHWM'))) / 1024
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 1024)
+
 
 def peak_memory(
-    name: str,    # one of `BACKENDS`
-    folder: Path, # that it reads
+    name: str,  # one of `BACKENDS`
+    folder: Path,  # that it reads
     steps: int,
-) -> float:       # MB
+) -> float:  # MB
     "Peak resident memory of a process that draws one picture."
-    done = subprocess.run([sys.executable, '-m', 'flowerdiff.inference.benchmark', name, str(Path(folder).absolute()), str(steps)], capture_output=True, text=True)
-    if done.returncode: raise UserError(f'{name}: {(done.stderr.strip().splitlines() or ["it was killed; is there enough memory?"])[-1]}')
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'flowerdiff.inference.benchmark',
+            name,
+            str(Path(folder).absolute()),
+            str(steps),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise UserError(
+            f'{name}: {(done.stderr.strip().splitlines() or ["it was killed; is there enough memory?"])[-1]}'
+        )
     return float(done.stdout.split()[-1])
 
 # %% ../../nbs/inference/09_benchmark.ipynb #67d80204
 def open_all(
     model: Path,  # a model folder
-    names=BACKENDS, # of them
-) -> tuple:       # name -> Generator; name -> why it does not run here
+    names=BACKENDS,  # of them
+) -> tuple:  # name -> Generator; name -> why it does not run here
     "A model in each backend that draws with it on this machine."
     onnx, opened, left_out = onnx_beside(model), {}, {}
     for name in names:
-        if reason := why_not(name, onnx) or ('' if onnx or not reads_onnx(name) else f'{model}: has no ONNX files made from these weights beside it; the stage `onnx` makes them'): left_out[name] = reason; continue
-        try: (g := Generator(open_backend(name, onnx if reads_onnx(name) else model)))('a red rose', steps=1); opened[name] = g
-        except UserError as e: left_out[name] = str(e)
+        if reason := why_not(name, onnx) or (
+            ''
+            if onnx or not reads_onnx(name)
+            else f'{model}: has no ONNX files made from these weights beside it; the stage `onnx` makes them'
+        ):
+            left_out[name] = reason
+            continue
+        try:
+            (g := Generator(open_backend(name, onnx if reads_onnx(name) else model)))('a red rose', steps=1)
+            opened[name] = g
+        except UserError as e:
+            left_out[name] = str(e)
     return opened, left_out
 
+
 def race_pictures(
-    generators: dict, # name -> Generator
+    generators: dict,  # name -> Generator
     prompt: str,
     rounds: int = 3,
-    row: int = 2,     # see `race`
-    **how,            # seed, steps, guidance
-) -> dict:            # name -> milliseconds of one picture
+    row: int = 2,  # see `race`
+    **how,  # seed, steps, guidance
+) -> dict:  # name -> milliseconds of one picture
     "Time pictures in turns. Each has a text of its own, because texts that were read are remembered."
     count = itertools.count()
-    return race({k: lambda g=g: g(f'{next(count)}: {prompt}', **how) for k, g in generators.items()}, rounds, row)
+    return race(
+        {k: lambda g=g: g(f'{next(count)}: {prompt}', **how) for k, g in generators.items()}, rounds, row
+    )
 
 # %% ../../nbs/inference/09_benchmark.ipynb #652a91c0
 def bench(
-    where: str | Path,       # a workspace or a model folder
-    steps=(4, 10, 20),       # how many a picture takes
+    where: str | Path,  # a workspace or a model folder
+    steps=(4, 10, 20),  # how many a picture takes
     rounds: int = 5,
-    names=None,              # of `BACKENDS`; None: all that run here
+    names=None,  # of `BACKENDS`; None: all that run here
     prompt: str = 'a red rose under a blue sky',
-) -> dict:                   # size, threads, backends: name -> {milliseconds: {steps: ms}, unet, decode, overhead, memory_mb}, left_out: name -> why
+) -> dict:  # size, threads, backends: name -> {milliseconds: {steps: ms}, unet, decode, overhead, memory_mb}, left_out: name -> why
     "Measure one picture, with guidance unless the model was distilled not to need it."
     for name in names or ():
-        if name not in BACKENDS: raise UserError(f"backend: '{name}' is not one of {', '.join(BACKENDS)}")
+        if name not in BACKENDS:
+            raise UserError(f"backend: '{name}' is not one of {', '.join(BACKENDS)}")
     opened, left_out = open_all(find_model(where), names or BACKENDS)
-    if not opened: raise UserError('bench: ' + '; '.join(f'{k}: {v}' for k, v in left_out.items()))
+    if not opened:
+        raise UserError('bench: ' + '; '.join(f'{k}: {v}' for k, v in left_out.items()))
     out = {name: dict(milliseconds={}) for name in opened}
     for n in steps:
-        for name, ms in race_pictures(opened, prompt, rounds, steps=n).items(): out[name]['milliseconds'][n] = round(ms, 2)
+        for name, ms in race_pictures(opened, prompt, rounds, steps=n).items():
+            out[name]['milliseconds'][n] = round(ms, 2)
     parts = {name: network_parts(g.backend, g.backend.guidance > 1) for name, g in opened.items()}
     alone = race({(name, part): f for name, p in parts.items() for part, f in p.items()}, rounds, row=8)
     for name in opened:
-        own = {part: alone[name, part] for part in ('unet', 'decode')}; n = max(steps)
-        out[name] |= {k: round(v, 2) for k, v in own.items()} | dict(overhead=round(overhead(out[name]['milliseconds'][n], n, own), 4), memory_mb=round(peak_memory(name, opened[name].backend.folder, min(steps))))
+        own = {part: alone[name, part] for part in ('unet', 'decode')}
+        n = max(steps)
+        out[name] |= {k: round(v, 2) for k, v in own.items()} | dict(
+            overhead=round(overhead(out[name]['milliseconds'][n], n, own), 4),
+            memory_mb=round(peak_memory(name, opened[name].backend.folder, min(steps))),
+        )
     size = next(iter(opened.values())).backend.size
-    return dict(size=size, threads=torch.get_num_threads(), machine=torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU', steps=list(steps), backends=out, left_out=left_out)
+    return dict(
+        size=size,
+        threads=torch.get_num_threads(),
+        machine=torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
+        steps=list(steps),
+        backends=out,
+        left_out=left_out,
+    )
 
 # %% ../../nbs/inference/09_benchmark.ipynb #16b21ebd
 def table(
-    seen: dict, # from `bench`
+    seen: dict,  # from `bench`
 ) -> str:
     "The backends, fastest first."
-    last = max(seen['steps']); order = sorted(seen['backends'].items(), key=lambda kv: kv[1]['milliseconds'][last])
+    last = max(seen['steps'])
+    order = sorted(seen['backends'].items(), key=lambda kv: kv[1]['milliseconds'][last])
     rows = [['backend', *(f'{n} steps' for n in seen['steps']), 'one step', 'decoder', 'beyond', 'memory']]
-    rows += [[name, *(f"{b['milliseconds'][n]:.0f} ms" for n in seen['steps']), f"{b['unet']:.1f} ms", f"{b['decode']:.1f} ms", f"{b['overhead']:.1%}", f"{b['memory_mb']:,.0f} MB"] for name, b in order]
+    rows += [
+        [
+            name,
+            *(f'{b["milliseconds"][n]:.0f} ms' for n in seen['steps']),
+            f'{b["unet"]:.1f} ms',
+            f'{b["decode"]:.1f} ms',
+            f'{b["overhead"]:.1%}',
+            f'{b["memory_mb"]:,.0f} MB',
+        ]
+        for name, b in order
+    ]
     width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = ['  '.join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(r, width))) for r in rows]
-    return '\n'.join([f"one picture of {seen['size']} pixels, {seen['threads']} threads ({seen['machine']})", *lines, *(f'{k}: {v}' for k, v in seen['left_out'].items())])
+    lines = [
+        '  '.join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(r, width)))
+        for r in rows
+    ]
+    return '\n'.join(
+        [
+            f'one picture of {seen["size"]} pixels, {seen["threads"]} threads ({seen["machine"]})',
+            *lines,
+            *(f'{k}: {v}' for k, v in seen['left_out'].items()),
+        ]
+    )
+
 
 def plot(seen: dict, file: Path):
     "Milliseconds over steps, a line for each backend."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6, 3)); ax = fig.subplots()
-    for name, b in sorted(seen['backends'].items(), key=lambda kv: -kv[1]['milliseconds'][max(seen['steps'])]): ax.plot(seen['steps'], [b['milliseconds'][n] for n in seen['steps']], 'o-', label=name)
-    ax.set(xlabel='steps', ylabel='milliseconds a picture', xticks=seen['steps'], ylim=(0, None)); ax.legend(fontsize=7); fig.tight_layout(); fig.savefig(file, dpi=110)
+
+    fig = Figure(figsize=(6, 3))
+    ax = fig.subplots()
+    for name, b in sorted(
+        seen['backends'].items(), key=lambda kv: -kv[1]['milliseconds'][max(seen['steps'])]
+    ):
+        ax.plot(seen['steps'], [b['milliseconds'][n] for n in seen['steps']], 'o-', label=name)
+    ax.set(xlabel='steps', ylabel='milliseconds a picture', xticks=seen['steps'], ylim=(0, None))
+    ax.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(file, dpi=110)
+
 
 def bench_to(
     where: str | Path,  # a workspace or a model folder
-    folder: Path,       # gets bench.json and bench.png
-    **how,              # see `bench`
-) -> str:               # what to tell
+    folder: Path,  # gets bench.json and bench.png
+    **how,  # see `bench`
+) -> str:  # what to tell
     "Measure, keep and tell."
-    seen = bench(where, **how); folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder/'bench.json', seen); plot(seen, folder/'bench.png')
-    return f"{table(seen)}\n\n{folder/'bench.png'}"
+    seen = bench(where, **how)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / 'bench.json', seen)
+    plot(seen, folder / 'bench.png')
+    return f'{table(seen)}\n\n{folder / "bench.png"}'
 
 # %% ../../nbs/inference/09_benchmark.ipynb #a1590615
-if __name__ == '__main__' and '__file__' in globals(): # that process
+if __name__ == '__main__' and '__file__' in globals():  # that process
     Generator(open_backend(sys.argv[1], Path(sys.argv[2])))('a red rose', steps=int(sys.argv[3]))
     print(peak_so_far())

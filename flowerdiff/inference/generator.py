@@ -20,131 +20,228 @@ from ..core.workspace import UserError, out_of_memory
 # %% ../../nbs/inference/07_generator.ipynb #6bac3ae2
 MAX_PIXELS, MAX_PROMPT, MAX_PICTURES = 2048, 20_000, 10_000
 
+
 def check_number(name: str, value, low, high, whole: bool = True):
     "Raise a UserError unless `value` is a finite number in low..high."
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and (not whole or value == int(value))
-    if not ok: raise UserError(f"{name}: {value} is not {'a whole number' if whole else 'a number'} from {low} to {high}")
+    ok = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and (not whole or value == int(value))
+    )
+    if not ok:
+        raise UserError(
+            f'{name}: {value} is not {"a whole number" if whole else "a number"} from {low} to {high}'
+        )
 
 # %% ../../nbs/inference/07_generator.ipynb #5810bc84
 def check_prompts(
-    prompts,              # what a person gave: a text or a list of them
-    name: str = 'prompt', # what they call it; anything else may be empty
+    prompts,  # what a person gave: a text or a list of them
+    name: str = 'prompt',  # what they call it; anything else may be empty
 ) -> list[str]:
     "The prompts as a list of plain texts."
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, (list, tuple)) else [None]
-    if not prompts: raise UserError(f'{name}: the list is empty; say what to draw')
+    prompts = (
+        [prompts]
+        if isinstance(prompts, str)
+        else list(prompts)
+        if isinstance(prompts, (list, tuple))
+        else [None]
+    )
+    if not prompts:
+        raise UserError(f'{name}: the list is empty; say what to draw')
     for p in prompts:
-        if not isinstance(p, str): raise UserError(f'{name}: must be text, not {type(p).__name__}')
-        if not p.strip() and name == 'prompt': raise UserError(f'{name}: is empty; say what to draw')
-        if len(p) > MAX_PROMPT: raise UserError(f'{name}: has {len(p):,} characters; {MAX_PROMPT:,} are the most, and a few dozen words do')
-        if any(ord(c) < 32 and c not in '\t\n\r' or ord(c) == 0xfffd or 0xd800 <= ord(c) < 0xe000 for c in p): raise UserError(f'{name}: holds bytes that are not text')
+        if not isinstance(p, str):
+            raise UserError(f'{name}: must be text, not {type(p).__name__}')
+        if not p.strip() and name == 'prompt':
+            raise UserError(f'{name}: is empty; say what to draw')
+        if len(p) > MAX_PROMPT:
+            raise UserError(
+                f'{name}: has {len(p):,} characters; {MAX_PROMPT:,} are the most, and a few dozen words do'
+            )
+        if any(ord(c) < 32 and c not in '\t\n\r' or ord(c) == 0xFFFD or 0xD800 <= ord(c) < 0xE000 for c in p):
+            raise UserError(f'{name}: holds bytes that are not text')
     return prompts
 
 # %% ../../nbs/inference/07_generator.ipynb #43974d16
 def latent_shape(
-    size,    # pixels: None (the model's own), a number, or (width, height)
+    size,  # pixels: None (the model's own), a number, or (width, height)
     backend,
 ) -> tuple:  # (C, h, w)
     "Shape of one picture's latents."
-    size = (backend.size,)*2 if size is None else tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(size) != 2: raise UserError(f'size: {size} is not a number of pixels or (width, height)')
-    unit = backend.scale*2**(len(backend.unet_config['block_out_channels'])-1)
+    size = (
+        (backend.size,) * 2
+        if size is None
+        else tuple(size)
+        if isinstance(size, (tuple, list))
+        else (size, size)
+    )
+    if len(size) != 2:
+        raise UserError(f'size: {size} is not a number of pixels or (width, height)')
+    unit = backend.scale * 2 ** (len(backend.unet_config['block_out_channels']) - 1)
     for name, v in zip(('width', 'height'), size):
         check_number(name, v, unit, MAX_PIXELS)
-        if v % unit: raise UserError(f'{name}: {v} is not a multiple of {unit}')
-    return backend.channels, *(int(v)//backend.scale for v in size[::-1])
+        if v % unit:
+            raise UserError(f'{name}: {v} is not a multiple of {unit}')
+    return backend.channels, *(int(v) // backend.scale for v in size[::-1])
 
 # %% ../../nbs/inference/07_generator.ipynb #cfd95dc8
 class Generator:
     "Draws pictures from prompts."
-    def __init__(self,
-        backend,        # from `flowerdiff.inference.backends`
-        batch: int = 8, # pictures drawn at once
-    ): self.backend, self.batch, self._rgb = backend, batch, None
+
+    def __init__(
+        self,
+        backend,  # from `flowerdiff.inference.backends`
+        batch: int = 8,  # pictures drawn at once
+    ):
+        self.backend, self.batch, self._rgb = backend, batch, None
+
 
 @patch(cls_method=True)
-def from_pretrained(cls: Generator,
-    folder: str | Path,     # a workspace, a model folder or a hub id `org/name@commit`
+def from_pretrained(
+    cls: Generator,
+    folder: str | Path,  # a workspace, a model folder or a hub id `org/name@commit`
     backend: str = 'auto',  # 'auto', or one of `flowerdiff.inference.backends.BACKENDS`
     batch: int = 8,
 ):
     "Open a model; a UserError says what is wrong with the folder."
     from flowerdiff.inference.backends import load_backend
+
     return cls(load_backend(folder, backend), batch)
 
 # %% ../../nbs/inference/07_generator.ipynb #0585051b
 @patch(as_prop=True)
-def rgb(self: Generator) -> Tensor: # [C+1, 3] from `fit_preview`
+def rgb(self: Generator) -> Tensor:  # [C+1, 3] from `fit_preview`
     "The map from this model's latents to colours."
-    if self._rgb is None: self._rgb = fit_preview(lambda z: self.backend.decode(z.to(self.backend.device)), self.backend.channels)
+    if self._rgb is None:
+        self._rgb = fit_preview(
+            lambda z: self.backend.decode(z.to(self.backend.device)), self.backend.channels
+        )
     return self._rgb
 
 # %% ../../nbs/inference/07_generator.ipynb #eaa85868
 @patch
-def _settled(self: Generator, prompts, n, seed, steps, guidance, size, scheduler, interval) -> tuple: # see `__call__` -> (steps, guidance, shape of latents, a scheduler of this call)
-    steps, guidance = self.backend.steps if steps is None else steps, self.backend.guidance if guidance is None else guidance
-    for name, value, low, high in (('batch', self.batch, 1, MAX_PICTURES), ('n', n, 1, MAX_PICTURES//len(prompts)), ('seed', seed, 0, 2**63-MAX_PICTURES), ('steps', steps, 1, 1000)): check_number(name, value, low, high)
+def _settled(
+    self: Generator, prompts, n, seed, steps, guidance, size, scheduler, interval
+) -> tuple:  # see `__call__` -> (steps, guidance, shape of latents, a scheduler of this call)
+    steps, guidance = (
+        self.backend.steps if steps is None else steps,
+        self.backend.guidance if guidance is None else guidance,
+    )
+    for name, value, low, high in (
+        ('batch', self.batch, 1, MAX_PICTURES),
+        ('n', n, 1, MAX_PICTURES // len(prompts)),
+        ('seed', seed, 0, 2**63 - MAX_PICTURES),
+        ('steps', steps, 1, 1000),
+    ):
+        check_number(name, value, low, high)
     check_number('guidance', guidance, 0, 100, whole=False)
-    if not (isinstance(interval, (tuple, list)) and len(interval) == 2): raise UserError(f'interval: {interval} is not two shares of the steps, such as (0, 0.8)')
-    check_number('interval', interval[0], 0, 1, whole=False); check_number('interval', interval[1], interval[0], 1, whole=False)
+    if not (isinstance(interval, (tuple, list)) and len(interval) == 2):
+        raise UserError(f'interval: {interval} is not two shares of the steps, such as (0, 0.8)')
+    check_number('interval', interval[0], 0, 1, whole=False)
+    check_number('interval', interval[1], interval[0], 1, whole=False)
     shape = latent_shape(size, self.backend)
     own = make_scheduler(self.backend.scheduler_config, scheduler)
-    try: own.set_timesteps(int(steps))
-    except ValueError as e: raise UserError(f"scheduler: {scheduler or 'this one'} does not do {int(steps)} steps ({str(e).splitlines()[0][:160]})") from None
+    try:
+        own.set_timesteps(int(steps))
+    except ValueError as e:
+        raise UserError(
+            f'scheduler: {scheduler or "this one"} does not do {int(steps)} steps ({str(e).splitlines()[0][:160]})'
+        ) from None
     return int(steps), guidance, shape, own
 
 # %% ../../nbs/inference/07_generator.ipynb #4b2c457b
 @contextmanager
 def fitting(
-    n: int,       # pictures drawn at once
-    shape: tuple, # (C, h, w) of their latents
-    scale: int,   # pixels a latent
+    n: int,  # pictures drawn at once
+    shape: tuple,  # (C, h, w) of their latents
+    scale: int,  # pixels a latent
 ):
     "Turns an error for want of memory into one line."
-    try: yield
+    try:
+        yield
     except Exception as e:
-        if not out_of_memory(e): raise
-        raise UserError(f'{n} picture{"s" if n > 1 else ""} of {shape[2]*scale} x {shape[1]*scale} pixels at once {"do" if n > 1 else "does"} not fit into memory; ' + (f'draw fewer at once (batch or n below {n}) or a smaller size' if n > 1 else 'draw a smaller size')) from e
+        if not out_of_memory(e):
+            raise
+        raise UserError(
+            f'{n} picture{"s" if n > 1 else ""} of {shape[2] * scale} x {shape[1] * scale} pixels at once {"do" if n > 1 else "does"} not fit into memory; '
+            + (
+                f'draw fewer at once (batch or n below {n}) or a smaller size'
+                if n > 1
+                else 'draw a smaller size'
+            )
+        ) from e
 
 # %% ../../nbs/inference/07_generator.ipynb #d9ba9211
 @patch
-def __call__(self: Generator,
-    prompt: str | list,       # what to draw; of a list, each
-    n: int = 1,               # pictures of each prompt
-    seed: int = 0,            # picture i is drawn from seed + i
-    steps: int | None = None, # None: 20, or as many as the model was distilled for
-    guidance: float | None = None, # how strongly to follow the prompt; 1 is not at all stronger; None: 4, or 1 for a distilled model
-    negative: str = '',       # what to stay away from
-    callback: Callable | None = None, # called with a `Step`; returning False cancels
-    scheduler: str | None = None,     # one of `SCHEDULERS`; None is the model's own
-    interval: tuple = (0., 1.), # the part of the steps that is guided, the first is 0; the others cost half, Kynkäänniemi et al. 2024 (arXiv 2404.07724)
-    size=None,                # pixels, or (width, height); None is the model's own
-) -> list:                      # of PIL.Image, all of the first prompt first
+def __call__(
+    self: Generator,
+    prompt: str | list,  # what to draw; of a list, each
+    n: int = 1,  # pictures of each prompt
+    seed: int = 0,  # picture i is drawn from seed + i
+    steps: int | None = None,  # None: 20, or as many as the model was distilled for
+    guidance: float
+    | None = None,  # how strongly to follow the prompt; 1 is not at all stronger; None: 4, or 1 for a distilled model
+    negative: str = '',  # what to stay away from
+    callback: Callable | None = None,  # called with a `Step`; returning False cancels
+    scheduler: str | None = None,  # one of `SCHEDULERS`; None is the model's own
+    interval: tuple = (
+        0.0,
+        1.0,
+    ),  # the part of the steps that is guided, the first is 0; the others cost half, Kynkäänniemi et al. 2024 (arXiv 2404.07724)
+    size=None,  # pixels, or (width, height); None is the model's own
+) -> list:  # of PIL.Image, all of the first prompt first
     "Draw `n` pictures of each prompt. Raises `Cancelled` if the callback returns False."
     prompts, [negative], backend = check_prompts(prompt), check_prompts([negative], 'negative'), self.backend
     steps, guidance, shape, own = self._settled(prompts, n, seed, steps, guidance, size, scheduler, interval)
     todo, done, pictures = [p for p in prompts for _ in range(int(n))], 0, []
-    total = steps*math.ceil(len(todo)/self.batch)
+    total = steps * math.ceil(len(todo) / self.batch)
     for start in range(0, len(todo), self.batch):
-        some = todo[start:start+self.batch]
-        def on_step(i, guess): return callback(Step(done+i+1, total, guess, self.rgb))
+        some = todo[start : start + self.batch]
+
+        def on_step(i, guess):
+            return callback(Step(done + i + 1, total, guess, self.rgb))
+
         with fitting(len(some), shape, backend.scale):
-            unique = list(dict.fromkeys([negative, *some])); known = dict(zip(unique, backend.encode(unique)))
-            latents = sample(backend, torch.stack([known[p] for p in some]), torch.stack([known[negative]]*len(some)), generators(int(seed)+start, len(some)), own, steps, guidance, interval, shape, on_step if callback else None)
-            pictures += to_pil(backend.decode(latents)); done += steps
+            unique = list(dict.fromkeys([negative, *some]))
+            known = dict(zip(unique, backend.encode(unique)))
+            latents = sample(
+                backend,
+                torch.stack([known[p] for p in some]),
+                torch.stack([known[negative]] * len(some)),
+                generators(int(seed) + start, len(some)),
+                own,
+                steps,
+                guidance,
+                interval,
+                shape,
+                on_step if callback else None,
+            )
+            pictures += to_pil(backend.decode(latents))
+            done += steps
     return pictures
 
 # %% ../../nbs/inference/07_generator.ipynb #cb9cfe06
 def montage(
-    pictures: list,     # of PIL.Image, row by row
+    pictures: list,  # of PIL.Image, row by row
     columns: int = 8,
-    size: int | None = None, # pixels of one picture; None as they are
+    size: int | None = None,  # pixels of one picture; None as they are
     gap: int = 4,
 ):
     "Pictures side by side, on white."
     from PIL import Image
-    if size: pictures = [p.resize((round(size*p.width/p.height), size), Image.Resampling.BICUBIC if size < 3*p.height else Image.Resampling.NEAREST) for p in pictures]
+
+    if size:
+        pictures = [
+            p.resize(
+                (round(size * p.width / p.height), size),
+                Image.Resampling.BICUBIC if size < 3 * p.height else Image.Resampling.NEAREST,
+            )
+            for p in pictures
+        ]
     w, h = max(p.width for p in pictures), max(p.height for p in pictures)
-    sheet = Image.new('RGB', (columns*(w+gap)-gap, math.ceil(len(pictures)/columns)*(h+gap)-gap), 'white')
-    for i, p in enumerate(pictures): sheet.paste(p, (i%columns*(w+gap), i//columns*(h+gap)))
+    sheet = Image.new(
+        'RGB', (columns * (w + gap) - gap, math.ceil(len(pictures) / columns) * (h + gap) - gap), 'white'
+    )
+    for i, p in enumerate(pictures):
+        sheet.paste(p, (i % columns * (w + gap), i // columns * (h + gap)))
     return sheet

@@ -18,199 +18,333 @@ from ..core.workspace import UserError
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #010290b0
 def onnx_session(
-    path: Path,    # model.onnx
-    part=None,     # an onnx.ModelProto, cut out of it; None: all of it
-    weights: dict = {}, # name -> array, those that the part only names
+    path: Path,  # model.onnx
+    part=None,  # an onnx.ModelProto, cut out of it; None: all of it
+    weights: dict = {},  # name -> array, those that the part only names
 ):
     "An ONNX Runtime session on the GPU when the package can, else on the CPU."
     import onnxruntime as ort
-    if not path.is_file(): raise UserError(f'{path}: this part of the model is missing; run the stage `onnx` again')
+
+    if not path.is_file():
+        raise UserError(f'{path}: this part of the model is missing; run the stage `onnx` again')
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-    options.add_session_config_entry('session.force_spinning_stop', '1')  # a session that is done must not keep a core busy while the next one runs
+    options.add_session_config_entry(
+        'session.force_spinning_stop', '1'
+    )  # a session that is done must not keep a core busy while the next one runs
     if part:
         names = [i.name for i in part.graph.initializer if i.name in weights]
-        options.add_external_initializers(names, [ort.OrtValue.ortvalue_from_numpy(weights[n]) for n in names])
-        options.add_session_config_entry('session.model_external_initializers_file_folder_path', str(path.parent.absolute()))
-    with readable(path): return ort.InferenceSession(part.SerializeToString() if part else path, options, providers=_providers())
+        options.add_external_initializers(
+            names, [ort.OrtValue.ortvalue_from_numpy(weights[n]) for n in names]
+        )
+        options.add_session_config_entry(
+            'session.model_external_initializers_file_folder_path', str(path.parent.absolute())
+        )
+    with readable(path):
+        return ort.InferenceSession(
+            part.SerializeToString() if part else path, options, providers=_providers()
+        )
 
-def _providers() -> list: # the GPU when the package can, else the CPU
+
+def _providers() -> list:  # the GPU when the package can, else the CPU
     import onnxruntime as ort
-    return [p for p in ('CUDAExecutionProvider', 'CPUExecutionProvider') if p in ort.get_available_providers()]
+
+    return [
+        p for p in ('CUDAExecutionProvider', 'CPUExecutionProvider') if p in ort.get_available_providers()
+    ]
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #8cbc9470
-def _sort_nodes(graph) -> tuple: # nodes of the text alone, of constants alone, of anything else; names that the first make, with the text's own
+def _sort_nodes(
+    graph,
+) -> tuple:  # nodes of the text alone, of constants alone, of anything else; names that the first make, with the text's own
     made, fixed = {'encoder_hidden_states'}, {'', *(i.name for i in graph.initializer)}
     early, constant, late = [], [], []
     for node in graph.node:
-        if fixed.issuperset(node.input): fixed.update(node.output); constant.append(node)
-        elif (made | fixed).issuperset(node.input): made.update(node.output); early.append(node)
-        else: late.append(node)
+        if fixed.issuperset(node.input):
+            fixed.update(node.output)
+            constant.append(node)
+        elif (made | fixed).issuperset(node.input):
+            made.update(node.output)
+            early.append(node)
+        else:
+            late.append(node)
     return early, constant, late, made
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #3ba34cb9
-def _products(model, nodes: list, leaving: list): # onnx.ModelProto: text -> the values named in `leaving`
+def _products(model, nodes: list, leaving: list):  # onnx.ModelProto: text -> the values named in `leaving`
     from onnx import ModelProto, shape_inference
-    first, used = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import), {i for n in nodes for i in n.input}
-    first.graph.name = 'products'; first.graph.node.extend(nodes)
+
+    first, used = (
+        ModelProto(ir_version=model.ir_version, opset_import=model.opset_import),
+        {i for n in nodes for i in n.input},
+    )
+    first.graph.name = 'products'
+    first.graph.node.extend(nodes)
     first.graph.input.extend(i for i in model.graph.input if i.name == 'encoder_hidden_states')
     first.graph.initializer.extend(i for i in model.graph.initializer if i.name in used)
-    for name in leaving: first.graph.output.add().name = name
+    for name in leaving:
+        first.graph.output.add().name = name
     return shape_inference.infer_shapes(first)
 
-def _keep_rest(graph, made: set): # drop, in place, the nodes that make `made`, and what nothing reads any more
+
+def _keep_rest(
+    graph, made: set
+):  # drop, in place, the nodes that make `made`, and what nothing reads any more
     rest = lambda n: made.isdisjoint(n.output)
     read = {i for n in graph.node if rest(n) for i in n.input}
-    for field, keep in ((graph.node, rest), (graph.initializer, lambda i: i.name in read), (graph.input, lambda i: i.name != 'encoder_hidden_states' or i.name in read)):
-        for i in reversed([i for i, x in enumerate(field) if not keep(x)]): del field[i]
+    for field, keep in (
+        (graph.node, rest),
+        (graph.initializer, lambda i: i.name in read),
+        (graph.input, lambda i: i.name != 'encoder_hidden_states' or i.name in read),
+    ):
+        for i in reversed([i for i, x in enumerate(field) if not keep(x)]):
+            del field[i]
     del graph.value_info[:]
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #0837beb9
 def split_onnx(
-    model, # onnx.ModelProto of a UNet without its weights; becomes the rest, which takes the products as inputs
-):         # another: text -> products with it; None, and nothing is changed, where there are none or the cut is not possible
+    model,  # onnx.ModelProto of a UNet without its weights; becomes the rest, which takes the products as inputs
+):  # another: text -> products with it; None, and nothing is changed, where there are none or the cut is not possible
     "Cut a UNet after everything that is computed from its text alone; both halves use the same weights."
-    if any(a.HasField('g') for n in model.graph.node for a in n.attribute): return None # a graph within the graph
+    if any(a.HasField('g') for n in model.graph.node for a in n.attribute):
+        return None  # a graph within the graph
     early, constant, late, made = _sort_nodes(model.graph)
     leaving = sorted(made & {i for n in late for i in n.input} - {'encoder_hidden_states'})
-    if not leaving: return None
+    if not leaving:
+        return None
     products = _products(model, constant + early, leaving)
-    if not all(o.type.tensor_type.elem_type for o in products.graph.output): return None
-    _keep_rest(model.graph, made); model.graph.input.extend(products.graph.output)
+    if not all(o.type.tensor_type.elem_type for o in products.graph.output):
+        return None
+    _keep_rest(model.graph, made)
+    model.graph.input.extend(products.graph.output)
     return products
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #c212c6db
 def read_graph(
-    path: Path, # model.onnx
-) -> tuple:     # an onnx.ModelProto that names its weights, and those that are in the file itself: name -> array
+    path: Path,  # model.onnx
+) -> tuple:  # an onnx.ModelProto that names its weights, and those that are in the file itself: name -> array
     "A model's graph, light enough to be changed."
     import onnx
+
     full = onnx.load(path, load_external_data=False)
     model, weights = onnx.ModelProto(ir_version=full.ir_version, opset_import=full.opset_import), {}
     model.graph.name = full.graph.name
-    for field in ('node', 'input', 'output'): getattr(model.graph, field).extend(getattr(full.graph, field))
+    for field in ('node', 'input', 'output'):
+        getattr(model.graph, field).extend(getattr(full.graph, field))
     for i in full.graph.initializer:
-        if len(i.raw_data) <= 1024: model.graph.initializer.add().CopyFrom(i); continue # shapes and the like
-        weights[i.name] = np.frombuffer(i.raw_data, onnx.helper.tensor_dtype_to_np_dtype(i.data_type)).reshape(i.dims)
-        model.graph.initializer.add(name=i.name, dims=i.dims, data_type=i.data_type, data_location=onnx.TensorProto.EXTERNAL).external_data.add(key='location', value='given')
+        if len(i.raw_data) <= 1024:
+            model.graph.initializer.add().CopyFrom(i)
+            continue  # shapes and the like
+        weights[i.name] = np.frombuffer(
+            i.raw_data, onnx.helper.tensor_dtype_to_np_dtype(i.data_type)
+        ).reshape(i.dims)
+        model.graph.initializer.add(
+            name=i.name, dims=i.dims, data_type=i.data_type, data_location=onnx.TensorProto.EXTERNAL
+        ).external_data.add(key='location', value='given')
     return model, weights
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #34a17208
 def unet_sessions(
-    path: Path, # of a UNet
-) -> tuple:     # text -> products, None where they are not computed by themselves; the rest
+    path: Path,  # of a UNet
+) -> tuple:  # text -> products, None where they are not computed by themselves; the rest
     "A UNet in two sessions. On a GPU in one: its products would have to go there at every step, which takes longer than to make them."
-    if not path.is_file() or _providers()[0] != 'CPUExecutionProvider': return None, onnx_session(path)
-    with readable(path): model, weights = read_graph(path); products = split_onnx(model)
-    return (onnx_session(path, products, weights), onnx_session(path, model, weights)) if products else (None, onnx_session(path))
+    if not path.is_file() or _providers()[0] != 'CPUExecutionProvider':
+        return None, onnx_session(path)
+    with readable(path):
+        model, weights = read_graph(path)
+        products = split_onnx(model)
+    return (
+        (onnx_session(path, products, weights), onnx_session(path, model, weights))
+        if products
+        else (None, onnx_session(path))
+    )
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #84ad3c25
 def variant_file(
-    folder: Path,     # of a part
-    variant: str = '', # 'fp16' or 'int8'; '': as it was trained, in 32 bits
-) -> Path:            # a part that has no such variant is taken as it is
+    folder: Path,  # of a part
+    variant: str = '',  # 'fp16' or 'int8'; '': as it was trained, in 32 bits
+) -> Path:  # a part that has no such variant is taken as it is
     "The ONNX file of a part."
-    smaller = folder/f'model_{variant}.onnx'
-    return smaller if variant and smaller.is_file() else folder/'model.onnx'
+    smaller = folder / f'model_{variant}.onnx'
+    return smaller if variant and smaller.is_file() else folder / 'model.onnx'
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #6b970282
 class OnnxBackend(Backend):
     "ONNX Runtime, on a folder in Optimum's layout."
+
     name = 'onnx'
-    def __init__(self,
+
+    def __init__(
+        self,
         folder: Path,
-        variant: str = '', # see `variant_file`
+        variant: str = '',  # see `variant_file`
     ):
         super().__init__(folder)
-        self.text_session, self.decoder_session = (onnx_session(variant_file(self.folder/part, variant)) for part in ('text_encoder', 'vae_decoder'))
-        self.products, self.unet_session = unet_sessions(variant_file(self.folder/'unet', variant))
+        self.text_session, self.decoder_session = (
+            onnx_session(variant_file(self.folder / part, variant))
+            for part in ('text_encoder', 'vae_decoder')
+        )
+        self.products, self.unet_session = unet_sessions(variant_file(self.folder / 'unet', variant))
         self.inputs = {i.name for i in self.unet_session.get_inputs()}
 
     def text(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self.text_session.run(['last_hidden_state'], {'input_ids': ids.numpy()})[0])
 
-    def condition(self, text: Tensor) -> dict: # name -> array, of those that the UNet takes
-        made, feed = {o.name: None for o in self.products.get_outputs()} if self.products else {}, dict(encoder_hidden_states=text.numpy())
-        if made: made = dict(zip(made, self.products.run(list(made), feed)))
+    def condition(self, text: Tensor) -> dict:  # name -> array, of those that the UNet takes
+        made, feed = (
+            {o.name: None for o in self.products.get_outputs()} if self.products else {},
+            dict(encoder_hidden_states=text.numpy()),
+        )
+        if made:
+            made = dict(zip(made, self.products.run(list(made), feed)))
         return {k: v for k, v in (feed | made).items() if k in self.inputs}
 
     def denoise(self, latents: Tensor, t: Tensor, text: dict) -> Tensor:
-        return torch.from_numpy(self.unet_session.run(['out_sample'], dict(sample=latents.numpy(), timestep=np.asarray(t, dtype=np.int64), **text))[0])
+        return torch.from_numpy(
+            self.unet_session.run(
+                ['out_sample'], dict(sample=latents.numpy(), timestep=np.asarray(t, dtype=np.int64), **text)
+            )[0]
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
-        return torch.from_numpy(self.decoder_session.run(['sample'], {'latent_sample': (latents/self.scaling).numpy()})[0])
+        return torch.from_numpy(
+            self.decoder_session.run(['sample'], {'latent_sample': (latents / self.scaling).numpy()})[0]
+        )
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #dc1baf2b
 def why_not_openvino(
-    precision: str = 'f32', # or 'bf16'
+    precision: str = 'f32',  # or 'bf16'
 ) -> str:
     "What keeps OpenVINO from running here, '' when nothing does."
-    try: import openvino as ov
-    except ImportError: return 'the package openvino is not installed; `pip install flowerdiff[openvino]` brings it'
-    if precision == 'bf16' and 'BF16' not in ov.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES'): return 'this processor has no instructions for bfloat16'
+    try:
+        import openvino as ov
+    except ImportError:
+        return 'the package openvino is not installed; `pip install flowerdiff[openvino]` brings it'
+    if precision == 'bf16' and 'BF16' not in ov.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
+        return 'this processor has no instructions for bfloat16'
     return ''
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #2b5379d5
-class _Compiled: # a network compiled for the shapes it meets; only the last few are kept, each has the weights in its own order
+class _Compiled:  # a network compiled for the shapes it meets; only the last few are kept, each has the weights in its own order
     def __init__(self, core, model, how: dict, keep: int = 3):
-        self.core, self.model, self.how, self.keep, self.made, self.lock = core, model, how, keep, {}, threading.Lock()
+        self.core, self.model, self.how, self.keep, self.made, self.lock = (
+            core,
+            model,
+            how,
+            keep,
+            {},
+            threading.Lock(),
+        )
 
-    def __call__(self, feed: dict) -> list: # name -> array; outputs
-        with self.lock: # a compiled network answers one at a time
+    def __call__(self, feed: dict) -> list:  # name -> array; outputs
+        with self.lock:  # a compiled network answers one at a time
             key = tuple(v.shape for v in feed.values())
             if key not in self.made:
-                model = self.model.clone(); model.reshape({k: list(v.shape) for k, v in feed.items()})
-                if len(self.made) == self.keep: self.made.pop(next(iter(self.made)))
+                model = self.model.clone()
+                model.reshape({k: list(v.shape) for k, v in feed.items()})
+                if len(self.made) == self.keep:
+                    self.made.pop(next(iter(self.made)))
                 self.made[key] = self.core.compile_model(model, 'CPU', self.how)
-            self.made[key] = self.made.pop(key) # the youngest is last
+            self.made[key] = self.made.pop(key)  # the youngest is last
             return [out.copy() for out in self.made[key](feed, share_inputs=True).values()]
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #0b08f15f
-def split_text(model): # of openvino; a UNet -> (text -> products with it, None where there are none; the rest, which takes them as inputs)
+def split_text(
+    model,
+):  # of openvino; a UNet -> (text -> products with it, None where there are none; the rest, which takes them as inputs)
     "Cut a UNet where the products of its text with a matrix leave; both halves use the same weights."
     import openvino as ov
-    model = model.clone(); text = next((p for p in model.inputs if p.any_name == 'encoder_hidden_states'), None)
-    products = text and [n.get_node() for n in text.get_target_inputs() if n.get_node().get_type_name() == 'MatMul']
-    if not products: return None, model
+
+    model = model.clone()
+    text = next((p for p in model.inputs if p.any_name == 'encoder_hidden_states'), None)
+    products = text and [
+        n.get_node() for n in text.get_target_inputs() if n.get_node().get_type_name() == 'MatMul'
+    ]
+    if not products:
+        return None, model
     inputs, outputs = [], []
     for i, node in enumerate(products):
-        outputs.append(node.output(0)); inputs.append(ov.opset13.parameter(node.output(0).get_partial_shape(), node.output(0).get_element_type(), name=f'product{i}'))
-        readers = list(node.output(0).get_target_inputs()); inputs[-1].output(0).set_names({f'product{i}'})
-        for r in readers: r.replace_source_output(inputs[-1].output(0))
-    rest = ov.Model(model.results, [p for p in model.get_parameters() if p.friendly_name != 'encoder_hidden_states' or any(n.get_node() not in products for n in text.get_target_inputs())] + inputs, 'rest')
+        outputs.append(node.output(0))
+        inputs.append(
+            ov.opset13.parameter(
+                node.output(0).get_partial_shape(), node.output(0).get_element_type(), name=f'product{i}'
+            )
+        )
+        readers = list(node.output(0).get_target_inputs())
+        inputs[-1].output(0).set_names({f'product{i}'})
+        for r in readers:
+            r.replace_source_output(inputs[-1].output(0))
+    rest = ov.Model(
+        model.results,
+        [
+            p
+            for p in model.get_parameters()
+            if p.friendly_name != 'encoder_hidden_states'
+            or any(n.get_node() not in products for n in text.get_target_inputs())
+        ]
+        + inputs,
+        'rest',
+    )
     return ov.Model([ov.opset13.result(o) for o in outputs], [text.get_node()], 'products'), rest
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #5630612f
 class OpenVinoBackend(Backend):
     "OpenVINO on the CPU, on a folder in Optimum's layout."
+
     name = 'openvino'
-    def __init__(self,
+
+    def __init__(
+        self,
         folder: Path,
-        precision: str = 'f32', # or 'bf16'
+        precision: str = 'f32',  # or 'bf16'
     ):
         super().__init__(folder)
-        if reason := why_not_openvino(precision): raise UserError(f'backend openvino: {reason}')
+        if reason := why_not_openvino(precision):
+            raise UserError(f'backend openvino: {reason}')
         import openvino as ov
-        core, how = ov.Core(), dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=torch.get_num_threads(), PERFORMANCE_HINT='LATENCY')
+
+        core, how = (
+            ov.Core(),
+            dict(
+                INFERENCE_PRECISION_HINT=precision,
+                INFERENCE_NUM_THREADS=torch.get_num_threads(),
+                PERFORMANCE_HINT='LATENCY',
+            ),
+        )
+
         def read(part):
-            path = self.folder/part/'model.onnx'
-            if not path.is_file(): raise UserError(f'{path}: this part of the model is missing; run the stage `onnx` again')
+            path = self.folder / part / 'model.onnx'
+            if not path.is_file():
+                raise UserError(f'{path}: this part of the model is missing; run the stage `onnx` again')
             with readable(path):
-                if path.open('rb').read(1) != b'\x08': raise ValueError('not an ONNX file') # OpenVINO would try it as many other kinds, aloud
+                if path.open('rb').read(1) != b'\x08':
+                    raise ValueError('not an ONNX file')  # OpenVINO would try it as many other kinds, aloud
                 return core.read_model(path)
+
         compiled = lambda model: _Compiled(core, model, how)
         self.text_encoder, self.decoder = compiled(read('text_encoder')), compiled(read('vae_decoder'))
         products, rest = split_text(read('unet'))
-        self.products, self.unet, self.reads_text = products and compiled(products), compiled(rest), any(i.any_name == 'encoder_hidden_states' for i in rest.inputs)
+        self.products, self.unet, self.reads_text = (
+            products and compiled(products),
+            compiled(rest),
+            any(i.any_name == 'encoder_hidden_states' for i in rest.inputs),
+        )
 
-    def text(self, ids: Tensor) -> Tensor: # one after the other: compiled for one shape
-        return torch.from_numpy(np.concatenate([self.text_encoder(dict(input_ids=i[None].numpy()))[0] for i in ids]))
+    def text(self, ids: Tensor) -> Tensor:  # one after the other: compiled for one shape
+        return torch.from_numpy(
+            np.concatenate([self.text_encoder(dict(input_ids=i[None].numpy()))[0] for i in ids])
+        )
 
     def condition(self, text: Tensor) -> dict:
         made = self.products(dict(encoder_hidden_states=text.numpy())) if self.products else ()
-        return (dict(encoder_hidden_states=text.numpy()) if self.reads_text else {}) | {f'product{i}': x for i, x in enumerate(made)}
+        return (dict(encoder_hidden_states=text.numpy()) if self.reads_text else {}) | {
+            f'product{i}': x for i, x in enumerate(made)
+        }
 
     def denoise(self, latents: Tensor, t: Tensor, text: dict) -> Tensor:
-        return torch.from_numpy(self.unet(dict(sample=latents.numpy(), timestep=np.asarray(t, dtype=np.int64), **text))[0])
+        return torch.from_numpy(
+            self.unet(dict(sample=latents.numpy(), timestep=np.asarray(t, dtype=np.int64), **text))[0]
+        )
 
-    def decode(self, latents: Tensor) -> Tensor: return torch.from_numpy(self.decoder(dict(latent_sample=(latents/self.scaling).numpy()))[0])
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.from_numpy(self.decoder(dict(latent_sample=(latents / self.scaling).numpy()))[0])

@@ -17,65 +17,86 @@ from ..core.workspace import UserError
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #179fbc47
 def generators(
-    seed: int, # seed of the first picture
-    n: int,    # how many pictures
+    seed: int,  # seed of the first picture
+    n: int,  # how many pictures
 ) -> list[torch.Generator]:
     "A generator of random numbers for each picture."
-    return [torch.Generator().manual_seed(seed+i) for i in range(n)]
+    return [torch.Generator().manual_seed(seed + i) for i in range(n)]
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #7d7eb6f3
 def starting_noise(
-    gens: list[torch.Generator], # one a picture
-    shape: tuple,                # (C, h, w) of the latents
-) -> Tensor:                     # [B, C, h, w]
+    gens: list[torch.Generator],  # one a picture
+    shape: tuple,  # (C, h, w) of the latents
+) -> Tensor:  # [B, C, h, w]
     "Standard normal latents, each picture's from its own generator."
     return torch.cat([torch.randn((1, *shape), generator=g) for g in gens])
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #13a20ef7
-SCHEDULERS = dict(ddim='DDIMScheduler', ddpm='DDPMScheduler', dpm='DPMSolverMultistepScheduler', unipc='UniPCMultistepScheduler', euler='EulerDiscreteScheduler', lcm='LCMScheduler')
-FLOWING = ('dpm', 'unipc') # of them, those that can follow straight lines
+SCHEDULERS = dict(
+    ddim='DDIMScheduler',
+    ddpm='DDPMScheduler',
+    dpm='DPMSolverMultistepScheduler',
+    unipc='UniPCMultistepScheduler',
+    euler='EulerDiscreteScheduler',
+    lcm='LCMScheduler',
+)
+FLOWING = ('dpm', 'unipc')  # of them, those that can follow straight lines
+
+
 def make_scheduler(
-    config: dict,            # the model's `scheduler_config.json`
-    name: str | None = None, # one of `SCHEDULERS`; None: the model's own
+    config: dict,  # the model's `scheduler_config.json`
+    name: str | None = None,  # one of `SCHEDULERS`; None: the model's own
 ):
     "A fresh Diffusers scheduler."
     import diffusers
-    if name is not None and name not in SCHEDULERS: raise UserError(f"scheduler: '{name}' is not one of {', '.join(SCHEDULERS)}")
-    if name not in (None, *FLOWING) and config.get('prediction_type') == 'flow_prediction': raise UserError(f"scheduler: '{name}' does not know rectified flow, which this model was trained on; use {' or '.join(FLOWING)}")
+
+    if name is not None and name not in SCHEDULERS:
+        raise UserError(f"scheduler: '{name}' is not one of {', '.join(SCHEDULERS)}")
+    if name not in (None, *FLOWING) and config.get('prediction_type') == 'flow_prediction':
+        raise UserError(
+            f"scheduler: '{name}' does not know rectified flow, which this model was trained on; use {' or '.join(FLOWING)}"
+        )
     cls = getattr(diffusers, SCHEDULERS[name] if name else config['_class_name'])
     config = {k: v for k, v in config.items() if k != '_class_name'}
-    if 'clip_sample' in inspect.signature(cls).parameters: config['clip_sample'] = False   # latents are no pixels: they do go beyond 1
+    if 'clip_sample' in inspect.signature(cls).parameters:
+        config['clip_sample'] = False  # latents are no pixels: they do go beyond 1
     return cls.from_config(config)
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #0092cb13
 def guide(
-    without: Tensor, # [B, C, h, w] prediction for the empty or negative prompt
-    with_: Tensor,   # [B, C, h, w] prediction for the prompt
-    guidance: float, # how far to go: 1 is the prompt's own prediction
+    without: Tensor,  # [B, C, h, w] prediction for the empty or negative prompt
+    with_: Tensor,  # [B, C, h, w] prediction for the prompt
+    guidance: float,  # how far to go: 1 is the prompt's own prediction
 ) -> Tensor:
     "Classifier-free guidance, Ho and Salimans 2022 (arXiv 2207.12598), eq. 6 with scale 1 + w."
-    return without + guidance*(with_ - without)
+    return without + guidance * (with_ - without)
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #8d7b36e6
 def clean_guess(
-    latents: Tensor,    # [B, C, h, w] what the model was shown
-    prediction: Tensor, # [B, C, h, w] what it answered
-    alpha_bar: float,   # share of signal left at this timestep
-    kind: str,          # 'epsilon', 'v_prediction', 'sample' or 'flow_prediction'
+    latents: Tensor,  # [B, C, h, w] what the model was shown
+    prediction: Tensor,  # [B, C, h, w] what it answered
+    alpha_bar: float,  # share of signal left at this timestep
+    kind: str,  # 'epsilon', 'v_prediction', 'sample' or 'flow_prediction'
 ) -> Tensor:
     "The clean latents that a prediction implies; `v` is of Salimans and Ho 2022 (arXiv 2202.00512)."
-    a, s = math.sqrt(alpha_bar), math.sqrt(1-alpha_bar)
-    if kind == 'v_prediction': return a*latents - s*prediction
-    if kind == 'flow_prediction': return latents - s/(a+s)*prediction
-    return prediction if kind == 'sample' else (latents - s*prediction)/max(a, .02)
+    a, s = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    if kind == 'v_prediction':
+        return a * latents - s * prediction
+    if kind == 'flow_prediction':
+        return latents - s / (a + s) * prediction
+    return prediction if kind == 'sample' else (latents - s * prediction) / max(a, 0.02)
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #348be9fb
 def fit_preview(
-    decode: Callable, # latents [B, C, h, w] -> pixels [B, 3, H, W] in -1..1
-    channels: int,    # of the latents
-) -> Tensor:          # [C+1, 3]: a weight a channel, and an offset
+    decode: Callable,  # latents [B, C, h, w] -> pixels [B, 3, H, W] in -1..1
+    channels: int,  # of the latents
+) -> Tensor:  # [C+1, 3]: a weight a channel, and an offset
     "The linear map from latents to colours that best imitates the decoder."
-    z = torch.randn(8, channels, 4, 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    z = (
+        torch.randn(8, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+        .repeat_interleave(4, 2)
+        .repeat_interleave(4, 3)
+    )
     rgb = torch.nn.functional.adaptive_avg_pool2d(decode(z).float().cpu(), z.shape[-2:])
     rows = lambda x: x.movedim(1, -1).flatten(0, -2)
     z, rgb = rows(z), rows(rgb)
@@ -83,63 +104,82 @@ def fit_preview(
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #a094ebb6
 def preview(
-    latents: Tensor, # [B, C, h, w]
-    rgb: Tensor,     # from `fit_preview`
-) -> Tensor:         # [B, 3, h, w] in -1..1
+    latents: Tensor,  # [B, C, h, w]
+    rgb: Tensor,  # from `fit_preview`
+) -> Tensor:  # [B, 3, h, w] in -1..1
     "Small pictures straight from latents."
-    return (torch.einsum('bchw,cr->brhw', latents.float().cpu(), rgb[:-1]) + rgb[-1][:, None, None]).clamp(-1, 1)
+    return (torch.einsum('bchw,cr->brhw', latents.float().cpu(), rgb[:-1]) + rgb[-1][:, None, None]).clamp(
+        -1, 1
+    )
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #e0c69a07
 def to_pil(
-    pixels: Tensor, # [B, 3, H, W] in -1..1
-) -> list:          # of PIL.Image
+    pixels: Tensor,  # [B, 3, H, W] in -1..1
+) -> list:  # of PIL.Image
     "Pixels as pictures, rounded as Diffusers rounds."
     from PIL import Image
-    x = ((pixels.float().cpu()/2+.5).clamp(0, 1).permute(0, 2, 3, 1)*255).round().to(torch.uint8).numpy()
+
+    x = (
+        ((pixels.float().cpu() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255)
+        .round()
+        .to(torch.uint8)
+        .numpy()
+    )
     return [Image.fromarray(p) for p in x]
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #d4c4e01f
-class Cancelled(Exception): "The callback asked to stop."
+class Cancelled(Exception):
+    "The callback asked to stop."
+
 
 @dataclass
 class Step:
     "One step of the loop, as a callback sees it."
-    step: int        # counted from 1, over all pictures of the call
-    steps: int       # how many there will be
+
+    step: int  # counted from 1, over all pictures of the call
+    steps: int  # how many there will be
     latents: Tensor  # [B, C, h, w] present guess of the clean latents
-    rgb: Tensor = field(repr=False, default=None) # from `fit_preview`
+    rgb: Tensor = field(repr=False, default=None)  # from `fit_preview`
+
     def preview(self, size: int = 128) -> list:
         "Small pictures of the present guess, enlarged to `size` pixels on the longer side."
         pics = to_pil(preview(self.latents, self.rgb))
-        k = size/max(pics[0].size)
-        return [p.resize((round(p.width*k), round(p.height*k))) for p in pics]
+        k = size / max(pics[0].size)
+        return [p.resize((round(p.width * k), round(p.height * k))) for p in pics]
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #f0e68ac4
 @torch.inference_mode()
 def sample(
-    backend,                   # with `condition(text)` and `denoise(latents, t, text)`
-    text: Tensor,              # [B, L, D] embeddings of the prompts
-    negative: Tensor | None,   # [B, L, D] of what to walk away from; None only without guidance
-    gens: list,                # a torch.Generator a picture
-    scheduler,                 # of Diffusers, and of this thread alone
+    backend,  # with `condition(text)` and `denoise(latents, t, text)`
+    text: Tensor,  # [B, L, D] embeddings of the prompts
+    negative: Tensor | None,  # [B, L, D] of what to walk away from; None only without guidance
+    gens: list,  # a torch.Generator a picture
+    scheduler,  # of Diffusers, and of this thread alone
     steps: int = 20,
-    guidance: float = 4.,
-    interval: tuple = (0., 1.), # guide from this share of the steps to that
-    shape: tuple = (4, 16, 16), # of one picture's latents
-    on_step: Callable | None = None, # called with (i, guess of the clean latents); stops the loop by returning False
-) -> Tensor:                   # [B, C, h, w] clean latents, scaled
+    guidance: float = 4.0,
+    interval: tuple = (0.0, 1.0),  # guide from this share of the steps to that
+    shape: tuple = (4, 16, 16),  # of one picture's latents
+    on_step: Callable
+    | None = None,  # called with (i, guess of the clean latents); stops the loop by returning False
+) -> Tensor:  # [B, C, h, w] clean latents, scaled
     "Draw latents: noise in, `steps` times denoised under guidance."
     scheduler.set_timesteps(steps)
-    x = starting_noise(gens, shape).to(backend.device)*scheduler.init_noise_sigma
+    x = starting_noise(gens, shape).to(backend.device) * scheduler.init_noise_sigma
     extra = dict(generator=gens) if 'generator' in inspect.signature(scheduler.step).parameters else {}
     levels, n = noise_levels(scheduler), len(scheduler.timesteps)
-    guided = [guidance > 1 and interval[0] <= i/n < interval[1] for i in range(n)]
+    guided = [guidance > 1 and interval[0] <= i / n < interval[1] for i in range(n)]
     texts = {g: backend.condition(torch.cat([negative, text]) if g else text) for g in set(guided)}
-    on_device = scheduler.timesteps.to(backend.device) # once: a copy at every step would wait for the GPU
+    on_device = scheduler.timesteps.to(backend.device)  # once: a copy at every step would wait for the GPU
     for i, t in enumerate(scheduler.timesteps):
         x_in = scheduler.scale_model_input(x, t)
         out = backend.denoise(torch.cat([x_in, x_in]) if guided[i] else x_in, on_device[i], texts[guided[i]])
-        if guided[i]: out = guide(*out.chunk(2), guidance)
+        if guided[i]:
+            out = guide(*out.chunk(2), guidance)
         x = scheduler.step(out, t, x, **extra).prev_sample
-        if on_step and on_step(i, clean_guess(x_in, out, levels[int(t)].item(), scheduler.config.prediction_type)) is False: raise Cancelled()
+        if (
+            on_step
+            and on_step(i, clean_guess(x_in, out, levels[int(t)].item(), scheduler.config.prediction_type))
+            is False
+        ):
+            raise Cancelled()
     return x

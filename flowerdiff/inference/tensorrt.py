@@ -21,165 +21,278 @@ from ..core.workspace import UserError, atomic_write, read_json
 # %% ../../nbs/inference/04_tensorrt.ipynb #d1b1dc9e
 FLAVOURS = dict(auto=('tensorrt', 'tensorrt_rtx'), classic=('tensorrt',), rtx=('tensorrt_rtx',))
 
-def load_package(name: str): # the module, None when it is not installed or a library of the driver is missing
+
+def load_package(
+    name: str,
+):  # the module, None when it is not installed or a library of the driver is missing
     with suppress(ImportError, OSError):
         module = importlib.import_module(name)
-        if hasattr(module, 'Builder'): return module # PyPI's `tensorrt` is a placeholder when its real wheel did not come
+        if hasattr(module, 'Builder'):
+            return module  # PyPI's `tensorrt` is a placeholder when its real wheel did not come
+
 
 def package(
-    flavour: str = 'auto', # one of `FLAVOURS`
-    ahead: bool = False,   # to build ahead of time, which only `tensorrt_rtx` does
-):                         # the module, or None
+    flavour: str = 'auto',  # one of `FLAVOURS`
+    ahead: bool = False,  # to build ahead of time, which only `tensorrt_rtx` does
+):  # the module, or None
     "The first TensorRT package that loads."
     names = FLAVOURS[flavour]
     return next((m for n in (reversed(names) if ahead else names) if (m := load_package(n))), None)
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #16149417
-def gpu() -> tuple: # name and architecture, such as ('NVIDIA GeForce RTX 3090', 'SM86')
+def gpu() -> tuple:  # name and architecture, such as ('NVIDIA GeForce RTX 3090', 'SM86')
     "This machine's first NVIDIA GPU; two empty texts when there is none."
-    if not shutil.which('nvidia-smi'): return '', ''
-    out = subprocess.run(['nvidia-smi', '--query-gpu=name,compute_cap', '--format=csv,noheader'], capture_output=True, text=True)
+    if not shutil.which('nvidia-smi'):
+        return '', ''
+    out = subprocess.run(
+        ['nvidia-smi', '--query-gpu=name,compute_cap', '--format=csv,noheader'],
+        capture_output=True,
+        text=True,
+    )
     name, _, version = out.stdout.partition('\n')[0].rpartition(', ')
-    return (name.strip(), 'SM' + version.strip().replace('.', '')) if out.returncode == 0 and name else ('', '')
+    return (
+        (name.strip(), 'SM' + version.strip().replace('.', '')) if out.returncode == 0 and name else ('', '')
+    )
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #9e75da2b
-def cuda_device() -> str: return 'cuda' if torch.cuda.is_available() else '' # where engines run, '' when PyTorch sees no GPU
+def cuda_device() -> str:
+    return 'cuda' if torch.cuda.is_available() else ''  # where engines run, '' when PyTorch sees no GPU
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #07c4f402
 @functools.cache
-def trt_log(trt): # the package's one logger of this process: it keeps the first that it is given
+def trt_log(trt):  # the package's one logger of this process: it keeps the first that it is given
     class Log(trt.ILogger):
-        def __init__(self): trt.ILogger.__init__(self); self.said = []
+        def __init__(self):
+            trt.ILogger.__init__(self)
+            self.said = []
+
         def log(self, severity, message):
-            if int(severity) <= int(trt.ILogger.Severity.ERROR): self.said.append(message)
+            if int(severity) <= int(trt.ILogger.Severity.ERROR):
+                self.said.append(message)
+
     return Log()
+
 
 def trt_words(trt) -> str:
     "What TensorRT complained of first since it was last asked."
-    said = trt_log(trt).said; first = ' '.join(said[0].split()) if said else 'it does not say why'
-    said.clear(); return first[:300]
+    said = trt_log(trt).said
+    first = ' '.join(said[0].split()) if said else 'it does not say why'
+    said.clear()
+    return first[:300]
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #f2803f68
-TYPES = dict(FLOAT=torch.float32, HALF=torch.float16, BF16=torch.bfloat16, INT32=torch.int32, INT64=torch.int64, BOOL=torch.bool)
+TYPES = dict(
+    FLOAT=torch.float32,
+    HALF=torch.float16,
+    BF16=torch.bfloat16,
+    INT32=torch.int32,
+    INT64=torch.int64,
+    BOOL=torch.bool,
+)
+
 
 @contextmanager
-def _queued(stream): # -> its handle; what runs there comes after what PyTorch has queued, and PyTorch after it
-    if stream is None: yield 0; return
-    here = torch.cuda.current_stream(stream.device); stream.wait_stream(here)
+def _queued(
+    stream,
+):  # -> its handle; what runs there comes after what PyTorch has queued, and PyTorch after it
+    if stream is None:
+        yield 0
+        return
+    here = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(here)
     yield stream.cuda_stream
     here.wait_stream(stream)
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #2d909c3c
 class Engine:
     "One part of a model as a function of tensors."
-    def __init__(self,
-        trt,           # the package
-        path: Path,    # the engine
+
+    def __init__(
+        self,
+        trt,  # the package
+        path: Path,  # the engine
         device: str = 'cuda',
     ):
-        path, self.trt, self.device, self.lock, self.runtime = Path(path), trt, device, threading.Lock(), trt.Runtime(trt_log(trt))
-        if not path.is_file(): raise UserError(f'{path}: this engine is missing; run the stage `tensorrt` again')
-        trt_log(trt).said.clear(); self.engine = e = self.runtime.deserialize_cuda_engine(path.read_bytes())
-        if e is None: raise UserError(f'{path}: TensorRT cannot open this engine ({trt_words(trt)}); run the stage `tensorrt` again')
+        path, self.trt, self.device, self.lock, self.runtime = (
+            Path(path),
+            trt,
+            device,
+            threading.Lock(),
+            trt.Runtime(trt_log(trt)),
+        )
+        if not path.is_file():
+            raise UserError(f'{path}: this engine is missing; run the stage `tensorrt` again')
+        trt_log(trt).said.clear()
+        self.engine = e = self.runtime.deserialize_cuda_engine(path.read_bytes())
+        if e is None:
+            raise UserError(
+                f'{path}: TensorRT cannot open this engine ({trt_words(trt)}); run the stage `tensorrt` again'
+            )
         names = [e.get_tensor_name(i) for i in range(e.num_io_tensors)]
-        kinds, shapes = {n: TYPES[e.get_tensor_dtype(n).name] for n in names}, {n: tuple(e.get_tensor_shape(n)) for n in names}
+        kinds, shapes = (
+            {n: TYPES[e.get_tensor_dtype(n).name] for n in names},
+            {n: tuple(e.get_tensor_shape(n)) for n in names},
+        )
         self.inputs = {n: k for n, k in kinds.items() if e.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
         self.outputs = {n: k for n, k in kinds.items() if n not in self.inputs}
-        self.ranges = {n: [tuple(s) for s in e.get_tensor_profile_shape(n, 0)] for n in self.inputs if -1 in shapes[n]}
-        self.shapes = {n: self.ranges[n][1] if n in self.ranges else shapes[n] for n in self.inputs} # that it is tuned for
+        self.ranges = {
+            n: [tuple(s) for s in e.get_tensor_profile_shape(n, 0)] for n in self.inputs if -1 in shapes[n]
+        }
+        self.shapes = {
+            n: self.ranges[n][1] if n in self.ranges else shapes[n] for n in self.inputs
+        }  # that it is tuned for
         self.stream = torch.cuda.Stream(device) if device == 'cuda' else None
         self._ready(path.with_suffix('.kernels'))
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #160aa50c
 @patch
 def _ready(self: Engine, file: Path):
-    if not hasattr(self.trt, 'IRuntimeCache'): self.context = self.engine.create_execution_context(); return
-    config = self.engine.create_runtime_config(); cache = config.create_runtime_cache()
-    known = file.is_file() and cache.deserialize(file.read_bytes()) # not what another driver compiled
-    config.set_runtime_cache(cache); self.context = self.engine.create_execution_context(runtime_config=config)
+    if not hasattr(self.trt, 'IRuntimeCache'):
+        self.context = self.engine.create_execution_context()
+        return
+    config = self.engine.create_runtime_config()
+    cache = config.create_runtime_cache()
+    known = file.is_file() and cache.deserialize(file.read_bytes())  # not what another driver compiled
+    config.set_runtime_cache(cache)
+    self.context = self.engine.create_execution_context(runtime_config=config)
     if not known:
         self(**self.example())
-        with suppress(OSError): atomic_write(file, bytes(cache.serialize()))
+        with suppress(OSError):
+            atomic_write(file, bytes(cache.serialize()))
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #491cfba7
 @patch
-def example(self: Engine) -> dict: # name -> Tensor
+def example(self: Engine) -> dict:  # name -> Tensor
     "Inputs of the shapes that it is tuned for."
-    g, ids = torch.Generator().manual_seed(0), lambda s: torch.arange(int(np.prod(s))).view(s) % 8 if s else torch.tensor(500)
-    return {n: torch.randn(s, generator=g) if self.inputs[n].is_floating_point else ids(s) for n, s in self.shapes.items()}
+    g, ids = (
+        torch.Generator().manual_seed(0),
+        lambda s: torch.arange(int(np.prod(s))).view(s) % 8 if s else torch.tensor(500),
+    )
+    return {
+        n: torch.randn(s, generator=g) if self.inputs[n].is_floating_point else ids(s)
+        for n, s in self.shapes.items()
+    }
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #cb3c5973
 @patch
-def __call__(self: Engine, **feed) -> dict: # name -> Tensor; Tensors
+def __call__(self: Engine, **feed) -> dict:  # name -> Tensor; Tensors
     "Queue the engine's work. Raises a UserError for a size that it was not built for."
     feed = {n: feed[n].to(self.device, k).contiguous() for n, k in self.inputs.items()}
     for n, (low, _, high) in self.ranges.items():
         if not all(a <= s <= b for a, s, b in zip(low[1:], feed[n].shape[1:], high[1:], strict=True)):
-            raise UserError(f'backend tensorrt: its engine takes {n} of {list(low[1:])} to {list(high[1:])}, not {list(feed[n].shape[1:])}; draw at the size of the model, or with another backend')
+            raise UserError(
+                f'backend tensorrt: its engine takes {n} of {list(low[1:])} to {list(high[1:])}, not {list(feed[n].shape[1:])}; draw at the size of the model, or with another backend'
+            )
     n, most = max(len(feed[k]) for k in self.ranges), min(r[2][0] for r in self.ranges.values())
-    made = [self._run({k: x[i:i+most] if k in self.ranges else x for k, x in feed.items()}) for i in range(0, n, most)]
+    made = [
+        self._run({k: x[i : i + most] if k in self.ranges else x for k, x in feed.items()})
+        for i in range(0, n, most)
+    ]
     return {k: torch.cat([m[k] for m in made]) for k in self.outputs} if len(made) > 1 else made[0]
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #ac7c19e3
 @patch
 def _run(self: Engine, feed: dict) -> dict:
-    c, feed = self.context, {n: x.clone() if x.data_ptr() % 256 else x for n, x in feed.items()} # TensorRT wants aligned memory, a piece of a tensor may begin anywhere
-    with self.lock: # a context has one set of addresses
-        for n in self.ranges: c.set_input_shape(n, tuple(feed[n].shape))
-        out = {n: torch.empty(tuple(c.get_tensor_shape(n)), dtype=k, device=self.device) for n, k in self.outputs.items()}
-        for n, x in (feed | out).items(): c.set_tensor_address(n, x.data_ptr())
-        with _queued(self.stream) as handle: done = c.execute_async_v3(handle)
-    if not done: raise UserError(f'backend tensorrt: the engine failed ({trt_words(self.trt)}); take another backend')
+    c, feed = (
+        self.context,
+        {n: x.clone() if x.data_ptr() % 256 else x for n, x in feed.items()},
+    )  # TensorRT wants aligned memory, a piece of a tensor may begin anywhere
+    with self.lock:  # a context has one set of addresses
+        for n in self.ranges:
+            c.set_input_shape(n, tuple(feed[n].shape))
+        out = {
+            n: torch.empty(tuple(c.get_tensor_shape(n)), dtype=k, device=self.device)
+            for n, k in self.outputs.items()
+        }
+        for n, x in (feed | out).items():
+            c.set_tensor_address(n, x.data_ptr())
+        with _queued(self.stream) as handle:
+            done = c.execute_async_v3(handle)
+    if not done:
+        raise UserError(f'backend tensorrt: the engine failed ({trt_words(self.trt)}); take another backend')
     return out
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #6acafd39
 def engine_difference(
     engine: Engine,
-    path: Path,     # model.onnx, in 32 bits
+    path: Path,  # model.onnx, in 32 bits
 ) -> float:
     "Largest difference between an engine and ONNX Runtime, relative to the largest value; NaN where the engine says so."
-    feed = engine.example(); got = engine(**feed)
-    want = dict(zip(engine.outputs, onnx_session(path).run(list(engine.outputs), {n: x.numpy() for n, x in feed.items()})))
-    return float(np.max([np.abs(got[n].float().cpu().numpy() - w).max()/max(np.abs(w).max(), 1e-9) for n, w in want.items()])) # NaN stays NaN
+    feed = engine.example()
+    got = engine(**feed)
+    want = dict(
+        zip(
+            engine.outputs,
+            onnx_session(path).run(list(engine.outputs), {n: x.numpy() for n, x in feed.items()}),
+        )
+    )
+    return float(
+        np.max(
+            [
+                np.abs(got[n].float().cpu().numpy() - w).max() / max(np.abs(w).max(), 1e-9)
+                for n, w in want.items()
+            ]
+        )
+    )  # NaN stays NaN
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #efa3143d
 def find_engines(
-    onnx: Path, # folder of ONNX files
-) -> tuple:     # package, folder of engines, ''; or None, None and why there are none
+    onnx: Path,  # folder of ONNX files
+) -> tuple:  # package, folder of engines, ''; or None, None and why there are none
     "The engines beside an export that can run here."
-    root, (name, architecture) = onnx.parent/'tensorrt', gpu()
-    try: sets, model = read_json(root/'status.json').get('sets', {}), read_json(onnx/'parity.json')['model']
-    except (UserError, KeyError): sets = {}
+    root, (name, architecture) = onnx.parent / 'tensorrt', gpu()
+    try:
+        sets, model = (
+            read_json(root / 'status.json').get('sets', {}),
+            read_json(onnx / 'parity.json')['model'],
+        )
+    except (UserError, KeyError):
+        sets = {}
     why = f'{root}: there are no engines of this model; the stage `tensorrt` builds them'
     for key, e in sets.items():
         trt = load_package(e['package'])
-        if e['model'] != model: why = f'{root}: the engines are of other weights; run the stage `tensorrt` again'
-        elif name != e['gpu'] and architecture not in e['targets']: why = f"{root/key}: the engines are for {e['gpu'] or ', '.join(e['targets'])}, here is {name} ({architecture}); run the stage `tensorrt` here"
-        elif getattr(trt, '__version__', '') != e['version']: why = f"{root/key}: the engines want {e['package']} {e['version']}, here is {trt.__version__ if trt else 'none'}; run the stage `tensorrt` again"
-        else: return trt, root/key, ''
+        if e['model'] != model:
+            why = f'{root}: the engines are of other weights; run the stage `tensorrt` again'
+        elif name != e['gpu'] and architecture not in e['targets']:
+            why = f'{root / key}: the engines are for {e["gpu"] or ", ".join(e["targets"])}, here is {name} ({architecture}); run the stage `tensorrt` here'
+        elif getattr(trt, '__version__', '') != e['version']:
+            why = f'{root / key}: the engines want {e["package"]} {e["version"]}, here is {trt.__version__ if trt else "none"}; run the stage `tensorrt` again'
+        else:
+            return trt, root / key, ''
     return None, None, why
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #2333ab15
 def why_not_tensorrt(
-    onnx: Path | None = None, # folder of ONNX files; None: whatever the model
+    onnx: Path | None = None,  # folder of ONNX files; None: whatever the model
 ) -> str:
     "What keeps TensorRT from drawing here, '' when nothing does."
-    if not package(): return 'the package tensorrt is not installed; `pip install flowerdiff[tensorrt]` brings it'
-    if not cuda_device(): return 'engines run on an NVIDIA GPU, and PyTorch sees none here'
+    if not package():
+        return 'the package tensorrt is not installed; `pip install flowerdiff[tensorrt]` brings it'
+    if not cuda_device():
+        return 'engines run on an NVIDIA GPU, and PyTorch sees none here'
     return find_engines(onnx)[2] if onnx else ''
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #95b893f0
 class TensorRtBackend(Backend):
     "TensorRT on the engines beside a folder of ONNX files; what it makes stays on the GPU."
+
     name = 'tensorrt'
+
     def __init__(self, folder: Path):
-        if reason := why_not_tensorrt(Path(folder)): raise UserError(f'backend tensorrt: {reason}; the backend auto takes what runs here')
+        if reason := why_not_tensorrt(Path(folder)):
+            raise UserError(f'backend tensorrt: {reason}; the backend auto takes what runs here')
         super().__init__(folder)
         (trt, engines, _), self.device = find_engines(self.folder), cuda_device()
-        self.text_engine, self.unet_engine, self.decoder_engine = (Engine(trt, engines/f'{part}.engine', self.device) for part in ('text_encoder', 'unet', 'vae_decoder'))
+        self.text_engine, self.unet_engine, self.decoder_engine = (
+            Engine(trt, engines / f'{part}.engine', self.device)
+            for part in ('text_encoder', 'unet', 'vae_decoder')
+        )
 
-    def text(self, ids: Tensor) -> Tensor: return self.text_engine(input_ids=ids)['last_hidden_state']
+    def text(self, ids: Tensor) -> Tensor:
+        return self.text_engine(input_ids=ids)['last_hidden_state']
 
-    def denoise(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor: return self.unet_engine(sample=latents, timestep=t, encoder_hidden_states=text)['out_sample']
+    def denoise(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.unet_engine(sample=latents, timestep=t, encoder_hidden_states=text)['out_sample']
 
-    def decode(self, latents: Tensor) -> Tensor: return self.decoder_engine(latent_sample=latents/self.scaling)['sample']
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder_engine(latent_sample=latents / self.scaling)['sample']

@@ -20,19 +20,26 @@ from ..core.workspace import UserError, progress, read_json
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #5d64319f
 def why_not_build(
-    trt,           # the package, or None
-    name: str,     # of the GPU, or ''
-    targets: list, # architectures to build for ahead of time, such as ['SM86']
+    trt,  # the package, or None
+    name: str,  # of the GPU, or ''
+    targets: list,  # architectures to build for ahead of time, such as ['SM86']
 ) -> str:
     "What keeps this machine from building engines and what would enable it, '' when nothing does; raises a UserError for wrong targets."
     ahead = trt is not None and trt.__name__ == 'tensorrt_rtx' and targets
-    if not name and not ahead: return 'no NVIDIA GPU here; run this stage on a machine with one (or install tensorrt_rtx and set tensorrt.targets=[SM86] to build ahead of time)'
-    if trt is None: return 'the package tensorrt is not installed; `pip install flowerdiff[tensorrt]` brings it'
-    if targets and not ahead: raise UserError(f'tensorrt.targets: {trt.__name__} builds for the GPU that is here; set tensorrt.flavour=rtx, or tensorrt.targets=[]')
+    if not name and not ahead:
+        return 'no NVIDIA GPU here; run this stage on a machine with one (or install tensorrt_rtx and set tensorrt.targets=[SM86] to build ahead of time)'
+    if trt is None:
+        return 'the package tensorrt is not installed; `pip install flowerdiff[tensorrt]` brings it'
+    if targets and not ahead:
+        raise UserError(
+            f'tensorrt.targets: {trt.__name__} builds for the GPU that is here; set tensorrt.flavour=rtx, or tensorrt.targets=[]'
+        )
     known = [k for k in trt.ComputeCapability.__members__ if k.startswith('SM')] if targets else ()
     for t in targets:
-        if t not in known: raise UserError(f"tensorrt.targets: '{t}' is not one of {', '.join(known)}")
+        if t not in known:
+            raise UserError(f"tensorrt.targets: '{t}' is not one of {', '.join(known)}")
     return ''
+
 
 def engine_key(trt, name: str, targets: list) -> str:
     "Folder name of engines: what they run on, and the version that must run them."
@@ -40,178 +47,279 @@ def engine_key(trt, name: str, targets: list) -> str:
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #39af876b
 def profile_shapes(
-    onnx: Path,         # folder of ONNX files
-    max_batch: int = 8, # pictures at once
-) -> dict:              # part -> input -> (smallest, tuned for, largest) shape
+    onnx: Path,  # folder of ONNX files
+    max_batch: int = 8,  # pictures at once
+) -> dict:  # part -> input -> (smallest, tuned for, largest) shape
     "The range of input shapes of each engine."
-    unet, vae = read_json(onnx/'unet'/'config.json'), read_json(onnx/'vae_decoder'/'config.json')
-    length, c, s = read_json(onnx/'text_encoder'/'config.json')['max_position_embeddings'], unet['in_channels'], unet['sample_size']
-    pixels = s*2**(len(vae['block_out_channels'])-1)
+    unet, vae = read_json(onnx / 'unet' / 'config.json'), read_json(onnx / 'vae_decoder' / 'config.json')
+    length, c, s = (
+        read_json(onnx / 'text_encoder' / 'config.json')['max_position_embeddings'],
+        unet['in_channels'],
+        unet['sample_size'],
+    )
+    pixels = s * 2 ** (len(vae['block_out_channels']) - 1)
     batches = lambda best, most, *shape: ((1, *shape), (best, *shape), (most, *shape))
-    return dict(text_encoder=dict(input_ids=batches(2, 2*max_batch, length)),
-        unet=dict(sample=batches(2, 2*max_batch, c, s, s), encoder_hidden_states=batches(2, 2*max_batch, length, unet['cross_attention_dim'])),
-        vae_decoder=dict(latent_sample=((1, c, min(s, 16), min(s, 16)), (1, c, s, s), (max_batch, c, max(s, 16), max(s, 16)))),
-        vae_encoder=dict(sample=batches(1, max_batch, 3, pixels, pixels)))
+    return dict(
+        text_encoder=dict(input_ids=batches(2, 2 * max_batch, length)),
+        unet=dict(
+            sample=batches(2, 2 * max_batch, c, s, s),
+            encoder_hidden_states=batches(2, 2 * max_batch, length, unet['cross_attention_dim']),
+        ),
+        vae_decoder=dict(
+            latent_sample=(
+                (1, c, min(s, 16), min(s, 16)),
+                (1, c, s, s),
+                (max_batch, c, max(s, 16), max(s, 16)),
+            )
+        ),
+        vae_encoder=dict(sample=batches(1, max_batch, 3, pixels, pixels)),
+    )
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #200d4f89
 def to_brain(
-    source: Path, # model_fp16.onnx
-    target: Path, # gets the same in bfloat16
+    source: Path,  # model_fp16.onnx
+    target: Path,  # gets the same in bfloat16
 ) -> Path:
     "A half-precision file with every fp16 turned into bf16."
     import onnx
     from onnx import TensorProto, numpy_helper
+
     half, brain = TensorProto.FLOAT16, TensorProto.BFLOAT16
-    with readable(source): model = onnx.load(source)
+    with readable(source):
+        model = onnx.load(source)
     nodes, values = model.graph.node, (*model.graph.value_info, *model.graph.input, *model.graph.output)
     for t in (*model.graph.initializer, *(a.t for n in nodes for a in n.attribute if a.type == a.TENSOR)):
         if t.data_type == half:
             data = torch.tensor(numpy_helper.to_array(t)).bfloat16().view(torch.int16).numpy().tobytes()
-            t.ClearField('int32_data'); t.data_type, t.raw_data = brain, data
+            t.ClearField('int32_data')
+            t.data_type, t.raw_data = brain, data
     for v in values:
-        if v.type.tensor_type.elem_type == half: v.type.tensor_type.elem_type = brain
-    for a in (a for n in nodes if n.op_type == 'Cast' for a in n.attribute if a.i == half): a.i = brain
-    onnx.save(model, target, save_as_external_data=sum(len(t.raw_data) for t in model.graph.initializer) > 1_500_000_000, location=f'{target.name}_data')
+        if v.type.tensor_type.elem_type == half:
+            v.type.tensor_type.elem_type = brain
+    for a in (a for n in nodes if n.op_type == 'Cast' for a in n.attribute if a.i == half):
+        a.i = brain
+    onnx.save(
+        model,
+        target,
+        save_as_external_data=sum(len(t.raw_data) for t in model.graph.initializer) > 1_500_000_000,
+        location=f'{target.name}_data',
+    )
     return target
 
+
 def half_file(
-    part: Path,     # folder of a part
-    precision: str, # 'fp16' or 'bf16'
+    part: Path,  # folder of a part
+    precision: str,  # 'fp16' or 'bf16'
     scratch: Path,  # a folder for what is made on the way
 ) -> Path:
     "The ONNX file that an engine is built from."
-    source = part/'model_fp16.onnx'
-    if not source.is_file(): raise UserError(f'{source}: this part of the model is missing; run the stage `onnx` again')
-    return source if precision == 'fp16' else to_brain(source, scratch/f'{part.name}_bf16.onnx')
+    source = part / 'model_fp16.onnx'
+    if not source.is_file():
+        raise UserError(f'{source}: this part of the model is missing; run the stage `onnx` again')
+    return source if precision == 'fp16' else to_brain(source, scratch / f'{part.name}_bf16.onnx')
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #6fb4f079
 def read_network(
-    trt,        # the package
-    path: Path, # ONNX file
-) -> tuple:     # builder, network, and the parser, which must live as long
+    trt,  # the package
+    path: Path,  # ONNX file
+) -> tuple:  # builder, network, and the parser, which must live as long
     "TensorRT's picture of an ONNX file."
     builder = trt.Builder(trt_log(trt))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, trt_log(trt))
-    if not parser.parse_from_file(str(path)): raise UserError(f'{path}: TensorRT cannot read it ({trt_words(trt)})')
+    if not parser.parse_from_file(str(path)):
+        raise UserError(f'{path}: TensorRT cannot read it ({trt_words(trt)})')
     return builder, network, parser
 
-def shape_profile(builder, network, shapes: dict): # input -> (smallest, tuned for, largest)
+
+def shape_profile(builder, network, shapes: dict):  # input -> (smallest, tuned for, largest)
     "The profile of a network."
     profile = builder.create_optimization_profile()
     for name in (network.get_input(i).name for i in range(network.num_inputs)):
-        if name in shapes: profile.set_shape(name, *shapes[name])
+        if name in shapes:
+            profile.set_shape(name, *shapes[name])
     return profile
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #8711eefb
 @contextmanager
-def _timings(trt, config, cache: Path | None): # a file; the times of a build go into it, and those of earlier ones come from it
-    if cache is None or trt.__name__ == 'tensorrt_rtx': yield; return
+def _timings(
+    trt, config, cache: Path | None
+):  # a file; the times of a build go into it, and those of earlier ones come from it
+    if cache is None or trt.__name__ == 'tensorrt_rtx':
+        yield
+        return
     timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b'')
-    if not config.set_timing_cache(timings, False): # of another driver, say
-        timings = config.create_timing_cache(b''); config.set_timing_cache(timings, False)
+    if not config.set_timing_cache(timings, False):  # of another driver, say
+        timings = config.create_timing_cache(b'')
+        config.set_timing_cache(timings, False)
     yield
     cache.write_bytes(bytes(timings.serialize()))
 
+
 def build_engine(
-    trt,                 # the package
-    path: Path,          # ONNX file
-    shapes: dict,        # input -> (smallest, tuned for, largest)
+    trt,  # the package
+    path: Path,  # ONNX file
+    shapes: dict,  # input -> (smallest, tuned for, largest)
     targets: list = (),  # architectures, such as ['SM86']; none: this machine's GPU
-    refit: bool = False, # shall take other weights later
-    cache: Path | None = None, # file of the timing cache
+    refit: bool = False,  # shall take other weights later
+    cache: Path | None = None,  # file of the timing cache
 ) -> bytes:
     "Compile one ONNX file; raises a UserError with TensorRT's own words."
     builder, network, parser = read_network(trt, path)
-    config = builder.create_builder_config(); config.add_optimization_profile(shape_profile(builder, network, shapes))
-    if refit: config.set_flag(trt.BuilderFlag.REFIT)
+    config = builder.create_builder_config()
+    config.add_optimization_profile(shape_profile(builder, network, shapes))
+    if refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
     if trt.__name__ == 'tensorrt_rtx':
         config.num_compute_capabilities = len(targets) or 1
-        for i, name in enumerate(targets or ['CURRENT']): config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
+        for i, name in enumerate(targets or ['CURRENT']):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
     trt_log(trt).said.clear()
-    with _timings(trt, config, cache): engine = builder.build_serialized_network(network, config)
-    if engine is None: raise UserError(f'{path}: TensorRT could not build an engine for {", ".join(targets) or "this GPU"} ({trt_words(trt)})')
+    with _timings(trt, config, cache):
+        engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise UserError(
+            f'{path}: TensorRT could not build an engine for {", ".join(targets) or "this GPU"} ({trt_words(trt)})'
+        )
     return bytes(engine)
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #dea6fb47
 def graph_fingerprint(
-    path: Path, # ONNX file
+    path: Path,  # ONNX file
 ) -> str:
     "What a network computes, whatever its weights are."
     import onnx
-    with readable(path): model = onnx.load(path, load_external_data=False)
+
+    with readable(path):
+        model = onnx.load(path, load_external_data=False)
     for t in model.graph.initializer:
         if t.data_type in (t.FLOAT, t.FLOAT16, t.BFLOAT16) and np.prod(t.dims) > 1:
-            for f in ('raw_data', 'float_data', 'int32_data', 'external_data', 'data_location'): t.ClearField(f)
+            for f in ('raw_data', 'float_data', 'int32_data', 'external_data', 'data_location'):
+                t.ClearField(f)
     opset = sorted((o.domain, o.version) for o in model.opset_import)
-    return hashlib.sha256(repr(opset).encode() + model.graph.SerializeToString(deterministic=True)).hexdigest()
+    return hashlib.sha256(
+        repr(opset).encode() + model.graph.SerializeToString(deterministic=True)
+    ).hexdigest()
 
-def weights_of(path: Path) -> str: return fingerprint([file_sha256(p) for p in sorted(path.parent.glob(f'{path.name}*'))]) # with the file beside it that may hold them
+
+def weights_of(path: Path) -> str:
+    return fingerprint(
+        [file_sha256(p) for p in sorted(path.parent.glob(f'{path.name}*'))]
+    )  # with the file beside it that may hold them
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #eb4fcde6
 def refit_engine(
-    trt,           # the package
+    trt,  # the package
     engine: bytes,
-    path: Path,    # ONNX file of the same graph
-) -> bytes:        # an engine that can be refitted again; b'' where it does not take the weights
+    path: Path,  # ONNX file of the same graph
+) -> bytes:  # an engine that can be refitted again; b'' where it does not take the weights
     "An engine with the weights of another file."
-    runtime = trt.Runtime(trt_log(trt)); old = runtime.deserialize_cuda_engine(engine)
-    if old is None or not old.refittable: return b''
-    refitter = trt.Refitter(old, trt_log(trt)); reader = trt.OnnxParserRefitter(refitter, trt_log(trt))
-    if not (reader.refit_from_file(str(path)) and refitter.refit_cuda_engine()): return b''
-    config = old.create_serialization_config(); config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
-    if hasattr(trt.SerializationFlag, 'INCLUDE_REFIT'): config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+    runtime = trt.Runtime(trt_log(trt))
+    old = runtime.deserialize_cuda_engine(engine)
+    if old is None or not old.refittable:
+        return b''
+    refitter = trt.Refitter(old, trt_log(trt))
+    reader = trt.OnnxParserRefitter(refitter, trt_log(trt))
+    if not (reader.refit_from_file(str(path)) and refitter.refit_cuda_engine()):
+        return b''
+    config = old.create_serialization_config()
+    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+    if hasattr(trt.SerializationFlag, 'INCLUDE_REFIT'):
+        config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
     return bytes(old.serialize_with_config(config))
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #bee44872
-CLOSE = dict(fp16=.02, bf16=.1) # largest relative difference of an engine
+CLOSE = dict(fp16=0.02, bf16=0.1)  # largest relative difference of an engine
 
-def _ways(trt, source, shapes, targets, cache, earlier): # -> (how, can be refitted, engine), the cheapest first
-    if earlier: yield 'refitted', True, refit_engine(trt, earlier, source)
-    if not targets: yield 'built', True, build_engine(trt, source, shapes, refit=True, cache=cache)
+
+def _ways(
+    trt, source, shapes, targets, cache, earlier
+):  # -> (how, can be refitted, engine), the cheapest first
+    if earlier:
+        yield 'refitted', True, refit_engine(trt, earlier, source)
+    if not targets:
+        yield 'built', True, build_engine(trt, source, shapes, refit=True, cache=cache)
     yield 'built', False, build_engine(trt, source, shapes, targets, cache=cache)
 
+
 def make_part(
-    trt,              # the package
-    source: Path,     # ONNX file in half precision
-    path: Path,       # the engine to be
-    shapes: dict,     # input -> (smallest, tuned for, largest)
-    targets: list,    # architectures; none: this machine's GPU
-    old: Path,        # the engine that there was, if any
-    before: dict,     # and its record, else {}
+    trt,  # the package
+    source: Path,  # ONNX file in half precision
+    path: Path,  # the engine to be
+    shapes: dict,  # input -> (smallest, tuned for, largest)
+    targets: list,  # architectures; none: this machine's GPU
+    old: Path,  # the engine that there was, if any
+    before: dict,  # and its record, else {}
     check: Callable,  # engine file -> `engine_difference`, None where it cannot run
-    close: float,     # the largest that is good enough
-) -> dict:            # how: 'kept', 'refitted' or 'built'; bytes, seconds, difference; and what decides that the next time
+    close: float,  # the largest that is good enough
+) -> (
+    dict
+):  # how: 'kept', 'refitted' or 'built'; bytes, seconds, difference; and what decides that the next time
     "Make one engine, the cheapest way."
-    start, want = time.time(), dict(graph=graph_fingerprint(source), shapes=fingerprint(shapes), weights=weights_of(source))
+    start, want = (
+        time.time(),
+        dict(graph=graph_fingerprint(source), shapes=fingerprint(shapes), weights=weights_of(source)),
+    )
     same = old.is_file() and all(before.get(k) == want[k] for k in ('graph', 'shapes'))
     if same and before['weights'] == want['weights']:
         for suffix in ('.engine', '.kernels'):
-            with suppress(FileNotFoundError): shutil.copy(old.with_suffix(suffix), path.with_suffix(suffix))
-        return before | dict(how='kept', seconds=0.)
-    for how, refit, engine in _ways(trt, source, shapes, targets, path.with_name('timing.cache'), old.read_bytes() if same and before['refit'] else b''):
-        if not engine: continue
-        path.write_bytes(engine); path.with_suffix('.kernels').unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                shutil.copy(old.with_suffix(suffix), path.with_suffix(suffix))
+        return before | dict(how='kept', seconds=0.0)
+    for how, refit, engine in _ways(
+        trt,
+        source,
+        shapes,
+        targets,
+        path.with_name('timing.cache'),
+        old.read_bytes() if same and before['refit'] else b'',
+    ):
+        if not engine:
+            continue
+        path.write_bytes(engine)
+        path.with_suffix('.kernels').unlink(missing_ok=True)
         off = check(path)
-        if off is None or off <= close: return want | dict(how=how, refit=refit, bytes=len(engine), seconds=round(time.time()-start, 1), difference=off)
-    raise UserError(f'tensorrt: the engine of {path.stem} differs from its ONNX file by {off:.1%} of the largest value (at most {close:.0%}); set tensorrt.precision to another, or use another version of {trt.__name__}')
+        if off is None or off <= close:
+            return want | dict(
+                how=how, refit=refit, bytes=len(engine), seconds=round(time.time() - start, 1), difference=off
+            )
+    raise UserError(
+        f'tensorrt: the engine of {path.stem} differs from its ONNX file by {off:.1%} of the largest value (at most {close:.0%}); set tensorrt.precision to another, or use another version of {trt.__name__}'
+    )
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #b54d5e66
 def make_engines(
-    trt,          # the package
-    onnx: Path,   # folder of ONNX files
-    folder: Path, # gets the engines
-    old: Path,    # where earlier ones may be
-    before: dict, # part -> its record, of the earlier ones
-    settings,     # with `targets`, `max_batch` and `precision`
-    device: str = '', # where they can be run; '': nowhere here
-) -> dict:        # part -> its record
+    trt,  # the package
+    onnx: Path,  # folder of ONNX files
+    folder: Path,  # gets the engines
+    old: Path,  # where earlier ones may be
+    before: dict,  # part -> its record, of the earlier ones
+    settings,  # with `targets`, `max_batch` and `precision`
+    device: str = '',  # where they can be run; '': nowhere here
+) -> dict:  # part -> its record
     "Make the engines of a model, and say how."
-    folder.mkdir(parents=True, exist_ok=True); s, made = settings, {}
-    with suppress(FileNotFoundError): shutil.copy(old/'timing.cache', folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    s, made = settings, {}
+    with suppress(FileNotFoundError):
+        shutil.copy(old / 'timing.cache', folder)
     with tempfile.TemporaryDirectory() as scratch:
         for part, shapes in progress(profile_shapes(onnx, s.max_batch).items(), label='engines'):
-            check = lambda path: engine_difference(Engine(trt, path, device), onnx/part/'model.onnx') if device else None
-            made[part] = m = make_part(trt, half_file(onnx/part, s.precision, Path(scratch)), folder/f'{part}.engine', shapes, s.targets, old/f'{part}.engine', before.get(part, {}), check, CLOSE[s.precision])
-            print(f"{part}: {m['how']}, {m['bytes']/1e6:.1f} MB" + (f", {m['seconds']:.1f} s" if m['seconds'] else ''))
+            check = lambda path: (
+                engine_difference(Engine(trt, path, device), onnx / part / 'model.onnx') if device else None
+            )
+            made[part] = m = make_part(
+                trt,
+                half_file(onnx / part, s.precision, Path(scratch)),
+                folder / f'{part}.engine',
+                shapes,
+                s.targets,
+                old / f'{part}.engine',
+                before.get(part, {}),
+                check,
+                CLOSE[s.precision],
+            )
+            print(
+                f'{part}: {m["how"]}, {m["bytes"] / 1e6:.1f} MB'
+                + (f', {m["seconds"]:.1f} s' if m['seconds'] else '')
+            )
     return made

@@ -13,121 +13,216 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..models.components import opening, why_not_compile
-from ..models.model_folder import PIPELINES, load_part, read_config, readable, scheduler_config, student_steps
+from flowerdiff.models.model_folder import (
+    PIPELINES,
+    load_part,
+    read_config,
+    readable,
+    scheduler_config,
+    student_steps,
+)
 from ..core.workspace import UserError, read_json
 
 # %% ../../nbs/inference/02_torch_backend.ipynb #5ecac0bb
 def left_out(
-    tokenizer,   # a CLIP tokenizer
+    tokenizer,  # a CLIP tokenizer
     prompt: str,
-) -> str:        # the end of the prompt that does not fit, '' when all does
+) -> str:  # the end of the prompt that does not fit, '' when all does
     "What the text encoder will not read of a prompt."
     ids = tokenizer(prompt, verbose=False).input_ids
-    return tokenizer.decode(ids[tokenizer.model_max_length-1:-1]).strip()
+    return tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip()
 
 # %% ../../nbs/inference/02_torch_backend.ipynb #4053dce2
 class Backend:
     "What every backend knows from a model's configuration; subclasses add `text`, `denoise` and `decode`, and `condition` where the text can be prepared."
-    name, device, steps, guidance, keep = '', 'cpu', 20, 4., 32 # the last three: how it draws unless it is told; texts that it remembers
-    def __init__(self,
-        folder: Path, # folder with `model_index.json`
+
+    name, device, steps, guidance, keep = (
+        '',
+        'cpu',
+        20,
+        4.0,
+        32,
+    )  # the last three: how it draws unless it is told; texts that it remembers
+
+    def __init__(
+        self,
+        folder: Path,  # folder with `model_index.json`
     ):
         from transformers import AutoTokenizer
-        self.folder, self.lock, self.known = Path(folder), threading.Lock(), OrderedDict() # known: text -> embedding, and what was not read of it
-        with readable(self.folder/'model_index.json'): kind = read_json(self.folder/'model_index.json').get('_class_name')
-        if kind not in PIPELINES: raise UserError(f'{self.folder}: holds a {kind}; only Stable Diffusion pipelines are understood')
-        self.unet_config, self.vae_config = read_config(self.folder, 'unet'), read_config(self.folder, 'vae', 'vae_decoder')
-        self.scheduler_config = scheduler_config(self.folder)
-        with opening(self.folder/'tokenizer'): self.tokenizer = AutoTokenizer.from_pretrained(self.folder/'tokenizer')
-        if (n := student_steps(self.folder)): self.steps, self.guidance = n, 1.
-        self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, read_config(self.folder, 'text_encoder')['max_position_embeddings'])
-        self.scale = 2**(len(self.vae_config['block_out_channels'])-1)   # pixels a latent
-        self.channels, self.size = self.unet_config['in_channels'], self.unet_config['sample_size']*self.scale
-        self.scaling = self.vae_config.get('scaling_factor', 1.)
 
-    def encode(self, prompts: list[str]) -> Tensor: # [n, L, D]
+        self.folder, self.lock, self.known = (
+            Path(folder),
+            threading.Lock(),
+            OrderedDict(),
+        )  # known: text -> embedding, and what was not read of it
+        with readable(self.folder / 'model_index.json'):
+            kind = read_json(self.folder / 'model_index.json').get('_class_name')
+        if kind not in PIPELINES:
+            raise UserError(f'{self.folder}: holds a {kind}; only Stable Diffusion pipelines are understood')
+        self.unet_config, self.vae_config = (
+            read_config(self.folder, 'unet'),
+            read_config(self.folder, 'vae', 'vae_decoder'),
+        )
+        self.scheduler_config = scheduler_config(self.folder)
+        with opening(self.folder / 'tokenizer'):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder / 'tokenizer')
+        if n := student_steps(self.folder):
+            self.steps, self.guidance = n, 1.0
+        self.tokenizer.model_max_length = min(
+            self.tokenizer.model_max_length,
+            read_config(self.folder, 'text_encoder')['max_position_embeddings'],
+        )
+        self.scale = 2 ** (len(self.vae_config['block_out_channels']) - 1)  # pixels a latent
+        self.channels, self.size = (
+            self.unet_config['in_channels'],
+            self.unet_config['sample_size'] * self.scale,
+        )
+        self.scaling = self.vae_config.get('scaling_factor', 1.0)
+
+    def encode(self, prompts: list[str]) -> Tensor:  # [n, L, D]
         "Text embeddings, as Stable Diffusion reads them: every position, no mask."
-        with self.lock: known = {p: self.known[p] for p in prompts if p in self.known}
-        if new := [p for p in dict.fromkeys(prompts) if p not in known]: known |= self._read(new)
         with self.lock:
-            for p in dict.fromkeys(prompts): self.known[p] = known[p]; self.known.move_to_end(p)
-            while len(self.known) > self.keep: self.known.popitem(last=False)
-        for rest in filter(None, (known[p][1] for p in dict.fromkeys(prompts))): warnings.warn(f'prompt is longer than {self.tokenizer.model_max_length} tokens; not read: "{rest[:80]}"', stacklevel=3)
+            known = {p: self.known[p] for p in prompts if p in self.known}
+        if new := [p for p in dict.fromkeys(prompts) if p not in known]:
+            known |= self._read(new)
+        with self.lock:
+            for p in dict.fromkeys(prompts):
+                self.known[p] = known[p]
+                self.known.move_to_end(p)
+            while len(self.known) > self.keep:
+                self.known.popitem(last=False)
+        for rest in filter(None, (known[p][1] for p in dict.fromkeys(prompts))):
+            warnings.warn(
+                f'prompt is longer than {self.tokenizer.model_max_length} tokens; not read: "{rest[:80]}"',
+                stacklevel=3,
+            )
         return torch.stack([known[p][0] for p in prompts])
 
-    def _read(self, texts: list) -> dict: # text -> ([L, D], what was not read of it)
+    def _read(self, texts: list) -> dict:  # text -> ([L, D], what was not read of it)
         with self.lock:
             cut = [left_out(self.tokenizer, p) for p in texts]
-            ids = self.tokenizer(texts, padding='max_length', truncation=True, max_length=self.tokenizer.model_max_length, return_tensors='pt').input_ids
+            ids = self.tokenizer(
+                texts,
+                padding='max_length',
+                truncation=True,
+                max_length=self.tokenizer.model_max_length,
+                return_tensors='pt',
+            ).input_ids
         return {p: (embedding.clone(), rest) for p, embedding, rest in zip(texts, self.text(ids), cut)}
 
-    def condition(self, text: Tensor): return text # [B, L, D] embeddings -> what `denoise` takes as its text, at every step of a drawing
+    def condition(self, text: Tensor):
+        return text  # [B, L, D] embeddings -> what `denoise` takes as its text, at every step of a drawing
 
 # %% ../../nbs/inference/02_torch_backend.ipynb #fa71c96b
-class _Told: # an attention to a text whose keys and values are already made
-    def __init__(self, i: int, plain): self.i, self.plain = i, plain # its number; Diffusers' processor, which takes embeddings
+class _Told:  # an attention to a text whose keys and values are already made
+    def __init__(self, i: int, plain):
+        self.i, self.plain = i, plain  # its number; Diffusers' processor, which takes embeddings
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        if not isinstance(encoder_hidden_states, list): return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if not isinstance(encoder_hidden_states, list):
+            return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         heads = lambda x: x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(heads(attn.to_q(hidden_states)), *map(heads, encoder_hidden_states[self.i]))
-        return attn.to_out[0](out.transpose(1, 2).flatten(2))/attn.rescale_output_factor
+        out = F.scaled_dot_product_attention(
+            heads(attn.to_q(hidden_states)), *map(heads, encoder_hidden_states[self.i])
+        )
+        return attn.to_out[0](out.transpose(1, 2).flatten(2)) / attn.rescale_output_factor
+
 
 def readers(
-    unet: nn.Module, # a UNet2DConditionModel
-) -> list:           # its attentions to the text; [] where they are not all of Stable Diffusion's plain kind, or there are none
+    unet: nn.Module,  # a UNet2DConditionModel
+) -> list:  # its attentions to the text; [] where they are not all of Stable Diffusion's plain kind, or there are none
     "The places where a UNet reads its text."
     from diffusers.models.attention_processor import AttnProcessor2_0
+
     c, found = unet.config, [m for n, m in unet.named_modules() if n.endswith('.attn2')]
-    plain = lambda m: type(m.processor) in (AttnProcessor2_0, _Told) and not (m.residual_connection or m.only_cross_attention) and all(getattr(m, n) is None for n in ('spatial_norm', 'group_norm', 'norm_cross', 'norm_q', 'norm_k'))
-    others = c.only_cross_attention or c.mid_block_only_cross_attention or c.dual_cross_attention or c.encoder_hid_dim_type or c.addition_embed_type
-    blocks = {b.removeprefix('CrossAttn') for b in (*c.down_block_types, *c.up_block_types)} | {c.mid_block_type}
-    return found if not others and blocks <= {'DownBlock2D', 'UpBlock2D', 'UNetMidBlock2DCrossAttn', 'UNetMidBlock2D', None} and all(map(plain, found)) else []
+    plain = lambda m: (
+        type(m.processor) in (AttnProcessor2_0, _Told)
+        and not (m.residual_connection or m.only_cross_attention)
+        and all(
+            getattr(m, n) is None for n in ('spatial_norm', 'group_norm', 'norm_cross', 'norm_q', 'norm_k')
+        )
+    )
+    others = (
+        c.only_cross_attention
+        or c.mid_block_only_cross_attention
+        or c.dual_cross_attention
+        or c.encoder_hid_dim_type
+        or c.addition_embed_type
+    )
+    blocks = {b.removeprefix('CrossAttn') for b in (*c.down_block_types, *c.up_block_types)} | {
+        c.mid_block_type
+    }
+    return (
+        found
+        if not others
+        and blocks <= {'DownBlock2D', 'UpBlock2D', 'UNetMidBlock2DCrossAttn', 'UNetMidBlock2D', None}
+        and all(map(plain, found))
+        else []
+    )
 
 # %% ../../nbs/inference/02_torch_backend.ipynb #4b616781
-def _compiled(f): # f, compiled for each shape that it meets
+def _compiled(f):  # f, compiled for each shape that it meets
     fast = torch.compile(f, dynamic=False)
+
     def call(*args, **how):
-        try: return fast(*args, **how)
+        try:
+            return fast(*args, **how)
         except torch._dynamo.exc.TorchDynamoException as e:
             why = getattr(e, 'inner_exception', e)
-            raise UserError(f'backend torch-compile: the compiler failed ({type(why).__name__}: {(str(why).strip().splitlines() or [""])[0][:160]}); use the backend torch') from e
+            raise UserError(
+                f'backend torch-compile: the compiler failed ({type(why).__name__}: {(str(why).strip().splitlines() or [""])[0][:160]}); use the backend torch'
+            ) from e
+
     return call
 
 # %% ../../nbs/inference/02_torch_backend.ipynb #1fa02190
 class TorchBackend(Backend):
     "PyTorch, on the GPU when there is one."
+
     name = 'torch'
-    def __init__(self,
+
+    def __init__(
+        self,
         folder: Path,
         device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
-        compile: bool = False, # with `torch.compile`
+        compile: bool = False,  # with `torch.compile`
     ):
         import diffusers
         from transformers import CLIPTextModel
+
         super().__init__(folder)
-        if compile and (reason := why_not_compile()): raise UserError(f'backend torch-compile: {reason}')
+        if compile and (reason := why_not_compile()):
+            raise UserError(f'backend torch-compile: {reason}')
         self.device = device
-        if (kind := self.vae_config['_class_name']) not in ('AutoencoderKL', 'AutoencoderTiny'): raise UserError(f"{self.folder/'vae'}: {kind} is not understood; AutoencoderKL and AutoencoderTiny are")
-        self.text_encoder = load_part(CLIPTextModel, self.folder/'text_encoder', device)
-        self.unet = load_part(diffusers.UNet2DConditionModel, self.folder/'unet', device)
-        self.vae = load_part(getattr(diffusers, kind), self.folder/'vae', device)
+        if (kind := self.vae_config['_class_name']) not in ('AutoencoderKL', 'AutoencoderTiny'):
+            raise UserError(
+                f'{self.folder / "vae"}: {kind} is not understood; AutoencoderKL and AutoencoderTiny are'
+            )
+        self.text_encoder = load_part(CLIPTextModel, self.folder / 'text_encoder', device)
+        self.unet = load_part(diffusers.UNet2DConditionModel, self.folder / 'unet', device)
+        self.vae = load_part(getattr(diffusers, kind), self.folder / 'vae', device)
         self.readers, ready = readers(self.unet), _compiled if compile else lambda f: f
-        for i, m in enumerate(self.readers): m.set_processor(_Told(i, m.processor))
+        for i, m in enumerate(self.readers):
+            m.set_processor(_Told(i, m.processor))
         self._unet, self._decode = ready(self.unet), ready(self.vae.decode)
 
     @torch.inference_mode()
-    def text(self, ids: Tensor) -> Tensor: # [n, L] token ids -> [n, L, D]
+    def text(self, ids: Tensor) -> Tensor:  # [n, L] token ids -> [n, L, D]
         return self.text_encoder(ids.to(self.device))[0]
 
     @torch.inference_mode()
-    def condition(self, text: Tensor): # [B, L, D] -> (keys, values) of each attention to it
+    def condition(self, text: Tensor):  # [B, L, D] -> (keys, values) of each attention to it
         text = text.to(self.unet.conv_in.weight.dtype)
         return [(m.to_k(text), m.to_v(text)) for m in self.readers] or text
 
     @torch.inference_mode()
-    def denoise(self, latents: Tensor, t: Tensor, text) -> Tensor: # [B, C, h, w], a timestep, [B, L, D] or from `condition` -> [B, C, h, w]
-        return self._unet(latents.to(self.unet.conv_in.weight.dtype), t, encoder_hidden_states=text, return_dict=False)[0].to(latents.dtype)
+    def denoise(
+        self, latents: Tensor, t: Tensor, text
+    ) -> Tensor:  # [B, C, h, w], a timestep, [B, L, D] or from `condition` -> [B, C, h, w]
+        return self._unet(
+            latents.to(self.unet.conv_in.weight.dtype), t, encoder_hidden_states=text, return_dict=False
+        )[0].to(latents.dtype)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor: # [B, C, h, w] -> [B, 3, H, W] in -1..1
-        return self._decode(latents/self.scaling, return_dict=False)[0]
+    def decode(self, latents: Tensor) -> Tensor:  # [B, C, h, w] -> [B, 3, H, W] in -1..1
+        return self._decode(latents / self.scaling, return_dict=False)[0]

@@ -16,23 +16,36 @@ from PIL import Image
 from torch import Tensor, nn
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #40326b94
-def block(a, b, stride, k=3): return nn.Sequential(nn.Conv2d(a, b, k, stride, k//2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+def block(a, b, stride, k=3):
+    return nn.Sequential(nn.Conv2d(a, b, k, stride, k // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
 
-def from_pil(pictures: list) -> Tensor: # [B, 3, 64, 64] in -1..1
+
+def from_pil(pictures: list) -> Tensor:  # [B, 3, 64, 64] in -1..1
     "Pictures of any size as the judge sees them."
     x = [np.asarray(p.convert('RGB').resize((64, 64), Image.Resampling.BILINEAR)) for p in pictures]
-    return torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).float()/127.5 - 1
+    return torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
 
 class Judge(nn.Module):
     "Names the attributes of pictures."
-    def __init__(self,
-        attributes: dict, # name -> list of its values
+
+    def __init__(
+        self,
+        attributes: dict,  # name -> list of its values
         width: int = 32,  # channels of the first convolution
     ):
         super().__init__()
         self.attributes, self.width, w = attributes, width, width
-        self.features = nn.Sequential(block(3, w, 2, 5), block(w, 2*w, 2), block(2*w, 2*w, 1), block(2*w, 3*w, 2), block(3*w, 3*w, 1), block(3*w, 4*w, 2), block(4*w, 4*w, 1))
-        self.heads = nn.ModuleDict({n: nn.Linear(8*w, len(v)) for n, v in attributes.items()})
+        self.features = nn.Sequential(
+            block(3, w, 2, 5),
+            block(w, 2 * w, 2),
+            block(2 * w, 2 * w, 1),
+            block(2 * w, 3 * w, 2),
+            block(3 * w, 3 * w, 1),
+            block(3 * w, 4 * w, 2),
+            block(4 * w, 4 * w, 1),
+        )
+        self.heads = nn.ModuleDict({n: nn.Linear(8 * w, len(v)) for n, v in attributes.items()})
 
     def logits(self, x):
         h = self.features(x)
@@ -40,110 +53,146 @@ class Judge(nn.Module):
         return {n: head(h) for n, head in self.heads.items()}
 
     @torch.no_grad()
-    def forward(self,
-        pictures,   # Tensor [B, 3, H, W] in -1..1, or list of PIL pictures
-    ) -> dict:      # attribute -> [B, values], probabilities
+    def forward(
+        self,
+        pictures,  # Tensor [B, 3, H, W] in -1..1, or list of PIL pictures
+    ) -> dict:  # attribute -> [B, values], probabilities
         "How probable each value of each attribute is."
         x = pictures if isinstance(pictures, Tensor) else from_pil(pictures)
-        if x.shape[-2:] != (64, 64): x = F.interpolate(x, size=(64, 64), mode='bilinear', antialias=True)
+        if x.shape[-2:] != (64, 64):
+            x = F.interpolate(x, size=(64, 64), mode='bilinear', antialias=True)
         return {n: l.float().softmax(-1) for n, l in self.logits(x).items()}
 
-    def names(self, pictures) -> list: # of dicts, one a picture
+    def names(self, pictures) -> list:  # of dicts, one a picture
         "The most probable value of each attribute."
         best = {n: p.argmax(-1).tolist() for n, p in self(pictures).items()}
         return [{n: self.attributes[n][i] for n, i in zip(best, row)} for row in zip(*best.values())]
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #f8aa765d
 def roughen(
-    x: Tensor, # [B, 3, 64, 64] in -1..1
-    rng,       # numpy's Generator
-    far: int = 4, # pixels that the picture may move
+    x: Tensor,  # [B, 3, 64, 64] in -1..1
+    rng,  # numpy's Generator
+    far: int = 4,  # pixels that the picture may move
 ) -> Tensor:
     "Moved, zoomed, mirrored, blurred, tinted and noisy, each by chance."
-    a, b = rng.integers(0, 2*far+1, 2)
-    zoom = 64 + 2*int(rng.integers(-3, 6))
+    a, b = rng.integers(0, 2 * far + 1, 2)
+    zoom = 64 + 2 * int(rng.integers(-3, 6))
     x = F.interpolate(x, size=(zoom, zoom), mode='bilinear', antialias=True)
-    x = F.pad(x, (max(0, (64 + 2*far - zoom + 1)//2),)*4, mode='replicate')[..., a:a+64, b:b+64]
-    if x.shape[-2:] != (64, 64): x = F.interpolate(x, size=(64, 64))
-    if rng.random() < .5: x = x.flip(-1)
-    if rng.random() < .4: x = blur(x, rng.uniform(.4, 1.1))
-    x = x*(1 + .1*torch.randn(len(x), 3, 1, 1)) + .05*torch.randn(len(x), 3, 1, 1)
-    if rng.random() < .6: x = x + rng.uniform(0, .1)*F.interpolate(torch.randn(len(x), 3, *(2*[int(rng.choice([16, 32, 64]))])), size=(64, 64), mode='bilinear')
+    x = F.pad(x, (max(0, (64 + 2 * far - zoom + 1) // 2),) * 4, mode='replicate')[..., a : a + 64, b : b + 64]
+    if x.shape[-2:] != (64, 64):
+        x = F.interpolate(x, size=(64, 64))
+    if rng.random() < 0.5:
+        x = x.flip(-1)
+    if rng.random() < 0.4:
+        x = blur(x, rng.uniform(0.4, 1.1))
+    x = x * (1 + 0.1 * torch.randn(len(x), 3, 1, 1)) + 0.05 * torch.randn(len(x), 3, 1, 1)
+    if rng.random() < 0.6:
+        x = x + rng.uniform(0, 0.1) * F.interpolate(
+            torch.randn(len(x), 3, *(2 * [int(rng.choice([16, 32, 64]))])), size=(64, 64), mode='bilinear'
+        )
     return x.clamp(-1, 1)
+
 
 def blur(x, sigma):
     "Gaussian blur over five pixels."
-    k = torch.exp(-torch.arange(-2, 3.)**2/(2*sigma**2)); k = k/k.sum()
-    return F.conv2d(F.pad(x, (2,)*4, mode='replicate').flatten(0, 1)[:, None], (k[:, None]*k)[None, None]).view_as(x)
+    k = torch.exp(-(torch.arange(-2, 3.0) ** 2) / (2 * sigma**2))
+    k = k / k.sum()
+    return F.conv2d(
+        F.pad(x, (2,) * 4, mode='replicate').flatten(0, 1)[:, None], (k[:, None] * k)[None, None]
+    ).view_as(x)
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #4307086b
 @torch.no_grad()
 def round_trips(
-    pictures: np.ndarray, # [N, 64, 64, 3] uint8
-    autoencoder,          # diffusers' AutoencoderTiny
-    noise: float = .4,    # greatest standard deviation added to the latents
+    pictures: np.ndarray,  # [N, 64, 64, 3] uint8
+    autoencoder,  # diffusers' AutoencoderTiny
+    noise: float = 0.4,  # greatest standard deviation added to the latents
     seed: int = 0,
 ) -> np.ndarray:
     "`pictures` as the autoencoder returns them from disturbed latents."
     rng, out = torch.Generator().manual_seed(seed), []
     for i in range(0, len(pictures), 64):
-        x = torch.from_numpy(pictures[i:i+64]).permute(0, 3, 1, 2).float()/127.5 - 1
+        x = torch.from_numpy(pictures[i : i + 64]).permute(0, 3, 1, 2).float() / 127.5 - 1
         z = autoencoder.encode(x).latents
-        z = z + noise*torch.rand(len(z), 1, 1, 1, generator=rng)*torch.randn(z.shape, generator=rng)
-        out.append(((autoencoder.decode(z).sample.clamp(-1, 1)+1)*127.5).round().byte().permute(0, 2, 3, 1).numpy())
+        z = z + noise * torch.rand(len(z), 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)
+        out.append(
+            ((autoencoder.decode(z).sample.clamp(-1, 1) + 1) * 127.5)
+            .round()
+            .byte()
+            .permute(0, 2, 3, 1)
+            .numpy()
+        )
     return np.concatenate(out)
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #4c97661d
 def train_judge(
-    pictures: np.ndarray, # [N, 64, 64, 3] uint8
-    labels: list,         # of dicts, attribute -> value, one a picture
-    attributes: dict,     # name -> list of its values
-    out: Path,            # folder
+    pictures: np.ndarray,  # [N, 64, 64, 3] uint8
+    labels: list,  # of dicts, attribute -> value, one a picture
+    attributes: dict,  # name -> list of its values
+    out: Path,  # folder
     *,
     steps: int = 700,
     width: int = 32,
     batch_size: int = 96,
     lr: float = 2e-3,
     seed: int = 0,
-    progress=print,       # called with a line now and then
+    progress=print,  # called with a line now and then
 ) -> Judge:
     "Trains a judge on roughened pictures."
-    torch.manual_seed(seed); rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     model = Judge(attributes, width).train()
     y = {n: torch.tensor([v.index(l[n]) for l in labels]) for n, v in attributes.items()}
-    opt = torch.optim.AdamW(model.parameters(), lr, weight_decay=.02)
+    opt = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02)
     start, mean = time.time(), None
     for step in range(steps):
-        for g in opt.param_groups: g['lr'] = lr*min(1, (step+1)/50)*(.5+.5*np.cos(np.pi*step/steps))
+        for g in opt.param_groups:
+            g['lr'] = lr * min(1, (step + 1) / 50) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
         idx = rng.integers(len(pictures), size=batch_size)
-        x = torch.from_numpy(pictures[idx]).permute(0, 3, 1, 2).float()/127.5 - 1
+        x = torch.from_numpy(pictures[idx]).permute(0, 3, 1, 2).float() / 127.5 - 1
         x = torch.cat([roughen(c, rng) for c in x.chunk(6)])
-        loss = sum(F.cross_entropy(l, y[n][idx], label_smoothing=.02) for n, l in model.logits(x).items())
-        opt.zero_grad(); loss.backward(); opt.step()
-        mean = loss.item() if mean is None else .97*mean + .03*loss.item()
-        if (step+1) % 50 == 0: progress(f'step {step+1}, loss {mean:.3f}, {(step+1)*batch_size/(time.time()-start):.0f} pictures/s')
+        loss = sum(F.cross_entropy(l, y[n][idx], label_smoothing=0.02) for n, l in model.logits(x).items())
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        mean = loss.item() if mean is None else 0.97 * mean + 0.03 * loss.item()
+        if (step + 1) % 50 == 0:
+            progress(
+                f'step {step + 1}, loss {mean:.3f}, {(step + 1) * batch_size / (time.time() - start):.0f} pictures/s'
+            )
     save_judge(model.eval(), out)
     return model
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #30c505bc
 def save_judge(
     model: Judge,
-    out: Path, # folder, replaced
+    out: Path,  # folder, replaced
 ):
     "Writes weights and names."
     from safetensors.torch import save_file
-    out = Path(out); fresh = out.with_name(out.name + '.fresh')
-    shutil.rmtree(fresh, ignore_errors=True); fresh.mkdir(parents=True)
-    save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}, fresh/'model.safetensors')
-    (fresh/'config.json').write_text(json.dumps(dict(attributes=model.attributes, width=model.width), indent=1))
-    shutil.rmtree(out, ignore_errors=True); fresh.rename(out)
+
+    out = Path(out)
+    fresh = out.with_name(out.name + '.fresh')
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_file(
+        {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()},
+        fresh / 'model.safetensors',
+    )
+    (fresh / 'config.json').write_text(
+        json.dumps(dict(attributes=model.attributes, width=model.width), indent=1)
+    )
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)
+
 
 def load_judge(
-    folder: Path = None, # default: the garden's
+    folder: Path = None,  # default: the garden's
 ) -> Judge:
     "A trained judge, ready to be asked."
     from safetensors.torch import load_file
-    folder = Path(folder or files('flowerdiff')/'assets/garden/judge')
-    model = Judge(**json.loads((folder/'config.json').read_text()))
-    model.load_state_dict(load_file(folder/'model.safetensors'))
+
+    folder = Path(folder or files('flowerdiff') / 'assets/garden/judge')
+    model = Judge(**json.loads((folder / 'config.json').read_text()))
+    model.load_state_dict(load_file(folder / 'model.safetensors'))
     return model.eval()

@@ -20,203 +20,244 @@ from .tokenizer import sentences, tokenize, train_tokenizer
 
 # %% ../../nbs/models/04_clip.ipynb #63499cbf
 def small_clip(
-    tokenizer,              # transformers' CLIPTokenizer
-    picture_size: int = 64, # pixels a side, divisible by 8
+    tokenizer,  # transformers' CLIPTokenizer
+    picture_size: int = 64,  # pixels a side, divisible by 8
     width: int = 128,
-    layers: int = 3,        # of each tower
+    layers: int = 3,  # of each tower
     heads: int = 4,
-):                          # -> transformers' CLIPModel
+):  # -> transformers' CLIPModel
     "An untrained CLIP."
     from transformers import CLIPConfig, CLIPModel
-    tower = dict(hidden_size=width, intermediate_size=4*width, num_hidden_layers=layers, num_attention_heads=heads, hidden_act='quick_gelu')
+
+    tower = dict(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act='quick_gelu',
+    )
     ends = {k: getattr(tokenizer, k) for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
     text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length, **ends)
-    vision = dict(tower, image_size=picture_size, patch_size=picture_size//8)
+    vision = dict(tower, image_size=picture_size, patch_size=picture_size // 8)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
     see_neighbours(model.vision_model)
     return model
 
 # %% ../../nbs/models/04_clip.ipynb #630ae2e8
 def waves(
-    n: int,     # patches a side
-    width: int, # numbers a position
-) -> tuple:     # [n*n, width], [width/4] frequencies
+    n: int,  # patches a side
+    width: int,  # numbers a position
+) -> tuple:  # [n*n, width], [width/4] frequencies
     "Cosines and sines of x, then of y."
-    w = torch.pi*(torch.arange(width//4) + .5)/(width//4)
+    w = torch.pi * (torch.arange(width // 4) + 0.5) / (width // 4)
     y, x = torch.meshgrid(torch.arange(n).float(), torch.arange(n).float(), indexing='ij')
-    return torch.cat([g(p.flatten()[:, None]*w) for p in (x, y) for g in (torch.cos, torch.sin)], 1), w
+    return torch.cat([g(p.flatten()[:, None] * w) for p in (x, y) for g in (torch.cos, torch.sin)], 1), w
 
 # %% ../../nbs/models/04_clip.ipynb #4c0a9e91
 def look_at(
-    offset: tuple, # (dx, dy) in patches
-    w: Tensor,     # [f] frequencies
-    rows: int,     # width of a head
-) -> tuple:        # queries and keys: [rows, 4 f] each
+    offset: tuple,  # (dx, dy) in patches
+    w: Tensor,  # [f] frequencies
+    rows: int,  # width of a head
+) -> tuple:  # queries and keys: [rows, 4 f] each
     "Projections whose product is greatest where a key lies `offset` from the query."
     f = len(w)
-    q, k = torch.zeros(rows, 4*f), torch.zeros(rows, 4*f)
-    for r, (axis, i) in enumerate((a, i) for a in (0, 1) for i in torch.linspace(0, f-1, rows//4).round().long().tolist()):
-        c, s = 2*f*axis + i, 2*f*axis + f + i
-        co, si = torch.cos(w[i]*offset[axis]), torch.sin(w[i]*offset[axis])
-        k[2*r, c] = k[2*r+1, s] = 1
-        q[2*r, c], q[2*r, s], q[2*r+1, s], q[2*r+1, c] = co, -si, co, si
+    q, k = torch.zeros(rows, 4 * f), torch.zeros(rows, 4 * f)
+    for r, (axis, i) in enumerate(
+        (a, i) for a in (0, 1) for i in torch.linspace(0, f - 1, rows // 4).round().long().tolist()
+    ):
+        c, s = 2 * f * axis + i, 2 * f * axis + f + i
+        co, si = torch.cos(w[i] * offset[axis]), torch.sin(w[i] * offset[axis])
+        k[2 * r, c] = k[2 * r + 1, s] = 1
+        q[2 * r, c], q[2 * r, s], q[2 * r + 1, s], q[2 * r + 1, c] = co, -si, co, si
     return q, k
 
 # %% ../../nbs/models/04_clip.ipynb #3c1df1ef
-RINGS = (((1, 0), (-1, 0), (0, 1), (0, -1)), ((1, 1), (-1, 1), (1, -1), (-1, -1)), ((2, 0), (-2, 0), (0, 2), (0, -2)))
+RINGS = (
+    ((1, 0), (-1, 0), (0, 1), (0, -1)),
+    ((1, 1), (-1, 1), (1, -1), (-1, -1)),
+    ((2, 0), (-2, 0), (0, 2), (0, -2)),
+)
+
 
 @torch.no_grad()
 def see_neighbours(
-    vision,                # transformers' CLIP vision tower, changed in place
-    strength: float = 1.2, # of the attention's preference
+    vision,  # transformers' CLIP vision tower, changed in place
+    strength: float = 1.2,  # of the attention's preference
 ):
     "Starts each head of the vision tower on one neighbour."
     e = vision.embeddings
-    half = e.embed_dim//2
-    position, w = waves(int(e.num_positions**.5), half)
+    half = e.embed_dim // 2
+    position, w = waves(int(e.num_positions**0.5), half)
     e.position_embedding.weight.zero_()
-    e.position_embedding.weight[1:, half:] = position/2
-    for layer, ring in zip(vision.encoder.layers, RINGS*9):
+    e.position_embedding.weight[1:, half:] = position / 2
+    for layer, ring in zip(vision.encoder.layers, RINGS * 9):
         a = layer.self_attn
         for h in range(a.num_heads):
-            rows = slice(h*a.head_dim, (h+1)*a.head_dim)
+            rows = slice(h * a.head_dim, (h + 1) * a.head_dim)
             for p, start in zip((a.q_proj, a.k_proj), look_at(ring[h % 4], w, a.head_dim)):
-                p.weight[rows] *= .3
-                p.weight[rows, half:] += strength*start
+                p.weight[rows] *= 0.3
+                p.weight[rows, half:] += strength * start
 
 # %% ../../nbs/models/04_clip.ipynb #0492cf71
-MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
 
 def pixels(
-    pictures: np.ndarray, # [N, H, W, 3] uint8
-) -> Tensor:              # [N, 3, H, W]
+    pictures: np.ndarray,  # [N, H, W, 3] uint8
+) -> Tensor:  # [N, 3, H, W]
     "Pictures as CLIP sees them."
-    x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float()/255
-    return (x - torch.tensor(MEAN)[:, None, None])/torch.tensor(STD)[:, None, None]
+    x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
 
 def shifted(x: Tensor, rng, far: int) -> Tensor:
     "`x` mirrored half of the time and moved by up to `far` pixels."
-    if rng.random() < .5: x = x.flip(-1)
-    a, b = rng.integers(0, 2*far+1, 2)
-    return F.pad(x, (far,)*4, mode='replicate')[..., a:a+x.shape[-2], b:b+x.shape[-1]]
+    if rng.random() < 0.5:
+        x = x.flip(-1)
+    a, b = rng.integers(0, 2 * far + 1, 2)
+    return F.pad(x, (far,) * 4, mode='replicate')[..., a : a + x.shape[-2], b : b + x.shape[-1]]
 
 # %% ../../nbs/models/04_clip.ipynb #82d49642
 def draw_batch(
-    rng,                  # numpy's
-    pictures: np.ndarray, # [N, H, W, 3] uint8
-    captions: list,       # [N] lists, a caption each
+    rng,  # numpy's
+    pictures: np.ndarray,  # [N, H, W, 3] uint8
+    captions: list,  # [N] lists, a caption each
     batch_size: int,
-) -> tuple:               # picture numbers [B], the number of a caption of each [B], pixels [B, 3, H, W]
+) -> tuple:  # picture numbers [B], the number of a caption of each [B], pixels [B, 3, H, W]
     "What a step of training looks at."
     idx = np.sort(rng.integers(len(pictures), size=batch_size))
     k = [int(rng.integers(len(captions[i]))) for i in idx]
-    return idx, k, torch.cat([shifted(c, rng, pictures.shape[1]//20) for c in pixels(pictures[idx]).chunk(8)])
+    return (
+        idx,
+        k,
+        torch.cat([shifted(c, rng, pictures.shape[1] // 20) for c in pixels(pictures[idx]).chunk(8)]),
+    )
 
 # %% ../../nbs/models/04_clip.ipynb #a7148904
 def contrastive_loss(
-    logits: Tensor, # [B, B] similarity of caption i and picture j
+    logits: Tensor,  # [B, B] similarity of caption i and picture j
     wrong: Tensor,  # [B, B] bool, pairs that do not belong together
 ) -> Tensor:
     "Symmetric cross-entropy of Radford et al. 2021 among the truly wrong pairs."
-    logits = logits.masked_fill(~(wrong | torch.eye(len(logits), dtype=torch.bool, device=logits.device)), -1e4)
+    logits = logits.masked_fill(
+        ~(wrong | torch.eye(len(logits), dtype=torch.bool, device=logits.device)), -1e4
+    )
     target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))/2
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
 
 def contradicts(
     facts: Tensor,  # [B, A] what each caption states; -1: nothing
-    values: Tensor, # [B, A] what each picture shows
-) -> Tensor:        # [B, B] bool
+    values: Tensor,  # [B, A] what each picture shows
+) -> Tensor:  # [B, B] bool
     "Whether caption i is false of picture j."
     return ((facts[:, None] >= 0) & (facts[:, None] != values[None])).any(-1)
 
 # %% ../../nbs/models/04_clip.ipynb #4016b554
 def attribute_heads(
-    width: int,     # of the towers
-    values: Tensor, # [N, A] what each picture shows, as `as_numbers` says it; None: attributes are not known
-) -> nn.ModuleList: # A pairs of linear layers, for what is seen and for what is read
+    width: int,  # of the towers
+    values: Tensor,  # [N, A] what each picture shows, as `as_numbers` says it; None: attributes are not known
+) -> nn.ModuleList:  # A pairs of linear layers, for what is seen and for what is read
     "What asks the towers for the attributes."
-    counts = [] if values is None else (values.max(0).values+1).tolist()
+    counts = [] if values is None else (values.max(0).values + 1).tolist()
     return nn.ModuleList(nn.ModuleList([nn.Linear(width, n), nn.Linear(width, n)]) for n in counts)
 
 # %% ../../nbs/models/04_clip.ipynb #773ed450
 def attribute_loss(heads, out, facts, values, late):
     "How badly both towers' states name the attributes."
-    seen, read, loss = out.vision_model_output.pooler_output.float(), out.text_model_output.last_hidden_state.float(), 0.
+    seen, read, loss = (
+        out.vision_model_output.pooler_output.float(),
+        out.text_model_output.last_hidden_state.float(),
+        0.0,
+    )
     for a, (see, say) in enumerate(heads):
-        loss = loss + .5*F.cross_entropy(see(seen), values[:, a])
+        loss = loss + 0.5 * F.cross_entropy(see(seen), values[:, a])
         known = (facts[:, a] >= 0)[:, None] & late
-        if known.any(): loss = loss + .1*F.cross_entropy(say(read[known]), facts[:, a][:, None].expand(-1, late.shape[1])[known])
+        if known.any():
+            loss = loss + 0.1 * F.cross_entropy(
+                say(read[known]), facts[:, a][:, None].expand(-1, late.shape[1])[known]
+            )
     return loss
 
 # %% ../../nbs/models/04_clip.ipynb #fbf7d663
 def parts(
-    minutes: float,    # how long
-    steps: int = None, # instead of minutes
-):                     # yields floats from 0 to 1
+    minutes: float,  # how long
+    steps: int = None,  # instead of minutes
+):  # yields floats from 0 to 1
     "How much of a training is done, before each of its steps."
     start, step = time.time(), 0
-    while (part := step/steps if steps else (time.time() - start)/60/minutes) < 1:
+    while (part := step / steps if steps else (time.time() - start) / 60 / minutes) < 1:
         yield part
         step += 1
 
 # %% ../../nbs/models/04_clip.ipynb #e5919977
 def _cosine_rate(
     highest: float,
-    step: int,   # this many came before
-    part: float, # of the training that is done
+    step: int,  # this many came before
+    part: float,  # of the training that is done
 ) -> float:
     "The learning rate of a step."
-    return highest*min(1, (step+1)/200)*(.5+.5*np.cos(np.pi*part))
+    return highest * min(1, (step + 1) / 200) * (0.5 + 0.5 * np.cos(np.pi * part))
 
 # %% ../../nbs/models/04_clip.ipynb #31d35177
 def _step_loss(
-    model, heads,  # CLIPModel; a pair of linear layers for each attribute
-    x: Tensor,     # [B, 3, H, W]
+    model,
+    heads,  # CLIPModel; a pair of linear layers for each attribute
+    x: Tensor,  # [B, 3, H, W]
     text: Tensor,  # [B] number of each one's caption
-    ids: Tensor,   # [U, L] tokens of all captions
-    truths: tuple, # (facts, values) of the batch; None where attributes are not known
-    looking: bool, # only the vision tower learns, where they are known
-    bf16: bool,    # the networks compute in bfloat16
-) -> Tensor:       # what a step lowers
+    ids: Tensor,  # [U, L] tokens of all captions
+    truths: tuple,  # (facts, values) of the batch; None where attributes are not known
+    looking: bool,  # only the vision tower learns, where they are known
+    bf16: bool,  # the networks compute in bfloat16
+) -> Tensor:  # what a step lowers
     tokens, device = ids[text], x.device
     truths = truths and [t.to(device) for t in truths]
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        out = model.vision_model(pixel_values=x) if truths and looking else model(input_ids=tokens.to(device), pixel_values=x)
-    if truths and looking: return sum(F.cross_entropy(see(out.pooler_output.float()), v) for (see, _), v in zip(heads, truths[1].T))
+        out = (
+            model.vision_model(pixel_values=x)
+            if truths and looking
+            else model(input_ids=tokens.to(device), pixel_values=x)
+        )
+    if truths and looking:
+        return sum(
+            F.cross_entropy(see(out.pooler_output.float()), v) for (see, _), v in zip(heads, truths[1].T)
+        )
     logits = out.logits_per_text.float()
-    if not truths: return contrastive_loss(logits, (text[:, None] != text[None]).to(device))
+    if not truths:
+        return contrastive_loss(logits, (text[:, None] != text[None]).to(device))
     late = (tokens == model.config.text_config.eos_token_id).to(device)
     return contrastive_loss(logits, contradicts(*truths)) + attribute_loss(heads, out, *truths, late)
 
 # %% ../../nbs/models/04_clip.ipynb #86937eba
 def _update(opt, params: list, loss: Tensor, logit_scale: Tensor):
     "One step down; the temperature stays at or above CLIP's 1/100."
-    opt.zero_grad(); loss.backward()
-    nn.utils.clip_grad_norm_(params, 1.)
+    opt.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(params, 1.0)
     opt.step()
     logit_scale.data.clamp_(max=np.log(100))
 
 # %% ../../nbs/models/04_clip.ipynb #81c4d85c
 def train_clip(
-    pictures: np.ndarray,    # [N, H, W, 3] uint8, in memory or mapped
-    captions: list,          # [N] lists of sentences
-    out: Path,               # folder, as transformers saves
+    pictures: np.ndarray,  # [N, H, W, 3] uint8, in memory or mapped
+    captions: list,  # [N] lists of sentences
+    out: Path,  # folder, as transformers saves
     *,
-    minutes: float = 4.,     # of training
-    steps: int = None,       # instead of minutes
-    truths: tuple = None,    # (facts, values) of `as_numbers`, where attributes are known
+    minutes: float = 4.0,  # of training
+    steps: int = None,  # instead of minutes
+    truths: tuple = None,  # (facts, values) of `as_numbers`, where attributes are known
     width: int = 128,
     layers: int = 3,
-    max_length: int = 24,    # tokens of a sentence
+    max_length: int = 24,  # tokens of a sentence
     vocab_size: int = 1024,
     batch_size: int = 32,
     lr: float = 1.4e-3,
-    look_first: float = .5,  # part of the run in which only the vision tower learns, where attributes are known
+    look_first: float = 0.5,  # part of the run in which only the vision tower learns, where attributes are known
     device: str = 'cpu',
     seed: int = 0,
-    progress=print,          # called with a line now and then
-    watch=iter,              # goes through the steps, say with a bar
-) -> tuple:                  # CLIPModel, CLIPTokenizer
+    progress=print,  # called with a line now and then
+    watch=iter,  # goes through the steps, say with a bar
+) -> tuple:  # CLIPModel, CLIPTokenizer
     "Trains a CLIP and its tokenizer on captioned pictures."
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -226,18 +267,30 @@ def train_clip(
     facts, values = truths or (None, None)
     heads = attribute_heads(width, values).to(device)
     params = [*model.parameters(), *heads.parameters()]
-    opt = torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=.05, fused=True)
+    opt = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     bf16, start, mean = fast_bf16(device), time.time(), None
     for step, part in enumerate(watch(parts(minutes, steps))):
-        for g in opt.param_groups: g['lr'] = _cosine_rate(lr, step, part)
+        for g in opt.param_groups:
+            g['lr'] = _cosine_rate(lr, step, part)
         idx, k, x = draw_batch(rng, pictures, which, batch_size)
         text = torch.tensor([which[i][j] for i, j in zip(idx, k)])
-        loss = _step_loss(model, heads, x.to(device), text, ids, (facts[idx, k], values[idx]) if truths else None, part < look_first, bf16)
+        loss = _step_loss(
+            model,
+            heads,
+            x.to(device),
+            text,
+            ids,
+            (facts[idx, k], values[idx]) if truths else None,
+            part < look_first,
+            bf16,
+        )
         _update(opt, params, loss, model.logit_scale)
-        mean = loss.item() if mean is None else .98*mean + .02*loss.item()
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         if (step + 1) % 200 == 0:
             seconds = time.time() - start
-            progress(f'{seconds:.0f} s, step {step+1}, loss {mean:.3f}, {(step+1)*batch_size/seconds:.0f} pictures/s')
+            progress(
+                f'{seconds:.0f} s, step {step + 1}, loss {mean:.3f}, {(step + 1) * batch_size / seconds:.0f} pictures/s'
+            )
     save_clip(model, tokenizer, out)
     return model.eval(), tokenizer
 
@@ -249,25 +302,37 @@ def save_clip(model, tokenizer, out: Path):
     shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
-    bpe = json.loads((fresh/'tokenizer.json').read_text())['model']
-    (fresh/'vocab.json').write_text(json.dumps(bpe['vocab'], ensure_ascii=False))
-    (fresh/'merges.txt').write_text('#version: 0.2\n' + '\n'.join(m if isinstance(m, str) else ' '.join(m) for m in bpe['merges']) + '\n')
+    bpe = json.loads((fresh / 'tokenizer.json').read_text())['model']
+    (fresh / 'vocab.json').write_text(json.dumps(bpe['vocab'], ensure_ascii=False))
+    (fresh / 'merges.txt').write_text(
+        '#version: 0.2\n' + '\n'.join(m if isinstance(m, str) else ' '.join(m) for m in bpe['merges']) + '\n'
+    )
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
 
 # %% ../../nbs/models/04_clip.ipynb #26405700
 @torch.no_grad()
 def zero_shot(
-    model, tokenizer,     # of `train_clip`
-    pictures: np.ndarray, # [N, H, W, 3] uint8
-    prompts: list,        # one a possible answer
-) -> Tensor:              # [N] index of the best prompt
+    model,
+    tokenizer,  # of `train_clip`
+    pictures: np.ndarray,  # [N, H, W, 3] uint8
+    prompts: list,  # one a possible answer
+) -> Tensor:  # [N] index of the best prompt
     "Which prompt fits each picture best."
     ids = tokenize(tokenizer, prompts)
-    return torch.cat([model(input_ids=ids, pixel_values=pixels(pictures[i:i+128])).logits_per_image.argmax(1) for i in range(0, len(pictures), 128)])
+    return torch.cat(
+        [
+            model(input_ids=ids, pixel_values=pixels(pictures[i : i + 128])).logits_per_image.argmax(1)
+            for i in range(0, len(pictures), 128)
+        ]
+    )
 
-def garden_clip() -> tuple: # CLIPModel, CLIPTokenizer
+
+def garden_clip() -> tuple:  # CLIPModel, CLIPTokenizer
     "The CLIP that travels with the library."
     from transformers import CLIPModel, CLIPTokenizer
-    folder = files('flowerdiff')/'assets/garden/clip'
-    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(folder)
+
+    folder = files('flowerdiff') / 'assets/garden/clip'
+    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(
+        folder
+    )

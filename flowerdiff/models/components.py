@@ -16,206 +16,376 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..services.hub_cache import GARDEN, HUB_ID, INSIDE, snapshot
-from ..core.workspace import UserError, file_sha256, fingerprint, out_of_memory, read_json, write_json
+from flowerdiff.core.workspace import (
+    UserError,
+    file_sha256,
+    fingerprint,
+    out_of_memory,
+    read_json,
+    write_json,
+)
 
 # %% ../../nbs/models/01_components.ipynb #e15652bd
-FILES = dict(vae=['config.json', 'diffusion_pytorch_model*', 'vae/*'],
-             text_encoder=['config.json', 'model*', 'tokenizer*', '*.txt', 'vocab.json', 'special_tokens_map.json', 'text_encoder/*', 'tokenizer/*'],
-             florence=['*.json', 'model*', '*.txt'])
-UNSAFE = ['*.bin', '*.fp16.*', '*.ckpt', '*.msgpack', '*.h5', '*.onnx*', '*.py'] # or not wanted
+FILES = dict(
+    vae=['config.json', 'diffusion_pytorch_model*', 'vae/*'],
+    text_encoder=[
+        'config.json',
+        'model*',
+        'tokenizer*',
+        '*.txt',
+        'vocab.json',
+        'special_tokens_map.json',
+        'text_encoder/*',
+        'tokenizer/*',
+    ],
+    florence=['*.json', 'model*', '*.txt'],
+)
+UNSAFE = ['*.bin', '*.fp16.*', '*.ckpt', '*.msgpack', '*.h5', '*.onnx*', '*.py']  # or not wanted
+
 
 def from_hub(
-    spec: str,    # org/name@commit
-    part: str,    # one of FILES
-) -> Path:        # folder in the hub's cache
+    spec: str,  # org/name@commit
+    part: str,  # one of FILES
+) -> Path:  # folder in the hub's cache
     "A model repository's files for one part: from the cache, else downloaded."
     which = dict(allow_patterns=FILES[part], ignore_patterns=UNSAFE)
     with contextlib.suppress(Exception):
-        if weights(part_folder(folder := snapshot(spec, offline=True, **which), part)): return folder
-    try: return snapshot(spec, **which)
+        if weights(part_folder(folder := snapshot(spec, offline=True, **which), part)):
+            return folder
+    try:
+        return snapshot(spec, **which)
     except Exception as e:
-        raise UserError(f'{spec}: is not in this machine\'s cache and can not be downloaded ({type(e).__name__}); connect to the network, check the name, or give a folder') from None
+        raise UserError(
+            f"{spec}: is not in this machine's cache and can not be downloaded ({type(e).__name__}); connect to the network, check the name, or give a folder"
+        ) from None
 
 # %% ../../nbs/models/01_components.ipynb #17158613
 PINNED = re.compile(r'[\w.-]+/[\w.-]+@[0-9a-f]{40}')
 
-def part_folder(folder: Path, part: str) -> Path: return folder if (folder/'config.json').is_file() else folder/part
-def weights(folder: Path) -> list: return sorted(folder.glob('*.safetensors'))
+
+def part_folder(folder: Path, part: str) -> Path:
+    return folder if (folder / 'config.json').is_file() else folder / part
+
+
+def weights(folder: Path) -> list:
+    return sorted(folder.glob('*.safetensors'))
+
 
 def find_component(
-    spec: str,        # 'garden', a folder, or org/name@commit
-    part: str,        # one of FILES
-    base: Path = '.', # what a relative folder is relative to
-) -> Path:            # folder with config.json and safetensors
+    spec: str,  # 'garden', a folder, or org/name@commit
+    part: str,  # one of FILES
+    base: Path = '.',  # what a relative folder is relative to
+) -> Path:  # folder with config.json and safetensors
     "The folder that a setting means. Raises `UserError` for what is not there, not pinned, or not safe."
-    folder = Path(base)/Path(spec).expanduser()
-    if spec == 'garden' and part in GARDEN: folder = INSIDE/GARDEN[part]
-    elif not folder.is_dir() and PINNED.fullmatch(spec): folder = from_hub(spec, part)
+    folder = Path(base) / Path(spec).expanduser()
+    if spec == 'garden' and part in GARDEN:
+        folder = INSIDE / GARDEN[part]
+    elif not folder.is_dir() and PINNED.fullmatch(spec):
+        folder = from_hub(spec, part)
     elif not folder.is_dir():
-        pinned = f'; a hub model is written {spec.split("@")[0]}@ and the 40 digits of a commit' if HUB_ID.fullmatch(spec) else ''
+        pinned = (
+            f'; a hub model is written {spec.split("@")[0]}@ and the 40 digits of a commit'
+            if HUB_ID.fullmatch(spec)
+            else ''
+        )
         raise UserError(f'{spec}: no such folder{pinned}')
     found = part_folder(folder, part)
-    if not (found/'config.json').is_file(): raise UserError(f'{folder}: holds no {part} (neither config.json nor {part}/config.json); give a folder in the layout of Diffusers')
+    if not (found / 'config.json').is_file():
+        raise UserError(
+            f'{folder}: holds no {part} (neither config.json nor {part}/config.json); give a folder in the layout of Diffusers'
+        )
     if not weights(found):
         pickled = [p.name for p in found.iterdir() if p.suffix in ('.bin', '.ckpt', '.pt', '.pth')]
-        raise UserError(f'{found}: has its weights only as {pickled[0]}, and opening that can run code; convert it to safetensors' if pickled else f'{found}: has no weights (*.safetensors); copy it again')
+        raise UserError(
+            f'{found}: has its weights only as {pickled[0]}, and opening that can run code; convert it to safetensors'
+            if pickled
+            else f'{found}: has no weights (*.safetensors); copy it again'
+        )
     return found
 
 # %% ../../nbs/models/01_components.ipynb #a70ed0ee
 ORIGIN = '_name_or_path'  # what Diffusers and transformers write into a configuration: the folder that a part was read from
-PASSING = re.compile(rf'"({ORIGIN}|_diffusers_version|transformers_version)": ".*",?')  # what says nothing of the part itself
+PASSING = re.compile(
+    rf'"({ORIGIN}|_diffusers_version|transformers_version)": ".*",?'
+)  # what says nothing of the part itself
+
 
 def component_fingerprint(
-    folder: str | Path, # of a component, or of several
+    folder: str | Path,  # of a component, or of several
 ) -> str:
     "Fingerprint of the configuration, vocabulary and weights below a folder; notes, pictures, the folder it was read from and the versions of libraries do not count."
-    files = [p for p in sorted(Path(folder).rglob('*')) if p.suffix in ('.json', '.safetensors', '.txt') and p.is_file()]
-    return fingerprint([(str(p.relative_to(folder)), ''.join(PASSING.sub('', p.read_text(errors='replace')).split()) if p.name == 'config.json' else file_sha256(p)) for p in files])
+    files = [
+        p
+        for p in sorted(Path(folder).rglob('*'))
+        if p.suffix in ('.json', '.safetensors', '.txt') and p.is_file()
+    ]
+    return fingerprint(
+        [
+            (
+                str(p.relative_to(folder)),
+                ''.join(PASSING.sub('', p.read_text(errors='replace')).split())
+                if p.name == 'config.json'
+                else file_sha256(p),
+            )
+            for p in files
+        ]
+    )
+
 
 def save_part(
-    part,               # with `save_pretrained`
-    folder: str | Path, # to fill
+    part,  # with `save_pretrained`
+    folder: str | Path,  # to fill
 ):
     "Save a part of a model, without the path that it came from: that is nobody's business and another on each machine."
     part.save_pretrained(folder)
-    config = read_json(Path(folder)/'config.json')
-    if config.pop(ORIGIN, None): write_json(Path(folder)/'config.json', config)
+    config = read_json(Path(folder) / 'config.json')
+    if config.pop(ORIGIN, None):
+        write_json(Path(folder) / 'config.json', config)
 
 # %% ../../nbs/models/01_components.ipynb #b831652f
 @contextlib.contextmanager
-def opening(folder: Path): # whatever a library raises while it reads a folder becomes one line; its bars and reports stay out
+def opening(
+    folder: Path,
+):  # whatever a library raises while it reads a folder becomes one line; its bars and reports stay out
     from diffusers.utils import logging as d
     from transformers.utils import logging as t
-    levels, bars = (t.get_verbosity(), d.get_verbosity()), t.is_progress_bar_enabled()
-    for l in (t, d): l.set_verbosity(l.CRITICAL)
-    t.disable_progress_bar()
-    try: yield
-    except UserError: raise
-    except Exception as e:
-        if out_of_memory(e): raise UserError(f'{folder}: does not fit into memory') from e
-        raise UserError(f'{folder}: can not be opened ({type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:150]}); copy it again') from e
-    finally:
-        for l, level in zip((t, d), levels): l.set_verbosity(level)
-        if bars: t.enable_progress_bar()
 
-def _whole(folder: Path, model_info: tuple) -> nn.Module: # the model, if its weights were all there
+    levels, bars = (t.get_verbosity(), d.get_verbosity()), t.is_progress_bar_enabled()
+    for l in (t, d):
+        l.set_verbosity(l.CRITICAL)
+    t.disable_progress_bar()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        if out_of_memory(e):
+            raise UserError(f'{folder}: does not fit into memory') from e
+        raise UserError(
+            f'{folder}: can not be opened ({type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:150]}); copy it again'
+        ) from e
+    finally:
+        for l, level in zip((t, d), levels):
+            l.set_verbosity(level)
+        if bars:
+            t.enable_progress_bar()
+
+
+def _whole(folder: Path, model_info: tuple) -> nn.Module:  # the model, if its weights were all there
     model, info = model_info
     wrong = [*info['missing_keys'], *info.get('mismatched_keys', [])]
-    if wrong: raise UserError(f'{folder}: its weights do not fit its config.json ({len(wrong)} are missing, such as {wrong[0]}); copy both from the same place')
+    if wrong:
+        raise UserError(
+            f'{folder}: its weights do not fit its config.json ({len(wrong)} are missing, such as {wrong[0]}); copy both from the same place'
+        )
     return model.eval().requires_grad_(False)
 
 # %% ../../nbs/models/01_components.ipynb #d887017e
 def pil_to_tensor(
-    pictures,    # list of PIL pictures of one size, or uint8 array [B, H, W, 3]
-) -> Tensor:     # [B, 3, H, W] from -1 to 1
+    pictures,  # list of PIL pictures of one size, or uint8 array [B, H, W, 3]
+) -> Tensor:  # [B, 3, H, W] from -1 to 1
     "Pictures as the autoencoder wants them."
-    a = pictures if isinstance(pictures, np.ndarray) else np.stack([np.asarray(p.convert('RGB')) for p in pictures])
+    a = (
+        pictures
+        if isinstance(pictures, np.ndarray)
+        else np.stack([np.asarray(p.convert('RGB')) for p in pictures])
+    )
     return torch.from_numpy(np.ascontiguousarray(a)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
+
 def tensor_to_pil(
-    x: Tensor,   # [B, 3, H, W] from -1 to 1; what is outside is cut off
-) -> list:       # B PIL pictures
+    x: Tensor,  # [B, 3, H, W] from -1 to 1; what is outside is cut off
+) -> list:  # B PIL pictures
     "The way back, rounded as Diffusers rounds."
     from PIL import Image
-    a = x.detach().float().div(2).add(.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    a = (
+        x.detach()
+        .float()
+        .div(2)
+        .add(0.5)
+        .clamp(0, 1)
+        .mul(255)
+        .round()
+        .byte()
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )
     return [Image.fromarray(p) for p in a]
 
 # %% ../../nbs/models/01_components.ipynb #d8ae6dd8
 AUTOENCODERS = ('AutoencoderKL', 'AutoencoderTiny')
 
+
 def load_autoencoder(
-    spec: str,        # 'garden', a folder, or org/name@commit
-    base: Path = '.', # what a relative folder is relative to
+    spec: str,  # 'garden', a folder, or org/name@commit
+    base: Path = '.',  # what a relative folder is relative to
 ) -> nn.Module:
     "An autoencoder ready to use, fp32. Raises `UserError` when it can not be had."
     import diffusers
+
     folder = find_component(spec, 'vae', base)
-    kind = read_json(folder/'config.json').get('_class_name')
-    if kind not in AUTOENCODERS: raise UserError(f'{folder}: is a {kind}; only {" and ".join(AUTOENCODERS)} fit a Stable Diffusion pipeline')
+    kind = read_json(folder / 'config.json').get('_class_name')
+    if kind not in AUTOENCODERS:
+        raise UserError(
+            f'{folder}: is a {kind}; only {" and ".join(AUTOENCODERS)} fit a Stable Diffusion pipeline'
+        )
     with opening(folder):
-        return _whole(folder, getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32, low_cpu_mem_usage=False))
+        return _whole(
+            folder,
+            getattr(diffusers, kind).from_pretrained(
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,
+            ),
+        )
 
 # %% ../../nbs/models/01_components.ipynb #0f3f039b
-def scale_factor(vae: nn.Module) -> int: return 2**(len(vae.config.block_out_channels) - 1) # pixels a side of a latent
+def scale_factor(vae: nn.Module) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)  # pixels a side of a latent
+
 
 def encode_moments(
     vae: nn.Module,
     pictures: Tensor,  # [B, 3, H, W] from -1 to 1
-) -> tuple:            # mean and standard deviation, each [B, C, h, w], scaled
+) -> tuple:  # mean and standard deviation, each [B, C, h, w], scaled
     "What the autoencoder makes of pictures; `mean + std*noise` is a sample of it."
     out, s = vae.encode(pictures), vae.config.scaling_factor
-    if hasattr(out, 'latent_dist'): return out.latent_dist.mean*s, out.latent_dist.std*s
-    return out.latents*s, torch.zeros_like(out.latents)
+    if hasattr(out, 'latent_dist'):
+        return out.latent_dist.mean * s, out.latent_dist.std * s
+    return out.latents * s, torch.zeros_like(out.latents)
+
 
 def decode(
     vae: nn.Module,
-    latents: Tensor,   # [B, C, h, w], scaled
-) -> Tensor:           # [B, 3, H, W] from -1 to 1
+    latents: Tensor,  # [B, C, h, w], scaled
+) -> Tensor:  # [B, 3, H, W] from -1 to 1
     "Pictures of latents."
-    return vae.decode(latents/vae.config.scaling_factor).sample.clamp(-1, 1)
+    return vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
 
 # %% ../../nbs/models/01_components.ipynb #aaff4372
 @dataclass
 class TextEncoder:
     "Sentences to vectors, as `StableDiffusionPipeline` computes them."
-    tokenizer: object       # CLIPTokenizer
-    model: nn.Module        # CLIPTextModel
+
+    tokenizer: object  # CLIPTokenizer
+    model: nn.Module  # CLIPTextModel
     clip: nn.Module = None  # the whole CLIPModel, when the text encoder is half of one
 
     @property
-    def length(self) -> int: return self.tokenizer.model_max_length # positions of a sentence
+    def length(self) -> int:
+        return self.tokenizer.model_max_length  # positions of a sentence
 
-    def ids(self, texts: list) -> Tensor: # [n, L] token numbers, cut and padded
-        return self.tokenizer(list(texts), padding='max_length', max_length=self.length, truncation=True, return_tensors='pt').input_ids
+    def ids(self, texts: list) -> Tensor:  # [n, L] token numbers, cut and padded
+        return self.tokenizer(
+            list(texts), padding='max_length', max_length=self.length, truncation=True, return_tensors='pt'
+        ).input_ids
 
-    def encode(self, texts: list) -> Tensor: # [n, L, D]
-        with torch.inference_mode(): return self.model(self.ids(texts).to(self.model.device))[0]
+    def encode(self, texts: list) -> Tensor:  # [n, L, D]
+        with torch.inference_mode():
+            return self.model(self.ids(texts).to(self.model.device))[0]
 
-    def too_long(self, texts: list) -> list: # those that do not fit and will be cut
-        return [t for t, ids in zip(texts, self.tokenizer(list(texts), verbose=False).input_ids) if len(ids) > self.length] if texts else []
+    def too_long(self, texts: list) -> list:  # those that do not fit and will be cut
+        return (
+            [
+                t
+                for t, ids in zip(texts, self.tokenizer(list(texts), verbose=False).input_ids)
+                if len(ids) > self.length
+            ]
+            if texts
+            else []
+        )
 
 # %% ../../nbs/models/01_components.ipynb #0a019c6b
 def load_text(
-    spec: str,        # 'garden', a folder, or org/name@commit
-    base: Path = '.', # what a relative folder is relative to
+    spec: str,  # 'garden', a folder, or org/name@commit
+    base: Path = '.',  # what a relative folder is relative to
 ) -> TextEncoder:
     "A text encoder with its tokenizer, fp32. Raises `UserError` when it can not be had."
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
     folder = find_component(spec, 'text_encoder', base)
-    kind = read_json(folder/'config.json').get('model_type')
-    if kind not in ('clip', 'clip_text_model'): raise UserError(f'{folder}: is a {kind}; only CLIP\'s text model fits a Stable Diffusion pipeline')
-    words = next((d for d in (folder, folder.parent/'tokenizer') if (d/'tokenizer.json').is_file() or (d/'vocab.json').is_file()), None)
-    if not words: raise UserError(f'{folder}: has no tokenizer beside it (tokenizer.json, or vocab.json and merges.txt); copy it there')
+    kind = read_json(folder / 'config.json').get('model_type')
+    if kind not in ('clip', 'clip_text_model'):
+        raise UserError(f"{folder}: is a {kind}; only CLIP's text model fits a Stable Diffusion pipeline")
+    words = next(
+        (
+            d
+            for d in (folder, folder.parent / 'tokenizer')
+            if (d / 'tokenizer.json').is_file() or (d / 'vocab.json').is_file()
+        ),
+        None,
+    )
+    if not words:
+        raise UserError(
+            f'{folder}: has no tokenizer beside it (tokenizer.json, or vocab.json and merges.txt); copy it there'
+        )
     with opening(folder):
-        model = _whole(folder, (CLIPModel if kind == 'clip' else CLIPTextModel).from_pretrained(folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32))
+        model = _whole(
+            folder,
+            (CLIPModel if kind == 'clip' else CLIPTextModel).from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+            ),
+        )
         tokenizer = CLIPTokenizer.from_pretrained(words)
     text = model.text_model if kind == 'clip' else model
-    if len(tokenizer) > text.config.vocab_size: raise UserError(f'{words}: has {len(tokenizer)} tokens, the text encoder knows {text.config.vocab_size}; they do not belong together')
+    if len(tokenizer) > text.config.vocab_size:
+        raise UserError(
+            f'{words}: has {len(tokenizer)} tokens, the text encoder knows {text.config.vocab_size}; they do not belong together'
+        )
     tokenizer.model_max_length = min(tokenizer.model_max_length, text.config.max_position_embeddings)
     return TextEncoder(tokenizer, text, model if kind == 'clip' else None)
 
 # %% ../../nbs/models/01_components.ipynb #52b57a63
 def save_text(
-    text: nn.Module,     # CLIPTextModel
+    text: nn.Module,  # CLIPTextModel
     folder: str | Path,
 ):
     "A text encoder that transformers 4 and 5 read alike."
     from safetensors.torch import save_file
+
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config = text.config.to_diff_dict() | dict(architectures=['CLIPTextModel'], model_type='clip_text_model', torch_dtype='float32')
-    write_json(Path(folder)/'config.json', {k: v for k, v in config.items() if k != 'dtype'})
-    state = {f'text_model.{k.removeprefix("text_model.")}': v.float().contiguous() for k, v in text.state_dict().items() if not k.endswith('position_ids')}
-    save_file(state, Path(folder)/'model.safetensors', metadata=dict(format='pt'))
+    config = text.config.to_diff_dict() | dict(
+        architectures=['CLIPTextModel'], model_type='clip_text_model', torch_dtype='float32'
+    )
+    write_json(Path(folder) / 'config.json', {k: v for k, v in config.items() if k != 'dtype'})
+    state = {
+        f'text_model.{k.removeprefix("text_model.")}': v.float().contiguous()
+        for k, v in text.state_dict().items()
+        if not k.endswith('position_ids')
+    }
+    save_file(state, Path(folder) / 'model.safetensors', metadata=dict(format='pt'))
+
 
 def save_tokenizer(tokenizer, folder: str | Path):
     "A CLIP tokenizer that transformers 4 and 5 read alike."
-    tokenizer.backend_tokenizer.no_padding(); tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
     model = json.loads(tokenizer.backend_tokenizer.to_str())['model']
-    write_json(Path(folder)/'vocab.json', model['vocab'])
-    (Path(folder)/'merges.txt').write_text('#version: 0.2\n' + ''.join(f'{m if isinstance(m, str) else " ".join(m)}\n' for m in model['merges']), encoding='utf-8')
-    known = ('bos_token', 'eos_token', 'pad_token', 'unk_token', 'model_max_length', 'tokenizer_class', 'add_prefix_space', 'do_lower_case', 'errors')
-    write_json(Path(folder)/'tokenizer_config.json', {k: v for k, v in read_json(Path(folder)/'tokenizer_config.json').items() if k in known})
+    write_json(Path(folder) / 'vocab.json', model['vocab'])
+    (Path(folder) / 'merges.txt').write_text(
+        '#version: 0.2\n' + ''.join(f'{m if isinstance(m, str) else " ".join(m)}\n' for m in model['merges']),
+        encoding='utf-8',
+    )
+    known = (
+        'bos_token',
+        'eos_token',
+        'pad_token',
+        'unk_token',
+        'model_max_length',
+        'tokenizer_class',
+        'add_prefix_space',
+        'do_lower_case',
+        'errors',
+    )
+    write_json(
+        Path(folder) / 'tokenizer_config.json',
+        {k: v for k, v in read_json(Path(folder) / 'tokenizer_config.json').items() if k in known},
+    )
 
 # %% ../../nbs/models/01_components.ipynb #40817112
 def save_components(
@@ -225,51 +395,94 @@ def save_components(
 ):
     "Both components in the layout of Diffusers and transformers."
     folder = Path(folder)
-    save_part(vae, folder/'vae')
-    save_text(text.model, folder/'text_encoder'); save_tokenizer(text.tokenizer, folder/'tokenizer')
+    save_part(vae, folder / 'vae')
+    save_text(text.model, folder / 'text_encoder')
+    save_tokenizer(text.tokenizer, folder / 'tokenizer')
     if text.clip is not None:
-        with opening(folder): save_part(text.clip, folder/'clip')
-        save_tokenizer(text.tokenizer, folder/'clip')
+        with opening(folder):
+            save_part(text.clip, folder / 'clip')
+        save_tokenizer(text.tokenizer, folder / 'clip')
 
 # %% ../../nbs/models/01_components.ipynb #b0f16a02
 def fast_bf16(device='cpu') -> bool:
     "Whether bfloat16 saves time here."
-    return torch.cuda.is_bf16_supported() if str(device).startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
+    return (
+        torch.cuda.is_bf16_supported()
+        if str(device).startswith('cuda')
+        else torch.cpu._is_avx512_bf16_supported()
+    )
+
 
 def why_not_compile() -> str:
     "What keeps `torch.compile` from working here, '' when nothing does: TorchInductor wants a C++ compiler, on a GPU Triton a C one."
     gpu = torch.cuda.is_available()
-    wanted = [os.environ[k]] if (k := 'CC' if gpu else 'CXX') in os.environ else ['cc', 'gcc', 'clang'] if gpu else [dict(darwin='clang++', win32='cl').get(sys.platform, 'g++')]
-    return '' if any(map(shutil.which, wanted)) else f'there is no {"C" if gpu else "C++"} compiler ({" or ".join(wanted)}), which torch.compile needs'
+    wanted = (
+        [os.environ[k]]
+        if (k := 'CC' if gpu else 'CXX') in os.environ
+        else ['cc', 'gcc', 'clang']
+        if gpu
+        else [dict(darwin='clang++', win32='cl').get(sys.platform, 'g++')]
+    )
+    return (
+        ''
+        if any(map(shutil.which, wanted))
+        else f'there is no {"C" if gpu else "C++"} compiler ({" or ".join(wanted)}), which torch.compile needs'
+    )
 
 # %% ../../nbs/models/01_components.ipynb #22ac2281
 def build_denoiser(
-    settings,                 # `Settings`, or its section train
-    latent_channels: int,     # C of the latents
-    cross_attention_dim: int, # D of the text embeddings
-    sample_size: int,         # side of the latents
+    settings,  # `Settings`, or its section train
+    latent_channels: int,  # C of the latents
+    cross_attention_dim: int,  # D of the text embeddings
+    sample_size: int,  # side of the latents
 ) -> nn.Module:
     "A `UNet2DConditionModel` with random weights."
     from diffusers import UNet2DConditionModel
+
     t = getattr(settings, 'train', settings)
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if all(c % g == 0 and c >= 2*g for c in t.channels))
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if all(c % g == 0 and c >= 2 * g for c in t.channels))
     reads = lambda side: tuple(f'{"CrossAttn" if a else ""}{side}Block2D' for a in t.attention)
-    return UNet2DConditionModel(sample_size=sample_size, in_channels=latent_channels, out_channels=latent_channels, cross_attention_dim=cross_attention_dim,
-        block_out_channels=tuple(t.channels), layers_per_block=t.layers, norm_num_groups=groups, attention_head_dim=tuple(max(1, c//t.attention_head_dim) for c in t.channels),
-        down_block_types=reads('Down'), up_block_types=reads('Up')[::-1])
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        cross_attention_dim=cross_attention_dim,
+        block_out_channels=tuple(t.channels),
+        layers_per_block=t.layers,
+        norm_num_groups=groups,
+        attention_head_dim=tuple(max(1, c // t.attention_head_dim) for c in t.channels),
+        down_block_types=reads('Down'),
+        up_block_types=reads('Up')[::-1],
+    )
 
 # %% ../../nbs/models/01_components.ipynb #2c854df1
 def save_pipeline(
-    folder: str | Path,            # to fill
+    folder: str | Path,  # to fill
     unet: nn.Module,
-    components_folder: str | Path, # with vae/, text_encoder/, tokenizer/
-    scheduler,                     # a Diffusers scheduler
+    components_folder: str | Path,  # with vae/, text_encoder/, tokenizer/
+    scheduler,  # a Diffusers scheduler
 ):
     "A complete `StableDiffusionPipeline`, for `DiffusionPipeline.from_pretrained`."
     import diffusers
+
     folder, source = Path(folder), Path(components_folder)
-    save_part(unet, folder/'unet'); scheduler.save_pretrained(folder/'scheduler')
-    for part in ('vae', 'text_encoder', 'tokenizer'): shutil.copytree(source/part, folder/part, dirs_exist_ok=True)
-    write_json(folder/'model_index.json', dict(_class_name='StableDiffusionPipeline', _diffusers_version=diffusers.__version__, feature_extractor=[None, None], image_encoder=[None, None],
-        requires_safety_checker=False, safety_checker=[None, None], scheduler=['diffusers', type(scheduler).__name__], text_encoder=['transformers', 'CLIPTextModel'],
-        tokenizer=['transformers', 'CLIPTokenizer'], unet=['diffusers', type(unet).__name__], vae=['diffusers', read_json(source/'vae'/'config.json')['_class_name']]))
+    save_part(unet, folder / 'unet')
+    scheduler.save_pretrained(folder / 'scheduler')
+    for part in ('vae', 'text_encoder', 'tokenizer'):
+        shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+    write_json(
+        folder / 'model_index.json',
+        dict(
+            _class_name='StableDiffusionPipeline',
+            _diffusers_version=diffusers.__version__,
+            feature_extractor=[None, None],
+            image_encoder=[None, None],
+            requires_safety_checker=False,
+            safety_checker=[None, None],
+            scheduler=['diffusers', type(scheduler).__name__],
+            text_encoder=['transformers', 'CLIPTextModel'],
+            tokenizer=['transformers', 'CLIPTokenizer'],
+            unet=['diffusers', type(unet).__name__],
+            vae=['diffusers', read_json(source / 'vae' / 'config.json')['_class_name']],
+        ),
+    )

@@ -15,167 +15,203 @@ from torch import Tensor
 
 # %% ../../nbs/models/11_diffusion.ipynb #ba368fa7
 Schedule = Literal['linear', 'scaled_linear', 'squaredcos_cap_v2']  # how the betas grow, by Diffusers' names
-Prediction = Literal['epsilon', 'v_prediction', 'sample', 'flow_prediction'] # what the denoiser is asked for, by Diffusers' names
+Prediction = Literal[
+    'epsilon', 'v_prediction', 'sample', 'flow_prediction'
+]  # what the denoiser is asked for, by Diffusers' names
 
 # %% ../../nbs/models/11_diffusion.ipynb #fd1df387
 def betas(
-    schedule: Schedule = 'scaled_linear', # shape of the curve
-    n: int = 1000,                        # number of timesteps, T
-    start: float = .00085,                # first beta (not read by the cosine)
-    end: float = .012,                    # last beta (not read by the cosine)
-) -> Tensor:                              # [T] part of the signal that each timestep replaces
+    schedule: Schedule = 'scaled_linear',  # shape of the curve
+    n: int = 1000,  # number of timesteps, T
+    start: float = 0.00085,  # first beta (not read by the cosine)
+    end: float = 0.012,  # last beta (not read by the cosine)
+) -> Tensor:  # [T] part of the signal that each timestep replaces
     "Noise added at each timestep: linear (arXiv 2006.11239), its square root (Stable Diffusion), cosine (arXiv 2102.09672)."
-    if schedule == 'linear': return torch.linspace(start, end, n)
-    if schedule == 'scaled_linear': return torch.linspace(start**.5, end**.5, n)**2
-    left = lambda t: math.cos((t/n + .008)/1.008*math.pi/2)**2
-    return torch.tensor([min(1 - left(t + 1)/left(t), .999) for t in range(n)])
+    if schedule == 'linear':
+        return torch.linspace(start, end, n)
+    if schedule == 'scaled_linear':
+        return torch.linspace(start**0.5, end**0.5, n) ** 2
+    left = lambda t: math.cos((t / n + 0.008) / 1.008 * math.pi / 2) ** 2
+    return torch.tensor([min(1 - left(t + 1) / left(t), 0.999) for t in range(n)])
 
 # %% ../../nbs/models/11_diffusion.ipynb #2dfb7ed9
 def alpha_bar(
-    betas: Tensor, # [T]
-) -> Tensor:       # [T] falls from almost 1 to almost 0
+    betas: Tensor,  # [T]
+) -> Tensor:  # [T] falls from almost 1 to almost 0
     "Share of the signal's power left at each timestep, Ho et al. 2020 (arXiv 2006.11239), eq. 4."
     return (1 - betas).cumprod(0)
 
 # %% ../../nbs/models/11_diffusion.ipynb #9390698a
 def at(
-    values: Tensor,    # [T] one value a timestep
-    timesteps: Tensor, # [B]
-    like: Tensor,      # [B, ...] what they will multiply
-) -> Tensor:           # [B, 1, 1, ...]
+    values: Tensor,  # [T] one value a timestep
+    timesteps: Tensor,  # [B]
+    like: Tensor,  # [B, ...] what they will multiply
+) -> Tensor:  # [B, 1, 1, ...]
     "The values of a batch's timesteps, shaped to multiply the batch."
-    return values.to(like.device)[timesteps].view(-1, *[1]*(like.ndim - 1))
+    return values.to(like.device)[timesteps].view(-1, *[1] * (like.ndim - 1))
 
 # %% ../../nbs/models/11_diffusion.ipynb #9dbde2e5
 def add_noise(
-    x0: Tensor,    # [B, C, H, W] clean latents
-    noise: Tensor, # [B, C, H, W] standard normal
+    x0: Tensor,  # [B, C, H, W] clean latents
+    noise: Tensor,  # [B, C, H, W] standard normal
     abar: Tensor,  # [B, 1, 1, 1] share of the signal left
-) -> Tensor:       # [B, C, H, W]
+) -> Tensor:  # [B, C, H, W]
     "Clean latents mixed with noise, so that the power stays 1 (Ho et al. 2020, eq. 4)."
-    return abar.sqrt()*x0 + (1 - abar).sqrt()*noise
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
 # %% ../../nbs/models/11_diffusion.ipynb #c617d0da
 def zero_terminal_snr(
-    betas: Tensor, # [T]
-) -> Tensor:       # [T] betas whose last alpha_bar is 0
+    betas: Tensor,  # [T]
+) -> Tensor:  # [T] betas whose last alpha_bar is 0
     "Bend a schedule to end in pure noise, Lin et al. 2023 (arXiv 2305.08891), algorithm 1."
     root = alpha_bar(betas).sqrt()
-    root = (root - root[-1])*root[0]/(root[0] - root[-1])
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     abar = root**2
-    return 1 - torch.cat([abar[:1], abar[1:]/abar[:-1]])
+    return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
 
 # %% ../../nbs/models/11_diffusion.ipynb #6cb8ce0c
 def snr(
-    abar: Tensor, # any shape
-) -> Tensor:      # same shape; 0 is pure noise
+    abar: Tensor,  # any shape
+) -> Tensor:  # same shape; 0 is pure noise
     "Signal-to-noise ratio, Kingma et al. 2021 (arXiv 2107.00630), eq. 2."
-    return abar/(1 - abar)
+    return abar / (1 - abar)
 
 # %% ../../nbs/models/11_diffusion.ipynb #3daac6cf
 def velocity(
-    x0: Tensor,    # [B, C, H, W] clean latents
-    noise: Tensor, # [B, C, H, W]
+    x0: Tensor,  # [B, C, H, W] clean latents
+    noise: Tensor,  # [B, C, H, W]
     abar: Tensor,  # [B, 1, 1, 1]
-) -> Tensor:       # [B, C, H, W]
+) -> Tensor:  # [B, C, H, W]
     "Direction in which noisy latents turn, Salimans & Ho 2022 (arXiv 2202.00512), appendix D."
-    return abar.sqrt()*noise - (1 - abar).sqrt()*x0
+    return abar.sqrt() * noise - (1 - abar).sqrt() * x0
 
 # %% ../../nbs/models/11_diffusion.ipynb #618697ab
 def flow_alpha_bar(
-    n: int = 1000, # number of timesteps, T
-) -> Tensor:       # [T]
+    n: int = 1000,  # number of timesteps, T
+) -> Tensor:  # [T]
     "Share of signal at rectified flow's timesteps, Liu et al. 2022 (arXiv 2209.03003): `1 - sigma` of the picture, `sigma` of the noise."
-    sigma = (torch.arange(n) + .5)/n
-    return (1 - sigma)**2/((1 - sigma)**2 + sigma**2)
+    sigma = (torch.arange(n) + 0.5) / n
+    return (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
 
 # %% ../../nbs/models/11_diffusion.ipynb #fc085fb9
 def straight(
-    abar: Tensor, # any shape
-) -> Tensor:      # same shape, between sqrt(1/2) and 1
+    abar: Tensor,  # any shape
+) -> Tensor:  # same shape, between sqrt(1/2) and 1
     "How long the straight line's mix of picture and noise is, where the circle's has length 1."
-    return 1/(abar.sqrt() + (1 - abar).sqrt())
+    return 1 / (abar.sqrt() + (1 - abar).sqrt())
 
 # %% ../../nbs/models/11_diffusion.ipynb #7ed5d1d7
 def shown(
-    noisy: Tensor,          # [B, C, H, W] from `add_noise`, of power 1
-    abar: Tensor,           # [B, 1, 1, 1]
-    prediction: Prediction, # what the denoiser predicts
-) -> Tensor:                # [B, C, H, W]
+    noisy: Tensor,  # [B, C, H, W] from `add_noise`, of power 1
+    abar: Tensor,  # [B, 1, 1, 1]
+    prediction: Prediction,  # what the denoiser predicts
+) -> Tensor:  # [B, C, H, W]
     "The noisy latents as the denoiser expects them."
-    return noisy*straight(abar) if prediction == 'flow_prediction' else noisy
+    return noisy * straight(abar) if prediction == 'flow_prediction' else noisy
 
 # %% ../../nbs/models/11_diffusion.ipynb #0ef6c1d5
 def target(
-    x0: Tensor,             # [B, C, H, W] clean latents
-    noise: Tensor,          # [B, C, H, W]
-    abar: Tensor,           # [B, 1, 1, 1]
-    prediction: Prediction, # what the denoiser predicts
-) -> Tensor:                # [B, C, H, W]
+    x0: Tensor,  # [B, C, H, W] clean latents
+    noise: Tensor,  # [B, C, H, W]
+    abar: Tensor,  # [B, 1, 1, 1]
+    prediction: Prediction,  # what the denoiser predicts
+) -> Tensor:  # [B, C, H, W]
     "What the denoiser should have said."
-    if prediction == 'epsilon': return noise
-    if prediction == 'flow_prediction': return noise - x0
+    if prediction == 'epsilon':
+        return noise
+    if prediction == 'flow_prediction':
+        return noise - x0
     return x0 if prediction == 'sample' else velocity(x0, noise, abar)
 
 # %% ../../nbs/models/11_diffusion.ipynb #82015ab1
 def as_velocity(
-    answer: Tensor,         # [B, C, H, W] what the denoiser said
-    noisy: Tensor,          # [B, C, H, W] noisy latents, of power 1
-    abar: Tensor,           # [B, 1, 1, 1] more than 0 for epsilon, less than 1 for sample
-    prediction: Prediction, # what it was asked for
-) -> Tensor:                # [B, C, H, W]
+    answer: Tensor,  # [B, C, H, W] what the denoiser said
+    noisy: Tensor,  # [B, C, H, W] noisy latents, of power 1
+    abar: Tensor,  # [B, 1, 1, 1] more than 0 for epsilon, less than 1 for sample
+    prediction: Prediction,  # what it was asked for
+) -> Tensor:  # [B, C, H, W]
     "The answer as a velocity, whatever the question was."
-    if prediction == 'epsilon': return (answer - (1 - abar).sqrt()*noisy)/abar.sqrt()
-    if prediction == 'sample': return (abar.sqrt()*noisy - answer)/(1 - abar).sqrt()
-    if prediction == 'flow_prediction': return straight(abar)*(answer + (abar.sqrt() - (1 - abar).sqrt())*noisy)
+    if prediction == 'epsilon':
+        return (answer - (1 - abar).sqrt() * noisy) / abar.sqrt()
+    if prediction == 'sample':
+        return (abar.sqrt() * noisy - answer) / (1 - abar).sqrt()
+    if prediction == 'flow_prediction':
+        return straight(abar) * (answer + (abar.sqrt() - (1 - abar).sqrt()) * noisy)
     return answer
 
 # %% ../../nbs/models/11_diffusion.ipynb #2aeb951c
 def loss_per_sample(
-    answer: Tensor, # [B, C, H, W]
-    wanted: Tensor, # [B, C, H, W]
-) -> Tensor:        # [B] in float32
+    answer: Tensor,  # [B, C, H, W]
+    wanted: Tensor,  # [B, C, H, W]
+) -> Tensor:  # [B] in float32
     "Mean squared error of each sample."
     return (answer.float() - wanted.float()).square().flatten(1).mean(1)
 
 # %% ../../nbs/models/11_diffusion.ipynb #c97c94d7
 def min_snr_weight(
-    ratio: Tensor,                          # [B] signal-to-noise ratio of each sample's timestep
-    gamma: float = 5.,                      # where the weight stops growing; 0: no weighting
-    prediction: Prediction = 'v_prediction', # what the denoiser predicts
-) -> Tensor:                                # [B] weight of each sample's squared error
+    ratio: Tensor,  # [B] signal-to-noise ratio of each sample's timestep
+    gamma: float = 5.0,  # where the weight stops growing; 0: no weighting
+    prediction: Prediction = 'v_prediction',  # what the denoiser predicts
+) -> Tensor:  # [B] weight of each sample's squared error
     "Weight that balances timesteps, Hang et al. 2023 (arXiv 2303.09556), eq. 5."
-    if not gamma: return torch.ones_like(ratio)
+    if not gamma:
+        return torch.ones_like(ratio)
     capped = ratio.clamp(max=gamma)
-    grown = dict(sample=1, epsilon=ratio, v_prediction=ratio + 1, flow_prediction=(ratio.sqrt() + 1)**2)
-    return capped/grown[prediction]
+    grown = dict(sample=1, epsilon=ratio, v_prediction=ratio + 1, flow_prediction=(ratio.sqrt() + 1) ** 2)
+    return capped / grown[prediction]
 
 # %% ../../nbs/models/11_diffusion.ipynb #90803d46
 def make_scheduler(
-    train, # settings.train: timesteps, beta_start, beta_end, beta_schedule, prediction_type, zero_terminal_snr, flow_shift
-):         # a DDPMScheduler; for rectified flow, which has no betas, a DPMSolverMultistepScheduler
+    train,  # settings.train: timesteps, beta_start, beta_end, beta_schedule, prediction_type, zero_terminal_snr, flow_shift
+):  # a DDPMScheduler; for rectified flow, which has no betas, a DPMSolverMultistepScheduler
     "The schedule of training as Diffusers keeps it (`scheduler/scheduler_config.json`)."
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
     if train.prediction_type == 'flow_prediction':
-        return DPMSolverMultistepScheduler(train.timesteps, prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=train.flow_shift, steps_offset=1)
-    return DDPMScheduler(num_train_timesteps=train.timesteps, beta_start=train.beta_start, beta_end=train.beta_end,
-        beta_schedule=train.beta_schedule, prediction_type=train.prediction_type, clip_sample=False,
-        rescale_betas_zero_snr=train.zero_terminal_snr, timestep_spacing='trailing' if train.zero_terminal_snr else 'leading', steps_offset=1)
+        return DPMSolverMultistepScheduler(
+            train.timesteps,
+            prediction_type='flow_prediction',
+            use_flow_sigmas=True,
+            flow_shift=train.flow_shift,
+            steps_offset=1,
+        )
+    return DDPMScheduler(
+        num_train_timesteps=train.timesteps,
+        beta_start=train.beta_start,
+        beta_end=train.beta_end,
+        beta_schedule=train.beta_schedule,
+        prediction_type=train.prediction_type,
+        clip_sample=False,
+        rescale_betas_zero_snr=train.zero_terminal_snr,
+        timestep_spacing='trailing' if train.zero_terminal_snr else 'leading',
+        steps_offset=1,
+    )
 
 # %% ../../nbs/models/11_diffusion.ipynb #0adae485
 def noise_levels(
-    scheduler, # of Diffusers
-) -> Tensor:   # [T] alpha_bar
+    scheduler,  # of Diffusers
+) -> Tensor:  # [T] alpha_bar
     "Share of signal at each timestep that a model with this scheduler was trained on."
     c = scheduler.config
-    return flow_alpha_bar(c.num_train_timesteps) if c.prediction_type == 'flow_prediction' else scheduler.alphas_cumprod
+    return (
+        flow_alpha_bar(c.num_train_timesteps)
+        if c.prediction_type == 'flow_prediction'
+        else scheduler.alphas_cumprod
+    )
 
 # %% ../../nbs/models/11_diffusion.ipynb #d14eccf5
 def sampling_scheduler(
-    config, # of `make_scheduler`'s
-):          # a DPMSolverMultistepScheduler
+    config,  # of `make_scheduler`'s
+):  # a DPMSolverMultistepScheduler
     "The scheduler that a finished model samples with: DPM-Solver++ of second order at the noise levels of training."
     from diffusers import DPMSolverMultistepScheduler
+
     zero = config.get('rescale_betas_zero_snr', False)
-    return DPMSolverMultistepScheduler.from_config(config, algorithm_type='dpmsolver++', solver_order=2,
-        timestep_spacing='trailing' if zero else 'linspace', use_karras_sigmas=False, final_sigmas_type='zero')
+    return DPMSolverMultistepScheduler.from_config(
+        config,
+        algorithm_type='dpmsolver++',
+        solver_order=2,
+        timestep_spacing='trailing' if zero else 'linspace',
+        use_karras_sigmas=False,
+        final_sigmas_type='zero',
+    )

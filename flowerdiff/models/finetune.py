@@ -14,71 +14,103 @@ from ..core.workspace import UserError
 
 # %% ../../nbs/models/10_finetune.ipynb #a87eca59
 def find_base(
-    spec: str,        # settings.train.init
-    base: Path = '.', # what a relative folder is relative to
-) -> Path:            # folder with `model_index.json`
+    spec: str,  # settings.train.init
+    base: Path = '.',  # what a relative folder is relative to
+) -> Path:  # folder with `model_index.json`
     "The model to go on from. Raises `UserError` when it is not to be had."
-    return find_model(here if (here := Path(base)/Path(spec).expanduser()).is_dir() else spec)
+    return find_model(here if (here := Path(base) / Path(spec).expanduser()).is_dir() else spec)
+
 
 def base_unet(
     folder: Path,  # from `find_base`
-    channels: int, # C of the latents
-    width: int,    # D of the text embeddings
-) -> nn.Module:    # fp32, every weight to be trained
+    channels: int,  # C of the latents
+    width: int,  # D of the text embeddings
+) -> nn.Module:  # fp32, every weight to be trained
     "Its denoiser. Raises `UserError` when it does not fit what the encoded pictures and texts look like."
     from diffusers import UNet2DConditionModel
-    unet = load_part(UNet2DConditionModel, Path(folder)/'unet').requires_grad_(True)
+
+    unet = load_part(UNet2DConditionModel, Path(folder) / 'unet').requires_grad_(True)
     check_fit(unet, channels, width, folder)
     return unet
 
+
 def check_fit(
     unet: nn.Module,
-    channels: int, # C of the latents
-    width: int,    # D of the text embeddings
-    where,         # it comes from
+    channels: int,  # C of the latents
+    width: int,  # D of the text embeddings
+    where,  # it comes from
 ):
     "Raises `UserError` when a model to go on from reads something else than the components make."
-    for name, has, wants in (('latents', channels, unet.config.in_channels), ('text embeddings', width, unet.config.cross_attention_dim)):
-        if has != wants: raise UserError(f'train.init: {where} reads {name} of {wants} channels, these have {has}; set components.autoencoder and components.text_encoder to those that it was trained with')
+    for name, has, wants in (
+        ('latents', channels, unet.config.in_channels),
+        ('text embeddings', width, unet.config.cross_attention_dim),
+    ):
+        if has != wants:
+            raise UserError(
+                f'train.init: {where} reads {name} of {wants} channels, these have {has}; set components.autoencoder and components.text_encoder to those that it was trained with'
+            )
 
 # %% ../../nbs/models/10_finetune.ipynb #999f549d
 def as_trained(
     train,  # settings.train
-    config, # of a model's scheduler
-):          # settings.train
+    config,  # of a model's scheduler
+):  # settings.train
     "The settings, with the noise schedule and the question that a model was trained on."
     kind = config.get('prediction_type', 'epsilon')
-    schedule = dict(flow_shift=config['flow_shift']) if kind == 'flow_prediction' else dict(beta_start=config['beta_start'], beta_end=config['beta_end'], beta_schedule=config['beta_schedule'], zero_terminal_snr=bool(config.get('rescale_betas_zero_snr')))
-    return train.model_copy(update=dict(prediction_type=kind, timesteps=config['num_train_timesteps'], **schedule))
+    schedule = (
+        dict(flow_shift=config['flow_shift'])
+        if kind == 'flow_prediction'
+        else dict(
+            beta_start=config['beta_start'],
+            beta_end=config['beta_end'],
+            beta_schedule=config['beta_schedule'],
+            zero_terminal_snr=bool(config.get('rescale_betas_zero_snr')),
+        )
+    )
+    return train.model_copy(
+        update=dict(prediction_type=kind, timesteps=config['num_train_timesteps'], **schedule)
+    )
 
 # %% ../../nbs/models/10_finetune.ipynb #12b4b799
-LAYERS = ['to_q', 'to_k', 'to_v', 'to_out.0'] # of each attention
+LAYERS = ['to_q', 'to_k', 'to_v', 'to_out.0']  # of each attention
+
 
 def add_lora(
     unet: nn.Module,
-    rank: int,    # r
-    alpha: float, # what is added is scaled by alpha/rank
-) -> nn.Module:   # the same; only the new weights are trained
+    rank: int,  # r
+    alpha: float,  # what is added is scaled by alpha/rank
+) -> nn.Module:  # the same; only the new weights are trained
     "Put thin matrices beside those of every attention."
     from peft import LoraConfig
+
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights='gaussian', target_modules=LAYERS))
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights='gaussian', target_modules=LAYERS)
+    )
     return unet
 
 # %% ../../nbs/models/10_finetune.ipynb #31644963
 def merged(
-    unet: nn.Module, # from `add_lora`
-) -> nn.Module:      # a copy of the kind that it was before
+    unet: nn.Module,  # from `add_lora`
+) -> nn.Module:  # a copy of the kind that it was before
     "What was learned, folded into the weights."
-    out = copy.deepcopy(unet); out.fuse_lora(); out.unload_lora()
+    out = copy.deepcopy(unet)
+    out.fuse_lora()
+    out.unload_lora()
     return out.requires_grad_(False)
 
+
 def save_lora(
-    unet: nn.Module, # from `add_lora`
-    folder: Path,    # gets pytorch_lora_weights.safetensors
+    unet: nn.Module,  # from `add_lora`
+    folder: Path,  # gets pytorch_lora_weights.safetensors
 ):
     "The new weights alone, for `pipeline.load_lora_weights`."
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)), unet_lora_adapter_metadata=unet.peft_config['default'].to_dict())
+
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        unet_lora_adapter_metadata=unet.peft_config['default'].to_dict(),
+    )

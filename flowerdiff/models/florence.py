@@ -17,45 +17,76 @@ from ..core.workspace import UserError, read_json
 @dataclass
 class Florence:
     "Asks a Florence-2 about pictures."
-    processor: object         # Florence2Processor
-    model: nn.Module          # Florence2ForConditionalGeneration
-    num_beams: int = 3        # sentences followed at once
-    max_new_tokens: int = 256 # of an answer
 
-    def inputs(self, pictures: list, task: str) -> dict: # tensors, [B, ...] each
-        return dict(self.processor(images=[p.convert('RGB') for p in pictures], text=[task]*len(pictures), return_tensors='pt'))
+    processor: object  # Florence2Processor
+    model: nn.Module  # Florence2ForConditionalGeneration
+    num_beams: int = 3  # sentences followed at once
+    max_new_tokens: int = 256  # of an answer
 
-    def answers(self, inputs: dict, task: str) -> list: # B texts
+    def inputs(self, pictures: list, task: str) -> dict:  # tensors, [B, ...] each
+        return dict(
+            self.processor(
+                images=[p.convert('RGB') for p in pictures], text=[task] * len(pictures), return_tensors='pt'
+            )
+        )
+
+    def answers(self, inputs: dict, task: str) -> list:  # B texts
         m, tokenizer = self.model, self.processor.tokenizer
         inputs = {k: v.to(m.device, m.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
-        with torch.inference_mode(): ids = m.generate(**inputs, do_sample=False, num_beams=self.num_beams, max_new_tokens=self.max_new_tokens)
-        said = [t.replace(tokenizer.pad_token, '') for t in tokenizer.batch_decode(ids, skip_special_tokens=False)]
+        with torch.inference_mode():
+            ids = m.generate(
+                **inputs, do_sample=False, num_beams=self.num_beams, max_new_tokens=self.max_new_tokens
+            )
+        said = [
+            t.replace(tokenizer.pad_token, '') for t in tokenizer.batch_decode(ids, skip_special_tokens=False)
+        ]
         return [self.processor.post_process_generation(t, task=task)[task] for t in said]
 
     def describe(
         self,
-        pictures: list, # of PIL pictures, of any size
-        task: str,      # <CAPTION>, <DETAILED_CAPTION> or <MORE_DETAILED_CAPTION>
-    ) -> list:          # an answer each
+        pictures: list,  # of PIL pictures, of any size
+        task: str,  # <CAPTION>, <DETAILED_CAPTION> or <MORE_DETAILED_CAPTION>
+    ) -> list:  # an answer each
         "What the model says of pictures."
         return self.answers(self.inputs(pictures, task), task)
 
 # %% ../../nbs/models/09_florence.ipynb #265b3d05
 def open_florence(
-    spec: str,          # a folder, or org/name@commit
-    base: Path = '.',   # what a relative folder is relative to
-    device: str = None, # None: the GPU, if there is one
+    spec: str,  # a folder, or org/name@commit
+    base: Path = '.',  # what a relative folder is relative to
+    device: str = None,  # None: the GPU, if there is one
     num_beams: int = 3,
     max_new_tokens: int = 256,
 ) -> Florence:
     "A Florence-2 with its processor. Raises `UserError` when it can not be had."
     from transformers import Florence2ForConditionalGeneration, Florence2Processor
+
     folder = find_component(spec, 'florence', base)
-    config, device = read_json(folder/'config.json'), torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    if config.get('model_type') != 'florence2': raise UserError(f'{folder}: is a {config.get("model_type", "model of an unknown kind")}; caption.model wants a Florence-2, such as florence-community/Florence-2-large')
-    if 'auto_map' in config: raise UserError(f'{folder}: is Florence-2 in its first format, which brings code to run; take florence-community/Florence-2-large, which has the same weights and none')
+    config, device = (
+        read_json(folder / 'config.json'),
+        torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')),
+    )
+    if config.get('model_type') != 'florence2':
+        raise UserError(
+            f'{folder}: is a {config.get("model_type", "model of an unknown kind")}; caption.model wants a Florence-2, such as florence-community/Florence-2-large'
+        )
+    if 'auto_map' in config:
+        raise UserError(
+            f'{folder}: is Florence-2 in its first format, which brings code to run; take florence-community/Florence-2-large, which has the same weights and none'
+        )
     with opening(folder):
-        model = _whole(folder, Florence2ForConditionalGeneration.from_pretrained(folder, use_safetensors=True, output_loading_info=True, dtype=torch.float16 if device.type == 'cuda' else torch.float32))
+        model = _whole(
+            folder,
+            Florence2ForConditionalGeneration.from_pretrained(
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                dtype=torch.float16 if device.type == 'cuda' else torch.float32,
+            ),
+        )
         processor = Florence2Processor.from_pretrained(folder)
-        if processor.tokenizer.image_token_id != model.config.image_token_id: raise UserError(f'{folder}: its tokenizer is missing or another model\'s; copy both from the same place')
+        if processor.tokenizer.image_token_id != model.config.image_token_id:
+            raise UserError(
+                f"{folder}: its tokenizer is missing or another model's; copy both from the same place"
+            )
         return Florence(processor, model.to(device), num_beams, max_new_tokens)

@@ -18,100 +18,132 @@ from ..core.workspace import UserError, out_of_memory, read_json, write_json
 # %% ../../nbs/models/02_model_folder.ipynb #8d1f6f87
 HUB_FILES = ['*.json', '*.safetensors', '*.txt', '*.onnx', '*.onnx_data', '*.engine']
 
+
 def from_hub(
-    name: str, # `org/name`, better `org/name@commit`
-) -> Path:     # the local copy
+    name: str,  # `org/name`, better `org/name@commit`
+) -> Path:  # the local copy
     "Download a model repository: safetensors, ONNX and configuration, never a pickle."
-    try: return snapshot(name, allow_patterns=HUB_FILES)
-    except Exception as e: raise UserError(f'{name}: neither a folder here nor a model that the hub gives ({type(e).__name__}); check the name and the network')
+    try:
+        return snapshot(name, allow_patterns=HUB_FILES)
+    except Exception as e:
+        raise UserError(
+            f'{name}: neither a folder here nor a model that the hub gives ({type(e).__name__}); check the name and the network'
+        )
 
 # %% ../../nbs/models/02_model_folder.ipynb #1763af04
 def find_model(
-    where: str | Path, # a workspace, a model folder, or a hub id
-) -> Path:             # folder with `model_index.json`
+    where: str | Path,  # a workspace, a model folder, or a hub id
+) -> Path:  # folder with `model_index.json`
     "The model folder that `where` means; raises a UserError that says what is missing."
     path = Path(where)
-    for folder in (path, path/'model'):
-        if (folder/'model_index.json').is_file(): return folder
-    if (path/'params.yaml').is_file(): raise UserError(f'{path}: this workspace has no model yet; `flowerdiff run {path}` trains one')
-    if path.exists(): raise UserError(f'{path}: not a model folder (no model_index.json); give a workspace, a model folder or a hub id')
-    if HUB_ID.fullmatch(str(where)): return from_hub(str(where))
-    raise UserError(f'{path}: not there; give a workspace, a model folder or a hub id such as org/name@commit')
+    for folder in (path, path / 'model'):
+        if (folder / 'model_index.json').is_file():
+            return folder
+    if (path / 'params.yaml').is_file():
+        raise UserError(f'{path}: this workspace has no model yet; `flowerdiff run {path}` trains one')
+    if path.exists():
+        raise UserError(
+            f'{path}: not a model folder (no model_index.json); give a workspace, a model folder or a hub id'
+        )
+    if HUB_ID.fullmatch(str(where)):
+        return from_hub(str(where))
+    raise UserError(
+        f'{path}: not there; give a workspace, a model folder or a hub id such as org/name@commit'
+    )
 
 # %% ../../nbs/models/02_model_folder.ipynb #2ad07fb2
 PIPELINES = ('StableDiffusionPipeline', 'ORTStableDiffusionPipeline', 'OnnxStableDiffusionPipeline')
 
+
 @contextmanager
 def readable(
-    path: Path, # the file or folder that the block reads
+    path: Path,  # the file or folder that the block reads
 ):
     "Turn whatever a library raises while it reads `path` into one line for a person."
-    try: yield
-    except UserError: raise
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as e:
-        if out_of_memory(e): raise UserError(f'{path}: does not fit into memory') from e
-        raise UserError(f'{path}: cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""}); copy or make the model again') from e
+        if out_of_memory(e):
+            raise UserError(f'{path}: does not fit into memory') from e
+        raise UserError(
+            f'{path}: cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""}); copy or make the model again'
+        ) from e
 
 # %% ../../nbs/models/02_model_folder.ipynb #4934e418
 def read_config(
-    folder: Path, # model folder
+    folder: Path,  # model folder
     *parts: str,  # names to try: the autoencoder is `vae` in PyTorch's layout, `vae_decoder` in ONNX's
 ) -> dict:
     "Configuration of one part of a model."
     for part in parts:
-        path = folder/part/('scheduler_config.json' if part == 'scheduler' else 'config.json')
+        path = folder / part / ('scheduler_config.json' if part == 'scheduler' else 'config.json')
         if path.is_file():
-            with readable(path): return read_json(path)
-    raise UserError(f'{folder/parts[0]}: this part of the model is missing; copy or make the model again')
+            with readable(path):
+                return read_json(path)
+    raise UserError(f'{folder / parts[0]}: this part of the model is missing; copy or make the model again')
 
 # %% ../../nbs/models/02_model_folder.ipynb #7cf2d8ca
 def scheduler_config(
-    folder: Path, # model folder
+    folder: Path,  # model folder
 ) -> dict:
     "The schedule as StableDiffusionPipeline would use it."
     import diffusers
+
     config = read_config(folder, 'scheduler')
-    with readable(folder/'scheduler'):
-        if not hasattr(cls := getattr(diffusers, str(config['_class_name']), None), 'set_timesteps'): raise ValueError(f"{config['_class_name']} is no scheduler of Diffusers")
+    with readable(folder / 'scheduler'):
+        if not hasattr(cls := getattr(diffusers, str(config['_class_name']), None), 'set_timesteps'):
+            raise ValueError(f'{config["_class_name"]} is no scheduler of Diffusers')
         cls.from_config({k: v for k, v in config.items() if k != '_class_name'})
-    if config.get('steps_offset', 1) != 1: config['steps_offset'] = 1
-    if config.get('clip_sample', False): config['clip_sample'] = False
+    if config.get('steps_offset', 1) != 1:
+        config['steps_offset'] = 1
+    if config.get('clip_sample', False):
+        config['clip_sample'] = False
     return config
 
 # %% ../../nbs/models/02_model_folder.ipynb #c6ba71ab
 def student_steps(
-    folder: Path, # model folder
+    folder: Path,  # model folder
 ) -> int:
     "Steps that a distilled model draws in, without guidance; 0 for any other model."
-    path = folder/'train_settings.json'
-    if not path.is_file(): return 0
-    with readable(path): return int(read_json(path).get('train', {}).get('distill', 0))
+    path = folder / 'train_settings.json'
+    if not path.is_file():
+        return 0
+    with readable(path):
+        return int(read_json(path).get('train', {}).get('distill', 0))
 
 # %% ../../nbs/models/02_model_folder.ipynb #91869931
 def copy_student_steps(
     model: Path,  # model folder
-    folder: Path, # of its copy
+    folder: Path,  # of its copy
 ):
     "What `student_steps` reads; nothing of a model that is no student."
-    if n := student_steps(model): write_json(folder/'train_settings.json', dict(train=dict(distill=n)))
+    if n := student_steps(model):
+        write_json(folder / 'train_settings.json', dict(train=dict(distill=n)))
 
 # %% ../../nbs/models/02_model_folder.ipynb #a36d66ee
 def load_part(
-    cls,           # a class of diffusers or transformers
+    cls,  # a class of diffusers or transformers
     folder: Path,  # that part's folder
     device: str = 'cpu',
 ):
     "One part of a model, for inference; every weight must be there."
-    with opening(folder): part, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    with opening(folder):
+        part, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     missing = [k for k in info.get('missing_keys', ()) if not k.endswith('position_ids')]
-    if missing: raise UserError(f'{folder}: half a model, {len(missing)} weights are missing (such as {sorted(missing)[0]}); copy or make it again')
-    if part.dtype != torch.float32: part = part.float()
+    if missing:
+        raise UserError(
+            f'{folder}: half a model, {len(missing)} weights are missing (such as {sorted(missing)[0]}); copy or make it again'
+        )
+    if part.dtype != torch.float32:
+        part = part.float()
     return part.eval().requires_grad_(False).to(device)
 
 # %% ../../nbs/models/02_model_folder.ipynb #1021f527
 def weights_fingerprint(
-    folder: Path,    # model folder
-    blocks: int = 16, # pieces of 64 KB read from each file
+    folder: Path,  # model folder
+    blocks: int = 16,  # pieces of 64 KB read from each file
 ) -> str:
     "Which weights these are: a hash of sizes and of evenly spread samples of every safetensors file."
     h = hashlib.sha256()
@@ -119,5 +151,7 @@ def weights_fingerprint(
         size = path.stat().st_size
         h.update(f'{path.parent.name}/{path.name}:{size}'.encode())
         with open(path, 'rb') as f:
-            for i in range(blocks): f.seek(max(0, (size-65536)*i//max(1, blocks-1))); h.update(f.read(65536))
+            for i in range(blocks):
+                f.seek(max(0, (size - 65536) * i // max(1, blocks - 1)))
+                h.update(f.read(65536))
     return h.hexdigest()

@@ -15,25 +15,44 @@ from ..core.workspace import UserError
 # %% ../../nbs/models/05_perceptual.ipynb #6f487de5
 class SqueezeNet:
     "SqueezeNet 1.1 from a safetensors file: `conv1_w_0`, `fire2.squeeze1x1_w_0` and so on. Raises `UserError` for another file."
-    mean = 103.939, 116.779, 123.68 # of ImageNet: blue, green, red
-    def __init__(self,
+
+    mean = 103.939, 116.779, 123.68  # of ImageNet: blue, green, red
+
+    def __init__(
+        self,
         path: str | Path,
         device: str = 'cpu',
     ):
         from safetensors.torch import load_file
-        try: self.weights = {k: v.float().to(device) for k, v in load_file(path).items()}
-        except Exception as e: raise UserError(f'{path}: cannot be read ({type(e).__name__}); give a SqueezeNet 1.1 in safetensors') from None
-        if 'fire9.expand3x3_w_0' not in self.weights: raise UserError(f'{path}: holds no SqueezeNet 1.1 (no fire9.expand3x3_w_0); give one in safetensors')
+
+        try:
+            self.weights = {k: v.float().to(device) for k, v in load_file(path).items()}
+        except Exception as e:
+            raise UserError(
+                f'{path}: cannot be read ({type(e).__name__}); give a SqueezeNet 1.1 in safetensors'
+            ) from None
+        if 'fire9.expand3x3_w_0' not in self.weights:
+            raise UserError(
+                f'{path}: holds no SqueezeNet 1.1 (no fire9.expand3x3_w_0); give one in safetensors'
+            )
         self.shift = torch.tensor(self.mean, device=device)[:, None, None]
 
-    def _conv(self, name: str, x: Tensor, **how) -> Tensor: return F.conv2d(x, self.weights[f'{name}_w_0'], self.weights[f'{name}_b_0'], **how).relu()
+    def _conv(self, name: str, x: Tensor, **how) -> Tensor:
+        return F.conv2d(x, self.weights[f'{name}_w_0'], self.weights[f'{name}_b_0'], **how).relu()
 
-    def stages(self,
-        x: Tensor,      # [B, 3, H, W], red first, 0 to 255
+    def stages(
+        self,
+        x: Tensor,  # [B, 3, H, W], red first, 0 to 255
         last: int = 9,  # fire module to stop after
-    ) -> list:          # [B, C, h, w] after conv1 and each fire module; with gradients, where wanted
-        x = self._conv('conv1', x.flip(1) - self.shift, stride=2); seen = [x]
+    ) -> list:  # [B, C, h, w] after conv1 and each fire module; with gradients, where wanted
+        x = self._conv('conv1', x.flip(1) - self.shift, stride=2)
+        seen = [x]
         for i in range(2, last + 1):
-            x = self._conv(f'fire{i}.squeeze1x1', F.max_pool2d(x, 3, 2, ceil_mode=True) if i in (2, 4, 6) else x)
-            x = torch.cat([self._conv(f'fire{i}.expand1x1', x), self._conv(f'fire{i}.expand3x3', x, padding=1)], 1); seen.append(x)
+            x = self._conv(
+                f'fire{i}.squeeze1x1', F.max_pool2d(x, 3, 2, ceil_mode=True) if i in (2, 4, 6) else x
+            )
+            x = torch.cat(
+                [self._conv(f'fire{i}.expand1x1', x), self._conv(f'fire{i}.expand3x3', x, padding=1)], 1
+            )
+            seen.append(x)
         return seen

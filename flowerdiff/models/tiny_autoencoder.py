@@ -19,200 +19,250 @@ from .components import fast_bf16, save_part
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #18581398
 def small_autoencoder(
-    width: int = 48,               # channels of every layer
+    width: int = 48,  # channels of every layer
     latent_channels: int = 4,
-    encoder_blocks: tuple = (0, 1, 3), # residual blocks at full, half and quarter size
-    decoder_blocks: tuple = (5, 2, 0), # at quarter, half and full size
-) -> nn.Module:                    # diffusers' AutoencoderTiny
+    encoder_blocks: tuple = (0, 1, 3),  # residual blocks at full, half and quarter size
+    decoder_blocks: tuple = (5, 2, 0),  # at quarter, half and full size
+) -> nn.Module:  # diffusers' AutoencoderTiny
     "An untrained autoencoder that makes a picture four times smaller a side."
     from diffusers import AutoencoderTiny
-    return AutoencoderTiny(encoder_block_out_channels=(width,)*len(encoder_blocks), decoder_block_out_channels=(width,)*len(decoder_blocks),
-        num_encoder_blocks=encoder_blocks, num_decoder_blocks=decoder_blocks, latent_channels=latent_channels)
+
+    return AutoencoderTiny(
+        encoder_block_out_channels=(width,) * len(encoder_blocks),
+        decoder_block_out_channels=(width,) * len(decoder_blocks),
+        num_encoder_blocks=encoder_blocks,
+        num_decoder_blocks=decoder_blocks,
+        latent_channels=latent_channels,
+    )
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #ef56bad6
 def to_tensor(
-    pictures: np.ndarray, # [N, H, W, 3] uint8
-) -> Tensor:              # [N, 3, H, W] in -1..1
+    pictures: np.ndarray,  # [N, H, W, 3] uint8
+) -> Tensor:  # [N, 3, H, W] in -1..1
     "Pictures as a network sees them."
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
+
 def to_pictures(
-    x: Tensor,     # [N, 3, H, W] in -1..1
-) -> np.ndarray:   # [N, H, W, 3] uint8
+    x: Tensor,  # [N, 3, H, W] in -1..1
+) -> np.ndarray:  # [N, H, W, 3] uint8
     "Pictures as a person sees them."
     return x.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #9df3186b
 @torch.no_grad()
 def psnr(
-    model,                # AutoencoderTiny, or whatever encodes and decodes like it
-    pictures: np.ndarray, # [N, H, W, 3] uint8
+    model,  # AutoencoderTiny, or whatever encodes and decodes like it
+    pictures: np.ndarray,  # [N, H, W, 3] uint8
     batch_size: int = 64,
-) -> float:               # dB, mean over pictures
+) -> float:  # dB, mean over pictures
     "Quality of the reconstructions of `pictures`."
     device, found = next(model.parameters()).device, []
     for i in range(0, len(pictures), batch_size):
-        x = to_tensor(pictures[i:i+batch_size]).to(device)
+        x = to_tensor(pictures[i : i + batch_size]).to(device)
         y = model.decode(model.encode(x).latents).sample.clamp(-1, 1)
-        found.append(10*torch.log10(4/(y-x).pow(2).flatten(1).mean(1)))
+        found.append(10 * torch.log10(4 / (y - x).pow(2).flatten(1).mean(1)))
     return torch.cat(found).mean().item()
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #bf0bee09
-def slopes(x): return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+def slopes(x):
+    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+
 
 def reconstruction_loss(
-    out: Tensor, # [B, 3, H, W] reconstructed
-    x: Tensor,   # [B, 3, H, W] wanted
-) -> Tensor:     # a number
+    out: Tensor,  # [B, 3, H, W] reconstructed
+    x: Tensor,  # [B, 3, H, W] wanted
+) -> Tensor:  # a number
     "Error of values and of edges."
-    rmse = (out-x).pow(2).flatten(1).mean(1).add(1e-6).sqrt().mean()
-    return rmse + (out-x).abs().mean() + .5*sum((a-b).abs().mean() for a, b in zip(slopes(out), slopes(x)))
+    rmse = (out - x).pow(2).flatten(1).mean(1).add(1e-6).sqrt().mean()
+    return (
+        rmse
+        + (out - x).abs().mean()
+        + 0.5 * sum((a - b).abs().mean() for a, b in zip(slopes(out), slopes(x)))
+    )
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #20a602c6
 @torch.no_grad()
 def encode_all(model, pictures, batch_size=128):
     "Latents of many pictures, [N, C, h, w]."
     device = next(model.parameters()).device
-    return torch.cat([model.encode(to_tensor(pictures[i:i+batch_size]).to(device)).latents for i in range(0, len(pictures), batch_size)])
+    return torch.cat(
+        [
+            model.encode(to_tensor(pictures[i : i + batch_size]).to(device)).latents
+            for i in range(0, len(pictures), batch_size)
+        ]
+    )
+
 
 @torch.no_grad()
 def standardise(
-    model,                # changed in place
-    pictures: np.ndarray, # [N, H, W, 3] that stand for all
+    model,  # changed in place
+    pictures: np.ndarray,  # [N, H, W, 3] that stand for all
 ):
     "Folds zero mean and unit variance a channel into the encoder's last layer, and the inverse into the decoder's first."
     z = encode_all(model, pictures)
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     last, first = model.encoder.layers[-1], model.decoder.layers[0]
-    last.weight.div_(std[:, None, None, None]); last.bias.sub_(mean).div_(std)
-    first.bias.add_((first.weight*mean[None, :, None, None]).sum((1, 2, 3)))
+    last.weight.div_(std[:, None, None, None])
+    last.bias.sub_(mean).div_(std)
+    first.bias.add_((first.weight * mean[None, :, None, None]).sum((1, 2, 3)))
     first.weight.mul_(std[None, :, None, None])
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #f7201469
 def save_autoencoder(
-    model,              # AutoencoderTiny or AutoencoderKL
-    out: Path,          # folder
-    spent: dict = None, # kept beside it, in `spent.json`
+    model,  # AutoencoderTiny or AutoencoderKL
+    out: Path,  # folder
+    spent: dict = None,  # kept beside it, in `spent.json`
 ):
     "Writes `model` in Diffusers' layout; an older one at `out` is replaced in one move."
     out = Path(out)
     fresh, old = out.with_name(out.name + '.fresh'), out.with_name(out.name + '.old')
-    for d in (fresh, old): shutil.rmtree(d, ignore_errors=True)
+    for d in (fresh, old):
+        shutil.rmtree(d, ignore_errors=True)
     save_part(model, fresh)
-    config = json.loads((fresh/'config.json').read_text())
-    if config['_class_name'] == 'AutoencoderTiny': config.pop('block_out_channels', None) # derived: read back, it would only cause a warning
-    (fresh/'config.json').write_text(json.dumps(config, indent=2))
-    if spent: (fresh/'spent.json').write_text(json.dumps(spent))
-    if out.exists(): out.rename(old)
+    config = json.loads((fresh / 'config.json').read_text())
+    if config['_class_name'] == 'AutoencoderTiny':
+        config.pop('block_out_channels', None)  # derived: read back, it would only cause a warning
+    (fresh / 'config.json').write_text(json.dumps(config, indent=2))
+    if spent:
+        (fresh / 'spent.json').write_text(json.dumps(spent))
+    if out.exists():
+        out.rename(old)
     fresh.rename(out)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #dd35a954
 def part_gradients(
     model,
-    x: Tensor,            # [b, 3, H, W] part of a batch
-    z: Tensor = None,     # its latents, when the encoder is frozen
-    noise: float = .05,   # standard deviation, in latents of unit variance
+    x: Tensor,  # [b, 3, H, W] part of a batch
+    z: Tensor = None,  # its latents, when the encoder is frozen
+    noise: float = 0.05,  # standard deviation, in latents of unit variance
     bf16: bool = False,
-) -> tuple:               # loss, gradients of the parameters that learn
+) -> tuple:  # loss, gradients of the parameters that learn
     "Loss and gradients of one part of a batch."
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
         free = z is None
-        if free: z = model.encode(x).latents
-        y = model.decode(z + noise*torch.randn_like(z, dtype=torch.float)).sample
+        if free:
+            z = model.encode(x).latents
+        y = model.decode(z + noise * torch.randn_like(z, dtype=torch.float)).sample
     loss = reconstruction_loss(y.float(), x)
-    if free: loss = loss + .02*(z.float().mean((0, 2, 3)).pow(2) + (z.float().std((0, 2, 3))-1).pow(2)).mean()
+    if free:
+        loss = loss + 0.02 * (z.float().mean((0, 2, 3)).pow(2) + (z.float().std((0, 2, 3)) - 1).pow(2)).mean()
     return loss.item(), torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #b974d61a
 def update(
-    model, opt,
+    model,
+    opt,
     pool: ThreadPoolExecutor,
-    parts: list,         # (pixels, latents or None) of each part of the batch
-    noise: float = .05,  # see `part_gradients`
+    parts: list,  # (pixels, latents or None) of each part of the batch
+    noise: float = 0.05,  # see `part_gradients`
     bf16: bool = False,
-) -> float:              # mean loss of the parts
+) -> float:  # mean loss of the parts
     "One step of the optimiser."
     done = list(pool.map(lambda p: part_gradients(model, *p, noise, bf16), parts))
-    opt.zero_grad()   # also what the encoder's last step left behind
-    for p, *g in zip((p for p in model.parameters() if p.requires_grad), *(g for _, g in done)): p.grad = sum(g)/len(done)
-    nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    opt.zero_grad()  # also what the encoder's last step left behind
+    for p, *g in zip((p for p in model.parameters() if p.requires_grad), *(g for _, g in done)):
+        p.grad = sum(g) / len(done)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     opt.step()
-    return sum(l for l, _ in done)/len(done)
+    return sum(l for l, _ in done) / len(done)
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #f35d82f4
 def rest_encoder(
-    model, ema,        # the network that learns, its average
-    train: np.ndarray, # [N, H, W, 3] uint8
-) -> Tensor:           # [N, C, h, w] fp16, the latents of `train`
+    model,
+    ema,  # the network that learns, its average
+    train: np.ndarray,  # [N, H, W, 3] uint8
+) -> Tensor:  # [N, C, h, w] fp16, the latents of `train`
     "Ends the encoder's learning: both networks get the average's weights with standard latents."
-    standardise(ema, train[:4096]); model.load_state_dict(ema.state_dict()); model.encoder.requires_grad_(False)
+    standardise(ema, train[:4096])
+    model.load_state_dict(ema.state_dict())
+    model.encoder.requires_grad_(False)
     return encode_all(ema, train).half()
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #6408d505
 def cut_batch(
-    rng,               # numpy's
-    train: np.ndarray, # [N, H, W, 3] uint8
-    latents: Tensor,   # [N, C, h, w] of `train`, once the encoder rests; None: it learns
+    rng,  # numpy's
+    train: np.ndarray,  # [N, H, W, 3] uint8
+    latents: Tensor,  # [N, C, h, w] of `train`, once the encoder rests; None: it learns
     batch_size: int,
-    threads: int,      # parts
-    mirror: bool,      # while the encoder learns
+    threads: int,  # parts
+    mirror: bool,  # while the encoder learns
     device: str = 'cpu',
-) -> list:             # (pixels, latents or None) of each part
+) -> list:  # (pixels, latents or None) of each part
     "A batch of random pictures, cut in parts."
     idx = rng.integers(len(train), size=batch_size)
     x = to_tensor(train[idx])
-    if mirror and latents is None: x = x.flip(-1)
-    z = [None]*threads if latents is None else latents[idx].float().chunk(threads)
+    if mirror and latents is None:
+        x = x.flip(-1)
+    z = [None] * threads if latents is None else latents[idx].float().chunk(threads)
     return list(zip(x.to(device, memory_format=torch.channels_last).chunk(threads), z))
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #354dbd4b
 def train_autoencoder(
-    pictures: np.ndarray,    # [N, H, W, 3] uint8, in memory or mapped; sides divisible by 4
-    out: Path,               # folder, in Diffusers' layout
+    pictures: np.ndarray,  # [N, H, W, 3] uint8, in memory or mapped; sides divisible by 4
+    out: Path,  # folder, in Diffusers' layout
     *,
-    minutes: float = 60.,    # of training
-    steps: int = None,       # instead of minutes
-    model=None,              # goes on with this one; default: a new `small_autoencoder(width)`
+    minutes: float = 60.0,  # of training
+    steps: int = None,  # instead of minutes
+    model=None,  # goes on with this one; default: a new `small_autoencoder(width)`
     width: int = 48,
-    held_out: int = 256,     # first pictures, kept for measuring
+    held_out: int = 256,  # first pictures, kept for measuring
     batch_size: int = 8,
     lr: float = 1e-3,
-    noise: float = .05,      # on the latents
-    frozen_part: float = .15, # last part of the run, in which the encoder rests
+    noise: float = 0.05,  # on the latents
+    frozen_part: float = 0.15,  # last part of the run, in which the encoder rests
     threads: int = 2,
     device: str = 'cpu',
-    save_every: float = 5.,  # minutes
+    save_every: float = 5.0,  # minutes
     seed: int = 0,
-    progress=print,          # called with a line now and then
-):                           # -> AutoencoderTiny, float32
+    progress=print,  # called with a line now and then
+):  # -> AutoencoderTiny, float32
     "Trains an autoencoder whose latents have zero mean and unit variance."
-    torch.manual_seed(seed); rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     val, train = pictures[:held_out], pictures[held_out:]
     model = (model or small_autoencoder(width)).to(device, memory_format=torch.channels_last).train()
-    ema, bf16, pool = copy.deepcopy(model).requires_grad_(False), fast_bf16(device), ThreadPoolExecutor(threads)
-    opt = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .99), weight_decay=1e-3, fused=True)
+    ema, bf16, pool = (
+        copy.deepcopy(model).requires_grad_(False),
+        fast_bf16(device),
+        ThreadPoolExecutor(threads),
+    )
+    opt = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     start = saved = time.time()
     step, latents, mean = 0, None, None
-    while (part := step/steps if steps else (time.time()-start)/60/minutes) < 1:
-        if part > 1-frozen_part and latents is None: latents = rest_encoder(model, ema, train)
-        for g in opt.param_groups: g['lr'] = lr*min(1, (step+1)/300)*(1-part)
+    while (part := step / steps if steps else (time.time() - start) / 60 / minutes) < 1:
+        if part > 1 - frozen_part and latents is None:
+            latents = rest_encoder(model, ema, train)
+        for g in opt.param_groups:
+            g['lr'] = lr * min(1, (step + 1) / 300) * (1 - part)
         batch = cut_batch(rng, train, latents, batch_size, threads, step % 4 == 0, device)
-        loss = update(model, opt, pool, batch, noise, bf16); step += 1
-        with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(.999, (1+step)/(10+step)))
-        mean = loss if mean is None else .99*mean + .01*loss
-        if step % 500 == 0: progress(f'{time.time()-start:.0f} s, step {step}, loss {mean:.4f}, {step*batch_size/(time.time()-start):.0f} pictures/s')
-        if (time.time()-saved)/60 > save_every:
+        loss = update(model, opt, pool, batch, noise, bf16)
+        step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(ema.parameters()), list(model.parameters()), 1 - min(0.999, (1 + step) / (10 + step))
+            )
+        mean = loss if mean is None else 0.99 * mean + 0.01 * loss
+        if step % 500 == 0:
+            progress(
+                f'{time.time() - start:.0f} s, step {step}, loss {mean:.4f}, {step * batch_size / (time.time() - start):.0f} pictures/s'
+            )
+        if (time.time() - saved) / 60 > save_every:
             kept, saved = copy.deepcopy(ema), time.time()
-            if latents is None: standardise(kept, train[:2048])
-            save_autoencoder(kept, out); progress(f'saved, {psnr(kept, val):.2f} dB')
-    if latents is None: standardise(ema, train[:2048])
+            if latents is None:
+                standardise(kept, train[:2048])
+            save_autoencoder(kept, out)
+            progress(f'saved, {psnr(kept, val):.2f} dB')
+    if latents is None:
+        standardise(ema, train[:2048])
     save_autoencoder(ema, out)
-    progress(f'{psnr(ema, val):.2f} dB on {len(val)} pictures held out, after {step*batch_size} samples')
+    progress(f'{psnr(ema, val):.2f} dB on {len(val)} pictures held out, after {step * batch_size} samples')
     return ema.eval()
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #97be8eca
 def garden_autoencoder():
     "The autoencoder that travels with the library."
     from diffusers import AutoencoderTiny
-    return AutoencoderTiny.from_pretrained(files('flowerdiff')/'assets/garden/autoencoder').eval()
+
+    return AutoencoderTiny.from_pretrained(files('flowerdiff') / 'assets/garden/autoencoder').eval()

@@ -11,38 +11,43 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/models/03_tokenizer.ipynb #7a3d7045
-def byte_letters() -> list: # 256 characters
+def byte_letters() -> list:  # 256 characters
     "CLIP's spelling of the 256 bytes as visible letters."
     keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in keep] + [chr(256+i) for i in range(256-len(keep))]
+    return [chr(b) for b in keep] + [chr(256 + i) for i in range(256 - len(keep))]
 
 # %% ../../nbs/models/03_tokenizer.ipynb #92d6a91e
 WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
+
 def learn_merges(
-    captions, # iterable of sentences
-    number: int, # of merges, at most
-) -> list:    # of pairs, the most frequent first
+    captions,  # iterable of sentences
+    number: int,  # of merges, at most
+) -> list:  # of pairs, the most frequent first
     "Byte pairs worth a token of their own."
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
     t = Tokenizer(models.BPE(end_of_word_suffix='</w>'))
     t.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(WORD), 'removed', invert=True)
     spelt = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     t.pre_tokenizer = pre_tokenizers.Sequence([words, spelt])
-    t.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=number + 64, end_of_word_suffix='</w>', show_progress=False))
+    t.train_from_iterator(
+        captions, trainers.BpeTrainer(vocab_size=number + 64, end_of_word_suffix='</w>', show_progress=False)
+    )
     return [tuple(m) for m in json.loads(t.to_str())['model']['merges']][:number]
 
 # %% ../../nbs/models/03_tokenizer.ipynb #12f3495a
 def train_tokenizer(
-    captions,              # iterable of sentences
-    vocab_size: int = 1024, # at most
+    captions,  # iterable of sentences
+    vocab_size: int = 1024,  # at most
     max_length: int = 24,  # tokens of a sentence, both ends included
-):                         # -> transformers' CLIPTokenizer
+):  # -> transformers' CLIPTokenizer
     "A CLIP tokenizer with a vocabulary of its own."
     from transformers import CLIPTokenizer
+
     letters = byte_letters()
-    merges = learn_merges(captions, vocab_size - 2*len(letters) - 2)
+    merges = learn_merges(captions, vocab_size - 2 * len(letters) - 2)
     words = dict.fromkeys(letters + [l + '</w>' for l in letters] + [a + b for a, b in merges])
     vocabulary = {w: i for i, w in enumerate([*words, '<|startoftext|>', '<|endoftext|>'])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
@@ -50,13 +55,20 @@ def train_tokenizer(
 # %% ../../nbs/models/03_tokenizer.ipynb #fdf94abc
 def tokenize(tokenizer, sentences):
     "Token numbers of many sentences, padded to the tokenizer's length."
-    return torch.cat([tokenizer(sentences[i:i+4096], padding='max_length', truncation=True, return_tensors='pt').input_ids for i in range(0, len(sentences), 4096)])
+    return torch.cat(
+        [
+            tokenizer(
+                sentences[i : i + 4096], padding='max_length', truncation=True, return_tensors='pt'
+            ).input_ids
+            for i in range(0, len(sentences), 4096)
+        ]
+    )
 
 # %% ../../nbs/models/03_tokenizer.ipynb #977c7499
 def sentences(
     tokenizer,
-    captions: list, # [N] lists of sentences
-) -> tuple:         # tokens [U, L] of the unique sentences, and for each picture the numbers of its own
+    captions: list,  # [N] lists of sentences
+) -> tuple:  # tokens [U, L] of the unique sentences, and for each picture the numbers of its own
     "Each sentence once, as tokens."
     unique = list(dict.fromkeys(c for cs in captions for c in cs))
     number = {c: i for i, c in enumerate(unique)}
@@ -64,10 +76,10 @@ def sentences(
 
 # %% ../../nbs/models/03_tokenizer.ipynb #ca6eb904
 def as_numbers(
-    told: list,       # per picture, per caption: dict of what it states
-    attributes: list, # per picture: dict of what it shows
-    levels: dict,     # name -> list of its values
-) -> tuple:           # facts [N, K, A] with -1 for what is left unsaid, values [N, A]
+    told: list,  # per picture, per caption: dict of what it states
+    attributes: list,  # per picture: dict of what it shows
+    levels: dict,  # name -> list of its values
+) -> tuple:  # facts [N, K, A] with -1 for what is left unsaid, values [N, A]
     "Attributes of captions and pictures as indices."
     index = lambda d: [v.index(d[n]) if n in d else -1 for n, v in levels.items()]
     return torch.tensor([[index(d) for d in ds] for ds in told]), torch.tensor([index(a) for a in attributes])

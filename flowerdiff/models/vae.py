@@ -20,116 +20,150 @@ from ..core.workspace import UserError, read_json, write_json
 
 # %% ../../nbs/models/07_vae.ipynb #7149ae44
 def kl_autoencoder(
-    factor: int = 2,          # times smaller a side: 2, 4, 8
-    width: int = 64,          # channels at full size, doubled at each level, at most four times
+    factor: int = 2,  # times smaller a side: 2, 4, 8
+    width: int = 64,  # channels at full size, doubled at each level, at most four times
     latent_channels: int = 4,
-) -> nn.Module:               # diffusers' AutoencoderKL
+) -> nn.Module:  # diffusers' AutoencoderKL
     "An untrained autoencoder."
     from diffusers import AutoencoderKL
+
     n = factor.bit_length()
-    return AutoencoderKL(block_out_channels=tuple(width*min(2**i, 4) for i in range(n)), down_block_types=('DownEncoderBlock2D',)*n, up_block_types=('UpDecoderBlock2D',)*n,
-        layers_per_block=1, latent_channels=latent_channels, norm_num_groups=min(32, width//2))
+    return AutoencoderKL(
+        block_out_channels=tuple(width * min(2**i, 4) for i in range(n)),
+        down_block_types=('DownEncoderBlock2D',) * n,
+        up_block_types=('UpDecoderBlock2D',) * n,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=min(32, width // 2),
+    )
 
 # %% ../../nbs/models/07_vae.ipynb #88d44aa1
 def squeeze_features(
     path: str | Path,  # see `SqueezeNet`
     device: str = 'cpu',
-):                     # function: [B, 3, H, W] from -1 to 1 -> list of [B, C, h, w], of length 1 along C
+):  # function: [B, 3, H, W] from -1 to 1 -> list of [B, C, h, w], of length 1 along C
     "What SqueezeNet's first five stages see, with gradients. Raises `UserError` for another file."
     net = SqueezeNet(path, device)
-    return lambda x: [F.normalize(s, dim=1) for s in net.stages((x + 1)*127.5, 5)]
+    return lambda x: [F.normalize(s, dim=1) for s in net.stages((x + 1) * 127.5, 5)]
 
 # %% ../../nbs/models/07_vae.ipynb #00ea874d
 def vae_loss(
-    model,               # AutoencoderKL
-    x: Tensor,           # [B, 3, H, W] from -1 to 1
-    kl: float = 1e-4,    # weight of the KL term, which counts nats a latent number
-    look=None,           # features of a picture, see `squeeze_features`
-    weight: float = .1,  # of their difference
-) -> Tensor:             # a number
+    model,  # AutoencoderKL
+    x: Tensor,  # [B, 3, H, W] from -1 to 1
+    kl: float = 1e-4,  # weight of the KL term, which counts nats a latent number
+    look=None,  # features of a picture, see `squeeze_features`
+    weight: float = 0.1,  # of their difference
+) -> Tensor:  # a number
     "L1, KL and perceptual error of a batch."
     seen = model.encode(x).latent_dist
     y = model.decode(seen.sample()).sample.float()
-    loss = (y - x).abs().mean() + kl*seen.kl().float().mean()/seen.mean[0].numel()
-    if look: loss = loss + weight*sum((a - b).square().sum(1).mean() for a, b in zip(look(y), look(x)))/5
+    loss = (y - x).abs().mean() + kl * seen.kl().float().mean() / seen.mean[0].numel()
+    if look:
+        loss = loss + weight * sum((a - b).square().sum(1).mean() for a, b in zip(look(y), look(x))) / 5
     return loss
 
 # %% ../../nbs/models/07_vae.ipynb #2c10b4c2
 @torch.no_grad()
 def set_scale(
-    model,                # AutoencoderKL; its configuration changes
-    pictures: np.ndarray, # [N, H, W, 3] uint8, that stand for all
+    model,  # AutoencoderKL; its configuration changes
+    pictures: np.ndarray,  # [N, H, W, 3] uint8, that stand for all
 ):
     "Deviation one for the scaled latents of `pictures`."
     device = next(model.parameters()).device
-    z = torch.cat([model.encode(to_tensor(pictures[i:i+32]).to(device)).latent_dist.sample().flatten() for i in range(0, len(pictures), 32)])
-    model.register_to_config(scaling_factor=1/z.std().item())
+    z = torch.cat(
+        [
+            model.encode(to_tensor(pictures[i : i + 32]).to(device)).latent_dist.sample().flatten()
+            for i in range(0, len(pictures), 32)
+        ]
+    )
+    model.register_to_config(scaling_factor=1 / z.std().item())
 
 # %% ../../nbs/models/07_vae.ipynb #5b0c5ba5
 @torch.no_grad()
 def quality(
-    model,                # an autoencoder, tiny or KL
-    pictures: np.ndarray, # [N, H, W, 3] uint8
-) -> float:               # dB, mean over pictures
+    model,  # an autoencoder, tiny or KL
+    pictures: np.ndarray,  # [N, H, W, 3] uint8
+) -> float:  # dB, mean over pictures
     "How well pictures come back."
     device, found = next(model.parameters()).device, []
     for i in range(0, len(pictures), 32):
-        x = to_tensor(pictures[i:i+32]).to(device)
-        found.append(10*torch.log10(4/(decode(model, encode_moments(model, x)[0]) - x).square().flatten(1).mean(1)))
+        x = to_tensor(pictures[i : i + 32]).to(device)
+        found.append(
+            10 * torch.log10(4 / (decode(model, encode_moments(model, x)[0]) - x).square().flatten(1).mean(1))
+        )
     return torch.cat(found).mean().item()
 
 # %% ../../nbs/models/07_vae.ipynb #2b492c79
-def _drawn(pictures, rng, n: int, mirrored) -> Tensor: # [n, 3, H, W] from -1 to 1
+def _drawn(pictures, rng, n: int, mirrored) -> Tensor:  # [n, 3, H, W] from -1 to 1
     x = to_tensor(pictures[np.sort(rng.integers(len(pictures), size=n))])
     return x.flip(-1) if mirrored else x
 
 # %% ../../nbs/models/07_vae.ipynb #9340ccce
-def _falling(lr: float, step: int, part: float, before: float) -> float: # learning rate; step and part of this run, and the part that was done before it
-    return lr*min(1, (step + 1)/100)*(1 - before - (1 - before)*part)
+def _falling(
+    lr: float, step: int, part: float, before: float
+) -> float:  # learning rate; step and part of this run, and the part that was done before it
+    return lr * min(1, (step + 1) / 100) * (1 - before - (1 - before) * part)
 
 # %% ../../nbs/models/07_vae.ipynb #aba93207
 @torch.no_grad()
-def _follow(ema, model, step: int): # the average goes towards the weights
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(.999, (1 + step)/(10 + step)))
+def _follow(ema, model, step: int):  # the average goes towards the weights
+    torch._foreach_lerp_(
+        list(ema.parameters()), list(model.parameters()), 1 - min(0.999, (1 + step) / (10 + step))
+    )
 
 # %% ../../nbs/models/07_vae.ipynb #34dc6cf5
-def _start(out: Path, factor: int, width: int, device: str): # (model, minutes spent): of a run that was killed, or new
-    if not (out/'spent.json').exists(): return kl_autoencoder(factor, width).to(device), 0.
-    return load_autoencoder(str(out)).requires_grad_(True).to(device), read_json(out/'spent.json')['minutes']
+def _start(
+    out: Path, factor: int, width: int, device: str
+):  # (model, minutes spent): of a run that was killed, or new
+    if not (out / 'spent.json').exists():
+        return kl_autoencoder(factor, width).to(device), 0.0
+    return load_autoencoder(str(out)).requires_grad_(True).to(device), read_json(out / 'spent.json')[
+        'minutes'
+    ]
 
-def _keep(ema, out: Path, pictures, minutes: float): # in one move, with the time it took
-    set_scale(ema, pictures); save_autoencoder(ema, out, spent=dict(minutes=minutes))
+
+def _keep(ema, out: Path, pictures, minutes: float):  # in one move, with the time it took
+    set_scale(ema, pictures)
+    save_autoencoder(ema, out, spent=dict(minutes=minutes))
 
 # %% ../../nbs/models/07_vae.ipynb #1a3f4217
 def train_vae(
-    pictures: np.ndarray,   # [N, H, W, 3] uint8, in memory or mapped
-    out: Path,              # folder, in Diffusers' layout; one of a killed run is gone on with
+    pictures: np.ndarray,  # [N, H, W, 3] uint8, in memory or mapped
+    out: Path,  # folder, in Diffusers' layout; one of a killed run is gone on with
     *,
-    minutes: float = 30.,   # of training, over all runs
-    steps: int = None,      # instead of minutes
-    factor: int = 2,        # see `kl_autoencoder`
+    minutes: float = 30.0,  # of training, over all runs
+    steps: int = None,  # instead of minutes
+    factor: int = 2,  # see `kl_autoencoder`
     width: int = 64,
     batch_size: int = 16,
     lr: float = 5e-4,
-    kl: float = 1e-4,       # see `vae_loss`
-    look=None,              # see `vae_loss`
+    kl: float = 1e-4,  # see `vae_loss`
+    look=None,  # see `vae_loss`
     device: str = 'cpu',
-    save_every: float = 2., # minutes
+    save_every: float = 2.0,  # minutes
     seed: int = 0,
-    watch=iter,             # goes through the steps, say with a bar
-):                          # -> AutoencoderKL, on the CPU
+    watch=iter,  # goes through the steps, say with a bar
+):  # -> AutoencoderKL, on the CPU
     "Trains an autoencoder with a KL term."
-    torch.manual_seed(seed); rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     model, spent = _start(Path(out), factor, width, device)
     ema, bf16, some = copy.deepcopy(model).requires_grad_(False), fast_bf16(device), pictures[:256]
-    opt = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .99), weight_decay=1e-3)
-    left, saved, before = max(minutes - spent, 1e-9), 0., spent/minutes
+    opt = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    left, saved, before = max(minutes - spent, 1e-9), 0.0, spent / minutes
     for step, part in enumerate(watch(parts(left, steps))):
-        for g in opt.param_groups: g['lr'] = _falling(lr, step, part, before)
+        for g in opt.param_groups:
+            g['lr'] = _falling(lr, step, part, before)
         x = _drawn(pictures, rng, batch_size, mirrored=step % 2).to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16): loss = vae_loss(model, x, kl, look)
-        opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            loss = vae_loss(model, x, kl, look)
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
         _follow(ema, model, step)
-        if part*left - saved > save_every: saved = part*left; _keep(ema, out, some, spent + saved)
+        if part * left - saved > save_every:
+            saved = part * left
+            _keep(ema, out, some, spent + saved)
     _keep(ema, out, some, minutes)
     return ema.eval().cpu()

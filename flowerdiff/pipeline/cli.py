@@ -9,25 +9,56 @@ __all__ = ['parser', 'main']
 import argparse, os, re, sys
 from functools import partial
 from pathlib import Path
-from .cli_options import EXAMPLES, Parser, bench_options, compare_options, download_options, generate_options, plan_options, run_options, settings_options, space_options, studio_options, sweep_options
+from flowerdiff.pipeline.cli_options import (
+    EXAMPLES,
+    Parser,
+    bench_options,
+    compare_options,
+    download_options,
+    generate_options,
+    plan_options,
+    run_options,
+    settings_options,
+    space_options,
+    studio_options,
+    sweep_options,
+)
 
 # %% ../../nbs/pipeline/10_cli.ipynb #732beaa5
-def _command(sub, f, help, options=None, workspace=True): # adds a command to the table
-    c = sub.add_parser(f.__name__.strip('_'), help=help, description=(f.__doc__ or help)); c.set_defaults(function=f)
-    if workspace: c.add_argument('workspace', nargs='?', metavar='WORKSPACE', help="the folder (default: this one if it is a workspace, else the profile's name)")
-    if options: options(c)
+def _command(sub, f, help, options=None, workspace=True):  # adds a command to the table
+    c = sub.add_parser(f.__name__.strip('_'), help=help, description=(f.__doc__ or help))
+    c.set_defaults(function=f)
+    if workspace:
+        c.add_argument(
+            'workspace',
+            nargs='?',
+            metavar='WORKSPACE',
+            help="the folder (default: this one if it is a workspace, else the profile's name)",
+        )
+    if options:
+        options(c)
 
 # %% ../../nbs/pipeline/10_cli.ipynb #99e6fde0
 def parser() -> Parser:
     "All commands and their options."
-    p = Parser('flowerdiff', description='From a folder of pictures to a text-to-image model of your own.', epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(
+        'flowerdiff',
+        description='From a folder of pictures to a text-to-image model of your own.',
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument('--version', action='store_true', help='print the version')
     sub = p.add_subparsers(dest='command', metavar='COMMAND', parser_class=Parser)
     command = partial(_command, sub)
     command(_run, 'run what has to run, from pictures to a published model', run_options)
     command(_plan, 'what a run would do: pictures, network, steps, hours here, memory, disk', plan_options)
     command(_status, 'which stages are fresh, stale, never run, skipped and why')
-    command(_download, 'bring a set that was uploaded into a workspace, to train here', download_options, workspace=False)
+    command(
+        _download,
+        'bring a set that was uploaded into a workspace, to train here',
+        download_options,
+        workspace=False,
+    )
     command(_compare, 'what two runs did differently, and which is better', compare_options, workspace=False)
     command(_sweep, 'run a grid of settings, such as --set train.lr=1e-4,2e-4', sweep_options)
     command(_rollback, 'make the champion before the present one the champion again')
@@ -40,11 +71,13 @@ def parser() -> Parser:
     return p
 
 # %% ../../nbs/pipeline/10_cli.ipynb #705af599
-def _here(workspace: str, otherwise: str = None) -> str: # the workspace that is meant
-    if workspace: return workspace
+def _here(workspace: str, otherwise: str = None) -> str:  # the workspace that is meant
+    if workspace:
+        return workspace
     return '.' if Path('params.yaml').exists() else otherwise
 
-def _shown(path: Path) -> str: # short, as one would type it
+
+def _shown(path: Path) -> str:  # short, as one would type it
     short = os.path.relpath(path)
     return str(path) if short.startswith('..') else short
 
@@ -52,124 +85,202 @@ def _shown(path: Path) -> str: # short, as one would type it
 def _run(a) -> int:
     "Run what has to run, one line a stage. What is fresh stays; Ctrl-C stops, and the same command goes on."
     from flowerdiff.pipeline import pipeline
+
     workspace = _meant(a)
     root = _root(workspace, a)
-    if a.attach: a.from_stage = _job_there(root, a.set)
-    try: ran = pipeline.run(workspace, a.profile, a.set, a.pictures, a.from_stage, a.only, a.force)
-    except pipeline.Stopped: _ask_about_job(root); raise
-    if not ran: print(f'nothing to do: {"all stages are" if not (a.only or a.from_stage) else (a.only + " is" if a.only else "these stages are")} fresh; --force runs them anyway')
-    for line in _ending(root): print(line)
+    if a.attach:
+        a.from_stage = _job_there(root, a.set)
+    try:
+        ran = pipeline.run(workspace, a.profile, a.set, a.pictures, a.from_stage, a.only, a.force)
+    except pipeline.Stopped:
+        _ask_about_job(root)
+        raise
+    if not ran:
+        print(
+            f'nothing to do: {"all stages are" if not (a.only or a.from_stage) else (a.only + " is" if a.only else "these stages are")} fresh; --force runs them anyway'
+        )
+    for line in _ending(root):
+        print(line)
     return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #a1956156
-def _meant(a) -> str: # the workspace of a run; None: the profile's name
+def _meant(a) -> str:  # the workspace of a run; None: the profile's name
     return _here(a.workspace) if not a.profile or a.workspace else None
 
-def _root(workspace, a) -> Path: # where `pipeline.run` will work
-    return Path(workspace or a.profile and Path(a.profile).stem or ('folder' if a.pictures else 'garden')).absolute()
+
+def _root(workspace, a) -> Path:  # where `pipeline.run` will work
+    return Path(
+        workspace or a.profile and Path(a.profile).stem or ('folder' if a.pictures else 'garden')
+    ).absolute()
 
 # %% ../../nbs/pipeline/10_cli.ipynb #dc461588
-def _ending(root: Path) -> list: # what there is to look at, and what to try
-    lines = [f'{k:<10}{_shown(root/p)}' for k, p in (('report', 'report/index.html'), ('model', 'model')) if (root/p).exists()]
-    if not (root/'model').exists(): return lines
+def _ending(root: Path) -> list:  # what there is to look at, and what to try
+    lines = [
+        f'{k:<10}{_shown(root / p)}'
+        for k, p in (('report', 'report/index.html'), ('model', 'model'))
+        if (root / p).exists()
+    ]
+    if not (root / 'model').exists():
+        return lines
     place = '' if root == Path.cwd() else f' -w {_shown(root)}'
-    return [*lines, f'{"try":<10}flowerdiff generate "{_example(root)}"{place}', f'{"":<10}flowerdiff studio{place[3:]}', f'{"":<10}flowerdiff status{place[3:]}']
+    return [
+        *lines,
+        f'{"try":<10}flowerdiff generate "{_example(root)}"{place}',
+        f'{"":<10}flowerdiff studio{place[3:]}',
+        f'{"":<10}flowerdiff status{place[3:]}',
+    ]
 
-def _example(root: Path) -> str: # a prompt that suits the model
+
+def _example(root: Path) -> str:  # a prompt that suits the model
     from flowerdiff.core.workspace import UserError, read_jsonl
-    try: return read_jsonl(root/'captions'/'metadata.jsonl')[0]['captions'][0].replace('"', "'")
-    except (UserError, LookupError, AttributeError): return 'a red rose under a blue sky'
+
+    try:
+        return read_jsonl(root / 'captions' / 'metadata.jsonl')[0]['captions'][0].replace('"', "'")
+    except (UserError, LookupError, AttributeError):
+        return 'a red rose under a blue sky'
 
 # %% ../../nbs/pipeline/10_cli.ipynb #3561b41f
-def _ask_about_job(root: Path): # after Ctrl-C
+def _ask_about_job(root: Path):  # after Ctrl-C
     from flowerdiff.core.workspace import open_workspace
-    if not (root/'params.yaml').exists() or (ws := open_workspace(root)).settings.train.where != 'sagemaker': return # stopped before there was anything
-    from flowerdiff.cloud.jobs import offer_to_stop
-    if said := offer_to_stop(ws): print(said)
 
-def _job_there(root: Path, changes: list) -> str: # the stage to go on from
+    if (
+        not (root / 'params.yaml').exists()
+        or (ws := open_workspace(root)).settings.train.where != 'sagemaker'
+    ):
+        return  # stopped before there was anything
+    from flowerdiff.cloud.jobs import offer_to_stop
+
+    if said := offer_to_stop(ws):
+        print(said)
+
+
+def _job_there(root: Path, changes: list) -> str:  # the stage to go on from
     from flowerdiff.core.workspace import UserError, open_workspace
-    if not (root/'params.yaml').exists(): raise UserError(f'{_shown(root)}: is not a workspace; give the one whose job runs')
-    if changes: raise UserError('--attach follows the job that runs, with the settings that it has; leave --set out')
+
+    if not (root / 'params.yaml').exists():
+        raise UserError(f'{_shown(root)}: is not a workspace; give the one whose job runs')
+    if changes:
+        raise UserError('--attach follows the job that runs, with the settings that it has; leave --set out')
     if (ws := open_workspace(root)).settings.train.where == 'sagemaker':
         from flowerdiff.cloud.jobs import can_attach
-        if can_attach(ws): return 'train'
-    raise UserError(f'{_shown(root)}: no job of it runs at SageMaker, and none has left a model; leave --attach out to start one')
+
+        if can_attach(ws):
+            return 'train'
+    raise UserError(
+        f'{_shown(root)}: no job of it runs at SageMaker, and none has left a model; leave --attach out to start one'
+    )
 
 # %% ../../nbs/pipeline/10_cli.ipynb #7a6c4bdc
 def _plan(a) -> int:
     "Tell what a run would do, measure how fast this machine is, write nothing. Takes half a minute at most."
     from flowerdiff.pipeline.plan import plan
-    plan(_meant(a), a.profile, a.set, a.pictures, tell=lambda line: print(line, flush=True)); return 0
+
+    plan(_meant(a), a.profile, a.set, a.pictures, tell=lambda line: print(line, flush=True))
+    return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #de0f23f6
 def _init(a) -> int:
     "Make a workspace with its params.yaml."
     from flowerdiff.core.workspace import open_workspace
+
     root = Path(_here(a.workspace, Path(a.profile or 'garden').stem))
-    new = not (root/'params.yaml').exists()
+    new = not (root / 'params.yaml').exists()
     open_workspace(root, a.profile or ('garden' if new else None), a.set)
-    print(f'{_shown((root/"params.yaml").absolute())} {"made" if new else "is there already"}; edit it, then: flowerdiff run {_shown(root.absolute())}')
+    print(
+        f'{_shown((root / "params.yaml").absolute())} {"made" if new else "is there already"}; edit it, then: flowerdiff run {_shown(root.absolute())}'
+    )
     return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #4a210d3f
 def _download(a) -> int:
     "Bring a set that the stage upload sent into a workspace, new or not. Each file is checked, only what differs travels; nothing is deleted, and a workspace keeps its params.yaml."
     from flowerdiff.pipeline.download import download, told
+
     root = _here(a.workspace, a.url.rstrip('/').rpartition('/')[2])
-    print(told(download(a.url, root, a.only, a.force), _shown(Path(root).absolute()))); return 0
+    print(told(download(a.url, root, a.only, a.force), _shown(Path(root).absolute())))
+    return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #b827b673
 def _status(a) -> int:
     "Where each stage stands."
     from flowerdiff.pipeline.execute import duration
     from flowerdiff.pipeline.pipeline import status
+
     for s in status(_here(a.workspace, 'garden')):
         took = duration(s['seconds']) if s['state'] != 'never run' else ''
-        print(f"{s['stage']:<10}{s['state']:<11}{took:<13}{s['why'] if s['state'] in ('stale', 'skipped') else s['summary']}".rstrip())
+        print(
+            f'{s["stage"]:<10}{s["state"]:<11}{took:<13}{s["why"] if s["state"] in ("stale", "skipped") else s["summary"]}'.rstrip()
+        )
     return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #440ccb7e
 def _doctor(a) -> int:
     "What this machine is, what it can run, and the one thing that would enable each stage that it cannot."
     from flowerdiff.services.hardware import doctor
-    print(doctor()); return 0
+
+    print(doctor())
+    return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #70b2dab4
 def _compare(a) -> int:
     "What two runs did differently, which is better, and what their curves say."
     from flowerdiff.pipeline.compare_runs import told
-    print(told(a.first, a.second)); return 0
+
+    print(told(a.first, a.second))
+    return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #2a70e035
 def _rollback(a) -> int:
     "Make the champion before the present one the champion again; once more, and it is undone."
     from flowerdiff.stages.promote import roll_back
+
     workspace = _here(a.workspace, 'garden')
     record = roll_back(workspace)
-    print(f"{_shown(Path(workspace).absolute()/'model')} is again the model of {record.get('promoted', 'an unknown date')} (run {record.get('run_id', 'unknown')}); flowerdiff run brings report and builds in line"); return 0
+    print(
+        f'{_shown(Path(workspace).absolute() / "model")} is again the model of {record.get("promoted", "an unknown date")} (run {record.get("run_id", "unknown")}); flowerdiff run brings report and builds in line'
+    )
+    return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #99c2e5df
 def _sweep(a) -> int:
     "Run every combination of settings that have several values, each as a workspace of its own, and end in one table and one plot. The parent's model stays."
     from flowerdiff.pipeline.sweep import sweep
-    return 0 if any('loss' in r for r in sweep(_here(a.workspace, Path(a.profile or 'garden').stem), a.set, a.profile, a.limit)) else 1
+
+    return (
+        0
+        if any(
+            'loss' in r
+            for r in sweep(_here(a.workspace, Path(a.profile or 'garden').stem), a.set, a.profile, a.limit)
+        )
+        else 1
+    )
 
 # %% ../../nbs/pipeline/10_cli.ipynb #4f698eae
 def _generate(a) -> int:
     "Draw pictures from words."
     from flowerdiff.core.workspace import UserError, disk_errors
-    model = a.model or Path(_here(a.workspace, 'garden'))/'model'
-    if not a.model and not (model/'model_index.json').exists(): raise UserError(f'{model}: holds no model; `flowerdiff run` makes one, or give --model or --workspace')
-    if not a.prompt.strip(): raise UserError('the prompt is empty; say what to draw')
+
+    model = a.model or Path(_here(a.workspace, 'garden')) / 'model'
+    if not a.model and not (model / 'model_index.json').exists():
+        raise UserError(
+            f'{model}: holds no model; `flowerdiff run` makes one, or give --model or --workspace'
+        )
+    if not a.prompt.strip():
+        raise UserError('the prompt is empty; say what to draw')
     out = Path(a.output or f'{re.sub(r"[^a-z0-9]+", "-", a.prompt.lower()).strip("-")[:60] or "picture"}.png')
-    if out.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'): raise UserError(f'{out}: is no kind of picture that is written here; end it in .png, .jpg or .webp')
-    if not out.absolute().parent.is_dir(): raise UserError(f'{out.parent}: is not a folder; make it, or give another -o')
+    if out.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'):
+        raise UserError(f'{out}: is no kind of picture that is written here; end it in .png, .jpg or .webp')
+    if not out.absolute().parent.is_dir():
+        raise UserError(f'{out.parent}: is not a folder; make it, or give another -o')
     from flowerdiff.inference.generator import Generator
-    pictures = Generator.from_pretrained(model, backend=a.backend)(a.prompt, n=a.n, seed=a.seed, steps=a.steps, guidance=a.guidance, negative=a.negative)
+
+    pictures = Generator.from_pretrained(model, backend=a.backend)(
+        a.prompt, n=a.n, seed=a.seed, steps=a.steps, guidance=a.guidance, negative=a.negative
+    )
     for i, p in enumerate(pictures):
         path = out if a.n == 1 else out.with_stem(f'{out.stem}-{i + 1}')
-        with disk_errors(): p.save(path)
+        with disk_errors():
+            p.save(path)
         print(path)
     return 0
 
@@ -177,26 +288,37 @@ def _generate(a) -> int:
 def _bench(a) -> int:
     "Measure a picture's milliseconds and memory with each backend that runs here; a table, and bench/ in the workspace."
     from flowerdiff.inference.benchmark import bench_to
+
     workspace = Path(_here(a.workspace, 'garden'))
-    print(bench_to(workspace, workspace/'bench', steps=a.steps, rounds=a.rounds, names=a.backend)); return 0
+    print(bench_to(workspace, workspace / 'bench', steps=a.steps, rounds=a.rounds, names=a.backend))
+    return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #0f17f799
 def _studio(a) -> int:
     "Serve a page where the model can be played with; Ctrl-C ends it."
     from flowerdiff.apps.serving import serve
+
     return serve(_here(a.workspace, 'garden'), a.port) or 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #0a2fcd53
 def _space(a) -> int:
     "Write the folder of a Space for a published model: a workspace's, or org/name@commit of the Hub."
     from flowerdiff.apps.hf_space import make_space, push_space
+
     where = _here(a.workspace, 'garden')
     out = _shown(make_space(where, a.output, a.wheel))
     print(f'{"space":<10}{out}\n{"try":<10}python {out}/start.py')
-    again = f'flowerdiff space {where} -o {out}{f" --wheel {a.wheel}" if a.wheel else ""} --push OWNER/NAME' if Path(where).is_dir() else f'hf upload OWNER/NAME {out} . --repo-type space'
-    if not a.push: print(f'{"push":<10}{again}'); return 0
+    again = (
+        f'flowerdiff space {where} -o {out}{f" --wheel {a.wheel}" if a.wheel else ""} --push OWNER/NAME'
+        if Path(where).is_dir()
+        else f'hf upload OWNER/NAME {out} . --repo-type space'
+    )
+    if not a.push:
+        print(f'{"push":<10}{again}')
+        return 0
     done = push_space(Path(out), a.push, where)
-    print(f'{"pushed" if done["changed"] else "unchanged":<10}{done["url"]}'); return 0
+    print(f'{"pushed" if done["changed"] else "unchanged":<10}{done["url"]}')
+    return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #1581ddf1
 def main(argv: list = None) -> int:
@@ -204,19 +326,34 @@ def main(argv: list = None) -> int:
     a = (p := parser()).parse_args(argv)
     if a.version:
         from flowerdiff import __version__
-        print(f'flowerdiff {__version__}'); return 0
-    if not a.command: p.print_help(); return 0
+
+        print(f'flowerdiff {__version__}')
+        return 0
+    if not a.command:
+        p.print_help()
+        return 0
     from flowerdiff.core.workspace import UserError, disk_errors
+
     try:
-        with disk_errors(): return a.function(a)
-    except UserError as e: return _tell(e, 2)
-    except KeyboardInterrupt: return _tell('stopped', 130)
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 1
+        with disk_errors():
+            return a.function(a)
+    except UserError as e:
+        return _tell(e, 2)
+    except KeyboardInterrupt:
+        return _tell('stopped', 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except Exception as e:
-        if (status := {'Stopped': 130, 'StageFailed': 1}.get(type(e).__name__)) is None: raise
+        if (status := {'Stopped': 130, 'StageFailed': 1}.get(type(e).__name__)) is None:
+            raise
         return _tell(e, status)
 
-def _tell(what, status: int) -> int: print(' '.join(str(what).splitlines()), file=sys.stderr); return status
+
+def _tell(what, status: int) -> int:
+    print(' '.join(str(what).splitlines()), file=sys.stderr)
+    return status
 
 # %% ../../nbs/pipeline/10_cli.ipynb #b9c0a21e
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # python -m flowerdiff.pipeline.cli
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())  # python -m flowerdiff.pipeline.cli

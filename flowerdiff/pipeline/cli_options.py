@@ -11,7 +11,7 @@ __all__ = ['EXAMPLES', 'Parser', 'whole_number', 'settings_options', 'run_option
 import argparse, re
 
 # %% ../../nbs/pipeline/09_cli_options.ipynb #71360cec
-EXAMPLES = '''examples:
+EXAMPLES = """examples:
   flowerdiff run                                            draw the garden, train, judge and publish a model: ten minutes
   flowerdiff run flowers --pictures ~/photos/flowers        the same with your own pictures
   flowerdiff plan flowers --pictures ~/photos/flowers       what that would do, and how long it would take here
@@ -22,73 +22,130 @@ EXAMPLES = '''examples:
   flowerdiff generate "a red rose under a blue sky" -n 4 --seed 7 -o rose.png
   flowerdiff studio garden                                  a page to play with the model
   flowerdiff space garden --push ada/garden                 the same page on the Hugging Face Hub
-'''
+"""
 
 # %% ../../nbs/pipeline/09_cli_options.ipynb #49aa401b
 class Parser(argparse.ArgumentParser):
     "Tells a mistake in one line."
-    def error(self, message): self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
 
 # %% ../../nbs/pipeline/09_cli_options.ipynb #9351cbcf
-def whole_number(least): # a whole number that is at least so much
+def whole_number(least):  # a whole number that is at least so much
     def whole(text):
-        if not re.fullmatch(r'\d+', text) or int(text) < least: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least {least}')
+        if not re.fullmatch(r'\d+', text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least {least}')
         return int(text)
+
     return whole
 
 # %% ../../nbs/pipeline/09_cli_options.ipynb #49465463
 def settings_options(c):
-    c.add_argument('--profile', help='where the settings of a new workspace come from: garden (default), folder, or a .yaml file')
-    c.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='change a setting, such as train.epochs=3; may be repeated')
+    c.add_argument(
+        '--profile',
+        help='where the settings of a new workspace come from: garden (default), folder, or a .yaml file',
+    )
+    c.add_argument(
+        '--set',
+        action='append',
+        default=[],
+        metavar='KEY=VALUE',
+        help='change a setting, such as train.epochs=3; may be repeated',
+    )
+
 
 def run_options(c):
     settings_options(c)
     c.add_argument('--pictures', metavar='DIR', help='a folder of pictures')
-    c.add_argument('--from', dest='from_stage', metavar='STAGE', help='leave the stages before this one alone')
+    c.add_argument(
+        '--from', dest='from_stage', metavar='STAGE', help='leave the stages before this one alone'
+    )
     c.add_argument('--only', metavar='STAGE', help='just this stage')
     c.add_argument('--force', action='store_true', help='run the chosen stages although they are fresh')
-    c.add_argument('--attach', action='store_true', help='go on with the training job that runs at SageMaker; start none')
+    c.add_argument(
+        '--attach', action='store_true', help='go on with the training job that runs at SageMaker; start none'
+    )
+
 
 def plan_options(c):
     settings_options(c)
     c.add_argument('--pictures', metavar='DIR', help='a folder of pictures')
+
 
 def sweep_options(c):
     settings_options(c)
     c.add_argument('--limit', type=whole_number(1), default=64, metavar='N', help='runs at most (64)')
 
 # %% ../../nbs/pipeline/09_cli_options.ipynb #beed6f21
-def compare_options(c): c.add_argument('first', metavar='WORKSPACE'); c.add_argument('second', metavar='WORKSPACE')
+def compare_options(c):
+    c.add_argument('first', metavar='WORKSPACE')
+    c.add_argument('second', metavar='WORKSPACE')
+
 
 def generate_options(c):
     c.add_argument('prompt', help='what to draw')
-    c.add_argument('-w', '--workspace', help='whose model (default: this folder if it is a workspace, else garden)')
+    c.add_argument(
+        '-w', '--workspace', help='whose model (default: this folder if it is a workspace, else garden)'
+    )
     c.add_argument('-m', '--model', help='or a folder with a Diffusers model, or a hub id org/name@commit')
     c.add_argument('-n', type=whole_number(1), default=1, metavar='N', help='how many (1)')
     c.add_argument('--seed', type=whole_number(0), default=0, help='same seed, same picture (0)')
     c.add_argument('--steps', type=whole_number(1), help='sampling steps (20; of a distilled model, its own)')
     c.add_argument('--guidance', type=float, help='how strongly the words pull (4; of a distilled model, 1)')
     c.add_argument('--negative', default='', help='what not to draw')
-    c.add_argument('--backend', default='auto', help='auto, torch, torch-compile, onnx, onnx-fp16, onnx-int8, openvino, openvino-bf16, tensorrt')
+    c.add_argument(
+        '--backend',
+        default='auto',
+        help='auto, torch, torch-compile, onnx, onnx-fp16, onnx-int8, openvino, openvino-bf16, tensorrt',
+    )
     c.add_argument('-o', '--output', help='file to write (default: from the prompt); several are numbered')
 
-def step_list(text): # whole numbers at commas
+
+def step_list(text):  # whole numbers at commas
     return sorted({whole_number(1)(t.strip()) for t in text.split(',')})
 
+
 def bench_options(c):
-    c.add_argument('--steps', type=step_list, default=[4, 10, 20], metavar='N,N,...', help='steps of a picture (4,10,20)')
-    c.add_argument('--rounds', type=whole_number(1), default=5, metavar='N', help='the fastest of so many counts (5)')
+    c.add_argument(
+        '--steps', type=step_list, default=[4, 10, 20], metavar='N,N,...', help='steps of a picture (4,10,20)'
+    )
+    c.add_argument(
+        '--rounds', type=whole_number(1), default=5, metavar='N', help='the fastest of so many counts (5)'
+    )
     c.add_argument('--backend', action='append', metavar='NAME', help='only this one; may be repeated')
 
-def studio_options(c): c.add_argument('--port', type=whole_number(1), default=8866, help='(8866)')
+
+def studio_options(c):
+    c.add_argument('--port', type=whole_number(1), default=8866, help='(8866)')
+
 
 def download_options(c):
-    c.add_argument('url', metavar='URL', help='a folder or s3://bucket/prefix, to which the stage upload sent a set')
-    c.add_argument('workspace', nargs='?', metavar='WORKSPACE', help="where to (default: this folder if it is a workspace, else the address's last part)")
-    c.add_argument('--only', action='append', choices=['pictures', 'captions', 'encoded'], help='just this part, beside the settings; may be repeated')
+    c.add_argument(
+        'url', metavar='URL', help='a folder or s3://bucket/prefix, to which the stage upload sent a set'
+    )
+    c.add_argument(
+        'workspace',
+        nargs='?',
+        metavar='WORKSPACE',
+        help="where to (default: this folder if it is a workspace, else the address's last part)",
+    )
+    c.add_argument(
+        '--only',
+        action='append',
+        choices=['pictures', 'captions', 'encoded'],
+        help='just this part, beside the settings; may be repeated',
+    )
     c.add_argument('--force', action='store_true', help='replace data that were made with other settings')
+
 
 def space_options(c):
     c.add_argument('-o', '--output', default='space', metavar='DIR', help='the folder to write (space)')
-    c.add_argument('--wheel', metavar='FILE', help='a wheel of flowerdiff to take along, when the package index does not have this version')
-    c.add_argument('--push', metavar='OWNER/NAME', help='make this Space on the Hub, private, or bring it up to date')
+    c.add_argument(
+        '--wheel',
+        metavar='FILE',
+        help='a wheel of flowerdiff to take along, when the package index does not have this version',
+    )
+    c.add_argument(
+        '--push', metavar='OWNER/NAME', help='make this Space on the Hub, private, or bring it up to date'
+    )

@@ -13,92 +13,143 @@ from ..core.workspace import UserError, read_json
 
 # %% ../../nbs/pipeline/06_compare_runs.ipynb #a912ed4c
 def running_median(
-    values,          # [N]
-    window: int = 9, # points around each, fewer at the ends
-) -> np.ndarray:     # [N]
+    values,  # [N]
+    window: int = 9,  # points around each, fewer at the ends
+) -> np.ndarray:  # [N]
     "The way a curve goes: the median of each point's surroundings."
-    half, values = window//2, np.asarray(values, float)
-    reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))] # as far to the left as to the right, or a slope would look like a jump at the ends
-    return np.array([np.median(values[i - r:i + r + 1]) for i, r in enumerate(reach)])
+    half, values = window // 2, np.asarray(values, float)
+    reach = [
+        min(half, i, len(values) - 1 - i) for i in range(len(values))
+    ]  # as far to the left as to the right, or a slope would look like a jump at the ends
+    return np.array([np.median(values[i - r : i + r + 1]) for i, r in enumerate(reach)])
 
 # %% ../../nbs/pipeline/06_compare_runs.ipynb #594a8add
 def spread(
-    values, # [N]
+    values,  # [N]
 ) -> float:
     "How far points lie from the curve's way: 1.48 times the median distance, which is a standard deviation where the noise is normal."
-    return float(1.4826*np.median(np.abs(np.asarray(values, float) - running_median(values)))) if len(values) else 0.
+    return (
+        float(1.4826 * np.median(np.abs(np.asarray(values, float) - running_median(values))))
+        if len(values)
+        else 0.0
+    )
 
 # %% ../../nbs/pipeline/06_compare_runs.ipynb #a3993283
 def change(
-    points, # [[step, loss], ...]
-) -> float: # -0.04: it fell by 4 %
+    points,  # [[step, loss], ...]
+) -> float:  # -0.04: it fell by 4 %
     "What the last quarter of a curve brought, as a share of the loss."
-    way = running_median([y for _, y in points]); last = way[-max(2, len(way)//4):]
-    return float(last[-1]/last[0] - 1) if len(way) > 3 and last[0] else 0.
+    way = running_median([y for _, y in points])
+    last = way[-max(2, len(way) // 4) :]
+    return float(last[-1] / last[0] - 1) if len(way) > 3 and last[0] else 0.0
 
 # %% ../../nbs/pipeline/06_compare_runs.ipynb #2bddfccd
 def spikes(
-    points,            # [[step, loss], ...]
-    far: float = 8.,   # spreads above the curve's way
-) -> list:             # steps
+    points,  # [[step, loss], ...]
+    far: float = 8.0,  # spreads above the curve's way
+) -> list:  # steps
     "Where the loss jumped."
-    if len(points) < 20: return []
-    losses = np.array([y for _, y in points]); limit = far*max(spread(losses), 1e-3*np.median(losses))
+    if len(points) < 20:
+        return []
+    losses = np.array([y for _, y in points])
+    limit = far * max(spread(losses), 1e-3 * np.median(losses))
     jumped = losses - running_median(losses) > limit
-    return [int(s) for (s, _), j in list(zip(points, jumped))[len(points)//20:] if j] # a fresh network may start anywhere
+    return [
+        int(s) for (s, _), j in list(zip(points, jumped))[len(points) // 20 :] if j
+    ]  # a fresh network may start anywhere
 
 # %% ../../nbs/pipeline/06_compare_runs.ipynb #25b52e34
 def in_words(
-    train: dict, # train.json
-) -> list:       # of sentences
+    train: dict,  # train.json
+) -> list:  # of sentences
     "What the curves of a run say."
     losses, held_out, out = train['loss_curve'], train['validation_curve'], []
     fell, v = change(losses), [y for _, y in held_out]
-    if v and v[-1] > 1.02*min(v) and fell < 0:
+    if v and v[-1] > 1.02 * min(v) and fell < 0:
         best = held_out[int(np.argmin(v))][0]
-        out.append(f'Overfitting: the validation loss was lowest at step {best:,} and is {v[-1]/min(v) - 1:.1%} higher now, while the training loss falls. Fewer epochs, or more pictures.')
-    elif len(v) > 2 and v[-1] < .99*v[-2 - (len(v) > 3)]: out.append(f'The validation loss still falls ({v[-1]/v[-2 - (len(v) > 3)] - 1:.1%} over its last readings): more epochs would help.')
-    elif len(v) > 2: out.append('The validation loss has come to rest: more of the same will not help.')
-    if jumps := spikes(losses): out.append(f'{len(jumps)} spike{"s"*(len(jumps) > 1)} of the training loss, at step {", ".join(f"{s:,}" for s in jumps[:3])}{", ..." if len(jumps) > 3 else ""}: a lower train.lr, or a look at those pictures.')
-    noise = spread([y for _, y in losses])/max(1e-12, np.median([y for _, y in losses])) if losses else 0.
-    if noise > abs(fell): out.append(f'The training loss varies by {noise:.1%} from reading to reading, and its last quarter brought {fell:+.1%}: it cannot tell; the validation loss can.')
+        out.append(
+            f'Overfitting: the validation loss was lowest at step {best:,} and is {v[-1] / min(v) - 1:.1%} higher now, while the training loss falls. Fewer epochs, or more pictures.'
+        )
+    elif len(v) > 2 and v[-1] < 0.99 * v[-2 - (len(v) > 3)]:
+        out.append(
+            f'The validation loss still falls ({v[-1] / v[-2 - (len(v) > 3)] - 1:.1%} over its last readings): more epochs would help.'
+        )
+    elif len(v) > 2:
+        out.append('The validation loss has come to rest: more of the same will not help.')
+    if jumps := spikes(losses):
+        out.append(
+            f'{len(jumps)} spike{"s" * (len(jumps) > 1)} of the training loss, at step {", ".join(f"{s:,}" for s in jumps[:3])}{", ..." if len(jumps) > 3 else ""}: a lower train.lr, or a look at those pictures.'
+        )
+    noise = spread([y for _, y in losses]) / max(1e-12, np.median([y for _, y in losses])) if losses else 0.0
+    if noise > abs(fell):
+        out.append(
+            f'The training loss varies by {noise:.1%} from reading to reading, and its last quarter brought {fell:+.1%}: it cannot tell; the validation loss can.'
+        )
     return out
 
 # %% ../../nbs/pipeline/06_compare_runs.ipynb #d79e05e2
 def read_run(
-    folder: str | Path, # a workspace
-) -> dict:              # `train`: train.json; `settings`: dotted name -> value; `adherence`: name -> share
+    folder: str | Path,  # a workspace
+) -> dict:  # `train`: train.json; `settings`: dotted name -> value; `adherence`: name -> share
     "What is known of a run. Raises `UserError` where there is none."
     import yaml
+
     folder = Path(folder)
-    if not (folder/'train.json').exists(): raise UserError(f'{folder}: holds no trained run (no train.json); `flowerdiff run {folder}` makes one')
-    flat = lambda d, at='': {k: v for key, x in d.items() for k, v in (flat(x, f'{at}{key}.') if isinstance(x, dict) else {f'{at}{key}': x}).items()}
-    report = folder/'report'/'metrics.json'
+    if not (folder / 'train.json').exists():
+        raise UserError(
+            f'{folder}: holds no trained run (no train.json); `flowerdiff run {folder}` makes one'
+        )
+    flat = lambda d, at='': {
+        k: v
+        for key, x in d.items()
+        for k, v in (flat(x, f'{at}{key}.') if isinstance(x, dict) else {f'{at}{key}': x}).items()
+    }
+    report = folder / 'report' / 'metrics.json'
     found = read_json(report).get('adherence') or {} if report.exists() else {}
-    return dict(train=read_json(folder/'train.json'), settings=flat(yaml.safe_load((folder/'params.yaml').read_text())), adherence={k: v['value'] for k, v in found.items()})
+    return dict(
+        train=read_json(folder / 'train.json'),
+        settings=flat(yaml.safe_load((folder / 'params.yaml').read_text())),
+        adherence={k: v['value'] for k, v in found.items()},
+    )
 
 # %% ../../nbs/pipeline/06_compare_runs.ipynb #fc12e2c5
 def compare_runs(
     first: dict,  # from `read_run`
     second: dict,
-) -> tuple:       # rows (name, value, value), what differs and what came of it; a sentence
+) -> tuple:  # rows (name, value, value), what differs and what came of it; a sentence
     "What two runs did differently, and which is better."
     from flowerdiff.stages.promote import compare
+
     a, b = first['train'], second['train']
-    differ = [(k, first['settings'].get(k, '-'), second['settings'].get(k, '-')) for k in {**first['settings'], **second['settings']} if first['settings'].get(k) != second['settings'].get(k)]
-    came = [('steps', f"{a['steps']:,}", f"{b['steps']:,}"), ('samples/s', f"{a['samples_per_second']:.0f}", f"{b['samples_per_second']:.0f}"),
-        ('validation loss', f"{a['validation']['loss']:.4f}", f"{b['validation']['loss']:.4f}")]
-    came += [(f'right {NAMES.get(k, k)}', f'{first["adherence"][k]:.1%}', f'{second["adherence"][k]:.1%}') for k in first['adherence'] if k in second['adherence']]
+    differ = [
+        (k, first['settings'].get(k, '-'), second['settings'].get(k, '-'))
+        for k in {**first['settings'], **second['settings']}
+        if first['settings'].get(k) != second['settings'].get(k)
+    ]
+    came = [
+        ('steps', f'{a["steps"]:,}', f'{b["steps"]:,}'),
+        ('samples/s', f'{a["samples_per_second"]:.0f}', f'{b["samples_per_second"]:.0f}'),
+        ('validation loss', f'{a["validation"]["loss"]:.4f}', f'{b["validation"]["loss"]:.4f}'),
+    ]
+    came += [
+        (f'right {NAMES.get(k, k)}', f'{first["adherence"][k]:.1%}', f'{second["adherence"][k]:.1%}')
+        for k in first['adherence']
+        if k in second['adherence']
+    ]
     x, y = (np.asarray(t['validation']['by_picture'], float) for t in (a, b))
     if a['data'] != b['data'] or x.shape != y.shape or a['validation']['levels'] != b['validation']['levels']:
         return differ + came, 'They were trained on different data: their validation losses do not compare.'
-    if np.array_equal(x, y): return differ + came, 'The same losses, picture by picture: the same model.'
+    if np.array_equal(x, y):
+        return differ + came, 'The same losses, picture by picture: the same model.'
     ahead, v = ('second', compare(x, y)) if y.mean() < x.mean() else ('first', compare(y, x))
-    return differ + came, f'The {ahead} is {"better" if v.better else "lower, but that may be luck"}: {v.reason.split(": ", 1)[1].split(", wanted")[0]}.'
+    return (
+        differ + came,
+        f'The {ahead} is {"better" if v.better else "lower, but that may be luck"}: {v.reason.split(": ", 1)[1].split(", wanted")[0]}.',
+    )
 
 # %% ../../nbs/pipeline/06_compare_runs.ipynb #5e93f312
 def told(
-    first: str | Path, # a workspace
+    first: str | Path,  # a workspace
     second: str | Path,
 ) -> str:
     "The comparison as text: a table, the verdict, and what each run's curves say."
@@ -106,6 +157,10 @@ def told(
     rows, verdict = compare_runs(*runs)
     rows = [('', *(Path(f).resolve().name for f in (first, second))), *rows]
     wide = [max(len(str(r[i])) for r in rows) for i in range(3)]
-    lines = [f'{r[0]!s:<{wide[0]}}  {r[1]!s:>{wide[1]}}  {r[2]!s:>{wide[2]}}'.rstrip() for r in rows] + ['', verdict]
-    for f, r in zip((first, second), runs): lines += [f'{Path(f).resolve().name}: {s}' for s in in_words(r['train'])]
+    lines = [f'{r[0]!s:<{wide[0]}}  {r[1]!s:>{wide[1]}}  {r[2]!s:>{wide[2]}}'.rstrip() for r in rows] + [
+        '',
+        verdict,
+    ]
+    for f, r in zip((first, second), runs):
+        lines += [f'{Path(f).resolve().name}: {s}' for s in in_words(r['train'])]
     return '\n'.join(lines)

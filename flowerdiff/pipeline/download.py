@@ -15,57 +15,83 @@ from ..services.store import Hashes, Store, fetch, open_store, pull, read_manife
 from ..core.workspace import UserError, Workspace, atomic_write, bytes_text, open_workspace, progress
 
 # %% ../../nbs/pipeline/07_download.ipynb #c9fd1db6
-_MADE, _HOW = ('seed', 'prepare', 'caption', 'components', 'encode'), {'batch_size', 'num_processes'} # settings that make the data; those of them that do not show in it
+_MADE, _HOW = (
+    ('seed', 'prepare', 'caption', 'components', 'encode'),
+    {'batch_size', 'num_processes'},
+)  # settings that make the data; those of them that do not show in it
+
 
 def set_settings(
     store: Store,
-) -> tuple: # (settings of the set, its params.yaml as bytes)
+) -> tuple:  # (settings of the set, its params.yaml as bytes)
     "What the set in a store was made with. Raises `UserError` where there is none."
     entry = next((f for f in read_manifest(store)['files'] if f['path'] == 'params.yaml'), None)
-    if not entry: raise UserError(f'{store.url}: its set has no params.yaml, so it is not one that the stage upload sent; send it again')
+    if not entry:
+        raise UserError(
+            f'{store.url}: its set has no params.yaml, so it is not one that the stage upload sent; send it again'
+        )
     with tempfile.TemporaryDirectory() as d:
         fetch(store, entry, Path(d))
-        return load_settings(Path(d)/'params.yaml'), (Path(d)/'params.yaml').read_bytes()
+        return load_settings(Path(d) / 'params.yaml'), (Path(d) / 'params.yaml').read_bytes()
+
 
 def differences(
-    mine, theirs, # settings
-) -> dict:        # key -> (mine, theirs), of what makes the data
-    flat = lambda s: {f'{k}.{n}': v for k in _MADE[1:] for n, v in getattr(s, k).model_dump().items() if n not in _HOW} | dict(seed=s.seed)
+    mine,
+    theirs,  # settings
+) -> dict:  # key -> (mine, theirs), of what makes the data
+    flat = lambda s: (
+        {f'{k}.{n}': v for k in _MADE[1:] for n, v in getattr(s, k).model_dump().items() if n not in _HOW}
+        | dict(seed=s.seed)
+    )
     a, b = flat(mine), flat(theirs)
     return {k: (a[k], b[k]) for k in a if a[k] != b[k]}
 
 # %% ../../nbs/pipeline/07_download.ipynb #749f9f6b
-def _place_for(root: Path, theirs, force: bool): # where the set may go; settings to take over in a workspace that is there
-    if (root/'params.yaml').exists():
-        other = differences(load_settings(root/'params.yaml'), theirs)
+def _place_for(
+    root: Path, theirs, force: bool
+):  # where the set may go; settings to take over in a workspace that is there
+    if (root / 'params.yaml').exists():
+        other = differences(load_settings(root / 'params.yaml'), theirs)
         if other and not force:
             key, (a, b) = next(iter(other.items()))
-            raise UserError(f'{root}: was made with other settings ({key} is {a!r} here and {b!r} in the set); give a new folder, or --force, which replaces its data')
+            raise UserError(
+                f'{root}: was made with other settings ({key} is {a!r} here and {b!r} in the set); give a new folder, or --force, which replaces its data'
+            )
         return {k: b for k, (_, b) in other.items()}
-    if root.exists() and (not root.is_dir() or any(not p.name.startswith('.') and p.name not in PARTS for p in root.iterdir())):
+    if root.exists() and (
+        not root.is_dir() or any(not p.name.startswith('.') and p.name not in PARTS for p in root.iterdir())
+    ):
         raise UserError(f'{root}: holds other files and is no workspace; give a new folder')
 
+
 def download(
-    url: str,          # of a store: a folder, or s3://bucket/prefix
+    url: str,  # of a store: a folder, or s3://bucket/prefix
     root: str | Path,  # the workspace, new or not
-    only=(),           # of `PARTS`; none: all
-    force: bool = False, # although the workspace was made with other settings
-) -> dict:             # `wanted` and `fetched` (files), `fetched_bytes`, `new` (whether the workspace is)
+    only=(),  # of `PARTS`; none: all
+    force: bool = False,  # although the workspace was made with other settings
+) -> dict:  # `wanted` and `fetched` (files), `fetched_bytes`, `new` (whether the workspace is)
     "Bring a set into a workspace. Raises `UserError` where it may not go, and for each fault of the store."
     store, root = open_store(url), Path(root).expanduser().absolute()
-    (theirs, text), new = set_settings(store), not (root/'params.yaml').exists()
+    (theirs, text), new = set_settings(store), not (root / 'params.yaml').exists()
     changes = _place_for(root, theirs, force)
     root.mkdir(parents=True, exist_ok=True)
     with lock(Workspace(root, theirs)):
-        with Hashes(root, root/'work'/'hashes.json') as hashes: got = pull(store, root, only or PARTS[:3], progress, hashed=hashes)
-        if new: atomic_write(root/'params.yaml', text)
-        elif changes: open_workspace(root, overrides=changes)
+        with Hashes(root, root / 'work' / 'hashes.json') as hashes:
+            got = pull(store, root, only or PARTS[:3], progress, hashed=hashes)
+        if new:
+            atomic_write(root / 'params.yaml', text)
+        elif changes:
+            open_workspace(root, overrides=changes)
     return dict(got, new=new)
 
 # %% ../../nbs/pipeline/07_download.ipynb #caf37ed7
 def told(
     got: dict,  # of `download`
-    place: str, # the workspace, as one would type it
-) -> str:       # the line at the end
-    came = f"{got['fetched']:,} of {got['wanted']:,} files came ({bytes_text(got['fetched_bytes'])})" if got['fetched'] else f"all {got['wanted']:,} files were there"
-    return f"{place}: {came}, each checked{'' if got['new'] else '; its params.yaml stays'}; next: flowerdiff run {place} --from train"
+    place: str,  # the workspace, as one would type it
+) -> str:  # the line at the end
+    came = (
+        f'{got["fetched"]:,} of {got["wanted"]:,} files came ({bytes_text(got["fetched_bytes"])})'
+        if got['fetched']
+        else f'all {got["wanted"]:,} files were there'
+    )
+    return f'{place}: {came}, each checked{"" if got["new"] else "; its params.yaml stays"}; next: flowerdiff run {place} --from train'

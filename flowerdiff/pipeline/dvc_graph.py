@@ -9,75 +9,133 @@ __all__ = ['GRAPH', 'dvc_yaml', 'folder_state', 'outside', 'refresh']
 import contextlib, json, os
 from pathlib import Path
 from ..services.hardware import gpus, has_aws, has_hub, has_package
-from ..core.workspace import Workspace, atomic_write, code_fingerprint, file_sha256, fingerprint, open_workspace
-
-# %% ../../nbs/pipeline/01_dvc_graph.ipynb #1c78106e
-GRAPH = dict( # stage -> what it reads, which settings it uses, what it writes
-    prepare  =(['.flowerdiff/state/source.json'], ['prepare', 'seed'], ['pictures']),
-    caption  =(['pictures'], ['caption', 'components.text_encoder', 'seed'], ['captions']),
-    encode   =(['pictures', 'captions', '.flowerdiff/state/components.json'], ['encode', 'components', 'seed'], ['encoded']),
-    upload   =(['encoded', '.flowerdiff/state/storage.json'], ['upload'], ['upload.json']),
-    train    =(['encoded', '.flowerdiff/state/teacher.json'], ['train', 'seed'], ['candidate', 'train.json']),
-    promote  =(['candidate', 'train.json', 'encoded'], ['promote'], ['model', 'promote.json']),
-    evaluate =(['model', 'pictures', 'captions'], ['evaluate', 'seed'], ['report']),
-    onnx     =(['model'], ['onnx'], ['onnx']),
-    tensorrt =(['onnx', '.flowerdiff/state/gpu.json'], ['tensorrt'], ['tensorrt']),
-    publish  =(['model', 'report', 'onnx', 'tensorrt', '.flowerdiff/state/hub.json'], ['publish'], ['published.json']),
+from flowerdiff.core.workspace import (
+    Workspace,
+    atomic_write,
+    code_fingerprint,
+    file_sha256,
+    fingerprint,
+    open_workspace,
 )
 
-def _code(stage: str) -> str: return f'.flowerdiff/code/{stage}.json'
+# %% ../../nbs/pipeline/01_dvc_graph.ipynb #1c78106e
+GRAPH = dict(  # stage -> what it reads, which settings it uses, what it writes
+    prepare=(['.flowerdiff/state/source.json'], ['prepare', 'seed'], ['pictures']),
+    caption=(['pictures'], ['caption', 'components.text_encoder', 'seed'], ['captions']),
+    encode=(
+        ['pictures', 'captions', '.flowerdiff/state/components.json'],
+        ['encode', 'components', 'seed'],
+        ['encoded'],
+    ),
+    upload=(['encoded', '.flowerdiff/state/storage.json'], ['upload'], ['upload.json']),
+    train=(['encoded', '.flowerdiff/state/teacher.json'], ['train', 'seed'], ['candidate', 'train.json']),
+    promote=(['candidate', 'train.json', 'encoded'], ['promote'], ['model', 'promote.json']),
+    evaluate=(['model', 'pictures', 'captions'], ['evaluate', 'seed'], ['report']),
+    onnx=(['model'], ['onnx'], ['onnx']),
+    tensorrt=(['onnx', '.flowerdiff/state/gpu.json'], ['tensorrt'], ['tensorrt']),
+    publish=(
+        ['model', 'report', 'onnx', 'tensorrt', '.flowerdiff/state/hub.json'],
+        ['publish'],
+        ['published.json'],
+    ),
+)
+
+
+def _code(stage: str) -> str:
+    return f'.flowerdiff/code/{stage}.json'
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #8492fa4a
-def dvc_yaml() -> str: # what `dvc.yaml` says
+def dvc_yaml() -> str:  # what `dvc.yaml` says
     "The graph in DVC's words. Outputs stay where they are (no cache, no second copy of weights) until a stage replaces them whole."
     import yaml
-    stages = {s: dict(cmd=f'python -P -m flowerdiff.pipeline.execute {s}', deps=[_code(s), *reads], params=settings, outs=[{o: dict(cache=False, persist=True)} for o in writes])
-              for s, (reads, settings, writes) in GRAPH.items()}
-    return '# Written by flowerdiff; `dvc repro`, `dvc status` and `dvc dag` work here.\n' + yaml.safe_dump(dict(stages=stages), sort_keys=False, width=200)
+
+    stages = {
+        s: dict(
+            cmd=f'python -P -m flowerdiff.pipeline.execute {s}',
+            deps=[_code(s), *reads],
+            params=settings,
+            outs=[{o: dict(cache=False, persist=True)} for o in writes],
+        )
+        for s, (reads, settings, writes) in GRAPH.items()
+    }
+    return '# Written by flowerdiff; `dvc repro`, `dvc status` and `dvc dag` work here.\n' + yaml.safe_dump(
+        dict(stages=stages), sort_keys=False, width=200
+    )
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #5b7182bc
 def folder_state(
-    folder: str | Path, # any folder
-) -> str:               # changes when a file in it does
+    folder: str | Path,  # any folder
+) -> str:  # changes when a file in it does
     "Fingerprint of a folder's names, sizes and times; links to folders are followed once."
     rows, todo, seen = [], [Path(folder)], set()
     while todo:
-        d = todo.pop(); real = os.path.realpath(d)
-        if real in seen: continue
+        d = todo.pop()
+        real = os.path.realpath(d)
+        if real in seen:
+            continue
         seen.add(real)
         with contextlib.suppress(OSError), os.scandir(d) as entries:
             for e in entries:
                 with contextlib.suppress(OSError):
-                    if e.is_dir(): todo.append(Path(e.path))
-                    elif e.is_file(): s = e.stat(); rows.append((os.path.relpath(e.path, folder), s.st_size, s.st_mtime_ns))
+                    if e.is_dir():
+                        todo.append(Path(e.path))
+                    elif e.is_file():
+                        s = e.stat()
+                        rows.append((os.path.relpath(e.path, folder), s.st_size, s.st_mtime_ns))
     return fingerprint(sorted(rows))
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #0b643608
-def _asset_state(spec: str) -> object: # what a component is made of
+def _asset_state(spec: str) -> object:  # what a component is made of
     import flowerdiff
-    if spec == 'garden': return {p.name + '/' + f.name: file_sha256(f) for p in sorted((Path(flowerdiff.__file__).parent/'assets'/'garden').glob('*')) if p.is_dir() for f in sorted(p.iterdir()) if f.is_file()}
+
+    if spec == 'garden':
+        return {
+            p.name + '/' + f.name: file_sha256(f)
+            for p in sorted((Path(flowerdiff.__file__).parent / 'assets' / 'garden').glob('*'))
+            if p.is_dir()
+            for f in sorted(p.iterdir())
+            if f.is_file()
+        }
     return folder_state(spec) if Path(spec).is_dir() else spec
 
-def outside(ws: Workspace) -> dict: # file in .flowerdiff/state -> fact
+
+def outside(ws: Workspace) -> dict:  # file in .flowerdiff/state -> fact
     "What the stages depend on that is not in the workspace."
     s = ws.settings
-    source = s.prepare.files or s.prepare.source # of a known data set its official files are looked at
-    return dict(source='garden' if source == 'garden' else folder_state(ws.root/Path(source).expanduser()) if source else '',
-                components=[_asset_state(s.components.autoencoder), _asset_state(s.components.text_encoder)],
-                storage=has_aws() if s.upload.destination.startswith('s3:') else 'local',
-                teacher=_asset_state(str(ws.model/'unet')) if s.train.distill else '',
-                gpu=[gpus(), has_package('tensorrt'), has_package('tensorrt_rtx')],
-                hub=has_hub() if s.publish.destination.startswith('hub') else 'local')
+    source = s.prepare.files or s.prepare.source  # of a known data set its official files are looked at
+    return dict(
+        source='garden'
+        if source == 'garden'
+        else folder_state(ws.root / Path(source).expanduser())
+        if source
+        else '',
+        components=[_asset_state(s.components.autoencoder), _asset_state(s.components.text_encoder)],
+        storage=has_aws() if s.upload.destination.startswith('s3:') else 'local',
+        teacher=_asset_state(str(ws.model / 'unet')) if s.train.distill else '',
+        gpu=[gpus(), has_package('tensorrt'), has_package('tensorrt_rtx')],
+        hub=has_hub() if s.publish.destination.startswith('hub') else 'local',
+    )
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #359e44f5
 def _write_if_new(path: Path, text: str):
-    if not path.exists() or path.read_text(encoding='utf-8') != text: atomic_write(path, text)
+    if not path.exists() or path.read_text(encoding='utf-8') != text:
+        atomic_write(path, text)
+
 
 def refresh(ws: Workspace):
     "Bring the files that DVC looks at to date. Changes nothing that has not changed."
-    _write_if_new(ws.root/'.dvc'/'config', '[core]\n    no_scm = True\n    analytics = false\n    autostage = false\n    check_update = false\n')
-    _write_if_new(ws.root/'.dvcignore', 'work\nnotebooks\nmlartifacts\nmlruns\ntensorboard\nstore\npublished\n')
-    (ws.root/'.dvc'/'tmp').mkdir(exist_ok=True)
-    _write_if_new(ws.root/'dvc.yaml', dvc_yaml())
-    for name, fact in outside(ws).items(): _write_if_new(ws.root/'.flowerdiff'/'state'/f'{name}.json', json.dumps(fact, indent=1) + '\n')
-    for s in GRAPH: _write_if_new(ws.root/_code(s), json.dumps(code_fingerprint(f'flowerdiff.stages.{s}'), indent=1) + '\n')
+    _write_if_new(
+        ws.root / '.dvc' / 'config',
+        '[core]\n    no_scm = True\n    analytics = false\n    autostage = false\n    check_update = false\n',
+    )
+    _write_if_new(
+        ws.root / '.dvcignore', 'work\nnotebooks\nmlartifacts\nmlruns\ntensorboard\nstore\npublished\n'
+    )
+    (ws.root / '.dvc' / 'tmp').mkdir(exist_ok=True)
+    _write_if_new(ws.root / 'dvc.yaml', dvc_yaml())
+    for name, fact in outside(ws).items():
+        _write_if_new(ws.root / '.flowerdiff' / 'state' / f'{name}.json', json.dumps(fact, indent=1) + '\n')
+    for s in GRAPH:
+        _write_if_new(
+            ws.root / _code(s), json.dumps(code_fingerprint(f'flowerdiff.stages.{s}'), indent=1) + '\n'
+        )

@@ -12,25 +12,31 @@ from pathlib import Path
 from ..core.workspace import STAGES, UserError, Workspace, open_workspace, read_json, write_json
 
 # %% ../../nbs/pipeline/02_execute.ipynb #400ccf5c
-def notebook_name(stage: str) -> str: return f'{STAGES.index(stage) + 1:02d}_{stage}.ipynb'
+def notebook_name(stage: str) -> str:
+    return f'{STAGES.index(stage) + 1:02d}_{stage}.ipynb'
+
 
 def find_notebook(
-    stage: str, # one of `STAGES`
+    stage: str,  # one of `STAGES`
 ) -> Path:
     "The stage's notebook. Raises `UserError` when the installation lacks it."
     import flowerdiff
+
     here = Path(flowerdiff.__file__).parent
     name = notebook_name(stage)
-    for folder in (here/'notebooks', here.parent/'nbs'/'stages'):
-        if (folder/name).is_file(): return folder/name
+    for folder in (here / 'notebooks', here.parent / 'nbs' / 'stages'):
+        if (folder / name).is_file():
+            return folder / name
     raise UserError(f'{name}: is not in this installation; install flowerdiff again')
 
 # %% ../../nbs/pipeline/02_execute.ipynb #eabbd7a3
 def duration(seconds: float) -> str:
     "Time as people say it."
-    if seconds < 60: return f'{seconds:.1f} s'
+    if seconds < 60:
+        return f'{seconds:.1f} s'
     m, s = divmod(round(seconds), 60)
     return f'{m} min {s:02d} s' if m < 60 else f'{m // 60} h {m % 60:02d} min'
+
 
 def stage_line(stage: str, took: str, summary: str) -> str:
     "`train     6 min 02 s   58,000 samples, 155/s`."
@@ -38,119 +44,195 @@ def stage_line(stage: str, took: str, summary: str) -> str:
 
 # %% ../../nbs/pipeline/02_execute.ipynb #cf52af4f
 def own_kernel(
-    folder: Path, # where to put the specification
+    folder: Path,  # where to put the specification
 ):
     "Make `python3` mean the running interpreter, for kernels started from this process."
-    write_json(folder/'kernels'/'python3'/'kernel.json', dict(argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], display_name='python3', language='python'))
-    os.environ['JUPYTER_PATH'] = os.pathsep.join(p for p in (str(folder), os.environ.get('JUPYTER_PATH')) if p)
+    write_json(
+        folder / 'kernels' / 'python3' / 'kernel.json',
+        dict(
+            argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'],
+            display_name='python3',
+            language='python',
+        ),
+    )
+    os.environ['JUPYTER_PATH'] = os.pathsep.join(
+        p for p in (str(folder), os.environ.get('JUPYTER_PATH')) if p
+    )
+
 
 def _import_papermill():
     # Storage back ends and an address grammar take three of papermill's four seconds; local notebooks need neither, and all are optional.
-    for name in ('rfc3987_syntax', 'boto3', 'pyarrow', 'pyarrow.fs', 'gcsfs', 'azure'): sys.modules.setdefault(name, None)
+    for name in ('rfc3987_syntax', 'boto3', 'pyarrow', 'pyarrow.fs', 'gcsfs', 'azure'):
+        sys.modules.setdefault(name, None)
     import papermill
+
     return papermill
 
 # %% ../../nbs/pipeline/02_execute.ipynb #42006acf
 def only_the_run(
-    notebook: Path, # of a stage
-):                  # a notebook node in which all code but the parameters and the run is tagged `skip-execution`
+    notebook: Path,  # of a stage
+):  # a notebook node in which all code but the parameters and the run is tagged `skip-execution`
     "What of a chapter papermill executes."
     import nbformat
+
     nb = nbformat.read(notebook, 4)
     for c in nb.cells:
         tags = c.metadata.setdefault('tags', [])
-        if c.cell_type == 'code' and 'parameters' not in tags and '#| eval: false' not in c.source: tags.append('skip-execution')
+        if c.cell_type == 'code' and 'parameters' not in tags and '#| eval: false' not in c.source:
+            tags.append('skip-execution')
     return nb
 
 # %% ../../nbs/pipeline/02_execute.ipynb #c44b5aca
 def execute(
-    ws: Workspace, # where
-    stage: str,    # which
-) -> Path:         # the executed notebook
+    ws: Workspace,  # where
+    stage: str,  # which
+) -> Path:  # the executed notebook
     "Run a stage's notebook with papermill. Raises what papermill raises."
     notebook = find_notebook(stage)
-    for folder in (ws.notebooks, ws.work/'log'): folder.mkdir(parents=True, exist_ok=True)
-    own_kernel(ws.root/'.flowerdiff'/'jupyter')
-    out = ws.notebooks/notebook.name
-    with open(ws.work/'log'/f'{stage}.log', 'w', encoding='utf-8') as log:
-        _import_papermill().execute_notebook(only_the_run(notebook), out, dict(workspace=str(ws.root), profile=ws.settings.profile, overrides=[]), kernel_name='python3',
-            cwd=ws.notebooks, progress_bar=False, autosave_cell_every=30, stdout_file=log, stderr_file=log)
+    for folder in (ws.notebooks, ws.work / 'log'):
+        folder.mkdir(parents=True, exist_ok=True)
+    own_kernel(ws.root / '.flowerdiff' / 'jupyter')
+    out = ws.notebooks / notebook.name
+    with open(ws.work / 'log' / f'{stage}.log', 'w', encoding='utf-8') as log:
+        _import_papermill().execute_notebook(
+            only_the_run(notebook),
+            out,
+            dict(workspace=str(ws.root), profile=ws.settings.profile, overrides=[]),
+            kernel_name='python3',
+            cwd=ws.notebooks,
+            progress_bar=False,
+            autosave_cell_every=30,
+            stdout_file=log,
+            stderr_file=log,
+        )
     return out
 
 # %% ../../nbs/pipeline/02_execute.ipynb #3523cbf1
 def stop_tree(
-    pid: int,              # whose descendants
-    root: str = None,      # a workspace, whose training may have been started by an earlier run
-    patience: float = 20., # seconds that training gets for its checkpoint
+    pid: int,  # whose descendants
+    root: str = None,  # a workspace, whose training may have been started by an earlier run
+    patience: float = 20.0,  # seconds that training gets for its checkpoint
 ):
     "End all descendants of a process; training is asked first and may finish its checkpoint, and tracking may tell of it."
     import psutil
-    try: tree = psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess: tree = []
-    training, trackers = ([p for p in {*tree, *(psutil.process_iter() if root else [])} if _runs(p, module, root if p not in tree else None)] for module in ("flowerdiff.stages.train", "flowerdiff.services.tracking"))
-    with contextlib.suppress(psutil.NoSuchProcess): _end([p for p in training if p.ppid() not in {q.pid for q in training}], psutil.Process.terminate) # torchrun tells its workers
-    psutil.wait_procs(training, patience); psutil.wait_procs(trackers, min(patience, 5))
+
+    try:
+        tree = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        tree = []
+    training, trackers = (
+        [
+            p
+            for p in {*tree, *(psutil.process_iter() if root else [])}
+            if _runs(p, module, root if p not in tree else None)
+        ]
+        for module in ('flowerdiff.stages.train', 'flowerdiff.services.tracking')
+    )
+    with contextlib.suppress(psutil.NoSuchProcess):
+        _end(
+            [p for p in training if p.ppid() not in {q.pid for q in training}], psutil.Process.terminate
+        )  # torchrun tells its workers
+    psutil.wait_procs(training, patience)
+    psutil.wait_procs(trackers, min(patience, 5))
     tree = {*tree, *training, *trackers}
     _end(tree, psutil.Process.kill)
     psutil.wait_procs(tree, 5)
 
-def _runs(process, module: str, root: str = None) -> bool: # is it `python -m module [root]`?
+
+def _runs(process, module: str, root: str = None) -> bool:  # is it `python -m module [root]`?
     import psutil
-    try: words = process.cmdline()
-    except psutil.Error: return False
+
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False
     return module in words and (root is None or str(root) in words)
+
 
 def _end(processes, how):
     import psutil
+
     for p in processes:
-        try: how(p)
-        except psutil.Error: pass
+        try:
+            how(p)
+        except psutil.Error:
+            pass
 
 # %% ../../nbs/pipeline/02_execute.ipynb #e44e2fd0
-def _signalled(*_): # the second one would interrupt the stopping
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+def _signalled(*_):  # the second one would interrupt the stopping
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
     raise KeyboardInterrupt
 
-def _outcome(record: dict) -> str: return f'skipped: {record["reason"]}' if record['status'] == 'skipped' else record['summary']
+
+def _outcome(record: dict) -> str:
+    return f'skipped: {record["reason"]}' if record['status'] == 'skipped' else record['summary']
+
 
 def drive(
-    stage: str,             # one of `STAGES`
+    stage: str,  # one of `STAGES`
     workspace: str = '.',
-) -> int:                   # exit status: 0 done, 2 a person's mistake, 1 any other failure, 130 stopped
+) -> int:  # exit status: 0 done, 2 a person's mistake, 1 any other failure, 130 stopped
     "Execute a stage, print its line, and record a failure."
     ws, start, trouble = open_workspace(workspace), time.time(), []
-    state = ws.root/'.flowerdiff'
-    (state/'failure.json').unlink(missing_ok=True); (state/'progress.json').unlink(missing_ok=True)
-    os.environ['FLOWERDIFF_PROGRESS'] = str(state/'progress.json')
-    write_json(state/'running.json', dict(stage=stage, pid=os.getpid(), started=start))
+    state = ws.root / '.flowerdiff'
+    (state / 'failure.json').unlink(missing_ok=True)
+    (state / 'progress.json').unlink(missing_ok=True)
+    os.environ['FLOWERDIFF_PROGRESS'] = str(state / 'progress.json')
+    write_json(state / 'running.json', dict(stage=stage, pid=os.getpid(), started=start))
+
     def work():
-        try: execute(ws, stage)
-        except BaseException as e: trouble.append(e)
+        try:
+            execute(ws, stage)
+        except BaseException as e:
+            trouble.append(e)
+
     thread = threading.Thread(target=work, daemon=True)
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, _signalled)
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, _signalled)
     try:
         thread.start()
-        while thread.is_alive(): thread.join(.1)
+        while thread.is_alive():
+            thread.join(0.1)
         status = _failed(ws, stage, trouble[0]) if trouble else 0
-        if not status: print(stage_line(stage, duration(time.time() - start), _outcome(read_json(ws.work/'records'/f'{stage}.json'))), flush=True)
+        if not status:
+            print(
+                stage_line(
+                    stage,
+                    duration(time.time() - start),
+                    _outcome(read_json(ws.work / 'records' / f'{stage}.json')),
+                ),
+                flush=True,
+            )
     except KeyboardInterrupt:
-        stop_tree(os.getpid(), str(ws.root)); status = 130
-    (state/'running.json').unlink(missing_ok=True)
-    sys.stdout.flush(); os._exit(status) if thread.is_alive() else None
+        stop_tree(os.getpid(), str(ws.root))
+        status = 130
+    (state / 'running.json').unlink(missing_ok=True)
+    sys.stdout.flush()
+    os._exit(status) if thread.is_alive() else None
     return status
 
 # %% ../../nbs/pipeline/02_execute.ipynb #dbeff3ae
-def _failed(ws: Workspace, stage: str, error: BaseException) -> int: # print and record what went wrong; exit status
+def _failed(
+    ws: Workspace, stage: str, error: BaseException
+) -> int:  # print and record what went wrong; exit status
     name, text = getattr(error, 'ename', type(error).__name__), str(getattr(error, 'evalue', error))
     mistake = name == 'UserError'
-    notebook = ws.notebooks/notebook_name(stage)
+    notebook = ws.notebooks / notebook_name(stage)
     text = (text.strip().splitlines() or [''])[-1 if mistake else 0]
-    message = text if mistake else f'{stage} failed: {name}{": " if text else ""}{text[:300]}; see {notebook} and {ws.work}/log/{stage}.log'
-    write_json(ws.root/'.flowerdiff'/'failure.json', dict(stage=stage, mistake=mistake, message=message))
+    message = (
+        text
+        if mistake
+        else f'{stage} failed: {name}{": " if text else ""}{text[:300]}; see {notebook} and {ws.work}/log/{stage}.log'
+    )
+    write_json(ws.root / '.flowerdiff' / 'failure.json', dict(stage=stage, mistake=mistake, message=message))
     print(message, file=sys.stderr, flush=True)
     return 2 if mistake else 1
 
 # %% ../../nbs/pipeline/02_execute.ipynb #22308580
-if __name__ == '__main__' and '__file__' in globals(): # a module run by `python -m`, not a notebook
-    try: sys.exit(drive(sys.argv[1]))
-    except UserError as e: print(e, file=sys.stderr); sys.exit(2)
+if __name__ == '__main__' and '__file__' in globals():  # a module run by `python -m`, not a notebook
+    try:
+        sys.exit(drive(sys.argv[1]))
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)

@@ -15,258 +15,429 @@ from ..core.workspace import STAGES, UserError, Workspace, disk_errors, open_wor
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #25ce1e6f
 def _dvc(ws: Workspace, *args, **kwargs) -> subprocess.Popen:
-    env = os.environ | dict(DVC_NO_ANALYTICS='1', DVC_SITE_CACHE_DIR=str(ws.root/'.dvc'/'tmp'/'site'), PYTHONUNBUFFERED='1', SHELL='/bin/sh')
+    env = os.environ | dict(
+        DVC_NO_ANALYTICS='1',
+        DVC_SITE_CACHE_DIR=str(ws.root / '.dvc' / 'tmp' / 'site'),
+        PYTHONUNBUFFERED='1',
+        SHELL='/bin/sh',
+    )
     env['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), env.get('PATH', '')])
-    return subprocess.Popen([sys.executable, '-P', '-m', 'dvc', *args], cwd=ws.root, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, '-P', '-m', 'dvc', *args],
+        cwd=ws.root,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **kwargs,
+    )
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #a2a39379
 @contextlib.contextmanager
 def lock(ws: Workspace):
     "Only one run at a time in a workspace."
-    (ws.root/'.flowerdiff').mkdir(exist_ok=True)
-    with open(ws.root/'.flowerdiff'/'lock', 'a+') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise UserError(f'{ws.root}: another flowerdiff run works here; wait for it, or stop it') from None
+    (ws.root / '.flowerdiff').mkdir(exist_ok=True)
+    with open(ws.root / '.flowerdiff' / 'lock', 'a+') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f'{ws.root}: another flowerdiff run works here; wait for it, or stop it'
+            ) from None
         yield
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #28e875f8
-def last_event(ws: Workspace, since: float = 0.) -> dict: # of the training that is running or was stopped
+def last_event(ws: Workspace, since: float = 0.0) -> dict:  # of the training that is running or was stopped
     "What the newest events say: `step`, and `total` and `samples_per_second` where known."
     files = [f for f in ws.work.glob('train-*/events.jsonl') if f.stat().st_mtime >= since]
-    if not files: return {}
+    if not files:
+        return {}
     with open(max(files, key=lambda f: f.stat().st_mtime), 'rb') as f:
-        f.seek(0, 2); f.seek(max(0, f.tell() - 8192))
+        f.seek(0, 2)
+        f.seek(max(0, f.tell() - 8192))
         lines = f.read().decode(errors='replace').splitlines()
     known = {}
     for line in lines:
         with contextlib.suppress(ValueError):
             e = json.loads(line)
-            if isinstance(e, dict) and 'step' in e: known |= {k: v for k, v in e.items() if v is not None}
+            if isinstance(e, dict) and 'step' in e:
+                known |= {k: v for k, v in e.items() if v is not None}
     return known
+
 
 def how_far(ws: Workspace, stage: str, since: float) -> str:
     "`step 812/2,000, 155/s, 1 min 16 s left`, as far as it is known."
     if stage == 'train':
-        e = last_event(ws, since); n, total, rate = e.get('step'), e.get('total'), e.get('samples_per_second')
-        unit, step_rate = 'step ', (rate or 0)/ws.settings.train.batch_size
+        e = last_event(ws, since)
+        n, total, rate = e.get('step'), e.get('total'), e.get('samples_per_second')
+        unit, step_rate = 'step ', (rate or 0) / ws.settings.train.batch_size
     else:
-        try: e = read_json(ws.root/'.flowerdiff'/'progress.json')
-        except UserError: e = {}
-        n, total, rate = e.get('n'), e.get('total'), e.get('rate'); unit, step_rate = f'{e.get("label", "")} '.lstrip(), rate
-    if n is None: return ''
-    return f'{unit}{n:,}' + (f'/{total:,}' if total else '') + (f', {rate:.0f}/s' if rate else '') + (f', {duration((total - n)/step_rate)} left' if total and step_rate else '')
+        try:
+            e = read_json(ws.root / '.flowerdiff' / 'progress.json')
+        except UserError:
+            e = {}
+        n, total, rate = e.get('n'), e.get('total'), e.get('rate')
+        unit, step_rate = f'{e.get("label", "")} '.lstrip(), rate
+    if n is None:
+        return ''
+    return (
+        f'{unit}{n:,}'
+        + (f'/{total:,}' if total else '')
+        + (f', {rate:.0f}/s' if rate else '')
+        + (f', {duration((total - n) / step_rate)} left' if total and step_rate else '')
+    )
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #3d5c100e
-class _Notes: # of the training that runs
-    def __init__(self, ws: Workspace, since: float): self.ws, self.since, self.read = ws, round(since, 3), {}
-    def new(self) -> list: # texts
+class _Notes:  # of the training that runs
+    def __init__(self, ws: Workspace, since: float):
+        self.ws, self.since, self.read = ws, round(since, 3), {}
+
+    def new(self) -> list:  # texts
         texts = []
         for f in self.ws.work.glob('train-*/events.jsonl'):
-            events, self.read[f] = read_events(f, self.read.get(f, 0)) if f.stat().st_mtime >= self.since - 1 else ([], 0)
+            events, self.read[f] = (
+                read_events(f, self.read.get(f, 0)) if f.stat().st_mtime >= self.since - 1 else ([], 0)
+            )
             texts += [e['text'] for e in events if e['event'] == 'note' and e['time'] >= self.since]
         return texts
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #b30fe057
-class _Display: # lines for good, and in a terminal one that changes
-    def __init__(self, out): self.out, self.live, self.told = out, out.isatty(), time.time()
-    def clear(self): self.out.write('\r\x1b[2K' if self.live else ''); self.out.flush()
-    def line(self, text): self.clear(); self.out.write(text + '\n'); self.out.flush()
+class _Display:  # lines for good, and in a terminal one that changes
+    def __init__(self, out):
+        self.out, self.live, self.told = out, out.isatty(), time.time()
+
+    def clear(self):
+        self.out.write('\r\x1b[2K' if self.live else '')
+        self.out.flush()
+
+    def line(self, text):
+        self.clear()
+        self.out.write(text + '\n')
+        self.out.flush()
+
     def now(self, stage, seconds, text):
         took = f'{int(seconds)} s' if seconds < 60 else duration(seconds)
-        if self.live: self.out.write('\r\x1b[2K' + stage_line(stage, took, text)[:os.get_terminal_size(self.out.fileno()).columns - 1]); self.out.flush()
-        elif time.time() - self.told > 60: self.told = time.time(); self.line(stage_line(stage, '...', f'{took} {text}'))
+        if self.live:
+            self.out.write(
+                '\r\x1b[2K'
+                + stage_line(stage, took, text)[: os.get_terminal_size(self.out.fileno()).columns - 1]
+            )
+            self.out.flush()
+        elif time.time() - self.told > 60:
+            self.told = time.time()
+            self.line(stage_line(stage, '...', f'{took} {text}'))
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #e28571f0
-def _chosen(from_stage, only) -> list: # the stages of a run
+def _chosen(from_stage, only) -> list:  # the stages of a run
     only = [only] if isinstance(only, str) else list(only or [])
     for s in (from_stage, *only):
-        if s and s not in STAGES: raise UserError(f'{s} is not a stage; there are {", ".join(STAGES)}')
-    return [s for s in STAGES if s in only] if only else list(STAGES[STAGES.index(from_stage or STAGES[0]):])
+        if s and s not in STAGES:
+            raise UserError(f'{s} is not a stage; there are {", ".join(STAGES)}')
+    return [s for s in STAGES if s in only] if only else list(STAGES[STAGES.index(from_stage or STAGES[0]) :])
 
-def _check_inputs(ws: Workspace, stages: list): # what the chosen stages read has to be there
+
+def _check_inputs(ws: Workspace, stages: list):  # what the chosen stages read has to be there
     made = set()
     for s in stages:
         for r in GRAPH[s][0]:
-            if not r.startswith('.') and r not in made and not (ws.root/r).exists():
+            if not r.startswith('.') and r not in made and not (ws.root / r).exists():
                 maker = next(k for k, v in GRAPH.items() if r in v[2])
-                raise UserError(f'{s} needs {ws.root/r}, which is not there; run {maker} first')
+                raise UserError(f'{s} needs {ws.root / r}, which is not there; run {maker} first')
         made |= set(GRAPH[s][2])
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #80b5cd84
-def _check_cloud(ws: Workspace, stages: list): # before hours of work: could the training begin that is rented?
-    if ws.settings.train.where == 'here' or 'train' not in stages or (ws.root/'train.json').exists(): return
+def _check_cloud(
+    ws: Workspace, stages: list
+):  # before hours of work: could the training begin that is rented?
+    if ws.settings.train.where == 'here' or 'train' not in stages or (ws.root / 'train.json').exists():
+        return
     from flowerdiff.cloud.sagemaker import check_ready
+
     check_ready(ws)
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #675bf4ce
 class Stopped(Exception):
     "Ctrl-C: what is made stays, running again goes on."
 
-def _follow(ws: Workspace, stages: list, force: bool, display: _Display) -> list: # run DVC; the stages that ran
+
+def _follow(
+    ws: Workspace, stages: list, force: bool, display: _Display
+) -> list:  # run DVC; the stages that ran
     ran, stage, started, tail, lines = [], None, time.time(), [], queue.Queue()
-    dvc = _dvc(ws, 'repro', '--single-item', '--no-run-cache', *(['--force'] if force else []), *stages, stderr=subprocess.STDOUT)
+    dvc = _dvc(
+        ws,
+        'repro',
+        '--single-item',
+        '--no-run-cache',
+        *(['--force'] if force else []),
+        *stages,
+        stderr=subprocess.STDOUT,
+    )
+
     def read():
-        with open(ws.work/'run.log', 'w', encoding='utf-8') as log:
-            for l in dvc.stdout: log.write(l); log.flush(); lines.put(l.rstrip())
+        with open(ws.work / 'run.log', 'w', encoding='utf-8') as log:
+            for l in dvc.stdout:
+                log.write(l)
+                log.flush()
+                lines.put(l.rstrip())
         lines.put(None)
+
     threading.Thread(target=read, daemon=True).start()
     notes = _Notes(ws, started)
-    def tell_notes(): # those of the training that runs
-        for text in notes.new() if stage == 'train' else (): display.line(stage_line(stage, '...', text))
+
+    def tell_notes():  # those of the training that runs
+        for text in notes.new() if stage == 'train' else ():
+            display.line(stage_line(stage, '...', text))
+
     try:
         while True:
-            try: l = lines.get(timeout=.3)
+            try:
+                l = lines.get(timeout=0.3)
             except queue.Empty:
                 tell_notes()
-                if stage: display.now(stage, time.time() - started, how_far(ws, stage, started))
+                if stage:
+                    display.now(stage, time.time() - started, how_far(ws, stage, started))
                 continue
-            if l is None: break
+            if l is None:
+                break
             tail = [*tail[-20:], l]
-            if l.startswith("Running stage '"): stage, started = l.split("'")[1], time.time(); ran.append(stage)
-            elif stage and l.startswith(f'{stage:<10}'): tell_notes(); display.line(l); stage = None
+            if l.startswith("Running stage '"):
+                stage, started = l.split("'")[1], time.time()
+                ran.append(stage)
+            elif stage and l.startswith(f'{stage:<10}'):
+                tell_notes()
+                display.line(l)
+                stage = None
     except KeyboardInterrupt:
-        _stop(dvc); display.clear()
+        _stop(dvc)
+        display.clear()
         step = last_event(ws, started).get('step') if stage == 'train' else None
-        raise Stopped(f'stopped{f" in {stage}" if stage else ""}{f" at step {step:,}" if step else ""}; run the same command to go on') from None
-    if dvc.wait(): raise _failure(ws, tail)
+        raise Stopped(
+            f'stopped{f" in {stage}" if stage else ""}{f" at step {step:,}" if step else ""}; run the same command to go on'
+        ) from None
+    if dvc.wait():
+        raise _failure(ws, tail)
     return ran
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #4a622a14
-def _stop(dvc: subprocess.Popen): # politely, then not
-    with contextlib.suppress(ProcessLookupError): os.killpg(dvc.pid, signal.SIGINT)
-    try: dvc.wait(30)
-    except (KeyboardInterrupt, subprocess.TimeoutExpired): stop_tree(dvc.pid, patience=0); dvc.kill()
+def _stop(dvc: subprocess.Popen):  # politely, then not
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(dvc.pid, signal.SIGINT)
+    try:
+        dvc.wait(30)
+    except (KeyboardInterrupt, subprocess.TimeoutExpired):
+        stop_tree(dvc.pid, patience=0)
+        dvc.kill()
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #8d54b5cf
 class StageFailed(Exception):
     "An unexpected error in a stage: one line naming the executed notebook and the log."
 
-def _failure(ws: Workspace, tail: list) -> Exception: # what to tell of a run that failed
-    path = ws.root/'.flowerdiff'/'failure.json'
+
+def _failure(ws: Workspace, tail: list) -> Exception:  # what to tell of a run that failed
+    path = ws.root / '.flowerdiff' / 'failure.json'
     if path.exists():
-        f = read_json(path); path.unlink()
+        f = read_json(path)
+        path.unlink()
         return (UserError if f['mistake'] else StageFailed)(f['message'])
     said = next((l for l in reversed(tail) if l.startswith('ERROR')), tail[-1] if tail else 'nothing')
-    return StageFailed(f'DVC stopped: {said}; see {ws.work/"run.log"}')
+    return StageFailed(f'DVC stopped: {said}; see {ws.work / "run.log"}')
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #8e2d3539
 @contextlib.contextmanager
-def _as_ctrl_c(): # SIGTERM and SIGHUP become KeyboardInterrupt
-    def stop(*_): raise KeyboardInterrupt
-    if threading.current_thread() is not threading.main_thread(): yield; return
+def _as_ctrl_c():  # SIGTERM and SIGHUP become KeyboardInterrupt
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     old = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    try: yield
+    try:
+        yield
     finally:
-        for s, h in old.items(): signal.signal(s, h)
+        for s, h in old.items():
+            signal.signal(s, h)
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #7ad2a260
-def _start_over(ws: Workspace, stages: list): # forced: forget what was half done
+def _start_over(ws: Workspace, stages: list):  # forced: forget what was half done
     import shutil
-    for s in set(stages) - {'promote'}:
-        for d in ws.work.glob(f'{s}-*'): shutil.rmtree(d, ignore_errors=True)
 
-def _forget_the_dead(ws: Workspace): # a killed DVC that nobody has reaped is a zombie, which DVC's own lock takes for alive
+    for s in set(stages) - {'promote'}:
+        for d in ws.work.glob(f'{s}-*'):
+            shutil.rmtree(d, ignore_errors=True)
+
+
+def _forget_the_dead(
+    ws: Workspace,
+):  # a killed DVC that nobody has reaped is a zombie, which DVC's own lock takes for alive
     import psutil
-    path = ws.root/'.dvc'/'tmp'/'rwlock'
+
+    path = ws.root / '.dvc' / 'tmp' / 'rwlock'
+
     def alive(pid):
-        try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess: return False
-    if path.exists() and not any(alive(int(p)) for p in set(re.findall(r'"pid": *(\d+)', path.read_text()))): path.unlink()
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    if path.exists() and not any(alive(int(p)) for p in set(re.findall(r'"pid": *(\d+)', path.read_text()))):
+        path.unlink()
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #f966a7c5
-PLACES = {'prepare.source': ('garden', 'oxford102', 'celeba'), 'prepare.files': (), 'components.autoencoder': ('garden', 'train'), 'components.text_encoder': ('garden', 'train'), 'caption.model': (),
-          'encode.vae_features': (), 'train.init': (), 'evaluate.features': ('clip',), 'evaluate.baseline': ('previous',)} # settings that may name a file or a folder -> their words that are none
+PLACES = {
+    'prepare.source': ('garden', 'oxford102', 'celeba'),
+    'prepare.files': (),
+    'components.autoencoder': ('garden', 'train'),
+    'components.text_encoder': ('garden', 'train'),
+    'caption.model': (),
+    'encode.vae_features': (),
+    'train.init': (),
+    'evaluate.features': ('clip',),
+    'evaluate.baseline': ('previous',),
+}  # settings that may name a file or a folder -> their words that are none
+
 
 def asked(
-    workspace: str = None, # the folder; None: the profile's name
+    workspace: str = None,  # the folder; None: the profile's name
     profile: str = None,
-    overrides=None,        # settings to change
+    overrides=None,  # settings to change
     pictures: str = None,  # a folder of pictures
-) -> tuple:                # (the workspace's folder, its profile: None for one that is there unless it was given, dictionary of settings to change)
+) -> tuple:  # (the workspace's folder, its profile: None for one that is there unless it was given, dictionary of settings to change)
     "What a person asked for, in full. Raises `UserError` when the pictures' folder is none."
     from flowerdiff.core.profiles import parse_overrides
+
     overrides = parse_overrides(overrides)
     if pictures:
         folder = Path(pictures).expanduser().absolute()
-        if not folder.is_dir(): raise UserError(f'{folder}: is not a folder; give --pictures a folder of pictures')
+        if not folder.is_dir():
+            raise UserError(f'{folder}: is not a folder; give --pictures a folder of pictures')
         overrides['prepare.source'] = str(folder)
-    for key, words in PLACES.items(): # as the caller sees them: the stages work in another folder
-        if (given := str(overrides.get(key) or '')) and given not in words and (here := Path(given).expanduser()).exists(): overrides[key] = str(here.absolute())
+    for key, words in PLACES.items():  # as the caller sees them: the stages work in another folder
+        if (
+            (given := str(overrides.get(key) or ''))
+            and given not in words
+            and (here := Path(given).expanduser()).exists()
+        ):
+            overrides[key] = str(here.absolute())
     root = Path(workspace or profile and Path(profile).stem or ('folder' if pictures else 'garden'))
-    if not (root/'params.yaml').exists(): profile = profile or ('folder' if pictures else 'garden')
+    if not (root / 'params.yaml').exists():
+        profile = profile or ('folder' if pictures else 'garden')
     return root, profile, overrides
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #c58843dd
 def run(
-    workspace: str = None,   # the folder; None: the profile's name
-    profile: str = None,     # of a new workspace: 'garden', 'folder' (default with `pictures`) or another
-    overrides=None,          # settings to change, written to params.yaml
-    pictures: str = None,    # a folder of pictures, becomes prepare.source
+    workspace: str = None,  # the folder; None: the profile's name
+    profile: str = None,  # of a new workspace: 'garden', 'folder' (default with `pictures`) or another
+    overrides=None,  # settings to change, written to params.yaml
+    pictures: str = None,  # a folder of pictures, becomes prepare.source
     from_stage: str = None,  # leave the stages before it alone
-    only=None,               # just this stage, or a list of them
-    force: bool = False,     # run the chosen stages although they are fresh
-    out=None,                # where lines go; None: standard output
-) -> list:                   # names of the stages that ran
+    only=None,  # just this stage, or a list of them
+    force: bool = False,  # run the chosen stages although they are fresh
+    out=None,  # where lines go; None: standard output
+) -> list:  # names of the stages that ran
     "Run what has to run. Raises `UserError` for mistakes, `Stopped` at Ctrl-C, `StageFailed` otherwise."
     from flowerdiff.pipeline.suggest import begin
+
     display, stages = _Display(out or sys.stdout), _chosen(from_stage, only)
     root, profile, overrides = asked(workspace, profile, overrides, pictures)
     overrides, line = begin(root, profile, overrides)
     ws = open_workspace(root, profile, overrides)
-    if line: display.line(line)
-    if not ws.settings.prepare.source: raise UserError('prepare.source is empty; give --pictures DIR, a folder of pictures')
+    if line:
+        display.line(line)
+    if not ws.settings.prepare.source:
+        raise UserError('prepare.source is empty; give --pictures DIR, a folder of pictures')
     with disk_errors(), lock(ws):
         ws.work.mkdir(exist_ok=True)
-        refresh(ws); _check_inputs(ws, stages); _check_cloud(ws, stages); _forget_the_dead(ws)
-        if force: _start_over(ws, stages)
-        (ws.root/'.flowerdiff'/'failure.json').unlink(missing_ok=True)
-        with _as_ctrl_c(): return _follow(ws, stages, force, display)
+        refresh(ws)
+        _check_inputs(ws, stages)
+        _check_cloud(ws, stages)
+        _forget_the_dead(ws)
+        if force:
+            _start_over(ws, stages)
+        (ws.root / '.flowerdiff' / 'failure.json').unlink(missing_ok=True)
+        with _as_ctrl_c():
+            return _follow(ws, stages, force, display)
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #83045bd5
 def _why(
     changes: list,  # what DVC found for a stage
-    was: dict = {}, # section -> its settings when the stage ran
-    now: dict = {}, # and today
+    was: dict = {},  # section -> its settings when the stage ran
+    now: dict = {},  # and today
 ) -> str:
     "DVC's findings in a few words."
     words = []
     for c in changes:
-        if c == 'changed command': words.append('the command')
+        if c == 'changed command':
+            words.append('the command')
         for kind, what in c.items() if isinstance(c, dict) else ():
             for path, how in what.items():
-                if path == 'params.yaml': words += [k for s in how for k in _differences(s, was.get(s), now.get(s))]
-                elif kind == 'changed outs': words.append(f'{path} {"is gone" if how == "deleted" else "was changed by hand"}')
-                else: words.append('the code' if '/code/' in path else Path(path).stem if path.startswith('.flowerdiff') else path)
+                if path == 'params.yaml':
+                    words += [k for s in how for k in _differences(s, was.get(s), now.get(s))]
+                elif kind == 'changed outs':
+                    words.append(f'{path} {"is gone" if how == "deleted" else "was changed by hand"}')
+                else:
+                    words.append(
+                        'the code'
+                        if '/code/' in path
+                        else Path(path).stem
+                        if path.startswith('.flowerdiff')
+                        else path
+                    )
     return ', '.join(dict.fromkeys(words))
 
-def _differences(section: str, was, now) -> list: # dotted keys
-    if not isinstance(was, dict) or not isinstance(now, dict): return [section]
+
+def _differences(section: str, was, now) -> list:  # dotted keys
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return [section]
     return [f'{section}.{k}' for k in {**was, **now} if was.get(k) != now.get(k)] or [section]
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #46384538
 def status(
-    workspace: str = 'garden', # the folder
-) -> list:                     # a dictionary a stage: stage, state ('fresh', 'stale', 'never run', 'skipped'), why, summary, seconds
+    workspace: str = 'garden',  # the folder
+) -> (
+    list
+):  # a dictionary a stage: stage, state ('fresh', 'stale', 'never run', 'skipped'), why, summary, seconds
     "Where each stage stands."
-    if not (Path(workspace)/'params.yaml').exists(): raise UserError(f'{workspace}: is not a workspace (no params.yaml); `flowerdiff run {workspace}` makes it')
+    if not (Path(workspace) / 'params.yaml').exists():
+        raise UserError(
+            f'{workspace}: is not a workspace (no params.yaml); `flowerdiff run {workspace}` makes it'
+        )
     ws = open_workspace(workspace)
-    with disk_errors(): refresh(ws)
+    with disk_errors():
+        refresh(ws)
     dvc = _dvc(ws, 'status', '--json', stderr=subprocess.PIPE)
     said, trouble = dvc.communicate()
-    try: changed = json.loads(said)
-    except ValueError: raise StageFailed(f'DVC stopped: {(trouble.strip().splitlines() or ["nothing"])[-1]}') from None
-    out, stale, lock_file, now = [], {}, ws.root/'dvc.lock', ws.settings.model_dump()
+    try:
+        changed = json.loads(said)
+    except ValueError:
+        raise StageFailed(f'DVC stopped: {(trouble.strip().splitlines() or ["nothing"])[-1]}') from None
+    out, stale, lock_file, now = [], {}, ws.root / 'dvc.lock', ws.settings.model_dump()
     import yaml
+
     was = yaml.safe_load(lock_file.read_text()).get('stages', {}) if lock_file.exists() else {}
     for s, (reads, _, writes) in GRAPH.items():
         r = _record(ws, s)
         upstream = next((stale[x] for x in reads if x in stale), None)
-        why = _why(changed.get(s, []), was.get(s, {}).get('params', {}).get('params.yaml', {}), now) or (f'{upstream} is stale' if upstream else '')
+        why = _why(changed.get(s, []), was.get(s, {}).get('params', {}).get('params.yaml', {}), now) or (
+            f'{upstream} is stale' if upstream else ''
+        )
         state = 'never run' if not r else 'stale' if why else r['status'].replace('done', 'fresh')
-        if state in ('never run', 'stale'): stale |= dict.fromkeys(writes, s)
-        out.append(dict(stage=s, state=state, why='' if state == 'never run' else why or r['reason'], summary=r.get('summary', ''), seconds=r.get('seconds', 0)))
+        if state in ('never run', 'stale'):
+            stale |= dict.fromkeys(writes, s)
+        out.append(
+            dict(
+                stage=s,
+                state=state,
+                why='' if state == 'never run' else why or r['reason'],
+                summary=r.get('summary', ''),
+                seconds=r.get('seconds', 0),
+            )
+        )
     return out
 
+
 def _record(ws: Workspace, stage: str) -> dict:
-    path = ws.work/'records'/f'{stage}.json'
+    path = ws.work / 'records' / f'{stage}.json'
     return read_json(path) if path.exists() else {}

@@ -29,123 +29,183 @@ from ..core.workspace import UserError, bytes_text, free_bytes, read_json
 
 # %% ../../nbs/pipeline/05_plan.ipynb #ef44fbaa
 def planned(
-    root: Path,      # of the workspace, which may not be there yet
-    profile: str,    # of a new one
-    overrides: dict, # settings to change
-) -> tuple:          # (settings, `Survey` of the pictures, {key: (value, reason)} of the suggestions among them)
+    root: Path,  # of the workspace, which may not be there yet
+    profile: str,  # of a new one
+    overrides: dict,  # settings to change
+) -> tuple:  # (settings, `Survey` of the pictures, {key: (value, reason)} of the suggestions among them)
     "The settings that a run would have. Raises `UserError` where the run would."
-    params = root/'params.yaml'
-    if params.exists() and profile and (has := load_settings(params).profile) != Path(profile).stem: raise UserError(f'{root}: is a workspace of the profile {has}, not {profile}; leave --profile out')
+    params = root / 'params.yaml'
+    if params.exists() and profile and (has := load_settings(params).profile) != Path(profile).stem:
+        raise UserError(f'{root}: is a workspace of the profile {has}, not {profile}; leave --profile out')
     start = str(params) if params.exists() else profile
-    settings = load_profile(start, overrides); seen = look_at(settings, root)
-    if seen.pictures < 3: raise UserError(f'{settings.prepare.source}: has {seen.pictures} {"picture" if seen.pictures == 1 else "pictures"} that can be used, a run needs at least 3; add pictures')
+    settings = load_profile(start, overrides)
+    seen = look_at(settings, root)
+    if seen.pictures < 3:
+        raise UserError(
+            f'{settings.prepare.source}: has {seen.pictures} {"picture" if seen.pictures == 1 else "pictures"} that can be used, a run needs at least 3; add pictures'
+        )
     reasons = suggest(settings, seen, gpu_gb(), overrides) if start == 'folder' else {}
     return load_profile(start, {k: v for k, (v, _) in reasons.items()} | overrides), seen, reasons
 
 # %% ../../nbs/pipeline/05_plan.ipynb #b4f21b1f
 def make_network(
     settings,
-    latent: tuple, # (C, h, w)
-    width: int,    # D of a text
+    latent: tuple,  # (C, h, w)
+    width: int,  # D of a text
     base: Path = '.',
-):                 # the denoiser of a run, with random weights
+):  # the denoiser of a run, with random weights
     "The network that would be trained. Raises `UserError` for a model to go on from that is not on this machine or does not fit."
     from diffusers import UNet2DConditionModel
+
     t = settings.train
-    if not t.init: return build_denoiser(settings, latent[0], width, latent[1])
-    if not (folder := at_hand(t.init, 'unet', base)): raise UserError(f'{t.init} is not on this machine; the run would download it')
-    net = UNet2DConditionModel.from_config(read_json(folder/'config.json'))
+    if not t.init:
+        return build_denoiser(settings, latent[0], width, latent[1])
+    if not (folder := at_hand(t.init, 'unet', base)):
+        raise UserError(f'{t.init} is not on this machine; the run would download it')
+    net = UNet2DConditionModel.from_config(read_json(folder / 'config.json'))
     check_fit(net, latent[0], width, t.init)
     return add_lora(net, t.lora_rank, t.lora_alpha) if t.lora_rank else net
 
-def count_weights(*network) -> tuple: # arguments of `make_network` -> (all weights, those that are trained)
-    with torch.device('meta'): ps = list(make_network(*network).parameters())
+
+def count_weights(*network) -> tuple:  # arguments of `make_network` -> (all weights, those that are trained)
+    with torch.device('meta'):
+        ps = list(make_network(*network).parameters())
     return sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad)
 
 # %% ../../nbs/pipeline/05_plan.ipynb #e6b25962
-OPTIMIZER = dict(adamw=2, muon=1, adamw8bit=.5) # numbers of four bytes that it keeps of a weight
+OPTIMIZER = dict(adamw=2, muon=1, adamw8bit=0.5)  # numbers of four bytes that it keeps of a weight
+
 
 def kept_bytes(
-    train,        # settings.train
-    weights: int, # all
-    trained: int, # of them
+    train,  # settings.train
+    weights: int,  # all
+    trained: int,  # of them
 ) -> int:
     "Weights, gradient, optimiser and averages in memory."
-    return round(4*(weights + trained*(1 + OPTIMIZER[train.optimizer] + 1 + len(train.ema_decays))))
+    return round(4 * (weights + trained * (1 + OPTIMIZER[train.optimizer] + 1 + len(train.ema_decays))))
 
 # %% ../../nbs/pipeline/05_plan.ipynb #57623e58
 def pace(
-    f,                   # () -> None, what to time
-    seconds: float = 6., # to spend, at most about twice as many
-) -> float:              # seconds a call
+    f,  # () -> None, what to time
+    seconds: float = 6.0,  # to spend, at most about twice as many
+) -> float:  # seconds a call
     "The middle of several calls; the first one counts only when it takes all the time there is."
     took, begun = [], time.perf_counter()
-    while not took or took[0] < seconds and (len(took) < 2 or len(took) < 30 and time.perf_counter() - begun < seconds):
-        start = time.perf_counter(); f(); took.append(time.perf_counter() - start)
-    return sorted(took[1:] or took)[len(took[1:])//2]
+    while (
+        not took
+        or took[0] < seconds
+        and (len(took) < 2 or len(took) < 30 and time.perf_counter() - begun < seconds)
+    ):
+        start = time.perf_counter()
+        f()
+        took.append(time.perf_counter() - start)
+    return sorted(took[1:] or took)[len(took[1:]) // 2]
 
 # %% ../../nbs/pipeline/05_plan.ipynb #76029175
 def noise_split(
-    n: int,        # pictures
-    latent: tuple, # (C, h, w)
-    text: tuple,   # (L, D)
+    n: int,  # pictures
+    latent: tuple,  # (C, h, w)
+    text: tuple,  # (L, D)
 ) -> Split:
     "Something to train on that has the right shapes."
     mean = torch.randn(n, 2, *latent).half()
-    return Split(mean, torch.zeros_like(mean), torch.randn(2, *text).half(), [[1]]*n)
+    return Split(mean, torch.zeros_like(mean), torch.randn(2, *text).half(), [[1]] * n)
+
 
 def time_training(
     settings,
-    latent: tuple,       # (C, h, w)
-    text: tuple,         # (L, D)
+    latent: tuple,  # (C, h, w)
+    text: tuple,  # (L, D)
     base: Path = '.',
-    seconds: float = 6., # to spend, about
-) -> tuple:              # (samples/s, bytes of memory at the highest)
+    seconds: float = 6.0,  # to spend, about
+) -> tuple:  # (samples/s, bytes of memory at the highest)
     "How fast steps are. Raises `UserError` when memory is not enough for one."
     t, cuda, threads = settings.train, torch.cuda.is_available(), torch.get_num_threads()
-    part = math.ceil(t.batch_size/(t.accumulate*t.num_processes))
-    alone = t.model_copy(update=dict(batch_size=part, accumulate=1, epochs=1e3, spike_factor=0., compile=False, cuda_graphs=False))
-    if cuda: torch.cuda.reset_peak_memory_stats()
+    part = math.ceil(t.batch_size / (t.accumulate * t.num_processes))
+    alone = t.model_copy(
+        update=dict(
+            batch_size=part, accumulate=1, epochs=1e3, spike_factor=0.0, compile=False, cuda_graphs=False
+        )
+    )
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     torch.set_num_threads(t.threads or cores())
     try:
-        run = Trainer(alone, settings.seed, noise_split(part, latent, text).to_gpu(), lambda: make_network(settings, latent, text[1], base), Engine(choose_precision(t.precision)))
-        rate = part/pace(run.one, seconds)
-    finally: torch.set_num_threads(threads)
-    return rate*(t.num_processes if cuda else 1), torch.cuda.max_memory_allocated() if cuda else peak_so_far()*2**20
+        run = Trainer(
+            alone,
+            settings.seed,
+            noise_split(part, latent, text).to_gpu(),
+            lambda: make_network(settings, latent, text[1], base),
+            Engine(choose_precision(t.precision)),
+        )
+        rate = part / pace(run.one, seconds)
+    finally:
+        torch.set_num_threads(threads)
+    return rate * (
+        t.num_processes if cuda else 1
+    ), torch.cuda.max_memory_allocated() if cuda else peak_so_far() * 2**20
 
 # %% ../../nbs/pipeline/05_plan.ipynb #8b051733
 def time_encoding(
     settings,
     base: Path = '.',
-    seconds: float = 5., # to spend, about
-) -> float:              # pictures/s
+    seconds: float = 5.0,  # to spend, about
+) -> float:  # pictures/s
     "How fast the autoencoder is, on noise; a slow one is asked for a single picture."
     spec, side = settings.components.autoencoder, settings.prepare.resolution
-    vae = kl_autoencoder(settings.encode.vae_factor).eval() if spec == 'train' else load_autoencoder(str(at_hand(spec, 'vae', base)))
+    vae = (
+        kl_autoencoder(settings.encode.vae_factor).eval()
+        if spec == 'train'
+        else load_autoencoder(str(at_hand(spec, 'vae', base)))
+    )
     vae.to('cuda' if torch.cuda.is_available() else 'cpu', memory_format=torch.channels_last)
     x = np.random.default_rng(0).integers(0, 256, (settings.encode.batch_size, side, side, 3), dtype=np.uint8)
-    one = pace(lambda: encode_batch(vae, ['noise'], x[:1]), seconds/3)
-    return 1/one if one*len(x) > seconds else len(x)/pace(lambda: encode_batch(vae, ['noise']*len(x), x), seconds/2)
+    one = pace(lambda: encode_batch(vae, ['noise'], x[:1]), seconds / 3)
+    return (
+        1 / one
+        if one * len(x) > seconds
+        else len(x) / pace(lambda: encode_batch(vae, ['noise'] * len(x), x), seconds / 2)
+    )
 
 # %% ../../nbs/pipeline/05_plan.ipynb #51f34f8d
 def disk_needs(
     settings,
-    first: dict,   # of `first_sizes`
+    first: dict,  # of `first_sizes`
     weights: int,  # of the network
     trained: int,  # of them
-) -> dict:         # stage -> bytes
+) -> dict:  # stage -> bytes
     "What each stage leaves on the disk, about."
     t, local = settings.train, lambda place, word: not str(place).startswith(word)
-    encoded = sum(v for k, v in first.items() if k in ('latents', 'texts', 'components', 'pictures for its CLIP'))
-    model = 4*weights + first['components']
-    state = 4*trained*(1 + OPTIMIZER[t.optimizer] + 1 + len(t.ema_decays))
-    return {k: round(v) for k, v in dict(prepare=first['pictures'], caption=first['captions'], encode=encoded, upload=(first['pictures'] + first['captions'] + encoded)*local(settings.upload.destination, 's3:'),
-        train=state*(t.keep_checkpoints + 1) + model, promote=model, onnx=2.4*model, publish=3.4*model*local(settings.publish.destination, 'hub')).items()}
+    encoded = sum(
+        v for k, v in first.items() if k in ('latents', 'texts', 'components', 'pictures for its CLIP')
+    )
+    model = 4 * weights + first['components']
+    state = 4 * trained * (1 + OPTIMIZER[t.optimizer] + 1 + len(t.ema_decays))
+    return {
+        k: round(v)
+        for k, v in dict(
+            prepare=first['pictures'],
+            caption=first['captions'],
+            encode=encoded,
+            upload=(first['pictures'] + first['captions'] + encoded)
+            * local(settings.upload.destination, 's3:'),
+            train=state * (t.keep_checkpoints + 1) + model,
+            promote=model,
+            onnx=2.4 * model,
+            publish=3.4 * model * local(settings.publish.destination, 'hub'),
+        ).items()
+    }
 
-def on_disk(root: Path) -> int: return sum(f.stat().st_size for f in root.rglob('*') if f.is_file()) if (root/'params.yaml').exists() else 0 # bytes that a workspace has
+
+def on_disk(root: Path) -> int:
+    return (
+        sum(f.stat().st_size for f in root.rglob('*') if f.is_file())
+        if (root / 'params.yaml').exists()
+        else 0
+    )  # bytes that a workspace has
 
 # %% ../../nbs/pipeline/05_plan.ipynb #b611e0cf
-def _pictures(s, seen, n: dict) -> str: # n: split -> pictures
+def _pictures(s, seen, n: dict) -> str:  # n: split -> pictures
     where = f'{seen.pictures:,} drawn by the garden'
     if s.prepare.source != 'garden':
         others = f' and {seen.files - seen.pictures:,} other files' if seen.files > seen.pictures else ''
@@ -153,100 +213,202 @@ def _pictures(s, seen, n: dict) -> str: # n: split -> pictures
     return f'{where}: ' + ', '.join(f'{v:,} {k}' for k, v in n.items())
 
 # %% ../../nbs/pipeline/05_plan.ipynb #f586b5c5
-def _captions(s, seen, texts: int) -> str: # texts: with the empty one
+def _captions(s, seen, texts: int) -> str:  # texts: with the empty one
     who = ' and '.join(seen.said) if s.caption.captioner in ('auto', 'given') else s.caption.captioner
-    if who == 'nothing': return 'nothing is told of them: each will be "a picture"'
+    if who == 'nothing':
+        return 'nothing is told of them: each will be "a picture"'
     how = 'Florence-2 looks at each picture, how fast is not known;' if who == 'florence' else f'from {who},'
     return f'{how} at most about {texts - 1:,} different ones'
 
 # %% ../../nbs/pipeline/05_plan.ipynb #f9f1123d
-def _encoded(part: str, spec: str, shape, size: int, of: str, own: str) -> str: # part: key of settings.components; own: what the run makes itself
-    if not shape: return f'not known: components.{part} {spec} is not on this machine; the run would download it'
-    return f"{'x'.join(map(str, shape))} of {of}, {bytes_text(size)}" + (f', by {own}' if spec == 'train' else '')
+def _encoded(
+    part: str, spec: str, shape, size: int, of: str, own: str
+) -> str:  # part: key of settings.components; own: what the run makes itself
+    if not shape:
+        return f'not known: components.{part} {spec} is not on this machine; the run would download it'
+    return f'{"x".join(map(str, shape))} of {of}, {bytes_text(size)}' + (
+        f', by {own}' if spec == 'train' else ''
+    )
 
 # %% ../../nbs/pipeline/05_plan.ipynb #72549e64
-def _counts(s, seen, base): # the lines that are arithmetic -> (name, text, numbers)
+def _counts(s, seen, base):  # the lines that are arithmetic -> (name, text, numbers)
     t, c, n = s.train, s.components, split_sizes(seen.pictures, s.prepare, seen.splits)
-    latent, text = shapes(s, seen, base); first, texts, steps = first_sizes(s, seen, base), text_count(s, seen), total_steps(n['train'], t)
+    latent, text = shapes(s, seen, base)
+    first, texts, steps = first_sizes(s, seen, base), text_count(s, seen), total_steps(n['train'], t)
     yield 'pictures', _pictures(s, seen, n), dict(n, first=first)
     yield 'resolution', f'{s.prepare.resolution} px', {}
     yield 'captions', _captions(s, seen, texts), dict(texts=texts)
-    yield 'latents', _encoded('autoencoder', c.autoencoder, latent, first.get('latents'), 'a picture', f"an autoencoder of the run's own, {s.encode.vae_minutes:g} min"), dict(latent=latent)
-    yield 'texts', _encoded('text_encoder', c.text_encoder, text, first.get('texts'), 'a caption', f"a CLIP of the run's own, {s.encode.clip_minutes:g} min"), dict(text=text)
-    parts, student = f' in {t.accumulate} parts' if t.accumulate > 1 else '', '; then a student, whose steps cost more than these' if t.distill else ''
-    yield 'steps', f'{steps:,} of {t.batch_size} samples{parts}: {t.epochs:g} epochs{student}', dict(steps=steps)
+    yield (
+        'latents',
+        _encoded(
+            'autoencoder',
+            c.autoencoder,
+            latent,
+            first.get('latents'),
+            'a picture',
+            f"an autoencoder of the run's own, {s.encode.vae_minutes:g} min",
+        ),
+        dict(latent=latent),
+    )
+    yield (
+        'texts',
+        _encoded(
+            'text_encoder',
+            c.text_encoder,
+            text,
+            first.get('texts'),
+            'a caption',
+            f"a CLIP of the run's own, {s.encode.clip_minutes:g} min",
+        ),
+        dict(text=text),
+    )
+    parts, student = (
+        f' in {t.accumulate} parts' if t.accumulate > 1 else '',
+        '; then a student, whose steps cost more than these' if t.distill else '',
+    )
+    yield (
+        'steps',
+        f'{steps:,} of {t.batch_size} samples{parts}: {t.epochs:g} epochs{student}',
+        dict(steps=steps),
+    )
 
 # %% ../../nbs/pipeline/05_plan.ipynb #22522858
-def _network(s, got, base): # its line
-    if not (got['latent'] and got['text']): raise UserError('not known: it depends on what the encoders make')
+def _network(s, got, base):  # its line
+    if not (got['latent'] and got['text']):
+        raise UserError('not known: it depends on what the encoders make')
     weights, trained = count_weights(s, got['latent'], got['text'][1], base)
     start = f'those of {s.train.init}' if s.train.init else 'random ones'
-    part = f', {trained/1e6:.2f} million of them trained' if trained < weights else ''
-    return f'{weights/1e6:.2f} million weights, {start}{part}', dict(weights=weights, trained=trained, kept=kept_bytes(s.train, weights, trained))
+    part = f', {trained / 1e6:.2f} million of them trained' if trained < weights else ''
+    return f'{weights / 1e6:.2f} million weights, {start}{part}', dict(
+        weights=weights, trained=trained, kept=kept_bytes(s.train, weights, trained)
+    )
 
 # %% ../../nbs/pipeline/05_plan.ipynb #14726bd3
-def _own_minutes(s) -> dict: # of the encoders that the run trains -> minutes
+def _own_minutes(s) -> dict:  # of the encoders that the run trains -> minutes
     c, e = s.components, s.encode
-    return {name: minutes for name, minutes, spec in (('CLIP', e.clip_minutes, c.text_encoder), ('autoencoder', e.vae_minutes, c.autoencoder)) if spec == 'train'}
+    return {
+        name: minutes
+        for name, minutes, spec in (
+            ('CLIP', e.clip_minutes, c.text_encoder),
+            ('autoencoder', e.vae_minutes, c.autoencoder),
+        )
+        if spec == 'train'
+    }
 
-def _encoding(s, got, base): # how fast
-    if not got['latent']: raise UserError('not known: there is no autoencoder to measure')
+
+def _encoding(s, got, base):  # how fast
+    if not got['latent']:
+        raise UserError('not known: there is no autoencoder to measure')
     n, rate, own = sum(got[k] for k in ('train', 'val', 'test')), time_encoding(s, base), _own_minutes(s)
-    seconds = n/rate + 60*sum(own.values())
-    return f'{duration(seconds)} for {n:,} pictures at {rate:.3g}/s' + (f" and the run's own {' and '.join(own)}" if own else ''), dict(encode_rate=rate, encode_seconds=seconds)
+    seconds = n / rate + 60 * sum(own.values())
+    return f'{duration(seconds)} for {n:,} pictures at {rate:.3g}/s' + (
+        f" and the run's own {' and '.join(own)}" if own else ''
+    ), dict(encode_rate=rate, encode_seconds=seconds)
 
 # %% ../../nbs/pipeline/05_plan.ipynb #d0e0017e
-def _allowed(t, steps: int, step: float) -> tuple: # settings.train, steps wanted, seconds a step -> (steps that there is time for, what to say of it)
-    if not t.max_hours: return steps, ''
+def _allowed(
+    t, steps: int, step: float
+) -> (
+    tuple
+):  # settings.train, steps wanted, seconds a step -> (steps that there is time for, what to say of it)
+    if not t.max_hours:
+        return steps, ''
     fit = min(steps, steps_within(t.max_hours, step))
-    return fit, f'; train.max_hours: {t.max_hours:g} h allow ' + ('all' if fit == steps else f'{fit:,}') + f' of {steps:,} steps'
+    return fit, f'; train.max_hours: {t.max_hours:g} h allow ' + (
+        'all' if fit == steps else f'{fit:,}'
+    ) + f' of {steps:,} steps'
 
-def _training(s, got, base): # how fast, in how much memory
-    if 'weights' not in got: raise UserError('not known: there is no network to measure')
-    free = gpu_gb()*1e9 or memory_gb()*2**30
-    if got['kept'] > free: raise UserError(f'not measured: {bytes_text(got["kept"])} do not fit into the {bytes_text(free)} of memory that are free')
-    busy = '; other programs keep this machine busy, without them it would be faster' if not torch.cuda.is_available() and os.getloadavg()[0] > 1.5*cores() else ''
+
+def _training(s, got, base):  # how fast, in how much memory
+    if 'weights' not in got:
+        raise UserError('not known: there is no network to measure')
+    free = gpu_gb() * 1e9 or memory_gb() * 2**30
+    if got['kept'] > free:
+        raise UserError(
+            f'not measured: {bytes_text(got["kept"])} do not fit into the {bytes_text(free)} of memory that are free'
+        )
+    busy = (
+        '; other programs keep this machine busy, without them it would be faster'
+        if not torch.cuda.is_available() and os.getloadavg()[0] > 1.5 * cores()
+        else ''
+    )
     rate, memory = time_training(s, got['latent'], got['text'], base)
-    step = s.train.batch_size/rate; steps, limit = _allowed(s.train, got['steps'], step)
-    each = duration(step) if step >= 1 else f'{1000*step:.0f} ms'
-    return f'{duration(steps*step)} at {rate:.3g} samples/s, a step {each}, measured just now{busy}{limit}', dict(rate=rate, train_seconds=steps*step, memory=memory)
+    step = s.train.batch_size / rate
+    steps, limit = _allowed(s.train, got['steps'], step)
+    each = duration(step) if step >= 1 else f'{1000 * step:.0f} ms'
+    return (
+        f'{duration(steps * step)} at {rate:.3g} samples/s, a step {each}, measured just now{busy}{limit}',
+        dict(rate=rate, train_seconds=steps * step, memory=memory),
+    )
 
 # %% ../../nbs/pipeline/05_plan.ipynb #acf42708
-def _memory(s, got, base): # its line
-    if 'kept' not in got: raise UserError('not known: there is no network to count')
+def _memory(s, got, base):  # its line
+    if 'kept' not in got:
+        raise UserError('not known: there is no network to count')
     data = 0 if s.train.stream else got['first']['latents'] + got['first']['texts']
-    measured = f"; {bytes_text(got['memory'])} at the highest while it was measured" if 'memory' in got else ''
-    return f"{bytes_text(got['kept'])} of weights, gradient, optimiser and average; {bytes_text(data)} of data{measured}", {}
+    measured = (
+        f'; {bytes_text(got["memory"])} at the highest while it was measured' if 'memory' in got else ''
+    )
+    return (
+        f'{bytes_text(got["kept"])} of weights, gradient, optimiser and average; {bytes_text(data)} of data{measured}',
+        {},
+    )
 
-def _disk(s, got, base): # its line
-    needs, free, has = disk_needs(s, got['first'], got.get('weights', 0), got.get('trained', 0)), free_bytes(base), on_disk(base)
+
+def _disk(s, got, base):  # its line
+    needs, free, has = (
+        disk_needs(s, got['first'], got.get('weights', 0), got.get('trained', 0)),
+        free_bytes(base),
+        on_disk(base),
+    )
     total, there = sum(needs.values()), f', of which {bytes_text(has)} are there' if has else ''
     stages = ', '.join(f'{k} {bytes_text(v)}' for k, v in needs.items() if v >= 5e4)
-    return f'{stages}: {bytes_text(total)}{there}; {bytes_text(free)} free', dict(disk=needs, free=free, lacking=max(0, total - has - free))
+    return f'{stages}: {bytes_text(total)}{there}; {bytes_text(free)} free', dict(
+        disk=needs, free=free, lacking=max(0, total - has - free)
+    )
 
 # %% ../../nbs/pipeline/05_plan.ipynb #9a1053de
-def _job(s, got, base): # its line
+def _job(s, got, base):  # its line
     from flowerdiff.cloud.sagemaker import cost_text
+
     return f'at SageMaker, {cost_text(s.sagemaker, None)}; training here is only measured to compare', {}
 
 # %% ../../nbs/pipeline/05_plan.ipynb #3a3adfae
 def plan(
-    workspace: str = None, # the folder; None: the profile's name
-    profile: str = None,   # of a new workspace
-    overrides=None,        # settings to change
+    workspace: str = None,  # the folder; None: the profile's name
+    profile: str = None,  # of a new workspace
+    overrides=None,  # settings to change
     pictures: str = None,  # a folder of pictures
-    tell=print,            # is given each line
-) -> dict:                 # the numbers in the lines
+    tell=print,  # is given each line
+) -> dict:  # the numbers in the lines
     "Tell what `run` with the same arguments would do. Writes nothing. Raises `UserError` for what would stop the run at once."
     root, profile, overrides = asked(workspace, profile, overrides, pictures)
     s, seen, reasons = planned(root, profile, overrides)
     got, line = {}, lambda name, text: tell(f'{name:<12}{text}')
-    for name, text, numbers in _counts(s, seen, root): line(name, text); got |= numbers
-    for name, f in dict(network=_network, encode=_encoding, train=_training, memory=_memory, disk=_disk, **(dict(job=_job) if s.train.where == 'sagemaker' else {})).items():
-        try: text, numbers = f(s, got, root); got |= numbers
-        except UserError as e: text = str(e)
+    for name, text, numbers in _counts(s, seen, root):
         line(name, text)
-    if got['lacking']: line('WARNING', f"the disk is too small by {bytes_text(got['lacking'])}; make room, or give a workspace elsewhere")
-    if reasons: tell('\nwhat a new workspace gets for these pictures, unless --set says otherwise')
-    for key, (value, why) in reasons.items(): tell(f'  {f"{key}={value:g}":<28}{why}')
+        got |= numbers
+    for name, f in dict(
+        network=_network,
+        encode=_encoding,
+        train=_training,
+        memory=_memory,
+        disk=_disk,
+        **(dict(job=_job) if s.train.where == 'sagemaker' else {}),
+    ).items():
+        try:
+            text, numbers = f(s, got, root)
+            got |= numbers
+        except UserError as e:
+            text = str(e)
+        line(name, text)
+    if got['lacking']:
+        line(
+            'WARNING',
+            f'the disk is too small by {bytes_text(got["lacking"])}; make room, or give a workspace elsewhere',
+        )
+    if reasons:
+        tell('\nwhat a new workspace gets for these pictures, unless --set says otherwise')
+    for key, (value, why) in reasons.items():
+        tell(f'  {f"{key}={value:g}":<28}{why}')
     return got

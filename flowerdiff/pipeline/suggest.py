@@ -12,7 +12,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from PIL import Image
-from ..data.image_folder import given_captions, label_of, look_through, official_split, spread, split_names
+from flowerdiff.data.image_folder import (
+    given_captions,
+    label_of,
+    look_through,
+    official_split,
+    spread,
+    split_names,
+)
 from ..core.profiles import load_profile
 from ..data.datasets import DATASETS
 from ..services.hub_cache import at_hand
@@ -22,110 +29,191 @@ from ..core.workspace import UserError, bytes_text, free_bytes, read_json
 
 # %% ../../nbs/pipeline/03_suggest.ipynb #82df7c9d
 def header(
-    path: str | Path, # a file
-) -> tuple:           # (shorter side in pixels, is it a JPEG?); (0, False): it is no picture that can be read
+    path: str | Path,  # a file
+) -> tuple:  # (shorter side in pixels, is it a JPEG?); (0, False): it is no picture that can be read
     "What the first bytes of a file say. Whether the rest is whole, only the stage prepare will know."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            with Image.open(path, formats=_formats()) as im: return (min(im.size), im.format in ('JPEG', 'MPO')) if im.width*im.height <= MAX_PIXELS else (0, False)
-    except Exception: return 0, False
+            with Image.open(path, formats=_formats()) as im:
+                return (
+                    (min(im.size), im.format in ('JPEG', 'MPO'))
+                    if im.width * im.height <= MAX_PIXELS
+                    else (0, False)
+                )
+    except Exception:
+        return 0, False
 
 # %% ../../nbs/pipeline/03_suggest.ipynb #a076e626
 @dataclass
 class Survey:
     "What there is to learn from, as far as a sample tells."
-    pictures: int       # that can be read, about
-    files: int          # with those that can not
-    side: int           # middle of the shorter sides, pixels
-    jpeg: float = 0.    # share of them in JPEG
+
+    pictures: int  # that can be read, about
+    files: int  # with those that can not
+    side: int  # middle of the shorter sides, pixels
+    jpeg: float = 0.0  # share of them in JPEG
     exact: bool = True  # was every file looked at?
-    said: dict = field(default_factory=dict)   # who says what is in a picture -> share of them
-    texts: float = 0.   # captions that are given for a picture, on average
-    words: int = 12     # of a long caption
-    splits: dict = field(default_factory=dict) # share of the pictures that their makers put into each split
+    said: dict = field(default_factory=dict)  # who says what is in a picture -> share of them
+    texts: float = 0.0  # captions that are given for a picture, on average
+    words: int = 12  # of a long caption
+    splits: dict = field(default_factory=dict)  # share of the pictures that their makers put into each split
+
 
 def survey(
-    source: Path,     # a folder of pictures
-    most: int,        # pictures to take, settings.prepare.count
-    leave_out=(),     # folders not to enter
-    sample: int = 400, # files to open
+    source: Path,  # a folder of pictures
+    most: int,  # pictures to take, settings.prepare.count
+    leave_out=(),  # folders not to enter
+    sample: int = 400,  # files to open
 ) -> Survey:
     "Look at a folder. Raises `UserError` for a metadata.jsonl of which no line can be used."
     names, told, _ = look_through(source, most, leave_out)
-    seen = [(n, *header(source/n)) for n in spread(names, min(1, sample/max(1, len(names))))]
+    seen = [(n, *header(source / n)) for n in spread(names, min(1, sample / max(1, len(names))))]
     good = [(n, told.row(n), side, jpeg) for n, side, jpeg in seen if side]
-    if not good: return Survey(0, len(names), 0)
-    share, said = lambda xs: {k: c/len(good) for k, c in Counter(xs).most_common()}, [given_captions(row) for _, row, *_ in good]
-    words = sorted(max([len(c.split()) for c in cs] or [len(label_of(n, row).split()) + 5]) for cs, (n, row, *_) in zip(said, good))
-    return Survey(round(len(names)*len(good)/len(seen)), len(names), sorted(x[2] for x in good)[len(good)//2], sum(x[3] for x in good)/len(good), len(seen) == len(names),
-        share(who_says(n, row) for n, row, *_ in good), sum(map(len, said))/len(good), words[int(.98*(len(words) - 1))], share(official_split(n, row) or 'train' for n, row, *_ in good))
+    if not good:
+        return Survey(0, len(names), 0)
+    share, said = (
+        lambda xs: {k: c / len(good) for k, c in Counter(xs).most_common()},
+        [given_captions(row) for _, row, *_ in good],
+    )
+    words = sorted(
+        max([len(c.split()) for c in cs] or [len(label_of(n, row).split()) + 5])
+        for cs, (n, row, *_) in zip(said, good)
+    )
+    return Survey(
+        round(len(names) * len(good) / len(seen)),
+        len(names),
+        sorted(x[2] for x in good)[len(good) // 2],
+        sum(x[3] for x in good) / len(good),
+        len(seen) == len(names),
+        share(who_says(n, row) for n, row, *_ in good),
+        sum(map(len, said)) / len(good),
+        words[int(0.98 * (len(words) - 1))],
+        share(official_split(n, row) or 'train' for n, row, *_ in good),
+    )
 
-def who_says(name: str, row: dict) -> str: # a picture, what is told of it -> where its captions come from
-    return 'metadata.jsonl' if given_captions(row) else 'the columns of metadata.jsonl' if len(row) > 1 else 'the names of the folders' if label_of(name, row) else 'nothing'
+
+def who_says(name: str, row: dict) -> str:  # a picture, what is told of it -> where its captions come from
+    return (
+        'metadata.jsonl'
+        if given_captions(row)
+        else 'the columns of metadata.jsonl'
+        if len(row) > 1
+        else 'the names of the folders'
+        if label_of(name, row)
+        else 'nothing'
+    )
 
 # %% ../../nbs/pipeline/03_suggest.ipynb #f9754d6d
 def look_at(
     settings,
-    root: Path, # of the workspace, which may not be there yet
+    root: Path,  # of the workspace, which may not be there yet
 ) -> Survey:
     "What `prepare.source` holds: the garden, a set with a name, or a folder. Raises `UserError` where that is none."
     p = settings.prepare
-    if p.source == 'garden': return Survey(p.count, p.count, p.resolution, said={'the garden, which drew them': 1.})
+    if p.source == 'garden':
+        return Survey(p.count, p.count, p.resolution, said={'the garden, which drew them': 1.0})
     if d := DATASETS.get(p.source):
-        n, here = sum(d.counts.values()), [f for f in (Path(root)/p.files/d.pictures, Path(p.files).expanduser()/d.pictures) if p.files and f.is_dir()]
-        got = min(p.count, sum(e.name.endswith('.jpg') for e in os.scandir(here[0])) if here else n) # a person may have unpacked some of them only
-        return Survey(got, got, d.side, 1., said={d.says: 1.}, splits={k: v/n for k, v in d.counts.items()})
-    places = [Path(root)/Path(p.source).expanduser(), Path(p.source).expanduser()]
-    if not p.source or not (found := [d for d in places if d.is_dir()]): raise UserError(f'{p.source or "prepare.source"}: is not a folder; give --pictures a folder of pictures')
+        n, here = (
+            sum(d.counts.values()),
+            [
+                f
+                for f in (Path(root) / p.files / d.pictures, Path(p.files).expanduser() / d.pictures)
+                if p.files and f.is_dir()
+            ],
+        )
+        got = min(
+            p.count, sum(e.name.endswith('.jpg') for e in os.scandir(here[0])) if here else n
+        )  # a person may have unpacked some of them only
+        return Survey(
+            got, got, d.side, 1.0, said={d.says: 1.0}, splits={k: v / n for k, v in d.counts.items()}
+        )
+    places = [Path(root) / Path(p.source).expanduser(), Path(p.source).expanduser()]
+    if not p.source or not (found := [d for d in places if d.is_dir()]):
+        raise UserError(
+            f'{p.source or "prepare.source"}: is not a folder; give --pictures a folder of pictures'
+        )
     return survey(found[0], p.count, [root])
 
 # %% ../../nbs/pipeline/03_suggest.ipynb #4a1fdfc7
 def split_sizes(
-    n: int,   # pictures
+    n: int,  # pictures
     prepare,  # settings.prepare
     told={},  # shares of an official split
-) -> dict:    # train, val, test
+) -> dict:  # train, val, test
     "Pictures in each split."
     if prepare.source == 'garden':
-        held = {s: max(1, round(n*share)) for s, share in (('val', prepare.val), ('test', prepare.test))}
+        held = {s: max(1, round(n * share)) for s, share in (('val', prepare.val), ('test', prepare.test))}
         return dict(train=n - sum(held.values())) | held
-    if prepare.split == 'official': return {s: round(n*told.get(s, 0)) for s in ('train', 'val', 'test')}
-    counts = Counter(split_names(['']*n, range(n), prepare.val, prepare.test) if n > 2 else ['train']*n)
+    if prepare.split == 'official':
+        return {s: round(n * told.get(s, 0)) for s in ('train', 'val', 'test')}
+    counts = Counter(split_names([''] * n, range(n), prepare.val, prepare.test) if n > 2 else ['train'] * n)
     return {s: counts[s] for s in ('train', 'val', 'test')}
 
 # %% ../../nbs/pipeline/03_suggest.ipynb #984020dc
-def gpu_gb() -> float: # memory of the first GPU that PyTorch can use, 0 without one
-    if not gpus() or '+cpu' in package_version('torch'): return 0.
+def gpu_gb() -> float:  # memory of the first GPU that PyTorch can use, 0 without one
+    if not gpus() or '+cpu' in package_version('torch'):
+        return 0.0
     import torch
-    return torch.cuda.get_device_properties(0).total_memory/1e9 if torch.cuda.is_available() else 0.
 
-STEPS = dict(CPU=2000, GPU=4000)          # of a run
-SIDES = {64: 0., 128: 6., 256: 12.}       # resolution -> GB that a GPU should have for it
+    return torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
+
+
+STEPS = dict(CPU=2000, GPU=4000)  # of a run
+SIDES = {64: 0.0, 128: 6.0, 256: 12.0}  # resolution -> GB that a GPU should have for it
+
 
 def suggest(
-    settings,          # of the profile, with what a person has set
+    settings,  # of the profile, with what a person has set
     seen: Survey,
-    gpu: float = 0.,   # its memory in GB; 0: there is none
-    fixed=(),          # keys that a person has set
-) -> dict:             # key -> (value, reason)
+    gpu: float = 0.0,  # its memory in GB; 0: there is none
+    fixed=(),  # keys that a person has set
+) -> dict:  # key -> (value, reason)
     "Settings that suit pictures and machine."
     t, out, where = settings.train, {}, 'GPU' if gpu else 'CPU'
     n = max(1, split_sizes(seen.pictures, settings.prepare, seen.splits)['train'])
+
     def take(key, value, why):
         section, name = key.split('.')
-        if key in fixed: return getattr(getattr(settings, section), name)
+        if key in fixed:
+            return getattr(getattr(settings, section), name)
         out[key] = value, why
         return value
+
     side = max([s for s, least in SIDES.items() if s <= seen.side and gpu >= least] or [64])
-    why = 'a CPU learns larger ones too slowly' if not gpu else f'{gpu:.0f} GB are little for larger ones' if side < 256 <= seen.side else 'the largest that is sensible here'
-    take('prepare.resolution', side, f'half of the pictures are smaller than {seen.side} px; {why}' if seen.side < 2*side else f'the pictures are {seen.side} px; {why}')
-    batch = take('train.batch_size', max(1, t.accumulate, min(t.batch_size, n//4)), f'not above a quarter of {n:,} training pictures' if n < 4*t.batch_size else 'as in the profile')
-    goal = STEPS[where]; wanted = round(goal*batch/n); epochs = min(400, max(12, wanted))
-    why = f'about {goal:,} steps, which is sensible on a {where}' if epochs == wanted else f'{goal:,} steps would be {wanted:,} passes; more than 400 only learn by heart' if wanted > epochs else 'fewer passes than 12 teach little'
+    why = (
+        'a CPU learns larger ones too slowly'
+        if not gpu
+        else f'{gpu:.0f} GB are little for larger ones'
+        if side < 256 <= seen.side
+        else 'the largest that is sensible here'
+    )
+    take(
+        'prepare.resolution',
+        side,
+        f'half of the pictures are smaller than {seen.side} px; {why}'
+        if seen.side < 2 * side
+        else f'the pictures are {seen.side} px; {why}',
+    )
+    batch = take(
+        'train.batch_size',
+        max(1, t.accumulate, min(t.batch_size, n // 4)),
+        f'not above a quarter of {n:,} training pictures' if n < 4 * t.batch_size else 'as in the profile',
+    )
+    goal = STEPS[where]
+    wanted = round(goal * batch / n)
+    epochs = min(400, max(12, wanted))
+    why = (
+        f'about {goal:,} steps, which is sensible on a {where}'
+        if epochs == wanted
+        else f'{goal:,} steps would be {wanted:,} passes; more than 400 only learn by heart'
+        if wanted > epochs
+        else 'fewer passes than 12 teach little'
+    )
     epochs = take('train.epochs', float(epochs), why)
-    steps = max(1, math.ceil(epochs*n/batch))
-    for key in ('samples_every', 'validate_every'): take(f'train.{key}', max(1, round(steps/4)), f'four times in {steps:,} steps')
+    steps = max(1, math.ceil(epochs * n / batch))
+    for key in ('samples_every', 'validate_every'):
+        take(f'train.{key}', max(1, round(steps / 4)), f'four times in {steps:,} steps')
     return out
 
 # %% ../../nbs/pipeline/03_suggest.ipynb #09fd2ea3
@@ -133,58 +221,103 @@ def shapes(
     settings,
     seen: Survey,
     base: Path = '.',
-) -> tuple: # (C, h, w) of a latent, (L, D) of a text; None for what is not known here
+) -> tuple:  # (C, h, w) of a latent, (L, D) of a text; None for what is not known here
     "What the encoders that the settings name will make."
-    c, latent, text = settings.components, None, (min(77, max(16, -(-int(seen.words*4/3 + 2)//8)*8)), 128) # of the run's own CLIP
-    if c.autoencoder == 'train': latent = 4, *(settings.prepare.resolution//settings.encode.vae_factor,)*2
+    c, latent, text = (
+        settings.components,
+        None,
+        (min(77, max(16, -(-int(seen.words * 4 / 3 + 2) // 8) * 8)), 128),
+    )  # of the run's own CLIP
+    if c.autoencoder == 'train':
+        latent = 4, *(settings.prepare.resolution // settings.encode.vae_factor,) * 2
     elif found := at_hand(c.autoencoder, 'vae', base):
-        config = read_json(found/'config.json'); levels = config.get('block_out_channels') or config.get('encoder_block_out_channels') or [0]
-        latent = config.get('latent_channels', 4), *(settings.prepare.resolution >> len(levels) - 1,)*2
+        config = read_json(found / 'config.json')
+        levels = config.get('block_out_channels') or config.get('encoder_block_out_channels') or [0]
+        latent = config.get('latent_channels', 4), *(settings.prepare.resolution >> len(levels) - 1,) * 2
     if c.text_encoder != 'train':
-        config = read_json(found/'config.json') if (found := at_hand(c.text_encoder, 'text_encoder', base)) else None
+        config = (
+            read_json(found / 'config.json')
+            if (found := at_hand(c.text_encoder, 'text_encoder', base))
+            else None
+        )
         config = config and config.get('text_config', config)
         text = config and (config.get('max_position_embeddings', 77), config.get('hidden_size', 512))
     return latent, text
 
 # %% ../../nbs/pipeline/03_suggest.ipynb #387a82c2
-def text_count(settings, seen: Survey) -> int: # different captions, about, and at most so many
+def text_count(settings, seen: Survey) -> int:  # different captions, about, and at most so many
     c, n = settings.caption, seen.pictures
-    own, each = c.captioner in ('auto', 'given'), len(c.prompts) if c.captioner == 'florence' else c.per_picture
-    return 1 + round(n*c.class_captions + n*seen.texts*own + n*each*sum(v for k, v in seen.said.items() if not (own and k in ('metadata.jsonl', 'nothing'))))
+    own, each = (
+        c.captioner in ('auto', 'given'),
+        len(c.prompts) if c.captioner == 'florence' else c.per_picture,
+    )
+    return 1 + round(
+        n * c.class_captions
+        + n * seen.texts * own
+        + n * each * sum(v for k, v in seen.said.items() if not (own and k in ('metadata.jsonl', 'nothing')))
+    )
 
-def weight_bytes(*folders: Path) -> int: return sum(f.stat().st_size for d in folders if d for f in d.glob('*.safetensors')) # of networks in files
+
+def weight_bytes(*folders: Path) -> int:
+    return sum(
+        f.stat().st_size for d in folders if d for f in d.glob('*.safetensors')
+    )  # of networks in files
+
 
 def first_sizes(
     settings,
     seen: Survey,
     base: Path = '.',
-) -> dict: # bytes of pictures, captions, latents, texts, components; what is not known is left out
+) -> dict:  # bytes of pictures, captions, latents, texts, components; what is not known is left out
     "What the first three stages will write."
-    n, side, texts, c = seen.pictures, settings.prepare.resolution, text_count(settings, seen), settings.components
+    n, side, texts, c = (
+        seen.pictures,
+        settings.prepare.resolution,
+        text_count(settings, seen),
+        settings.components,
+    )
     latent, text = shapes(settings, seen, base)
-    out = dict(pictures=round(n*(side*side*(2 - seen.jpeg) + 400)), captions=n*200 + 100*texts)
-    if latent: out['latents'] = n*2*2*math.prod(latent)*2
-    if text: out['texts'] = texts*math.prod(text)*2
-    if c.text_encoder == 'train': out['pictures for its CLIP'] = n*3*min(64, side)**2
-    return out | dict(components=weight_bytes(at_hand(c.autoencoder, 'vae', base), None if c.text_encoder == 'train' else at_hand(c.text_encoder, 'text_encoder', base)))
+    out = dict(pictures=round(n * (side * side * (2 - seen.jpeg) + 400)), captions=n * 200 + 100 * texts)
+    if latent:
+        out['latents'] = n * 2 * 2 * math.prod(latent) * 2
+    if text:
+        out['texts'] = texts * math.prod(text) * 2
+    if c.text_encoder == 'train':
+        out['pictures for its CLIP'] = n * 3 * min(64, side) ** 2
+    return out | dict(
+        components=weight_bytes(
+            at_hand(c.autoencoder, 'vae', base),
+            None if c.text_encoder == 'train' else at_hand(c.text_encoder, 'text_encoder', base),
+        )
+    )
 
 # %% ../../nbs/pipeline/03_suggest.ipynb #1bac6fcc
 def begin(
-    root: Path,      # of the workspace
+    root: Path,  # of the workspace
     profile: str,
-    overrides: dict, # what a person has set
-) -> tuple:          # (settings to write, a line that tells of them or '')
+    overrides: dict,  # what a person has set
+) -> tuple:  # (settings to write, a line that tells of them or '')
     "Settings of a workspace that is not there yet; one that is keeps its own. Raises `UserError` when the disk has no room for the first three stages."
-    if (root/'params.yaml').exists(): return overrides, ''
+    if (root / 'params.yaml').exists():
+        return overrides, ''
     settings, line = load_profile(profile, overrides), ''
-    try: seen = look_at(settings, root)
-    except UserError: return overrides, '' # the stage prepare tells more of it
+    try:
+        seen = look_at(settings, root)
+    except UserError:
+        return overrides, ''  # the stage prepare tells more of it
     if profile == 'folder' and seen.pictures > 2:
-        gpu = gpu_gb(); found = {k: v for k, (v, _) in suggest(settings, seen, gpu, overrides).items()}
+        gpu = gpu_gb()
+        found = {k: v for k, (v, _) in suggest(settings, seen, gpu, overrides).items()}
         overrides = found | overrides
-        line = f'{seen.pictures:,} pictures of {seen.side} px, {gpus()[0] if gpu else f"{cores()} cores"}: ' + ', '.join(f'{k}={v:g}' for k, v in found.items()) + '; flowerdiff plan --pictures DIR says why'
+        line = (
+            f'{seen.pictures:,} pictures of {seen.side} px, {gpus()[0] if gpu else f"{cores()} cores"}: '
+            + ', '.join(f'{k}={v:g}' for k, v in found.items())
+            + '; flowerdiff plan --pictures DIR says why'
+        )
         settings = load_profile(profile, overrides)
     needs, free = first_sizes(settings, seen, root), free_bytes(root)
     if sum(needs.values()) > free:
-        raise UserError(f'{root}: has {bytes_text(free)} free and the first three stages need about {bytes_text(sum(needs.values()))} ({", ".join(f"{k} {bytes_text(v)}" for k, v in needs.items())}); make room, or give a workspace elsewhere')
+        raise UserError(
+            f'{root}: has {bytes_text(free)} free and the first three stages need about {bytes_text(sum(needs.values()))} ({", ".join(f"{k} {bytes_text(v)}" for k, v in needs.items())}); make room, or give a workspace elsewhere'
+        )
     return overrides, line

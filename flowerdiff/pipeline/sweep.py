@@ -16,118 +16,207 @@ from .pipeline import StageFailed, run as run_pipeline
 from ..core.workspace import UserError, Workspace, open_workspace, read_json, write_json
 
 # %% ../../nbs/pipeline/08_sweep.ipynb #23be56a9
-def split_values(text: str) -> list[str]: # at commas outside of brackets
+def split_values(text: str) -> list[str]:  # at commas outside of brackets
     depth, parts = 0, ['']
     for c in text:
         depth += (c in '[({') - (c in '])}')
-        if c == ',' and not depth: parts.append('')
-        else: parts[-1] += c
+        if c == ',' and not depth:
+            parts.append('')
+        else:
+            parts[-1] += c
     return [p.strip() for p in parts if p.strip()]
+
 
 def grid(
     sets: list[str],  # ['train.lr=1e-4,2e-4', ...]
     limit: int = 64,  # points at most
-) -> tuple[list[dict], dict]: # the points, each {key: value}, the last key changing fastest; what all have in common
+) -> tuple[
+    list[dict], dict
+]:  # the points, each {key: value}, the last key changing fastest; what all have in common
     "The points of a sweep. Raises `UserError` when there is nothing to vary, or too much."
     for s in sets:
-        if '=' not in s: parse_overrides([s])  # says what is wrong with it
+        if '=' not in s:
+            parse_overrides([s])  # says what is wrong with it
     values = {k.strip(): split_values(v) for k, v in (s.split('=', 1) for s in sets)}
     varied = {k: v for k, v in values.items() if len(v) > 1}
-    if not varied: raise UserError('sweep: nothing varies; give a setting several values, such as --set train.lr=1e-4,2e-4')
-    if (n := math.prod(map(len, varied.values()))) > limit: raise UserError(f'sweep: {n} runs are more than {limit}; take values out, or allow them with --limit {n}')
-    return [dict(zip(varied, v)) for v in itertools.product(*varied.values())], {k: v[0] if v else '' for k, v in values.items() if k not in varied}
+    if not varied:
+        raise UserError(
+            'sweep: nothing varies; give a setting several values, such as --set train.lr=1e-4,2e-4'
+        )
+    if (n := math.prod(map(len, varied.values()))) > limit:
+        raise UserError(
+            f'sweep: {n} runs are more than {limit}; take values out, or allow them with --limit {n}'
+        )
+    return [dict(zip(varied, v)) for v in itertools.product(*varied.values())], {
+        k: v[0] if v else '' for k, v in values.items() if k not in varied
+    }
 
 # %% ../../nbs/pipeline/08_sweep.ipynb #06f10da1
 LAST = 'evaluate'  # the last stage of a point
 
-def first_stage(keys) -> str: # the first stage that settings reach
+
+def first_stage(keys) -> str:  # the first stage that settings reach
     stages = list(GRAPH)
-    reached = lambda key: ['train'] if key == 'seed' else [s for s, (_, settings, _) in GRAPH.items() if any(key == x or key.startswith(f'{x}.') for x in settings)]
+    reached = lambda key: (
+        ['train']
+        if key == 'seed'
+        else [
+            s
+            for s, (_, settings, _) in GRAPH.items()
+            if any(key == x or key.startswith(f'{x}.') for x in settings)
+        ]
+    )
     return min((s for k in keys for s in reached(k)), key=stages.index, default='train')
 
-def point_name(point: dict) -> str: return re.sub(r'[^\w.=+-]+', '-', '_'.join(f"{k.split('.')[-1]}={v}" for k, v in point.items())).strip('-')
+
+def point_name(point: dict) -> str:
+    return re.sub(r'[^\w.=+-]+', '-', '_'.join(f'{k.split(".")[-1]}={v}' for k, v in point.items())).strip(
+        '-'
+    )
+
 
 def share(
     parent: Workspace,
-    root: Path,   # of the point
-    first: str,   # the first stage that is its own
+    root: Path,  # of the point
+    first: str,  # the first stage that is its own
 ):
     "Make a point's workspace: the parent's settings, and what earlier stages made."
     root.mkdir(parents=True, exist_ok=True)
-    if not (root/'params.yaml').exists(): shutil.copy(parent.root/'params.yaml', root)
+    if not (root / 'params.yaml').exists():
+        shutil.copy(parent.root / 'params.yaml', root)
     stages = list(GRAPH)
-    for part in (o for s in stages[:stages.index(first)] for o in GRAPH[s][2] if '.' not in o):
-        if (parent.root/part).exists() and folder_state(parent.root/part) != folder_state(root/part):
-            shutil.rmtree(root/part, ignore_errors=True); shutil.copytree(parent.root/part, root/part, copy_function=os.link)
+    for part in (o for s in stages[: stages.index(first)] for o in GRAPH[s][2] if '.' not in o):
+        if (parent.root / part).exists() and folder_state(parent.root / part) != folder_state(root / part):
+            shutil.rmtree(root / part, ignore_errors=True)
+            shutil.copytree(parent.root / part, root / part, copy_function=os.link)
 
-def between(first: str, last: str) -> list[str]: # the stages of a point or before it; nothing is uploaded
-    stages = list(GRAPH); return [s for s in stages[stages.index(first):stages.index(last) + 1] if s != 'upload']
+
+def between(first: str, last: str) -> list[str]:  # the stages of a point or before it; nothing is uploaded
+    stages = list(GRAPH)
+    return [s for s in stages[stages.index(first) : stages.index(last) + 1] if s != 'upload']
 
 # %% ../../nbs/pipeline/08_sweep.ipynb #9c03ca18
-def as_sets(settings: dict) -> list[str]: return [f'{k}={v}' for k, v in settings.items()]
+def as_sets(settings: dict) -> list[str]:
+    return [f'{k}={v}' for k, v in settings.items()]
 
-def run_point(parent: Workspace, root: Path, point: dict, common: dict, first: str) -> dict: # what came out
+
+def run_point(parent: Workspace, root: Path, point: dict, common: dict, first: str) -> dict:  # what came out
     "Run one point of a sweep up to its report."
     share(parent, root, first)
     experiment = f'{parent.settings.tracking.experiment or parent.root.name} sweep'
-    run_pipeline(root, overrides=as_sets(common | point | {'tracking.experiment': experiment}), only=between(first, LAST), out=io.StringIO())
-    train, report = read_json(root/'train.json'), read_json(root/'report'/'metrics.json')
+    run_pipeline(
+        root,
+        overrides=as_sets(common | point | {'tracking.experiment': experiment}),
+        only=between(first, LAST),
+        out=io.StringIO(),
+    )
+    train, report = read_json(root / 'train.json'), read_json(root / 'report' / 'metrics.json')
     right = (report.get('adherence') or {}).get('all') or {}
     score = (report.get('clip_score') or {}).get('drawn') or {}
-    return dict(loss=train['validation']['loss'], samples_per_second=train.get('samples_per_second', 0), adherence=right.get('value'), clip_score=score.get('value'), losses=train['validation_curve'])
+    return dict(
+        loss=train['validation']['loss'],
+        samples_per_second=train.get('samples_per_second', 0),
+        adherence=right.get('value'),
+        clip_score=score.get('value'),
+        losses=train['validation_curve'],
+    )
+
 
 def sweep(
-    workspace: str,       # the parent
-    sets: list[str],      # settings, see `grid`
+    workspace: str,  # the parent
+    sets: list[str],  # settings, see `grid`
     profile: str = None,  # of a new parent
     limit: int = 64,
-    out=None,             # where lines go; None: standard output
-) -> list[dict]:          # {settings, folder, and loss and more, or why it failed}, best first
+    out=None,  # where lines go; None: standard output
+) -> list[dict]:  # {settings, folder, and loss and more, or why it failed}, best first
     "Run every point of a grid of settings. Raises `UserError` for mistakes, `Stopped` at Ctrl-C."
     (points, common), out, rows = grid(sets, limit), out or sys.stdout, []
     tell = lambda line: print(line, file=out, flush=True)
     first, root = first_stage([*points[0], *common]), Path(workspace)
     parent = open_workspace(root, profile)
-    for p in points: load_profile(str(parent.root/'params.yaml'), as_sets(common | p))  # a wrong value is told before anything runs
-    if before := between('prepare', first)[:-1]: run_pipeline(parent.root, only=before, out=out)
-    folder = parent.root/'sweeps'
+    for p in points:
+        load_profile(
+            str(parent.root / 'params.yaml'), as_sets(common | p)
+        )  # a wrong value is told before anything runs
+    if before := between('prepare', first)[:-1]:
+        run_pipeline(parent.root, only=before, out=out)
+    folder = parent.root / 'sweeps'
     for i, p in enumerate(points, 1):
         start, name = time.time(), point_name(p)
-        row = dict(settings=p, folder=str(folder/name))
-        try: row |= run_point(parent, folder/name, p, common, first)
-        except (UserError, StageFailed) as e: row |= dict(failed=' '.join(str(e).splitlines()))
+        row = dict(settings=p, folder=str(folder / name))
+        try:
+            row |= run_point(parent, folder / name, p, common, first)
+        except (UserError, StageFailed) as e:
+            row |= dict(failed=' '.join(str(e).splitlines()))
         rows.append(row)
-        tell(f"{i}/{len(points)}  {name}  {duration(time.time() - start)}  " + (row['failed'] if 'failed' in row else f"validation loss {row['loss']:.4f}"))
+        tell(
+            f'{i}/{len(points)}  {name}  {duration(time.time() - start)}  '
+            + (row['failed'] if 'failed' in row else f'validation loss {row["loss"]:.4f}')
+        )
     rows.sort(key=lambda r: r.get('loss', math.inf))
-    write_json(folder/'sweep.json', dict(common=common, points=rows)); tell(''); tell(table(rows))
-    if any('loss' in r for r in rows): plot(rows, folder/'sweep.png'); tell(f"\n{folder/'sweep.png'}")
+    write_json(folder / 'sweep.json', dict(common=common, points=rows))
+    tell('')
+    tell(table(rows))
+    if any('loss' in r for r in rows):
+        plot(rows, folder / 'sweep.png')
+        tell(f'\n{folder / "sweep.png"}')
     return rows
 
 # %% ../../nbs/pipeline/08_sweep.ipynb #d693711b
 def table(
-    rows: list[dict], # from `sweep`
+    rows: list[dict],  # from `sweep`
 ) -> str:
     "The points, best first."
     keys = list(rows[0]['settings'])
     percent = lambda v: '' if v is None else f'{v:.1%}'
-    shown = [dict(zip(keys, r['settings'].values())) | (dict(loss=f"{r['loss']:.4f}", adherence=percent(r['adherence']), CLIP='' if r['clip_score'] is None else f"{r['clip_score']:.1f}", rate=f"{r['samples_per_second']:.0f}/s") if 'loss' in r else dict(loss='failed')) for r in rows]
+    shown = [
+        dict(zip(keys, r['settings'].values()))
+        | (
+            dict(
+                loss=f'{r["loss"]:.4f}',
+                adherence=percent(r['adherence']),
+                CLIP='' if r['clip_score'] is None else f'{r["clip_score"]:.1f}',
+                rate=f'{r["samples_per_second"]:.0f}/s',
+            )
+            if 'loss' in r
+            else dict(loss='failed')
+        )
+        for r in rows
+    ]
     heads = [*keys, 'loss', *(k for k in ('adherence', 'CLIP', 'rate') if any(s.get(k) for s in shown))]
     width = {k: max(len(k), *(len(s.get(k, '')) for s in shown)) for k in heads}
-    return '\n'.join('  '.join(s.get(k, '').ljust(width[k]) for k in heads).rstrip() for s in [dict(zip(heads, heads)), *shown])
+    return '\n'.join(
+        '  '.join(s.get(k, '').ljust(width[k]) for k in heads).rstrip()
+        for s in [dict(zip(heads, heads)), *shown]
+    )
+
 
 def plot(rows: list[dict], file: Path):
     "Validation curves of all points, and the loss over each swept setting."
     from matplotlib.figure import Figure
-    done = [r for r in rows if 'loss' in r]; keys = list(done[0]['settings'])
-    fig = Figure(figsize=(3.4*(1 + len(keys)), 2.8)); a, *others = fig.subplots(1, 1 + len(keys), squeeze=False)[0]
-    for r in done: a.plot(*zip(*r['losses']), '.-', lw=.8, label=', '.join(r['settings'].values()))
-    a.set(xlabel='step', ylabel='validation loss')
-    if len(done) <= 8: a.legend(fontsize=6)
-    for k, ax in zip(keys, others):
-        order = list(dict.fromkeys(r['settings'][k] for r in sorted(done, key=lambda r: as_number(r['settings'][k]))))
-        ax.plot([order.index(r['settings'][k]) for r in done], [r['loss'] for r in done], 'o'); ax.set(xlabel=k, xticks=range(len(order))); ax.set_xticklabels(order, fontsize=7)
-    fig.tight_layout(); fig.savefig(file, dpi=110)
 
-def as_number(text: str): # numbers by size, other values behind them by name
-    try: return 0, float(text), ''
-    except ValueError: return 1, 0., text
+    done = [r for r in rows if 'loss' in r]
+    keys = list(done[0]['settings'])
+    fig = Figure(figsize=(3.4 * (1 + len(keys)), 2.8))
+    a, *others = fig.subplots(1, 1 + len(keys), squeeze=False)[0]
+    for r in done:
+        a.plot(*zip(*r['losses']), '.-', lw=0.8, label=', '.join(r['settings'].values()))
+    a.set(xlabel='step', ylabel='validation loss')
+    if len(done) <= 8:
+        a.legend(fontsize=6)
+    for k, ax in zip(keys, others):
+        order = list(
+            dict.fromkeys(r['settings'][k] for r in sorted(done, key=lambda r: as_number(r['settings'][k])))
+        )
+        ax.plot([order.index(r['settings'][k]) for r in done], [r['loss'] for r in done], 'o')
+        ax.set(xlabel=k, xticks=range(len(order)))
+        ax.set_xticklabels(order, fontsize=7)
+    fig.tight_layout()
+    fig.savefig(file, dpi=110)
+
+
+def as_number(text: str):  # numbers by size, other values behind them by name
+    try:
+        return 0, float(text), ''
+    except ValueError:
+        return 1, 0.0, text

@@ -17,6 +17,7 @@ from ..core.workspace import UserError, bytes_text, free_bytes, progress
 # %% ../../nbs/services/05_downloads.ipynb #7f41287d
 class File(NamedTuple):
     "A file that somebody publishes."
+
     name: str
     url: str = ''  # '': no program can get it
     size: int = 0  # bytes, about
@@ -24,75 +25,101 @@ class File(NamedTuple):
 
 # %% ../../nbs/services/05_downloads.ipynb #9fd2be27
 def check_room(
-    folder: Path, # where it will be; need not be there yet
-    need: int,    # bytes
-    what: str,    # needs them
+    folder: Path,  # where it will be; need not be there yet
+    need: int,  # bytes
+    what: str,  # needs them
 ):
     "Raises `UserError` with both numbers when the disk is too small."
-    if (free := free_bytes(folder)) < need: raise UserError(f'{folder}: {what} needs {bytes_text(need)} there and {bytes_text(free)} are free; make room, or choose another disk')
+    if (free := free_bytes(folder)) < need:
+        raise UserError(
+            f'{folder}: {what} needs {bytes_text(need)} there and {bytes_text(free)} are free; make room, or choose another disk'
+        )
 
 # %% ../../nbs/services/05_downloads.ipynb #6183aba9
 def rest_of(
     url: str,
-    part: Path, # what there is of it; grows
-):              # -> bytes written, once a megabyte
+    part: Path,  # what there is of it; grows
+):  # -> bytes written, once a megabyte
     "Fetch what is missing. Raises `ConnectionError` when the server breaks off."
     have = part.stat().st_size if part.exists() else 0
     ask = Request(url, headers={'User-Agent': 'flowerdiff'} | ({'Range': f'bytes={have}-'} if have else {}))
     with urlopen(ask, timeout=30) as r, open(part, 'ab' if r.status == 206 else 'wb') as f:
         left = int(r.headers.get('Content-Length') or 0)
-        while data := r.read(1 << 20): f.write(data); f.flush(); left -= len(data); yield len(data)
-    if left > 0: raise ConnectionError(f'the server broke off {left:,} bytes before the end')
+        while data := r.read(1 << 20):
+            f.write(data)
+            f.flush()
+            left -= len(data)
+            yield len(data)
+    if left > 0:
+        raise ConnectionError(f'the server broke off {left:,} bytes before the end')
 
 # %% ../../nbs/services/05_downloads.ipynb #806cd9bf
 NETWORK = URLError, ConnectionError, TimeoutError, HTTPException, ssl.SSLError
 
-def md5_of(path: Path) -> str:
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'md5').hexdigest()
 
-def _grow(file: File, part: Path, pause: float): # until `part` is all there is
+def md5_of(path: Path) -> str:
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'md5').hexdigest()
+
+
+def _grow(file: File, part: Path, pause: float):  # until `part` is all there is
     failed, size = 0, lambda: part.stat().st_size if part.exists() else 0
     while True:
         before = size()
         try:
-            for _ in progress(rest_of(file.url, part), max(file.size - before >> 20, 1), f'MB of {file.name}'): pass
+            for _ in progress(
+                rest_of(file.url, part), max(file.size - before >> 20, 1), f'MB of {file.name}'
+            ):
+                pass
             return
         except NETWORK as e:
-            if isinstance(e, HTTPError) and e.code == 416: return
+            if isinstance(e, HTTPError) and e.code == 416:
+                return
             failed = 1 if size() > before else failed + 1
-            if failed >= 5 or isinstance(e, HTTPError) and e.code < 500: raise
-            time.sleep(pause*2**failed)
+            if failed >= 5 or isinstance(e, HTTPError) and e.code < 500:
+                raise
+            time.sleep(pause * 2**failed)
+
 
 def fetch(
     file: File,
-    folder: Path,      # gets it; `NAME.part` while it comes
-    pause: float = .5, # seconds before the second try, more before later ones
-) -> Path:             # of the whole file
+    folder: Path,  # gets it; `NAME.part` while it comes
+    pause: float = 0.5,  # seconds before the second try, more before later ones
+) -> Path:  # of the whole file
     "A file from its place on the network, unless it is here. Raises one of `NETWORK`, or `UserError` for a file that is not the published one."
-    path, part = folder/file.name, folder/f'{file.name}.part'
-    if path.exists(): return path
+    path, part = folder / file.name, folder / f'{file.name}.part'
+    if path.exists():
+        return path
     _grow(file, part, pause)
     if file.md5 and (found := md5_of(part)) != file.md5:
         part.unlink()
-        raise UserError(f'{file.url}: what came has the MD5 {found}, not {file.md5} as published; run again, or get it by hand')
+        raise UserError(
+            f'{file.url}: what came has the MD5 {found}, not {file.md5} as published; run again, or get it by hand'
+        )
     os.replace(part, path)
     return path
 
 # %% ../../nbs/services/05_downloads.ipynb #64070e09
 def unpack(
-    archive: Path, # .zip, .tgz or .tar
-    into: Path,    # a folder
-    folder: str,   # of the archive, whose files are wanted
+    archive: Path,  # .zip, .tgz or .tar
+    into: Path,  # a folder
+    folder: str,  # of the archive, whose files are wanted
 ):
     "`into/folder`, with every file of it that the archive has. Raises `UserError` for an archive that is truncated, damaged or not safe."
     zipped = archive.suffix == '.zip'
-    missing = lambda name, size: name.startswith(f'{folder}/') and not ((f := into/name).is_file() and f.stat().st_size == size)
+    missing = lambda name, size: (
+        name.startswith(f'{folder}/') and not ((f := into / name).is_file() and f.stat().st_size == size)
+    )
     try:
         with zipfile.ZipFile(archive) if zipped else tarfile.open(archive) as a:
             for m in progress(a.infolist() if zipped else a, label=f'files of {archive.name}'):
-                if zipped and not m.is_dir() and missing(m.filename, m.file_size): a.extract(m, into)
-                if not zipped and m.isfile() and missing(m.name, m.size): a.extract(m, into, filter='data')
-            while not zipped and a.fileobj.read(1 << 20): pass
+                if zipped and not m.is_dir() and missing(m.filename, m.file_size):
+                    a.extract(m, into)
+                if not zipped and m.isfile() and missing(m.name, m.size):
+                    a.extract(m, into, filter='data')
+            while not zipped and a.fileobj.read(1 << 20):
+                pass
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
-        if isinstance(e, OSError) and e.errno: raise
+        if isinstance(e, OSError) and e.errno:
+            raise
         raise UserError(f'{archive}: is truncated, damaged or not safe ({e}); get it again') from None

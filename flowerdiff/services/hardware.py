@@ -13,76 +13,146 @@ from pathlib import Path
 from ..core.workspace import bytes_text, free_bytes
 
 # %% ../../nbs/services/01_hardware.ipynb #66bd04cb
-def gpus() -> list: # names
+def gpus() -> list:  # names
     "The NVIDIA GPUs here that have a driver."
-    found = [l.split(':', 1)[1].strip() for f in sorted(glob.glob('/proc/driver/nvidia/gpus/*/information')) for l in open(f) if l.startswith('Model')]
+    found = [
+        l.split(':', 1)[1].strip()
+        for f in sorted(glob.glob('/proc/driver/nvidia/gpus/*/information'))
+        for l in open(f)
+        if l.startswith('Model')
+    ]
     return found or ['NVIDIA GPU' for _ in glob.glob('/dev/nvidia[0-9]*')]
 
 # %% ../../nbs/services/01_hardware.ipynb #3f6be0f5
 def has_package(name: str) -> bool:
     "Is a package installed? It is not imported."
-    try: spec = find_spec(name)
-    except (ImportError, ValueError): return False
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):
+        return False
     return bool(spec and spec.origin)
+
 
 def package_version(name: str) -> str:
     "Version of an installed package, or ''."
-    try: return version(name)
-    except PackageNotFoundError: return ''
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ''
 
 # %% ../../nbs/services/01_hardware.ipynb #c208f24e
 def has_aws() -> bool:
     "Are there credentials for S3?"
-    names = {'AWS_ACCESS_KEY_ID', 'AWS_PROFILE', 'AWS_CONTAINER_CREDENTIALS_RELATIVE_URI', 'AWS_WEB_IDENTITY_TOKEN_FILE'}
+    names = {
+        'AWS_ACCESS_KEY_ID',
+        'AWS_PROFILE',
+        'AWS_CONTAINER_CREDENTIALS_RELATIVE_URI',
+        'AWS_WEB_IDENTITY_TOKEN_FILE',
+    }
     return bool(names & set(os.environ)) or Path('~/.aws/credentials').expanduser().exists()
+
 
 def has_hub() -> bool:
     "Is there a token for the Hugging Face hub?"
-    return bool(os.environ.get('HF_TOKEN')) or Path(os.environ.get('HF_HOME', '~/.cache/huggingface')).expanduser().joinpath('token').exists()
+    return (
+        bool(os.environ.get('HF_TOKEN'))
+        or Path(os.environ.get('HF_HOME', '~/.cache/huggingface')).expanduser().joinpath('token').exists()
+    )
 
 # %% ../../nbs/services/01_hardware.ipynb #714073d5
-def cores() -> int: # that this process may use
+def cores() -> int:  # that this process may use
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-def memory_gb() -> float: # that is free
+
+def memory_gb() -> float:  # that is free
     import psutil
-    return psutil.virtual_memory().available/2**30
+
+    return psutil.virtual_memory().available / 2**30
 
 # %% ../../nbs/services/01_hardware.ipynb #fc02f29b
-NEEDS = dict(prepare=['PIL', 'numpy'], caption=['PIL'], encode=['torch', 'diffusers', 'transformers'], upload=[], train=['torch', 'diffusers', 'accelerate', 'mlflow'], promote=['torch'],
-             evaluate=['torch', 'matplotlib'], onnx=['onnx', 'onnxscript', 'onnxruntime'], tensorrt=[], publish=['huggingface_hub'])
+NEEDS = dict(
+    prepare=['PIL', 'numpy'],
+    caption=['PIL'],
+    encode=['torch', 'diffusers', 'transformers'],
+    upload=[],
+    train=['torch', 'diffusers', 'accelerate', 'mlflow'],
+    promote=['torch'],
+    evaluate=['torch', 'matplotlib'],
+    onnx=['onnx', 'onnxscript', 'onnxruntime'],
+    tensorrt=[],
+    publish=['huggingface_hub'],
+)
+
 
 def stage_check(
-    stage: str,     # one of the ten
-) -> tuple:         # runs here? (yes, no), what it uses, the one thing that would enable it or more ('' if none)
+    stage: str,  # one of the ten
+) -> tuple:  # runs here? (yes, no), what it uses, the one thing that would enable it or more ('' if none)
     "What a stage can do on this machine."
     missing = [p for p in NEEDS[stage] if not has_package(p)]
-    if missing: return False, '', f'pip install {" ".join(missing).replace("PIL", "pillow")}'
-    if stage == 'train': return True, _training(), '' if gpus() else 'a GPU makes it faster'
-    if stage == 'upload': return True, 'a local folder' + (', S3' if has_aws() else ''), '' if has_aws() else 'S3: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE'
-    if stage == 'publish': return True, 'a local folder' + (', the Hugging Face hub' if has_hub() else ''), '' if has_hub() else 'the hub: set HF_TOKEN'
-    if stage == 'tensorrt': return _tensorrt()
+    if missing:
+        return False, '', f'pip install {" ".join(missing).replace("PIL", "pillow")}'
+    if stage == 'train':
+        return True, _training(), '' if gpus() else 'a GPU makes it faster'
+    if stage == 'upload':
+        return (
+            True,
+            'a local folder' + (', S3' if has_aws() else ''),
+            '' if has_aws() else 'S3: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE',
+        )
+    if stage == 'publish':
+        return (
+            True,
+            'a local folder' + (', the Hugging Face hub' if has_hub() else ''),
+            '' if has_hub() else 'the hub: set HF_TOKEN',
+        )
+    if stage == 'tensorrt':
+        return _tensorrt()
     return True, '', ''
 
+
 def _training() -> str:
-    if not gpus(): return f'the CPU, {cores()} cores'
-    return gpus()[0] if '+cpu' not in package_version('torch') else f'the CPU, {cores()} cores (this PyTorch has no CUDA; install a build that has)'
+    if not gpus():
+        return f'the CPU, {cores()} cores'
+    return (
+        gpus()[0]
+        if '+cpu' not in package_version('torch')
+        else f'the CPU, {cores()} cores (this PyTorch has no CUDA; install a build that has)'
+    )
+
 
 def _tensorrt() -> tuple:
-    if not gpus(): return False, '', 'an NVIDIA GPU with its driver'
-    if not (has_package('tensorrt') or has_package('tensorrt_rtx')): return False, '', "pip install 'flowerdiff[tensorrt]'"
+    if not gpus():
+        return False, '', 'an NVIDIA GPU with its driver'
+    if not (has_package('tensorrt') or has_package('tensorrt_rtx')):
+        return False, '', "pip install 'flowerdiff[tensorrt]'"
     return True, gpus()[0], ''
 
 # %% ../../nbs/services/01_hardware.ipynb #0f129454
 def doctor(
-    folder: str = '.', # where a workspace would be
-) -> str:              # lines to print
+    folder: str = '.',  # where a workspace would be
+) -> str:  # lines to print
     "What this machine is and can run."
-    head = dict(python=platform.python_version(), flowerdiff=package_version('flowerdiff'), torch=package_version('torch') or 'not installed', cores=cores(), memory=f'{memory_gb():.1f} GB free',
-                disk=f'{bytes_text(free_bytes(folder))} free', GPU=', '.join(gpus()) or 'none')
+    head = dict(
+        python=platform.python_version(),
+        flowerdiff=package_version('flowerdiff'),
+        torch=package_version('torch') or 'not installed',
+        cores=cores(),
+        memory=f'{memory_gb():.1f} GB free',
+        disk=f'{bytes_text(free_bytes(folder))} free',
+        GPU=', '.join(gpus()) or 'none',
+    )
     lines = [f'{k:<11}{v}' for k, v in head.items()] + ['']
     for s in NEEDS:
         ok, uses, more = stage_check(s)
-        lines.append(f'{s:<11}{"runs here" if ok else "cannot run here"}{": " + uses if uses else ""}' + (f'; {more}' if ok and more else f'; needs {more}' if more else ''))
-    extra = [f'{what:<11}{"installed" if has_package(p) else f"not installed; {how}"}' for what, p, how in (('DeepSpeed', 'deepspeed', "pip install 'flowerdiff[deepspeed]'"), ('SageMaker', 'sagemaker', "pip install 'flowerdiff[sagemaker]'"))]
+        lines.append(
+            f'{s:<11}{"runs here" if ok else "cannot run here"}{": " + uses if uses else ""}'
+            + (f'; {more}' if ok and more else f'; needs {more}' if more else '')
+        )
+    extra = [
+        f'{what:<11}{"installed" if has_package(p) else f"not installed; {how}"}'
+        for what, p, how in (
+            ('DeepSpeed', 'deepspeed', "pip install 'flowerdiff[deepspeed]'"),
+            ('SageMaker', 'sagemaker', "pip install 'flowerdiff[sagemaker]'"),
+        )
+    ]
     return '\n'.join([*lines, '', *extra])

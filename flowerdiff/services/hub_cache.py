@@ -11,30 +11,37 @@ from pathlib import Path
 import flowerdiff
 
 # %% ../../nbs/services/06_hub_cache.ipynb #e9df5a99
-HUB_ID = re.compile(r'[\w.-]+/[\w.-]+(@[\w.-]+)?')        # org/name, better org/name@commit
-GARDEN = dict(vae='autoencoder', text_encoder='clip')      # the garden's parts and their folders
-INSIDE = Path(flowerdiff.__file__).parent/'assets'/'garden' # where those are
+HUB_ID = re.compile(r'[\w.-]+/[\w.-]+(@[\w.-]+)?')  # org/name, better org/name@commit
+GARDEN = dict(vae='autoencoder', text_encoder='clip')  # the garden's parts and their folders
+INSIDE = Path(flowerdiff.__file__).parent / 'assets' / 'garden'  # where those are
+
 
 def snapshot(
-    spec: str,              # org/name, better org/name@commit
+    spec: str,  # org/name, better org/name@commit
     offline: bool = False,  # only what is in the cache
-    **which,                # allow_patterns, ignore_patterns: of files
-) -> Path:                  # folder in the hub's cache
+    **which,  # allow_patterns, ignore_patterns: of files
+) -> Path:  # folder in the hub's cache
     "A repository of the hub. Raises whatever huggingface_hub raises."
     from huggingface_hub import snapshot_download
+
     repo, _, commit = spec.partition('@')
     return Path(snapshot_download(repo, revision=commit or None, local_files_only=offline, **which))
 
 # %% ../../nbs/services/06_hub_cache.ipynb #8d8b5e90
 def at_hand(
-    spec: str,        # 'garden', a folder, or a hub id
-    part: str,        # 'vae', 'text_encoder' or 'unet'
-    base: Path = '.', # what a relative folder is relative to
-) -> Path:            # folder with its config.json; None: this machine has none, and nothing is downloaded
+    spec: str,  # 'garden', a folder, or a hub id
+    part: str,  # 'vae', 'text_encoder' or 'unet'
+    base: Path = '.',  # what a relative folder is relative to
+) -> Path:  # folder with its config.json; None: this machine has none, and nothing is downloaded
     "Where a part of a model is."
-    folder = Path(base)/Path(spec).expanduser()
-    if spec == 'garden' and part in GARDEN: folder = INSIDE/GARDEN[part]
+    folder = Path(base) / Path(spec).expanduser()
+    if spec == 'garden' and part in GARDEN:
+        folder = INSIDE / GARDEN[part]
     elif not folder.is_dir() and '@' in spec and HUB_ID.fullmatch(spec):
-        try: folder = snapshot(spec, offline=True)
-        except Exception: return None
-    return next((d for d in (folder, folder/part, folder/'model'/part) if (d/'config.json').is_file()), None)
+        try:
+            folder = snapshot(spec, offline=True)
+        except Exception:
+            return None
+    return next(
+        (d for d in (folder, folder / part, folder / 'model' / part) if (d / 'config.json').is_file()), None
+    )

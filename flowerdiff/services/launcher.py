@@ -16,50 +16,69 @@ from ..core.workspace import UserError, disk_errors, out_of_memory, read_json, w
 # %% ../../nbs/services/04_launcher.ipynb #6bc9997d
 class Journal:
     "A new file of events in a folder; each is on the disk when `write` returns."
+
     def __init__(self, folder: Path, rank: int):
         for n in itertools.count():
-            try: self.file = open(folder/f'{rank}-{n}.jsonl', 'xb'); break
-            except FileExistsError: pass
+            try:
+                self.file = open(folder / f'{rank}-{n}.jsonl', 'xb')
+                break
+            except FileExistsError:
+                pass
 
     def write(self, event: str, **fields) -> dict:
         e = dict(event=event, **fields)
-        self.file.write((json.dumps(e, ensure_ascii=False) + '\n').encode()); self.file.flush(); os.fsync(self.file.fileno())
+        self.file.write((json.dumps(e, ensure_ascii=False) + '\n').encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
         return e
 
-def all_events(folder: Path) -> list: # of all journals, those of a process in order
+
+def all_events(folder: Path) -> list:  # of all journals, those of a process in order
     return [e for p in sorted(folder.glob('*-*.jsonl')) for e in read_events(p)[0]]
 
 # %% ../../nbs/services/04_launcher.ipynb #1c12ac19
 def as_rank(
-    folder: str | Path, # of the journals, with job.json
-    share,              # (job, rank, world, go_on) -> events, as they are written; `go_on` is asked after each
-) -> int:               # exit code: 0, or 2: a person's mistake
+    folder: str | Path,  # of the journals, with job.json
+    share,  # (job, rank, world, go_on) -> events, as they are written; `go_on` is asked after each
+) -> int:  # exit code: 0, or 2: a person's mistake
     "Do a worker's share, as long as the stage that started it is there."
     import psutil
+
     rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-    torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())//world))
+    torch.set_num_threads(
+        max(
+            1, (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()) // world
+        )
+    )
     try:
-        job = read_json(Path(folder)/'job.json')
+        job = read_json(Path(folder) / 'job.json')
         with disk_errors():
-            for _ in share(job, rank, world, lambda: psutil.pid_exists(job['pid'])): pass
+            for _ in share(job, rank, world, lambda: psutil.pid_exists(job['pid'])):
+                pass
         return 0
     except Exception as e:
-        if out_of_memory(e): e = UserError('it does not fit into memory; lower the batch size of this stage, or the number of its processes')
-        Journal(Path(folder), rank).write('failed', message=str(e), mistake=isinstance(e, UserError), kind=type(e).__name__)
-        if isinstance(e, UserError): return 2
+        if out_of_memory(e):
+            e = UserError(
+                'it does not fit into memory; lower the batch size of this stage, or the number of its processes'
+            )
+        Journal(Path(folder), rank).write(
+            'failed', message=str(e), mistake=isinstance(e, UserError), kind=type(e).__name__
+        )
+        if isinstance(e, UserError):
+            return 2
         raise
 
 # %% ../../nbs/services/04_launcher.ipynb #9cd2eeab
 def together(
-    module: str,    # run by each worker: `python -m module root folder`
-    root: Path,     # of the workspace
-    folder: Path,   # of the journals
+    module: str,  # run by each worker: `python -m module root folder`
+    root: Path,  # of the workspace
+    folder: Path,  # of the journals
     processes: int,
-    name: str,      # of the stage, for messages and the log
-    **job,          # plain values that the workers are to know
-):                  # -> events of all workers, as they come
+    name: str,  # of the stage, for messages and the log
+    **job,  # plain values that the workers are to know
+):  # -> events of all workers, as they come
     "Have a stage's work done by several processes. Raises what one of them died of."
-    write_json(folder/'job.json', dict(pid=os.getpid(), **job))
+    write_json(folder / 'job.json', dict(pid=os.getpid(), **job))
     seen, failed = {p: p.stat().st_size for p in folder.glob('*-*.jsonl')}, []
     child = launch(module, root, folder, processes, f'{name}.log')
     try:
@@ -70,12 +89,19 @@ def together(
                 events, seen[p] = read_events(p, seen.get(p, 0))
                 failed += [e for e in events if e['event'] == 'failed']
                 yield from events
-            time.sleep(.1)
+            time.sleep(0.1)
     finally:
         if child.poll() is None:
             child.terminate()
-            try: child.wait(60)
-            except subprocess.TimeoutExpired: os.killpg(child.pid, signal.SIGKILL)
-    if failed and failed[0]['mistake']: raise UserError(failed[0]['message'])
-    if failed: raise RuntimeError(f'{failed[0]["kind"]}: {failed[0]["message"][:300]}; see {folder/f"{name}.log"}')
-    if child.returncode: raise UserError(f'{name}: a process was killed, often for want of memory; what is done is kept, run again to go on ({folder/f"{name}.log"} may say more)')
+            try:
+                child.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+    if failed and failed[0]['mistake']:
+        raise UserError(failed[0]['message'])
+    if failed:
+        raise RuntimeError(f'{failed[0]["kind"]}: {failed[0]["message"][:300]}; see {folder / f"{name}.log"}')
+    if child.returncode:
+        raise UserError(
+            f'{name}: a process was killed, often for want of memory; what is done is kept, run again to go on ({folder / f"{name}.log"} may say more)'
+        )

@@ -15,168 +15,263 @@ from ..core.workspace import UserError, atomic_dir, file_sha256, read_json, writ
 
 # %% ../../nbs/services/09_model_repo.ipynb #31e8688d
 def check_ours(
-    where: str,         # the repository, for the message
-    now: str | None,    # its present revision, None when it does not exist
-    memory: Path,       # file with the revision that this workspace published last
-    new: str | None = None, # the revision about to be published
+    where: str,  # the repository, for the message
+    now: str | None,  # its present revision, None when it does not exist
+    memory: Path,  # file with the revision that this workspace published last
+    new: str | None = None,  # the revision about to be published
 ):
     "Raise a `UserError` when the repository holds what this workspace did not publish."
-    if now in (None, new) or memory.exists() and read_json(memory)['revision'] == now: return
+    if now in (None, new) or memory.exists() and read_json(memory)['revision'] == now:
+        return
     memory.parent.mkdir(parents=True, exist_ok=True)
-    raise UserError(f'{where}: holds revision {now[:12]}, which this workspace did not publish; take another name, or look at it and, to replace it, write {{"revision": "{now}"}} into {memory} and run again')
+    raise UserError(
+        f'{where}: holds revision {now[:12]}, which this workspace did not publish; take another name, or look at it and, to replace it, write {{"revision": "{now}"}} into {memory} and run again'
+    )
 
 # %% ../../nbs/services/09_model_repo.ipynb #1b865343
 def publish_folder(
-    new: Path,         # the assembled repository
-    target: Path,      # where it belongs
-    memory: Path,      # file that remembers the revision
-) -> dict:             # `revision`, `changed`
+    new: Path,  # the assembled repository
+    target: Path,  # where it belongs
+    memory: Path,  # file that remembers the revision
+) -> dict:  # `revision`, `changed`
     "Replace `target` by `new` at once; nothing is written when it is the same already."
     manifest = make_manifest(new)
     now = make_manifest(target)['revision'] if target.exists() and any(target.iterdir()) else None
     check_ours(str(target), now, memory, manifest['revision'])
     if now != manifest['revision']:
-        with atomic_dir(target) as folder: shutil.copytree(new, folder, dirs_exist_ok=True)
+        with atomic_dir(target) as folder:
+            shutil.copytree(new, folder, dirs_exist_ok=True)
     write_json(memory, dict(revision=manifest['revision']))
     return dict(revision=manifest['revision'], changed=now != manifest['revision'])
 
 # %% ../../nbs/services/09_model_repo.ipynb #0996a15e
 def git_sha(
     path: Path,
-) -> str: # Git's name of the file's content
+) -> str:  # Git's name of the file's content
     data = path.read_bytes()
     return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
 # %% ../../nbs/services/09_model_repo.ipynb #e6498ae5
 def hub_changes(
-    new: Path,      # the assembled repository
-    siblings: list, # the files that the Hub has (`rfilename`, `blob_id`, `lfs`)
-) -> tuple:         # paths to send, paths to remove
+    new: Path,  # the assembled repository
+    siblings: list,  # the files that the Hub has (`rfilename`, `blob_id`, `lfs`)
+) -> tuple:  # paths to send, paths to remove
     "What differs between the folder and the Hub."
     ours = {f.relative_to(new).as_posix(): f for f in list_files(new)}
     there = {s.rfilename: s for s in siblings if s.rfilename != '.gitattributes'}
     same = lambda f, s: s.lfs['sha256'] == file_sha256(f) if s.lfs else s.blob_id == git_sha(f)
-    return [p for p, f in ours.items() if p not in there or not same(f, there[p])], sorted(there.keys() - ours.keys())
+    return [p for p, f in ours.items() if p not in there or not same(f, there[p])], sorted(
+        there.keys() - ours.keys()
+    )
 
 # %% ../../nbs/services/09_model_repo.ipynb #a5e5f657
 def wait_asked(
     answer,  # a response of the Hub
 ) -> float:  # seconds that it asks to wait before the next request
     from huggingface_hub.utils import parse_ratelimit_headers
+
     limit, after = parse_ratelimit_headers(answer.headers), answer.headers.get('Retry-After', '')
     return limit.reset_in_seconds if limit and not limit.remaining else int(after) if after.isdigit() else 0
 
+
 @contextmanager
 def patient_client(
-    patience: float = 330., # seconds that the Hub may ask to wait, altogether
-    silence: float = 100.,  # seconds that it may take to answer
+    patience: float = 330.0,  # seconds that the Hub may ask to wait, altogether
+    silence: float = 100.0,  # seconds that it may take to answer
 ):
     "Within, the Hub's client gives up at some time: it raises the answer that asks for more."
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
+
     before, asked = _http._GLOBAL_CLIENT_FACTORY, []
+
     def enough(answer):
-        if answer.status_code not in (429, 503): return
+        if answer.status_code not in (429, 503):
+            return
         asked.append(wait_asked(answer))
-        if sum(asked) > patience: answer.read(); _http.hf_raise_for_status(answer)
+        if sum(asked) > patience:
+            answer.read()
+            _http.hf_raise_for_status(answer)
+
     def client():
-        c = before(); c.timeout, c.event_hooks = silence, c.event_hooks | dict(response=[*c.event_hooks.get('response', []), enough])
+        c = before()
+        c.timeout, c.event_hooks = (
+            silence,
+            c.event_hooks | dict(response=[*c.event_hooks.get('response', []), enough]),
+        )
         return c
+
     set_client_factory(client)
-    try: yield
-    finally: set_client_factory(before)
+    try:
+        yield
+    finally:
+        set_client_factory(before)
 
 # %% ../../nbs/services/09_model_repo.ipynb #aac11790
 _TOKEN = 'set HF_TOKEN to one that may write to this repository (huggingface.co/settings/tokens)'
-ADVICE = {401: f'the token is not valid; {_TOKEN}', 402: 'the storage quota is full; free some space, and run again',
-          403: 'the token may not write there; give it write access to this repository, and make the repository first if it is new', 404: 'no such owner, or the token may not see it; check the name',
-          409: 'the Hub is busy with this repository; run again', 412: 'somebody else commits there, and nothing of that was overwritten; look at it there, then run again', 413: 'the storage quota is full; free some space, and run again'}
+ADVICE = {
+    401: f'the token is not valid; {_TOKEN}',
+    402: 'the storage quota is full; free some space, and run again',
+    403: 'the token may not write there; give it write access to this repository, and make the repository first if it is new',
+    404: 'no such owner, or the token may not see it; check the name',
+    409: 'the Hub is busy with this repository; run again',
+    412: 'somebody else commits there, and nothing of that was overwritten; look at it there, then run again',
+    413: 'the storage quota is full; free some space, and run again',
+}
 
-def _told(error): # status of the Hub's answer (0: none came), its words, seconds that it asks to wait
+
+def _told(error):  # status of the Hub's answer (0: none came), its words, seconds that it asks to wait
     chain = [error]
-    while (cause := chain[-1].__cause__) and cause not in chain: chain.append(cause)
-    answer, words = (next((v for e in chain if (v := getattr(e, k, None)) is not None), None) for k in ('response', 'server_message'))
-    said = ' '.join((words or '' if answer is not None else str(chain[-1]) or type(chain[-1]).__name__).split())[:200]
-    status = answer.status_code if answer is not None else int((re.search(r'HTTP status \w+ error \((\d{3})', said) or '00')[1])
-    return 413 if status == 403 and re.search('storage|quota', said, re.I) else status, said, 0 if answer is None else wait_asked(answer)
+    while (cause := chain[-1].__cause__) and cause not in chain:
+        chain.append(cause)
+    answer, words = (
+        next((v for e in chain if (v := getattr(e, k, None)) is not None), None)
+        for k in ('response', 'server_message')
+    )
+    said = ' '.join(
+        (words or '' if answer is not None else str(chain[-1]) or type(chain[-1]).__name__).split()
+    )[:200]
+    status = (
+        answer.status_code
+        if answer is not None
+        else int((re.search(r'HTTP status \w+ error \((\d{3})', said) or '00')[1])
+    )
+    return (
+        413 if status == 403 and re.search('storage|quota', said, re.I) else status,
+        said,
+        0 if answer is None else wait_asked(answer),
+    )
+
 
 def hub_error(
     repo: str,
-    error: Exception, # what huggingface_hub raised
-) -> UserError:       # the same in one line, with what to do
+    error: Exception,  # what huggingface_hub raised
+) -> UserError:  # the same in one line, with what to do
     status, said, wait = _told(error)
     again = f'run again {f"in {wait} s" if wait else "later"}'
-    if isinstance(error, json.JSONDecodeError): return UserError(f'{repo}: what answers is not the Hub; look at the network (a proxy, a page to log in, HF_ENDPOINT)')
-    if not status: return UserError(f'{repo}: {said}' if isinstance(error, ValueError) else f'{repo}: the connection failed ({said.rstrip(".")}); run again: what arrived is not sent twice')
-    return UserError(f"{repo}: {ADVICE.get(status) or ('the Hub asks to slow down; ' + again if status == 429 else f'the Hub answered {status}' + f' ({said})'*bool(said) + f'; {again}'*(status >= 500))}")
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(
+            f'{repo}: what answers is not the Hub; look at the network (a proxy, a page to log in, HF_ENDPOINT)'
+        )
+    if not status:
+        return UserError(
+            f'{repo}: {said}'
+            if isinstance(error, ValueError)
+            else f'{repo}: the connection failed ({said.rstrip(".")}); run again: what arrived is not sent twice'
+        )
+    return UserError(
+        f'{repo}: {ADVICE.get(status) or ("the Hub asks to slow down; " + again if status == 429 else f"the Hub answered {status}" + f" ({said})" * bool(said) + f"; {again}" * (status >= 500))}'
+    )
 
 # %% ../../nbs/services/09_model_repo.ipynb #736bec1b
 def no_token(
-    repo: str, # 'owner/name', for the message
-) -> str:      # why nothing can be sent there; '' when there is a token
+    repo: str,  # 'owner/name', for the message
+) -> str:  # why nothing can be sent there; '' when there is a token
     from huggingface_hub import get_token
+
     return '' if get_token() else f'{repo}: no token for the Hub; {_TOKEN}'
+
 
 def hub_name(
     name: str,
-    where: str, # the setting or option that has it
-) -> str:       # the same, when the Hub would take it
+    where: str,  # the setting or option that has it
+) -> str:  # the same, when the Hub would take it
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
-    if name.count('/') != 1: raise UserError(f"{where}: '{name}' is not owner/name; the Hub needs both")
-    try: validate_repo_id(name)
-    except HFValidationError as e: raise UserError(f'{where}: {e}') from None
+
+    if name.count('/') != 1:
+        raise UserError(f"{where}: '{name}' is not owner/name; the Hub needs both")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as e:
+        raise UserError(f'{where}: {e}') from None
     return name
 
 # %% ../../nbs/services/09_model_repo.ipynb #0565507a
-BORN = dict(model={'.gitattributes'}, space={'.gitattributes', 'README.md'}) # what a new one holds
+BORN = dict(model={'.gitattributes'}, space={'.gitattributes', 'README.md'})  # what a new one holds
 
-def _info(api, repo, repo_type): return (api.space_info if repo_type == 'space' else api.model_info)(repo, files_metadata=True)
+
+def _info(api, repo, repo_type):
+    return (api.space_info if repo_type == 'space' else api.model_info)(repo, files_metadata=True)
+
 
 def hub_repository(
-    api,           # a `huggingface_hub.HfApi`
-    repo: str,     # 'owner/name'
-    private: bool, # of one that is made here
-    repo_type: str = 'model', # or 'space': with Docker
-):                 # its `ModelInfo` or `SpaceInfo` with the hashes of its files
+    api,  # a `huggingface_hub.HfApi`
+    repo: str,  # 'owner/name'
+    private: bool,  # of one that is made here
+    repo_type: str = 'model',  # or 'space': with Docker
+):  # its `ModelInfo` or `SpaceInfo` with the hashes of its files
     from huggingface_hub.errors import RepositoryNotFoundError
-    try: info = _info(api, repo, repo_type)
-    except RepositoryNotFoundError:
-        api.create_repo(repo, private=private, exist_ok=True, repo_type=repo_type, **(dict(space_sdk='docker') if repo_type == 'space' else {}))
+
+    try:
         info = _info(api, repo, repo_type)
-    if private and info.private is False and repo_type == 'model': raise UserError(f'{repo}: is public there and publish.private is true here; make it private in its settings on the Hub, or set publish.private to false')
+    except RepositoryNotFoundError:
+        api.create_repo(
+            repo,
+            private=private,
+            exist_ok=True,
+            repo_type=repo_type,
+            **(dict(space_sdk='docker') if repo_type == 'space' else {}),
+        )
+        info = _info(api, repo, repo_type)
+    if private and info.private is False and repo_type == 'model':
+        raise UserError(
+            f'{repo}: is public there and publish.private is true here; make it private in its settings on the Hub, or set publish.private to false'
+        )
     return info
 
 # %% ../../nbs/services/09_model_repo.ipynb #11d7286e
 def publish_hub(
-    new: Path,        # the assembled repository
-    repo: str,        # 'owner/name'
-    memory: Path,     # file that remembers the commit
+    new: Path,  # the assembled repository
+    repo: str,  # 'owner/name'
+    memory: Path,  # file that remembers the commit
     private: bool = True,
-    api=None,         # a `huggingface_hub.HfApi`
-    repo_type: str = 'model', # or 'space'
-) -> dict:            # `revision` (the commit), `changed`, `url`, `private`
+    api=None,  # a `huggingface_hub.HfApi`
+    repo_type: str = 'model',  # or 'space'
+) -> dict:  # `revision` (the commit), `changed`, `url`, `private`
     "One atomic commit with what differs; none when nothing does. Raises a `UserError` in one line."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
+
     api = api or HfApi()
     try:
         with patient_client():
-            info = hub_repository(api, repo, private, repo_type); add, remove = hub_changes(new, info.siblings)
-            done = dict(revision=info.sha, changed=False, url=f"{api.endpoint}/{'spaces/'*(repo_type == 'space')}{repo}", private=info.private)
-            if operations := [CommitOperationAdd(p, str(new/p)) for p in add] + [CommitOperationDelete(p) for p in remove]:
-                check_ours(repo, info.sha if {s.rfilename for s in info.siblings} - BORN[repo_type] else None, memory)
+            info = hub_repository(api, repo, private, repo_type)
+            add, remove = hub_changes(new, info.siblings)
+            done = dict(
+                revision=info.sha,
+                changed=False,
+                url=f'{api.endpoint}/{"spaces/" * (repo_type == "space")}{repo}',
+                private=info.private,
+            )
+            if operations := [CommitOperationAdd(p, str(new / p)) for p in add] + [
+                CommitOperationDelete(p) for p in remove
+            ]:
+                check_ours(
+                    repo, info.sha if {s.rfilename for s in info.siblings} - BORN[repo_type] else None, memory
+                )
                 done |= dict(revision=_commit(api, repo, new, operations, info.sha, repo_type), changed=True)
-    except (HTTPError, OSError, ValueError, RuntimeError) as e: raise hub_error(repo, e) from e
+    except (HTTPError, OSError, ValueError, RuntimeError) as e:
+        raise hub_error(repo, e) from e
     write_json(memory, dict(revision=done['revision']))
     return done
 
 # %% ../../nbs/services/09_model_repo.ipynb #76730af7
-def _commit(api, repo, new, operations, parent, repo_type) -> str: # the commit
+def _commit(api, repo, new, operations, parent, repo_type) -> str:  # the commit
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
-    try: return api.create_commit(repo, operations, commit_message=f'flowerdiff: {len(operations)} files', parent_commit=parent, repo_type=repo_type).oid
+
+    try:
+        return api.create_commit(
+            repo,
+            operations,
+            commit_message=f'flowerdiff: {len(operations)} files',
+            parent_commit=parent,
+            repo_type=repo_type,
+        ).oid
     except HTTPError as e:
-        if isinstance(e, HfHubHTTPError): raise # it answered
+        if isinstance(e, HfHubHTTPError):
+            raise  # it answered
         info = _info(api, repo, repo_type)
-        if any(hub_changes(new, info.siblings)): raise
+        if any(hub_changes(new, info.siblings)):
+            raise
         return info.sha

@@ -15,117 +15,176 @@ from ..core.workspace import UserError
 # %% ../../nbs/services/03_processes.ipynb #658c27a5
 @contextmanager
 def only_one(
-    folder: Path,        # of the run
-    patience: float = 2., # seconds to wait for it
+    folder: Path,  # of the run
+    patience: float = 2.0,  # seconds to wait for it
 ):
     "Hold a run's lock. Raises `UserError` when another process does."
-    with open(folder/'lock', 'a') as f:
-        for left in range(int(patience*10), -1, -1):
-            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+    with open(folder / 'lock', 'a') as f:
+        for left in range(int(patience * 10), -1, -1):
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except OSError:
-                if not left: raise UserError(f'{folder}: another process works there; wait for it or stop it') from None
-                time.sleep(.1)
+                if not left:
+                    raise UserError(
+                        f'{folder}: another process works there; wait for it or stop it'
+                    ) from None
+                time.sleep(0.1)
         yield
 
 # %% ../../nbs/services/03_processes.ipynb #638e61d7
 def is_training(folder: Path) -> bool:
     "Does a process hold the run's lock?"
     try:
-        with only_one(folder, 0): return False
-    except UserError: return True
+        with only_one(folder, 0):
+            return False
+    except UserError:
+        return True
 
 # %% ../../nbs/services/03_processes.ipynb #29eee387
 STOPPED = 75  # exit code of a run that was asked to stop and can go on
 
+
 class Stop:
     "Notices SIGTERM and SIGINT, and the death of the launcher."
+
     def __init__(self):
         self.asked, self.parent = False, os.getppid()
-        for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, self.ask)
-    def ask(self, *_): self.asked = True
-    def __call__(self) -> bool: return self.asked or os.getppid() != self.parent
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self.ask)
+
+    def ask(self, *_):
+        self.asked = True
+
+    def __call__(self) -> bool:
+        return self.asked or os.getppid() != self.parent
 
 # %% ../../nbs/services/03_processes.ipynb #cf715a85
-ROOMY = dict(MALLOC_MMAP_THRESHOLD_='2000000000', MALLOC_TRIM_THRESHOLD_='4000000000', MALLOC_TOP_PAD_='100000000')
+ROOMY = dict(
+    MALLOC_MMAP_THRESHOLD_='2000000000', MALLOC_TRIM_THRESHOLD_='4000000000', MALLOC_TOP_PAD_='100000000'
+)
+
 
 def start(
-    module: list, # to run with `python -m`, and its arguments
-    log: Path,    # gets what it prints
-    env: dict = {}, # beside ours, which goes before
+    module: list,  # to run with `python -m`, and its arguments
+    log: Path,  # gets what it prints
+    env: dict = {},  # beside ours, which goes before
 ) -> subprocess.Popen:
     "Start a process in a session of its own: what ends us does not end it."
-    with open(log, 'a') as f: return subprocess.Popen([sys.executable, '-m', *map(str, module)], stdin=subprocess.DEVNULL, stdout=f, stderr=f, env=env | os.environ, start_new_session=True)
+    with open(log, 'a') as f:
+        return subprocess.Popen(
+            [sys.executable, '-m', *map(str, module)],
+            stdin=subprocess.DEVNULL,
+            stdout=f,
+            stderr=f,
+            env=env | os.environ,
+            start_new_session=True,
+        )
+
 
 def launch(
-    module: str,    # that each worker runs: `python -m module root folder`
-    root: Path,     # of the workspace
-    folder: Path,   # of the run
+    module: str,  # that each worker runs: `python -m module root folder`
+    root: Path,  # of the workspace
+    folder: Path,  # of the run
     processes: int = 1,
-    log: str = 'train.log', # file there that gets what the processes print
+    log: str = 'train.log',  # file there that gets what the processes print
 ) -> subprocess.Popen:
     "Start the workers with torchrun."
-    return start(['torch.distributed.run', '--standalone', '--nproc_per_node', processes, '-m', module, root, folder], folder/log, ROOMY)
+    return start(
+        ['torch.distributed.run', '--standalone', '--nproc_per_node', processes, '-m', module, root, folder],
+        folder / log,
+        ROOMY,
+    )
 
 # %% ../../nbs/services/03_processes.ipynb #481e2d5b
 def said(
     event: dict,
-) -> str: # '' for most
+) -> str:  # '' for most
     "The line that a person reads of an event at once: something was left out or went wrong, and training goes on."
-    if event['event'] == 'note': return f"train: {event['text']}"
-    if event['event'] == 'spike': return f"train: step {event['step']:,} updated nothing, its gradient was {event['grad_norm']:.3g} long and the limit {event['limit']:.3g} (pictures {event['pictures']})"
+    if event['event'] == 'note':
+        return f'train: {event["text"]}'
+    if event['event'] == 'spike':
+        return f'train: step {event["step"]:,} updated nothing, its gradient was {event["grad_norm"]:.3g} long and the limit {event["limit"]:.3g} (pictures {event["pictures"]})'
     return ''
 
 # %% ../../nbs/services/03_processes.ipynb #adbe0f5f
 class Watch:
     "Shows a run's events: a bar and a curve where somebody looks, a line now and then in a log."
+
     def __init__(self, batch: int):
         self.batch, self.bar, self.told, self.events, self.screen = batch, None, time.monotonic(), [], None
         if not os.environ.get('FLOWERDIFF_PROGRESS') and (sys.stderr.isatty() or 'ipykernel' in sys.modules):
             from tqdm.auto import tqdm
+
             self.bar = tqdm(unit=' samples', unit_scale=True, desc='train', leave=False)
 
     def __call__(self, events: list[dict]):
         self.events += events
         for e in events:
-            if line := said(e): print(line, flush=True) if self.bar is None else self.bar.write(line)
+            if line := said(e):
+                print(line, flush=True) if self.bar is None else self.bar.write(line)
         e = next((e for e in reversed(events) if 'step' in e and 'total' in e), None)
-        if not e: return
-        if self.bar is not None: self.bar.total = e['total']*self.batch; self.bar.update(max(0, e['step']*self.batch - self.bar.n))
+        if not e:
+            return
+        if self.bar is not None:
+            self.bar.total = e['total'] * self.batch
+            self.bar.update(max(0, e['step'] * self.batch - self.bar.n))
         if time.monotonic() - self.told > 20:
-            self.told = time.monotonic(); steps, losses = curve(self.events)
-            if self.bar is None: print(f"step {e['step']:,}/{e['total']:,}, {e.get('samples_per_second', 0):.0f} samples/s" + (f', loss {losses[-1]:.4f}' if losses else ''), flush=True)
-            elif 'ipykernel' in sys.modules and len(losses) > 1: self.draw(steps, losses)
+            self.told = time.monotonic()
+            steps, losses = curve(self.events)
+            if self.bar is None:
+                print(
+                    f'step {e["step"]:,}/{e["total"]:,}, {e.get("samples_per_second", 0):.0f} samples/s'
+                    + (f', loss {losses[-1]:.4f}' if losses else ''),
+                    flush=True,
+                )
+            elif 'ipykernel' in sys.modules and len(losses) > 1:
+                self.draw(steps, losses)
 
     def draw(self, steps, losses):
         import matplotlib.pyplot as plt
         from IPython.display import display
-        fig, ax = plt.subplots(figsize=(6, 2.2)); ax.plot(steps, losses); ax.set(xlabel='step', ylabel='loss'); plt.close(fig)
-        if self.screen: self.screen.update(fig)
-        else: self.screen = display(fig, display_id=True)
+
+        fig, ax = plt.subplots(figsize=(6, 2.2))
+        ax.plot(steps, losses)
+        ax.set(xlabel='step', ylabel='loss')
+        plt.close(fig)
+        if self.screen:
+            self.screen.update(fig)
+        else:
+            self.screen = display(fig, display_id=True)
 
     def close(self):
-        if self.bar is not None: self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 # %% ../../nbs/services/03_processes.ipynb #1755fcb4
 def follow(
-    folder: Path,     # of the run
-    child,            # Popen of the launcher; None: somebody else's
-    watch,            # called with new events
-    patience: float = 60., # seconds that a stopped run gets for its checkpoint
-) -> dict:            # the last event
+    folder: Path,  # of the run
+    child,  # Popen of the launcher; None: somebody else's
+    watch,  # called with new events
+    patience: float = 60.0,  # seconds that a stopped run gets for its checkpoint
+) -> dict:  # the last event
     "Watch a run to its end."
-    offset, last = (folder/'events.jsonl').stat().st_size if (folder/'events.jsonl').exists() and child else 0, {}
+    offset, last = (
+        (folder / 'events.jsonl').stat().st_size if (folder / 'events.jsonl').exists() and child else 0,
+        {},
+    )
     alive = lambda: child.poll() is None if child else is_training(folder)
     try:
         while True:
             running = alive()
-            events, offset = read_events(folder/'events.jsonl', offset); watch(events)
+            events, offset = read_events(folder / 'events.jsonl', offset)
+            watch(events)
             last = next((e for e in reversed(events) if e['event'] in ('done', 'stopped', 'failed')), last)
-            if not running: return last
-            time.sleep(.2)
+            if not running:
+                return last
+            time.sleep(0.2)
     except BaseException:
         if child and child.poll() is None:
             child.terminate()
-            try: child.wait(patience)
-            except subprocess.TimeoutExpired: os.killpg(child.pid, signal.SIGKILL)
+            try:
+                child.wait(patience)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
         raise

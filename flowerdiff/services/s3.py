@@ -19,7 +19,7 @@ from ..core.workspace import UserError, file_sha256
 _CODES = {
     'NoSuchBucket': 'no such bucket; create it, or correct the address',
     'ParamValidationError InvalidBucketName': 'is no name of a bucket; 3 to 63 lower-case letters, digits, dots and hyphens',
-    'AccessDenied AllAccessDisabled': 'access denied; it is somebody else\'s bucket, or the credentials lack s3:ListBucket, s3:GetObject, s3:PutObject or s3:AbortMultipartUpload',
+    'AccessDenied AllAccessDisabled': "access denied; it is somebody else's bucket, or the credentials lack s3:ListBucket, s3:GetObject, s3:PutObject or s3:AbortMultipartUpload",
     'ExpiredToken ExpiredTokenException InvalidToken TokenRetrievalError UnauthorizedSSOTokenError SSOTokenLoadError': 'the credentials have expired; sign in again, then run again',
     'InvalidAccessKeyId': 'the access key is unknown; check AWS_ACCESS_KEY_ID',
     'SignatureDoesNotMatch': 'the secret key is wrong; check AWS_SECRET_ACCESS_KEY',
@@ -29,53 +29,91 @@ _CODES = {
     'InternalError ServiceUnavailable': 'the store has trouble of its own; run again later, it goes on where it stopped',
     'RequestTimeTooSkewed RequestExpired': 'the clock of this machine is wrong; set it (timedatectl set-ntp true), then run again',
     'BadDigest XAmzContentChecksumMismatch XAmzContentSHA256Mismatch InvalidDigest': 'what arrived is not what was sent (its checksum differs): a file changed meanwhile, or the line damages it; run again',
-    'NoSuchUpload': 'a half-sent file was thrown away by the store; run again'}
+    'NoSuchUpload': 'a half-sent file was thrown away by the store; run again',
+}
 ADVICE = {code: line for codes, line in _CODES.items() for code in codes.split()}
-_LINE = ('Connect', 'Timeout', 'ConnectionClosed', 'RetriesExceeded', 'Streaming', 'IncompleteRead', 'HTTPClient', 'SSL') # of errors that boto3 has when the line breaks
+_LINE = (
+    'Connect',
+    'Timeout',
+    'ConnectionClosed',
+    'RetriesExceeded',
+    'Streaming',
+    'IncompleteRead',
+    'HTTPClient',
+    'SSL',
+)  # of errors that boto3 has when the line breaks
+
 
 class NoCredentials(UserError):
     "Nobody said who we are: a reason to skip an upload, not to stop a run."
-    def __init__(self, url): super().__init__(f'{url}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE')
+
+    def __init__(self, url):
+        super().__init__(
+            f'{url}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE'
+        )
 
 # %% ../../nbs/services/07_s3.ipynb #5a99defb
 def explain(
-    url: str,         # the store
-    error: Exception, # what boto3 raised
-) -> UserError:       # the same in one line, with what to do
-    said = [e.response for e in (error, error.__cause__, error.__context__) if getattr(e, 'response', None)] # boto3 wraps what the server said
-    code, where = str(said[0]['Error']['Code']) if said else type(error).__name__, os.environ.get('AWS_ENDPOINT_URL', 'S3')
-    if code in ADVICE: return UserError(f'{url}: {ADVICE[code]}')
-    if 'Credential' in code or code == 'ProfileNotFound': return NoCredentials(url)
-    if any(w in code for w in _LINE): return UserError(f'{url}: no answer from {where}, or it breaks off; check the network and AWS_ENDPOINT_URL, then run again: it goes on where it stopped')
-    if code.isdigit() or code == 'ResponseParserError': return UserError(f'{url}: {where} does not answer as S3 does{f" (HTTP {code})" if code.isdigit() else ""}; check AWS_ENDPOINT_URL')
+    url: str,  # the store
+    error: Exception,  # what boto3 raised
+) -> UserError:  # the same in one line, with what to do
+    said = [
+        e.response for e in (error, error.__cause__, error.__context__) if getattr(e, 'response', None)
+    ]  # boto3 wraps what the server said
+    code, where = (
+        str(said[0]['Error']['Code']) if said else type(error).__name__,
+        os.environ.get('AWS_ENDPOINT_URL', 'S3'),
+    )
+    if code in ADVICE:
+        return UserError(f'{url}: {ADVICE[code]}')
+    if 'Credential' in code or code == 'ProfileNotFound':
+        return NoCredentials(url)
+    if any(w in code for w in _LINE):
+        return UserError(
+            f'{url}: no answer from {where}, or it breaks off; check the network and AWS_ENDPOINT_URL, then run again: it goes on where it stopped'
+        )
+    if code.isdigit() or code == 'ResponseParserError':
+        return UserError(
+            f'{url}: {where} does not answer as S3 does{f" (HTTP {code})" if code.isdigit() else ""}; check AWS_ENDPOINT_URL'
+        )
     return UserError(f'{url}: {code}: {" ".join(str(error).split())[:200]}')
 
 # %% ../../nbs/services/07_s3.ipynb #f1e242c6
 @contextmanager
 def plain_errors(
-    explain: Callable, # exception -> the `UserError` that a person reads
+    explain: Callable,  # exception -> the `UserError` that a person reads
 ):
     "What boto3, and the SageMaker SDK on it, raise inside comes out as one line."
-    try: yield
+    try:
+        yield
     except Exception as e:
-        if type(e).__module__.split('.')[0] in ('boto3', 'botocore', 's3transfer', 'sagemaker'): raise explain(e) from None
+        if type(e).__module__.split('.')[0] in ('boto3', 'botocore', 's3transfer', 'sagemaker'):
+            raise explain(e) from None
         raise
 
 # %% ../../nbs/services/07_s3.ipynb #9c6f0e19
-PART = 8 << 20 # bytes of a part of a big object
+PART = 8 << 20  # bytes of a part of a big object
+
 
 class S3Store:
     "A store under `s3://bucket/prefix`."
+
     workers = 16
-    def __init__(self, url: str): # 's3://bucket' or 's3://bucket/prefix'
+
+    def __init__(self, url: str):  # 's3://bucket' or 's3://bucket/prefix'
         self.url, self.sending = url.rstrip('/'), {}
         self.bucket, _, prefix = self.url.removeprefix('s3://').partition('/')
-        if not self.bucket: raise UserError(f'{url}: has no bucket; write s3://bucket/prefix')
+        if not self.bucket:
+            raise UserError(f'{url}: has no bucket; write s3://bucket/prefix')
         self.prefix = prefix and prefix + '/'
-        with self._plain_errors(): self._connect()
+        with self._plain_errors():
+            self._connect()
 
-    def _plain_errors(self): return plain_errors(partial(explain, self.url))
-    def _at(self, key): return dict(Bucket=self.bucket, Key=self.prefix + key)
+    def _plain_errors(self):
+        return plain_errors(partial(explain, self.url))
+
+    def _at(self, key):
+        return dict(Bucket=self.bucket, Key=self.prefix + key)
 
 # %% ../../nbs/services/07_s3.ipynb #32fe9eba
 @patch
@@ -83,70 +121,118 @@ def _connect(self: S3Store):
     import boto3
     from boto3.s3.transfer import S3Transfer, TransferConfig, TransferManager
     from botocore.config import Config
+
     session, tries = boto3.Session(), os.environ.get('AWS_MAX_ATTEMPTS', '6')
-    if session.get_credentials() is None: raise NoCredentials(self.url)
-    config = Config(retries=dict(mode='standard', total_max_attempts=int(tries) if tries.isdigit() and int(tries) else 6), max_pool_connections=2*self.workers, connect_timeout=10, read_timeout=60,
-                    response_checksum_validation='when_required') # we check what comes ourselves, and this saves a request for each object
-    try: self.s3 = session.client('s3', region_name=session.region_name or 'us-east-1', config=config)
-    except ValueError as e: raise UserError(f'{self.url}: {e}; AWS_ENDPOINT_URL wants an address such as https://host:port') from None
-    self.s3.meta.events.register('before-parameter-build.s3.CompleteMultipartUpload', lambda params, **_: self._unchanged(params))
-    self.transfer = S3Transfer(manager=TransferManager(self.s3, TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=self.workers)))
+    if session.get_credentials() is None:
+        raise NoCredentials(self.url)
+    config = Config(
+        retries=dict(mode='standard', total_max_attempts=int(tries) if tries.isdigit() and int(tries) else 6),
+        max_pool_connections=2 * self.workers,
+        connect_timeout=10,
+        read_timeout=60,
+        response_checksum_validation='when_required',
+    )  # we check what comes ourselves, and this saves a request for each object
+    try:
+        self.s3 = session.client('s3', region_name=session.region_name or 'us-east-1', config=config)
+    except ValueError as e:
+        raise UserError(
+            f'{self.url}: {e}; AWS_ENDPOINT_URL wants an address such as https://host:port'
+        ) from None
+    self.s3.meta.events.register(
+        'before-parameter-build.s3.CompleteMultipartUpload', lambda params, **_: self._unchanged(params)
+    )
+    self.transfer = S3Transfer(
+        manager=TransferManager(
+            self.s3,
+            TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=self.workers),
+        )
+    )
 
 # %% ../../nbs/services/07_s3.ipynb #c3277658
 @patch
 def sizes(self: S3Store) -> dict[str, int]:
     def listed(digit):
         there = []
-        for page in self.s3.get_paginator('list_objects_v2').paginate(Bucket=self.bucket, Prefix=f'{self.prefix}objects/{digit}'):
-            if 'Name' not in page: raise UserError(f'{self.url}: {os.environ.get("AWS_ENDPOINT_URL", "S3")} does not answer as S3 does; check AWS_ENDPOINT_URL')
-            there += [(o['Key'][len(self.prefix):], o['Size']) for o in page.get('Contents', [])]
+        for page in self.s3.get_paginator('list_objects_v2').paginate(
+            Bucket=self.bucket, Prefix=f'{self.prefix}objects/{digit}'
+        ):
+            if 'Name' not in page:
+                raise UserError(
+                    f'{self.url}: {os.environ.get("AWS_ENDPOINT_URL", "S3")} does not answer as S3 does; check AWS_ENDPOINT_URL'
+                )
+            there += [(o['Key'][len(self.prefix) :], o['Size']) for o in page.get('Contents', [])]
         return there
-    with self._plain_errors(), ThreadPoolExecutor(self.workers) as pool: return {k: size for there in pool.map(listed, '0123456789abcdef') for k, size in there}
+
+    with self._plain_errors(), ThreadPoolExecutor(self.workers) as pool:
+        return {k: size for there in pool.map(listed, '0123456789abcdef') for k, size in there}
 
 # %% ../../nbs/services/07_s3.ipynb #54499f8e
-def _ignore(n: int): "Nobody asks how many bytes moved."
+def _ignore(n: int):
+    "Nobody asks how many bytes moved."
+
 
 @patch
 def put(self: S3Store, file: Path, key: str, sha256: str, moved: Callable = _ignore):
     at, big = self._at(key), os.path.getsize(file) >= PART
     self.sending[at['Key']] = file, sha256
-    checked = dict(ChecksumAlgorithm='SHA256') if big else dict(ChecksumSHA256=base64.b64encode(bytes.fromhex(sha256)).decode())
-    with self._plain_errors(): self.transfer.upload_file(str(file), *at.values(), callback=moved, extra_args=checked)
+    checked = (
+        dict(ChecksumAlgorithm='SHA256')
+        if big
+        else dict(ChecksumSHA256=base64.b64encode(bytes.fromhex(sha256)).decode())
+    )
+    with self._plain_errors():
+        self.transfer.upload_file(str(file), *at.values(), callback=moved, extra_args=checked)
+
 
 @patch
-def _unchanged(self: S3Store, params: dict, **_): # before the parts of an object are put together
+def _unchanged(self: S3Store, params: dict, **_):  # before the parts of an object are put together
     file, sha256 = self.sending[params['Key']]
-    if file_sha256(file) != sha256: raise UserError(f'{file}: changed while it was sent; run again')
+    if file_sha256(file) != sha256:
+        raise UserError(f'{file}: changed while it was sent; run again')
 
 # %% ../../nbs/services/07_s3.ipynb #3fec8a37
 @patch
 def get(self: S3Store, key: str, file: Path, moved: Callable = _ignore):
     with self._plain_errors():
-        try: self.transfer.download_file(*self._at(key).values(), str(file), callback=moved)
-        except self.s3.exceptions.NoSuchKey: raise UserError(f'{self.url}: {key} is missing; send the set again') from None
+        try:
+            self.transfer.download_file(*self._at(key).values(), str(file), callback=moved)
+        except self.s3.exceptions.NoSuchKey:
+            raise UserError(f'{self.url}: {key} is missing; send the set again') from None
+
 
 @patch
 def read(self: S3Store, key: str) -> bytes | None:
     with self._plain_errors():
-        try: return self.s3.get_object(**self._at(key))['Body'].read()
-        except self.s3.exceptions.NoSuchKey: return None
+        try:
+            return self.s3.get_object(**self._at(key))['Body'].read()
+        except self.s3.exceptions.NoSuchKey:
+            return None
+
 
 @patch
 def write(self: S3Store, key: str, data: bytes):
-    with self._plain_errors(): self.s3.put_object(Body=data, **self._at(key))
+    with self._plain_errors():
+        self.s3.put_object(Body=data, **self._at(key))
 
 # %% ../../nbs/services/07_s3.ipynb #aa5339e4
 def allow(
-    service: str, # such as s3
-    actions: str, # such as 'GetObject PutObject'
-    resource: str = '*', # an ARN
-) -> dict:        # a statement of a policy
+    service: str,  # such as s3
+    actions: str,  # such as 'GetObject PutObject'
+    resource: str = '*',  # an ARN
+) -> dict:  # a statement of a policy
     return dict(Effect='Allow', Action=[f'{service}:{a}' for a in actions.split()], Resource=resource)
 
+
 def policy(
-    url: str, # s3://bucket/prefix
-) -> dict:    # of AWS IAM, version 2012-10-17
+    url: str,  # s3://bucket/prefix
+) -> dict:  # of AWS IAM, version 2012-10-17
     "The least that a user who uploads and downloads has to be allowed."
     bucket, _, prefix = url.removeprefix('s3://').rstrip('/').partition('/')
     arn = f'arn:aws:s3:::{bucket}'
-    return dict(Version='2012-10-17', Statement=[allow('s3', 'ListBucket', arn), allow('s3', 'GetObject PutObject AbortMultipartUpload', f'{arn}/{prefix and prefix + "/"}*')])
+    return dict(
+        Version='2012-10-17',
+        Statement=[
+            allow('s3', 'ListBucket', arn),
+            allow('s3', 'GetObject PutObject AbortMultipartUpload', f'{arn}/{prefix and prefix + "/"}*'),
+        ],
+    )

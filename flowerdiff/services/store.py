@@ -17,241 +17,366 @@ from ..core.workspace import UserError, atomic_write, file_sha256
 # %% ../../nbs/services/08_store.ipynb #90513809
 class Store(Protocol):
     "Where objects lie, each under a key such as `objects/3f/3f9a…`."
-    url: str      # how a person calls the place
+
+    url: str  # how a person calls the place
     workers: int  # how many objects travel at once
-    def sizes(self) -> dict[str, int]: "Size in bytes of each object that is there, by key."
-    def put(self, file: Path, key: str, sha256: str, moved: Callable): "Send a file; raises when what arrives has another hash. `moved(n)` hears of each n bytes."
-    def get(self, key: str, file: Path, moved: Callable): "Bring an object into `file`."
-    def read(self, key: str) -> bytes | None: "A small object's bytes, None when there is none."
-    def write(self, key: str, data: bytes): "Replace a small object at once: old or new, never half."
+
+    def sizes(self) -> dict[str, int]:
+        "Size in bytes of each object that is there, by key."
+
+    def put(self, file: Path, key: str, sha256: str, moved: Callable):
+        "Send a file; raises when what arrives has another hash. `moved(n)` hears of each n bytes."
+
+    def get(self, key: str, file: Path, moved: Callable):
+        "Bring an object into `file`."
+
+    def read(self, key: str) -> bytes | None:
+        "A small object's bytes, None when there is none."
+
+    def write(self, key: str, data: bytes):
+        "Replace a small object at once: old or new, never half."
 
 # %% ../../nbs/services/08_store.ipynb #a90ce2f0
 def object_key(
-    sha256: str, # hash of the content, hex
-) -> str:        # where a store keeps it: 256 folders, so that none grows too long
+    sha256: str,  # hash of the content, hex
+) -> str:  # where a store keeps it: 256 folders, so that none grows too long
     return f'objects/{sha256[:2]}/{sha256}'
 
 # %% ../../nbs/services/08_store.ipynb #1a23db08
 def copy_hashed(
-    source: Path, # read once, in blocks: memory stays flat
-    target: Path, # written
-    moved: Callable = _ignore, # told how many bytes were copied, block by block
-) -> str:         # SHA-256 of the bytes that were copied, hex
+    source: Path,  # read once, in blocks: memory stays flat
+    target: Path,  # written
+    moved: Callable = _ignore,  # told how many bytes were copied, block by block
+) -> str:  # SHA-256 of the bytes that were copied, hex
     digest = hashlib.sha256()
     with open(source, 'rb') as r, open(target, 'wb') as w:
-        while block := r.read(1 << 20): digest.update(block); w.write(block); moved(len(block))
+        while block := r.read(1 << 20):
+            digest.update(block)
+            w.write(block)
+            moved(len(block))
     return digest.hexdigest()
 
 # %% ../../nbs/services/08_store.ipynb #55e171b5
 class LocalStore:
     "A store in a folder."
+
     workers = 2
-    def __init__(self, root: str | Path): # made when the first object arrives
-        self.root = Path(root); self.url = str(self.root)
+
+    def __init__(self, root: str | Path):  # made when the first object arrives
+        self.root = Path(root)
+        self.url = str(self.root)
 
     def sizes(self) -> dict[str, int]:
-        return {f'objects/{d.name}/{e.name}': e.stat().st_size
-                for d in (self.root/'objects').glob('??') for e in os.scandir(d) if '.' not in e.name}
+        return {
+            f'objects/{d.name}/{e.name}': e.stat().st_size
+            for d in (self.root / 'objects').glob('??')
+            for e in os.scandir(d)
+            if '.' not in e.name
+        }
 
     def put(self, file: Path, key: str, sha256: str, moved: Callable = _ignore):
-        target = self.root/key
+        target = self.root / key
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f'{target.name}.{os.getpid()}')
         try:
-            if copy_hashed(file, part, moved) != sha256: raise UserError(f'{file}: changed while it was read; run again')
+            if copy_hashed(file, part, moved) != sha256:
+                raise UserError(f'{file}: changed while it was read; run again')
             os.replace(part, target)
-        finally: part.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
 
     def get(self, key: str, file: Path, moved: Callable = _ignore):
-        if not (self.root/key).exists(): raise UserError(f'{self.url}: {key} is missing; send the set again')
-        copy_hashed(self.root/key, file, moved)
+        if not (self.root / key).exists():
+            raise UserError(f'{self.url}: {key} is missing; send the set again')
+        copy_hashed(self.root / key, file, moved)
 
     def read(self, key: str) -> bytes | None:
-        return (self.root/key).read_bytes() if (self.root/key).exists() else None
+        return (self.root / key).read_bytes() if (self.root / key).exists() else None
 
-    def write(self, key: str, data: bytes): atomic_write(self.root/key, data)
+    def write(self, key: str, data: bytes):
+        atomic_write(self.root / key, data)
 
 # %% ../../nbs/services/08_store.ipynb #b360f520
 def open_store(
-    url: str | Path,       # a folder, or s3://bucket/prefix
-    base: str | Path = '.', # what a relative folder is relative to
+    url: str | Path,  # a folder, or s3://bucket/prefix
+    base: str | Path = '.',  # what a relative folder is relative to
 ) -> Store:
     "The store at an address; `NoCredentials` when it is a bucket and nobody said who we are."
     url = str(url)
-    if url.startswith('s3://'): return S3Store(url)
-    if '://' in url: raise UserError(f'{url}: not a store that is known; use a folder or s3://bucket/prefix')
-    return LocalStore(Path(base)/Path(url).expanduser())
+    if url.startswith('s3://'):
+        return S3Store(url)
+    if '://' in url:
+        raise UserError(f'{url}: not a store that is known; use a folder or s3://bucket/prefix')
+    return LocalStore(Path(base) / Path(url).expanduser())
 
 # %% ../../nbs/services/08_store.ipynb #a9d88c9e
-REST = 2_000_000_000 # nanoseconds; the coarsest clock (FAT's) ticks every two seconds
+REST = 2_000_000_000  # nanoseconds; the coarsest clock (FAT's) ticks every two seconds
+
 
 class Hashes:
     "SHA-256 of files, remembered in `file` between runs; one that is damaged counts as empty. `with Hashes(...) as hashed:` writes it at the end."
-    def __init__(self, folder: str | Path, file: str | Path): # paths are remembered relative to the folder
+
+    def __init__(self, folder: str | Path, file: str | Path):  # paths are remembered relative to the folder
         self.folder, self.file, self.known, self.kept, self.read = Path(folder), Path(file), {}, {}, 0
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.file.parent) as probe: probe.write(b'.'); probe.flush(); self.now = os.fstat(probe.fileno()).st_mtime_ns
+        with tempfile.TemporaryFile(dir=self.file.parent) as probe:
+            probe.write(b'.')
+            probe.flush()
+            self.now = os.fstat(probe.fileno()).st_mtime_ns
         try:
             saved = json.loads(self.file.read_bytes())
-            if saved['sha256'] == self._sum(saved['files']): self.known = saved['files']
-        except (OSError, ValueError, KeyError, TypeError): pass
+            if saved['sha256'] == self._sum(saved['files']):
+                self.known = saved['files']
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
 
-    def _sum(self, files): return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    def _sum(self, files):
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
     def __call__(self, path: str | Path) -> str:
         s, name = os.stat(path), os.path.relpath(path, self.folder)
         seen = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
         *was, sha256 = self.known.get(name, (None,))
-        if was != seen: sha256 = file_sha256(path); self.read += 1
-        if max(s.st_mtime_ns, s.st_ctime_ns) < self.now - REST: self.kept[name] = [*seen, sha256]
+        if was != seen:
+            sha256 = file_sha256(path)
+            self.read += 1
+        if max(s.st_mtime_ns, s.st_ctime_ns) < self.now - REST:
+            self.kept[name] = [*seen, sha256]
         return sha256
 
-    def __enter__(self): return self
-    def __exit__(self, error, *_): # stopped halfway, it keeps what it has not come to
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):  # stopped halfway, it keeps what it has not come to
         files = (self.known if error else {}) | self.kept
         atomic_write(self.file, json.dumps(dict(sha256=self._sum(files), files=files)))
 
 # %% ../../nbs/services/08_store.ipynb #bb0e0c36
 def list_files(
-    folder: str | Path,         # where paths start
+    folder: str | Path,  # where paths start
     parts: Iterable[str] = (),  # subfolders or files of it (default: everything)
-) -> list[Path]:                # the files, sorted by path
+) -> list[Path]:  # the files, sorted by path
     folder, found = Path(folder), set()
-    for part in [folder/p for p in parts] or [folder]:
-        if not part.exists(): raise UserError(f'{part}: not there; run the stage that makes it')
-        if part.is_file(): found.add(part); continue
+    for part in [folder / p for p in parts] or [folder]:
+        if not part.exists():
+            raise UserError(f'{part}: not there; run the stage that makes it')
+        if part.is_file():
+            found.add(part)
+            continue
         for top, dirs, names in os.walk(part):
             dirs[:] = [d for d in dirs if not d.startswith('.')]
-            found |= {Path(top)/n for n in names if not n.startswith('.') and not n.endswith('.tmp')}
+            found |= {Path(top) / n for n in names if not n.startswith('.') and not n.endswith('.tmp')}
     return sorted(found)
 
 # %% ../../nbs/services/08_store.ipynb #cb3dc2bc
 def make_manifest(
-    folder: str | Path,         # where paths start
+    folder: str | Path,  # where paths start
     parts: Iterable[str] = (),  # subfolders or files of it
-    hashed: Callable = file_sha256, # a file's SHA-256, such as `Hashes`
-    progress: Callable = lambda files, total, label: files, # a bar around the files, such as `flowerdiff.core.workspace.progress`
-) -> dict:                      # `files` (path, size, sha256), their `count`, `bytes`, and `revision`: the hash of the list
+    hashed: Callable = file_sha256,  # a file's SHA-256, such as `Hashes`
+    progress: Callable = lambda files, total, label: (
+        files
+    ),  # a bar around the files, such as `flowerdiff.core.workspace.progress`
+) -> dict:  # `files` (path, size, sha256), their `count`, `bytes`, and `revision`: the hash of the list
     found = list_files(folder, parts)
-    files = [dict(path=f.relative_to(folder).as_posix(), size=f.stat().st_size, sha256=hashed(f)) for f in progress(found, len(found), 'files compared')]
+    files = [
+        dict(path=f.relative_to(folder).as_posix(), size=f.stat().st_size, sha256=hashed(f))
+        for f in progress(found, len(found), 'files compared')
+    ]
     revision = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    return dict(format=1, revision=revision, count=len(files), bytes=sum(f['size'] for f in files), files=files)
+    return dict(
+        format=1, revision=revision, count=len(files), bytes=sum(f['size'] for f in files), files=files
+    )
 
 # %% ../../nbs/services/08_store.ipynb #2a2796a7
 MB = 1_000_000
 
-def _megabytes(told: queue.SimpleQueue, left: int): # a tick for each megabyte, until so many transfers are done
+
+def _megabytes(
+    told: queue.SimpleQueue, left: int
+):  # a tick for each megabyte, until so many transfers are done
     moved = ticks = 0
     while left:
         t = told.get()
-        if isinstance(t, Future): t.result(); left -= 1 # raises what went wrong
-        else: moved += t
-        while (ticks + 1)*MB <= moved: ticks += 1; yield ticks
+        if isinstance(t, Future):
+            t.result()
+            left -= 1  # raises what went wrong
+        else:
+            moved += t
+        while (ticks + 1) * MB <= moved:
+            ticks += 1
+            yield ticks
+
 
 def side_by_side(
-    work: Callable,    # work(job, moved) does one; it calls moved(n) for each n bytes
+    work: Callable,  # work(job, moved) does one; it calls moved(n) for each n bytes
     jobs: Iterable,
-    workers: int,      # how many at once
-    size: int,         # bytes of all of them
-    progress: Callable, # a bar around megabytes
-    label: str,        # of the bar
+    workers: int,  # how many at once
+    size: int,  # bytes of all of them
+    progress: Callable,  # a bar around megabytes
+    label: str,  # of the bar
 ):
     "Do all the jobs; the first error ends the others and is raised."
     told, stop = queue.SimpleQueue(), threading.Event()
+
     def moved(n: int):
-        if stop.is_set(): raise CancelledError('stopped')
+        if stop.is_set():
+            raise CancelledError('stopped')
         told.put(n)
+
     with ThreadPoolExecutor(workers) as pool:
         try:
             running = [pool.submit(work, j, moved) for j in jobs]
-            for r in running: r.add_done_callback(told.put)
-            for _ in progress(_megabytes(told, len(running)), -(-size//MB), label): pass
-        except BaseException: stop.set(); pool.shutdown(wait=True, cancel_futures=True); raise
+            for r in running:
+                r.add_done_callback(told.put)
+            for _ in progress(_megabytes(told, len(running)), -(-size // MB), label):
+                pass
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 # %% ../../nbs/services/08_store.ipynb #a9f51e88
 def push(
-    folder: str | Path,        # where paths start
-    store: Store,              # where to
-    parts: Iterable[str] = (), # subfolders or files of it (default: everything)
-    progress: Callable = lambda ticks, total, label: ticks, # a bar, such as `flowerdiff.core.workspace.progress`
-    name: str = 'manifest.json', # several sets can share a store, a manifest each
-    hashed: Callable = file_sha256, # a file's SHA-256, such as `Hashes`
-) -> dict:                     # the manifest, plus `store`, `sent` (objects), `sent_bytes`, `seconds`
+    folder: str | Path,  # where paths start
+    store: Store,  # where to
+    parts: Iterable[str] = (),  # subfolders or files of it (default: everything)
+    progress: Callable = lambda ticks, total, label: (
+        ticks
+    ),  # a bar, such as `flowerdiff.core.workspace.progress`
+    name: str = 'manifest.json',  # several sets can share a store, a manifest each
+    hashed: Callable = file_sha256,  # a file's SHA-256, such as `Hashes`
+) -> dict:  # the manifest, plus `store`, `sent` (objects), `sent_bytes`, `seconds`
     "Bring the store up to date with the folder; what it has already does not travel."
     start, manifest, there = time.time(), make_manifest(folder, parts, hashed, progress), store.sizes()
-    missing = {object_key(f['sha256']): f for f in manifest['files'] if there.get(object_key(f['sha256'])) != f['size']}
+    missing = {
+        object_key(f['sha256']): f
+        for f in manifest['files']
+        if there.get(object_key(f['sha256'])) != f['size']
+    }
     size = sum(f['size'] for f in missing.values())
-    side_by_side(lambda kf, moved: store.put(Path(folder)/kf[1]['path'], kf[0], kf[1]['sha256'], moved), missing.items(), store.workers, size, progress, 'MB sent')
+    side_by_side(
+        lambda kf, moved: store.put(Path(folder) / kf[1]['path'], kf[0], kf[1]['sha256'], moved),
+        missing.items(),
+        store.workers,
+        size,
+        progress,
+        'MB sent',
+    )
     data = json.dumps(manifest, indent=1).encode()
-    if store.read(name) != data: store.write(name, data)
-    return dict(manifest, store=store.url, sent=len(missing), sent_bytes=size, seconds=round(time.time() - start, 2))
+    if store.read(name) != data:
+        store.write(name, data)
+    return dict(
+        manifest, store=store.url, sent=len(missing), sent_bytes=size, seconds=round(time.time() - start, 2)
+    )
 
 # %% ../../nbs/services/08_store.ipynb #7706a1ba
 def read_manifest(
     store: Store,
     name: str = 'manifest.json',
-) -> dict: # as `make_manifest` made it
+) -> dict:  # as `make_manifest` made it
     "What the store holds now; a `UserError` when nothing was ever sent there, or a path points outside."
     data = store.read(name)
-    if data is None: raise UserError(f'{store.url}: holds no set (there is no {name}); flowerdiff run WORKSPACE --only upload sends one there')
-    try: manifest = json.loads(data); files = [(f['path'], f['sha256'], f['size']) for f in manifest['files']]
-    except (ValueError, KeyError, TypeError): raise UserError(f'{store.url}: its {name} is damaged, or not flowerdiff\'s; check the address, or send the set again') from None
+    if data is None:
+        raise UserError(
+            f'{store.url}: holds no set (there is no {name}); flowerdiff run WORKSPACE --only upload sends one there'
+        )
+    try:
+        manifest = json.loads(data)
+        files = [(f['path'], f['sha256'], f['size']) for f in manifest['files']]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{store.url}: its {name} is damaged, or not flowerdiff's; check the address, or send the set again"
+        ) from None
     for path, sha256, _ in files:
         p = PurePosixPath(path)
-        if p.is_absolute() or '..' in p.parts or not re.fullmatch('[0-9a-f]{64}', sha256): raise UserError(f'{store.url}: {name} names {path}, outside of the folder; do not use this store')
+        if p.is_absolute() or '..' in p.parts or not re.fullmatch('[0-9a-f]{64}', sha256):
+            raise UserError(f'{store.url}: {name} names {path}, outside of the folder; do not use this store')
     return manifest
 
 # %% ../../nbs/services/08_store.ipynb #97c2dcdf
-def _holds(entry: dict, file: Path, hashed=file_sha256) -> bool: return file.is_file() and file.stat().st_size == entry['size'] and hashed(file) == entry['sha256']
+def _holds(entry: dict, file: Path, hashed=file_sha256) -> bool:
+    return file.is_file() and file.stat().st_size == entry['size'] and hashed(file) == entry['sha256']
 
-def _bring(store: Store, entry: dict, file: Path, moved=_ignore): # beside, checked, renamed
+
+def _bring(store: Store, entry: dict, file: Path, moved=_ignore):  # beside, checked, renamed
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f'.{file.name}.{os.getpid()}')
     try:
         store.get(object_key(entry['sha256']), part, moved)
-        if file_sha256(part) != entry['sha256']: raise UserError(f'{store.url}: {entry["path"]} is damaged there (its checksum differs); delete {object_key(entry["sha256"])} and send the set again')
+        if file_sha256(part) != entry['sha256']:
+            raise UserError(
+                f'{store.url}: {entry["path"]} is damaged there (its checksum differs); delete {object_key(entry["sha256"])} and send the set again'
+            )
         os.replace(part, file)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
+
 
 def fetch(
     store: Store,
-    entry: dict,   # path, size, sha256: a line of the manifest
+    entry: dict,  # path, size, sha256: a line of the manifest
     folder: Path,  # where it goes
-) -> bool:         # whether it had to travel
+) -> bool:  # whether it had to travel
     "Bring one file, unless it is there already; `UserError` when its bytes are not those of the manifest."
-    if _holds(entry, folder/entry['path']): return False
-    _bring(store, entry, folder/entry['path']); return True
+    if _holds(entry, folder / entry['path']):
+        return False
+    _bring(store, entry, folder / entry['path'])
+    return True
 
 # %% ../../nbs/services/08_store.ipynb #27a9c406
-def _place(staged: Path, files: list): # an object of `.download/` becomes the files of its content
-    for f in files[1:]: shutil.copyfile(staged, part := f.with_name(f'.{f.name}.{os.getpid()}')); os.replace(part, f)
+def _place(staged: Path, files: list):  # an object of `.download/` becomes the files of its content
+    for f in files[1:]:
+        shutil.copyfile(staged, part := f.with_name(f'.{f.name}.{os.getpid()}'))
+        os.replace(part, f)
     os.replace(staged, files[0])
+
 
 def pull(
     store: Store,
-    folder: str | Path,          # where to; files that the manifest does not name stay as they are
-    parts: Iterable[str] = (),   # only these subfolders or files of the set
-    progress: Callable = lambda ticks, total, label: ticks, # a bar
+    folder: str | Path,  # where to; files that the manifest does not name stay as they are
+    parts: Iterable[str] = (),  # only these subfolders or files of the set
+    progress: Callable = lambda ticks, total, label: ticks,  # a bar
     name: str = 'manifest.json',
-    hashed: Callable = file_sha256, # a file's SHA-256, such as `Hashes`
-) -> dict:                       # the manifest, plus `wanted` (files), `fetched` (those that were not there), `fetched_bytes` (that travelled)
+    hashed: Callable = file_sha256,  # a file's SHA-256, such as `Hashes`
+) -> dict:  # the manifest, plus `wanted` (files), `fetched` (those that were not there), `fetched_bytes` (that travelled)
     "Make the folder hold what the store holds, each file checked."
     manifest, parts, folder, lacking = read_manifest(store, name), tuple(parts), Path(folder), {}
-    wanted, stage = [f for f in manifest['files'] if not parts or any(PurePosixPath(f['path']).is_relative_to(p) for p in parts)], folder/'.download'
+    wanted, stage = (
+        [
+            f
+            for f in manifest['files']
+            if not parts or any(PurePosixPath(f['path']).is_relative_to(p) for p in parts)
+        ],
+        folder / '.download',
+    )
     for f in progress(wanted, len(wanted), 'files compared'):
-        if not _holds(f, folder/f['path'], hashed): lacking.setdefault(f['sha256'], []).append(f)
-    travel = [fs[0] for sha256, fs in lacking.items() if not (stage/sha256).exists()]; size = sum(f['size'] for f in travel)
-    side_by_side(lambda f, moved: _bring(store, f, stage/f['sha256'], moved), travel, store.workers, size, progress, 'MB fetched')
-    for d in {(folder/f['path']).parent for fs in lacking.values() for f in fs}: d.mkdir(parents=True, exist_ok=True)
-    for sha256, fs in lacking.items(): _place(stage/sha256, [folder/f['path'] for f in fs])
+        if not _holds(f, folder / f['path'], hashed):
+            lacking.setdefault(f['sha256'], []).append(f)
+    travel = [fs[0] for sha256, fs in lacking.items() if not (stage / sha256).exists()]
+    size = sum(f['size'] for f in travel)
+    side_by_side(
+        lambda f, moved: _bring(store, f, stage / f['sha256'], moved),
+        travel,
+        store.workers,
+        size,
+        progress,
+        'MB fetched',
+    )
+    for d in {(folder / f['path']).parent for fs in lacking.values() for f in fs}:
+        d.mkdir(parents=True, exist_ok=True)
+    for sha256, fs in lacking.items():
+        _place(stage / sha256, [folder / f['path'] for f in fs])
     shutil.rmtree(stage, ignore_errors=True)
     return dict(manifest, wanted=len(wanted), fetched=sum(map(len, lacking.values())), fetched_bytes=size)
 
 # %% ../../nbs/services/08_store.ipynb #173dbfb8
 def why_not(
-    url: str, # a folder, or s3://bucket/prefix
-) -> str:     # one line that says what is missing, '' when nothing is
-    try: open_store(url)
-    except UserError as e: return str(e)
-    except ImportError: return f'{url}: boto3 is not installed; pip install boto3'
+    url: str,  # a folder, or s3://bucket/prefix
+) -> str:  # one line that says what is missing, '' when nothing is
+    try:
+        open_store(url)
+    except UserError as e:
+        return str(e)
+    except ImportError:
+        return f'{url}: boto3 is not installed; pip install boto3'
     return ''

@@ -15,7 +15,7 @@ from ..core.workspace import Workspace, open_workspace, read_json, write_json
 def log_event(
     path: Path,  # an events.jsonl
     event: str,  # start, step, spike, overflow, validation, samples, checkpoint, note, done, stopped, failed
-    **fields,    # what JSON can say
+    **fields,  # what JSON can say
 ):
     "Append an event; on a full disk it is printed instead."
     line = json.dumps(dict(event=event, time=round(time.time(), 3), **fields), default=str) + '\n'
@@ -25,31 +25,39 @@ def log_event(
         torn = end and os.pread(fd, 1, end - 1) != b'\n'
         os.write(fd, (('\n' if torn else '') + line).encode())
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         print(line, end='', flush=True)
-    finally: os.close(fd)
+    finally:
+        os.close(fd)
 
 # %% ../../nbs/services/02_tracking.ipynb #4ba70038
 def read_events(
-    path: Path,      # an events.jsonl
-    offset: int = 0, # where to go on
-) -> tuple[list[dict], int]: # whole events since `offset`; where to go on next time
+    path: Path,  # an events.jsonl
+    offset: int = 0,  # where to go on
+) -> tuple[list[dict], int]:  # whole events since `offset`; where to go on next time
     "The events of a run."
-    if not Path(path).exists(): return [], offset
-    with open(path, 'rb') as f: f.seek(offset); data = f.read()
-    whole, events = data[:data.rfind(b'\n') + 1], []
+    if not Path(path).exists():
+        return [], offset
+    with open(path, 'rb') as f:
+        f.seek(offset)
+        data = f.read()
+    whole, events = data[: data.rfind(b'\n') + 1], []
     for line in whole.splitlines():
-        try: e = json.loads(line)
-        except ValueError: continue
-        if isinstance(e, dict) and 'event' in e: events.append(e)
+        try:
+            e = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(e, dict) and 'event' in e:
+            events.append(e)
     return events, offset + len(whole)
 
 # %% ../../nbs/services/02_tracking.ipynb #be4736bb
 def curve(
     events: list[dict],
-    event: str = 'step', # of which kind
-    key: str = 'loss',   # which number
-) -> tuple[list[int], list[float]]: # steps, values
+    event: str = 'step',  # of which kind
+    key: str = 'loss',  # which number
+) -> tuple[list[int], list[float]]:  # steps, values
     "A number's course over the steps."
     points = {e['step']: e[key] for e in events if e['event'] == event and key in e}
     return sorted(points), [points[s] for s in sorted(points)]
@@ -57,184 +65,305 @@ def curve(
 # %% ../../nbs/services/02_tracking.ipynb #17da8e0c
 def scalars(
     event: dict,
-) -> dict[str, float]: # chart -> value
+) -> dict[str, float]:  # chart -> value
     "The numbers of an event, by the chart they belong to."
     kind = dict(step='train', validation='validation').get(event['event'])
-    numbers = {k: event[k] for k in ('loss', 'lr', 'grad_norm', 'samples_per_second', 'memory_gb') if event.get(k) is not None}
+    numbers = {
+        k: event[k]
+        for k in ('loss', 'lr', 'grad_norm', 'samples_per_second', 'memory_gb')
+        if event.get(k) is not None
+    }
     levels = {f't{int(t):04d}': v for t, v in event.get('levels', {}).items()}  # losses by timestep
     return {f'{kind}/{k}': v for k, v in {**numbers, **levels}.items()} if kind else {}
 
 # %% ../../nbs/services/02_tracking.ipynb #7637a232
 class TensorBoard:
     "Passes events on to TensorBoard's files."
+
     def __init__(self, folder: Path, state: dict):
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
         self.writer = EventFileWriter(str(folder))
 
     def add(self, step: int, when: float, **value):
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
-        self.writer.add_event(Event(step=step, wall_time=when, summary=Summary(value=[Summary.Value(**value)])))
+
+        self.writer.add_event(
+            Event(step=step, wall_time=when, summary=Summary(value=[Summary.Value(**value)]))
+        )
 
     def send(self, events: list[dict]):
         "Write charts and pictures."
         from tensorboard.compat.proto.summary_pb2 import Summary
+
         for e in events:
-            for tag, v in scalars(e).items(): self.add(e['step'], e['time'], tag=tag, simple_value=v)
+            for tag, v in scalars(e).items():
+                self.add(e['step'], e['time'], tag=tag, simple_value=v)
             if e['event'] == 'samples' and Path(e['file']).exists():
-                self.add(e['step'], e['time'], tag=e.get('kind', 'samples'), image=Summary.Image(encoded_image_string=Path(e['file']).read_bytes()))
+                self.add(
+                    e['step'],
+                    e['time'],
+                    tag=e.get('kind', 'samples'),
+                    image=Summary.Image(encoded_image_string=Path(e['file']).read_bytes()),
+                )
         self.writer.flush()
 
-    def close(self, status: str): self.writer.close()
+    def close(self, status: str):
+        self.writer.close()
 
 # %% ../../nbs/services/02_tracking.ipynb #20e1081b
 def mlflow_client(
-    root: Path,       # of the workspace
-):                    # an MlflowClient
+    root: Path,  # of the workspace
+):  # an MlflowClient
     "MLflow at `MLFLOW_TRACKING_URI`, else in the workspace."
-    for k, v in dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES=0, MLFLOW_HTTP_REQUEST_TIMEOUT=10, MLFLOW_DISABLE_TELEMETRY='true', DO_NOT_TRACK='true', GIT_PYTHON_REFRESH='quiet').items(): os.environ.setdefault(k, str(v))
+    for k, v in dict(
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES=0,
+        MLFLOW_HTTP_REQUEST_TIMEOUT=10,
+        MLFLOW_DISABLE_TELEMETRY='true',
+        DO_NOT_TRACK='true',
+        GIT_PYTHON_REFRESH='quiet',
+    ).items():
+        os.environ.setdefault(k, str(v))
     import logging
-    for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.ERROR)
+
+    for name in ('mlflow', 'alembic'):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from mlflow import MlflowClient
-    return MlflowClient(os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{Path(root).absolute()/"mlflow.db"}')
+
+    return MlflowClient(
+        os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{Path(root).absolute() / "mlflow.db"}'
+    )
 
 # %% ../../nbs/services/02_tracking.ipynb #afed12b7
-def experiment_name(ws: Workspace) -> str: return ws.settings.tracking.experiment or ws.root.name
+def experiment_name(ws: Workspace) -> str:
+    return ws.settings.tracking.experiment or ws.root.name
+
 
 def experiment_id(
-    client,         # an MlflowClient
+    client,  # an MlflowClient
     ws: Workspace,
 ) -> str:
     "The workspace's experiment, made when it is not there; its artifacts are in `mlartifacts/` unless a server has them."
     name = experiment_name(ws)
-    if found := client.get_experiment_by_name(name): return found.experiment_id
-    local = {} if os.environ.get('MLFLOW_TRACKING_URI') else dict(artifact_location=(ws.root/'mlartifacts').as_uri())
-    try: return client.create_experiment(name, **local)
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    local = (
+        {}
+        if os.environ.get('MLFLOW_TRACKING_URI')
+        else dict(artifact_location=(ws.root / 'mlartifacts').as_uri())
+    )
+    try:
+        return client.create_experiment(name, **local)
     except Exception:  # another process was first
-        if found := client.get_experiment_by_name(name): return found.experiment_id
+        if found := client.get_experiment_by_name(name):
+            return found.experiment_id
         raise
 
 # %% ../../nbs/services/02_tracking.ipynb #5af2fa10
 class Mlflow:
     "Passes events on to MLflow."
+
     def __init__(self, ws: Workspace, state: dict):
         self.ws, self.state, self.client = ws, state, mlflow_client(ws.root)
 
     def open(self, start: dict):
         "The run to write to, made by the first event."
         if not self.state.get('mlflow_run'):
-            where, tags = experiment_id(self.client, self.ws), {k: str(start[k]) for k in ('run_id', 'git', 'data', 'version') if start.get(k)}
-            lost = [r for r in self.client.search_runs([where], f"attributes.status = 'RUNNING' and tags.run_id = '{start.get('run_id')}'") if not r.data.metrics]
-            made = lost[0] if lost else self.client.create_run(where, run_name=start.get('run_id'), tags=tags)  # lost: made by a request whose answer came too late
+            where, tags = (
+                experiment_id(self.client, self.ws),
+                {k: str(start[k]) for k in ('run_id', 'git', 'data', 'version') if start.get(k)},
+            )
+            lost = [
+                r
+                for r in self.client.search_runs(
+                    [where], f"attributes.status = 'RUNNING' and tags.run_id = '{start.get('run_id')}'"
+                )
+                if not r.data.metrics
+            ]
+            made = (
+                lost[0] if lost else self.client.create_run(where, run_name=start.get('run_id'), tags=tags)
+            )  # lost: made by a request whose answer came too late
             from mlflow.entities import Param
-            self.client.log_batch(made.info.run_id, params=[Param(k, str(v)[:500]) for k, v in start.get('params', {}).items()])
+
+            self.client.log_batch(
+                made.info.run_id, params=[Param(k, str(v)[:500]) for k, v in start.get('params', {}).items()]
+            )
             self.state['mlflow_run'] = made.info.run_id
         return self.state['mlflow_run']
 
     def send(self, events: list[dict]):
         "Write settings, charts and pictures."
         from mlflow.entities import Metric
+
         run = self.open(next((e for e in events if e['event'] == 'start'), {}))
-        metrics = [Metric(k, float(v), int(e['time']*1000), e['step']) for e in events for k, v in scalars(e).items()]
-        for i in range(0, len(metrics), 900): self.client.log_batch(run, metrics=metrics[i:i + 900])
+        metrics = [
+            Metric(k, float(v), int(e['time'] * 1000), e['step'])
+            for e in events
+            for k, v in scalars(e).items()
+        ]
+        for i in range(0, len(metrics), 900):
+            self.client.log_batch(run, metrics=metrics[i : i + 900])
         for e in events:
-            if e['event'] == 'samples' and Path(e['file']).exists(): self.client.log_artifact(run, e['file'], e.get('kind', 'samples'))
+            if e['event'] == 'samples' and Path(e['file']).exists():
+                self.client.log_artifact(run, e['file'], e.get('kind', 'samples'))
 
     def close(self, status: str):
-        if run := self.state.get('mlflow_run'): self.client.update_run(run, status)
+        if run := self.state.get('mlflow_run'):
+            self.client.update_run(run, status)
 
 # %% ../../nbs/services/02_tracking.ipynb #94e61f8c
 ENDS = dict(done='FINISHED', failed='FAILED', stopped='KILLED')  # last events, as MLflow calls them
 
+
 def pass_on(
     ws: Workspace,
-    folder: Path,     # of a run, with its events.jsonl
-    sinks: dict,      # destination -> open sink; filled here
-    makers: dict = None, # destination -> (workspace, folder, state) -> sink
+    folder: Path,  # of a run, with its events.jsonl
+    sinks: dict,  # destination -> open sink; filled here
+    makers: dict = None,  # destination -> (workspace, folder, state) -> sink
 ) -> dict[str, str]:  # destination -> why it failed
     "Send each destination what it has not seen yet."
-    makers = makers or dict(tensorboard=lambda ws, folder, s: TensorBoard(ws.root/'tensorboard'/folder.name, s), mlflow=lambda ws, folder, s: Mlflow(ws, s))
-    file, failed = folder/'tracked.json', {}
-    with open(folder/'tracked.lock', 'a') as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: return dict(lock='another process is sending')
+    makers = makers or dict(
+        tensorboard=lambda ws, folder, s: TensorBoard(ws.root / 'tensorboard' / folder.name, s),
+        mlflow=lambda ws, folder, s: Mlflow(ws, s),
+    )
+    file, failed = folder / 'tracked.json', {}
+    with open(folder / 'tracked.lock', 'a') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return dict(lock='another process is sending')
         state = read_json(file) if file.exists() else {}
         for name, make in makers.items():
             mine = state.setdefault(name, dict(offset=0))
-            events, end = read_events(folder/'events.jsonl', mine['offset'])
-            if not events: continue
+            events, end = read_events(folder / 'events.jsonl', mine['offset'])
+            if not events:
+                continue
             try:
-                if name not in sinks: sinks[name] = make(ws, folder, mine)
-                sinks[name].state = mine; sinks[name].send(events)
-                if events[-1]['event'] in ENDS: sinks.pop(name).close(ENDS[events[-1]['event']])
+                if name not in sinks:
+                    sinks[name] = make(ws, folder, mine)
+                sinks[name].state = mine
+                sinks[name].send(events)
+                if events[-1]['event'] in ENDS:
+                    sinks.pop(name).close(ENDS[events[-1]['event']])
                 mine['offset'] = end
-            except Exception as e: failed[name] = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300]
+            except Exception as e:
+                failed[name] = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300]
             write_json(file, state)
     return failed
 
 # %% ../../nbs/services/02_tracking.ipynb #451e5d38
-def is_alive(pid: int) -> bool: # a process that ended and was not yet buried is not
+def is_alive(pid: int) -> bool:  # a process that ended and was not yet buried is not
     import psutil
-    try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess: return False
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
 
 def follow(
-    root: str,    # of the workspace
+    root: str,  # of the workspace
     folder: str,  # of the run to follow
-    pid: int,     # of the process that trains
+    pid: int,  # of the process that trains
 ):
     "Pass a run's events on until it ends, then end; what earlier runs could not send goes too."
     ws, folder, sinks, late = open_workspace(root), Path(folder), {}, 0
     os.nice(19)
     for old in sorted(ws.work.glob('train-*')):
-        if old != folder: pass_on(ws, old, {})
+        if old != folder:
+            pass_on(ws, old, {})
     while True:
         alive = is_alive(pid)
-        failed = pass_on(ws, folder, sinks); write_json(folder/'tracking.json', dict(failed=failed))
+        failed = pass_on(ws, folder, sinks)
+        write_json(folder / 'tracking.json', dict(failed=failed))
         late = 0 if alive else late + 1
-        if late and (not failed or late > 5): return
+        if late and (not failed or late > 5):
+            return
         time.sleep(2)
 
 # %% ../../nbs/services/02_tracking.ipynb #9f26e54e
 def start_follower(
     ws: Workspace,
-    folder: Path, # of the run
+    folder: Path,  # of the run
 ):
     "Start the process that passes this process's events on. Never raises."
-    if not ws.settings.tracking.enabled: return
-    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
+    if not ws.settings.tracking.enabled:
+        return
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    }
     try:
-        with open(folder/'tracking.log', 'a') as log:
-            subprocess.Popen([sys.executable, '-m', 'flowerdiff.services.tracking', str(ws.root), str(folder), str(os.getpid())], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)
-    except OSError as e: print(f'tracking: {e}; the run is kept in {folder/"events.jsonl"}')
+        with open(folder / 'tracking.log', 'a') as log:
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    '-m',
+                    'flowerdiff.services.tracking',
+                    str(ws.root),
+                    str(folder),
+                    str(os.getpid()),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=env,
+                start_new_session=True,
+            )
+    except OSError as e:
+        print(f'tracking: {e}; the run is kept in {folder / "events.jsonl"}')
 
 # %% ../../nbs/services/02_tracking.ipynb #6b3891e5
 def name_champion(
     ws: Workspace,
-    record: dict, # model/record.json
-) -> str:         # one line: what the registry says now
+    record: dict,  # model/record.json
+) -> str:  # one line: what the registry says now
     "Bring the registry's alias `champion` in line with `model/`."
-    if not ws.settings.tracking.enabled: return 'tracking is off (tracking.enabled)'
+    if not ws.settings.tracking.enabled:
+        return 'tracking is off (tracking.enabled)'
     try:
         client, name = mlflow_client(ws.root), experiment_name(ws)
-        try: client.create_registered_model(name)
-        except Exception: client.get_registered_model(name)
+        try:
+            client.create_registered_model(name)
+        except Exception:
+            client.get_registered_model(name)
         versions = client.search_model_versions(f"name = '{name}'")
-        mine = next((v for v in versions if v.tags.get('run_id') == record['run_id']), None) or new_version(client, ws, name, record)
-        try: client.set_registered_model_alias(name, 'champion', mine.version)
-        except Exception: client.set_registered_model_tag(name, 'champion', mine.version)  # a server from before aliases
+        mine = next((v for v in versions if v.tags.get('run_id') == record['run_id']), None) or new_version(
+            client, ws, name, record
+        )
+        try:
+            client.set_registered_model_alias(name, 'champion', mine.version)
+        except Exception:
+            client.set_registered_model_tag(name, 'champion', mine.version)  # a server from before aliases
         return f'champion is version {mine.version} of {name}'
-    except Exception as e: return f'the registry was not reached ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}); the next promotion tries again'
+    except Exception as e:
+        return f'the registry was not reached ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}); the next promotion tries again'
 
 # %% ../../nbs/services/02_tracking.ipynb #2ad2f21b
 def new_version(client, ws: Workspace, name: str, record: dict):
     "Register `model/` by pointer: a small file that says where it is and what is in it."
-    run = next((read_json(f).get('mlflow', {}).get('mlflow_run') for f in ws.work.glob('train-*/tracked.json') if record['run_id'].startswith(f.parent.name[6:])), None)
+    run = next(
+        (
+            read_json(f).get('mlflow', {}).get('mlflow_run')
+            for f in ws.work.glob('train-*/tracked.json')
+            if record['run_id'].startswith(f.parent.name[6:])
+        ),
+        None,
+    )
     source = ws.model.as_uri()
     if run:
-        client.log_dict(run, dict(folder=str(ws.model), **{k: record.get(k) for k in ('run_id', 'validation', 'fingerprint')}), 'model/pointer.json')
+        client.log_dict(
+            run,
+            dict(folder=str(ws.model), **{k: record.get(k) for k in ('run_id', 'validation', 'fingerprint')}),
+            'model/pointer.json',
+        )
         source = f'{client.get_run(run).info.artifact_uri}/model'
-    return client.create_model_version(name, source, run, tags=dict(run_id=record['run_id'], validation=f"{record.get('validation', 0):.6f}"))
+    return client.create_model_version(
+        name, source, run, tags=dict(run_id=record['run_id'], validation=f'{record.get("validation", 0):.6f}')
+    )
 
 # %% ../../nbs/services/02_tracking.ipynb #f437f5b0
-if __name__ == '__main__' and '__file__' in globals(): follow(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+if __name__ == '__main__' and '__file__' in globals():
+    follow(sys.argv[1], sys.argv[2], int(sys.argv[3]))

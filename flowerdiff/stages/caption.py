@@ -20,86 +20,133 @@ from ..core.workspace import UserError, Workspace, atomic_dir, progress, read_js
 
 # %% ../../nbs/stages/02_caption.ipynb #e9319a8d
 def given(
-    row: dict, # what is known of the picture
-    rng,       # a NumPy generator of this picture's own
-    n: int,    # sentences wanted
-) -> list:     # sentences; none when this captioner has nothing to say
+    row: dict,  # what is known of the picture
+    rng,  # a NumPy generator of this picture's own
+    n: int,  # sentences wanted
+) -> list:  # sentences; none when this captioner has nothing to say
     "The captions that came with the picture."
     return row.get('captions', [])
 
 # %% ../../nbs/stages/02_caption.ipynb #16102243
 def distinct(
-    say,    # () -> a sentence, not always the same
-    n: int, # wanted
+    say,  # () -> a sentence, not always the same
+    n: int,  # wanted
 ) -> list:  # at most n different ones
     "Ask again until there are `n` different sentences, or no new one comes."
     out = {}
-    for _ in range(8*n):
-        if len(out) < n and (s := say()): out[s] = None
+    for _ in range(8 * n):
+        if len(out) < n and (s := say()):
+            out[s] = None
     return list(out)
 
+
 def properties(
-    attributes: dict, # column -> value
-) -> list:            # in words
+    attributes: dict,  # column -> value
+) -> list:  # in words
     "Attributes of a table in words."
     words = lambda k: ' '.join(k.replace('_', ' ').split()).lower()
     flags = {v for v in attributes.values() if not isinstance(v, str)} <= {1, -1, 0, True, False}
-    return [words(str(v)) if isinstance(v, str) else words(k) if flags or v is True else f'{words(k)} {v:g}'
-            for k, v in attributes.items() if isinstance(v, str) or v is not False and not (flags and v <= 0)]
+    return [
+        words(str(v)) if isinstance(v, str) else words(k) if flags or v is True else f'{words(k)} {v:g}'
+        for k, v in attributes.items()
+        if isinstance(v, str) or v is not False and not (flags and v <= 0)
+    ]
+
 
 def attributes(row: dict, rng, n: int) -> list:
     "Sentences made of what is known: the garden's attributes, or the columns of a table."
-    if 'species' in row and 'petals' in row: return distinct(lambda: describe(row, rng), n)
-    if is_celeba(known := row.get('attributes', {})): return distinct(lambda: describe_face(known, rng), n)
+    if 'species' in row and 'petals' in row:
+        return distinct(lambda: describe(row, rng), n)
+    if is_celeba(known := row.get('attributes', {})):
+        return distinct(lambda: describe_face(known, rng), n)
     have, label = properties(known), row.get('label', '')
-    if not have: return []
+    if not have:
+        return []
+
     def say():
-        some = [have[i] for i in rng.permutation(len(have)) if rng.random() < .8] or have[:1]
-        start = (f'{article(label)}, ', f'{label}: ', f'a picture of {article(label)}, ')[int(rng.integers(3))] if label else ('', 'a picture: ', 'a photo, ')[int(rng.integers(3))]
+        some = [have[i] for i in rng.permutation(len(have)) if rng.random() < 0.8] or have[:1]
+        start = (
+            (f'{article(label)}, ', f'{label}: ', f'a picture of {article(label)}, ')[int(rng.integers(3))]
+            if label
+            else ('', 'a picture: ', 'a photo, ')[int(rng.integers(3))]
+        )
         return start + ', '.join(some)
+
     return distinct(say, n)
 
 # %% ../../nbs/stages/02_caption.ipynb #d219f228
-TEMPLATES = '{a}', '{label}', 'a photo of {a}', 'a picture of {a}', 'an image of {a}', 'a close-up of {a}', 'this is {a}', 'one can see {a}', '{label}, photo', 'here is {a}'
+TEMPLATES = (
+    '{a}',
+    '{label}',
+    'a photo of {a}',
+    'a picture of {a}',
+    'an image of {a}',
+    'a close-up of {a}',
+    'this is {a}',
+    'one can see {a}',
+    '{label}, photo',
+    'here is {a}',
+)
+
 
 def labels(row: dict, rng, n: int) -> list:
     "Sentences around a class name."
     label = row.get('label', '')
-    return [TEMPLATES[i].format(a=article(label), label=label) for i in rng.permutation(len(TEMPLATES))[:n]] if label else []
+    return (
+        [TEMPLATES[i].format(a=article(label), label=label) for i in rng.permutation(len(TEMPLATES))[:n]]
+        if label
+        else []
+    )
 
 # %% ../../nbs/stages/02_caption.ipynb #714a6693
 def florence(row: dict, rng, n: int) -> list:
     "What Florence-2 said of the picture, a sentence for each prompt; of a paragraph all of it."
-    said = [sentence(a, row.get('label', ''), task == '<MORE_DETAILED_CAPTION>') for task, a in row.get('answers', {}).items()]
+    said = [
+        sentence(a, row.get('label', ''), task == '<MORE_DETAILED_CAPTION>')
+        for task, a in row.get('answers', {}).items()
+    ]
     return list(dict.fromkeys(filter(None, said)))
 
 # %% ../../nbs/stages/02_caption.ipynb #588f4961
 CAPTIONERS = dict(given=given, attributes=attributes, labels=labels, florence=florence)
 
+
 def caption(
-    row: dict,        # what is known of the picture
-    captioner: str,   # one of CAPTIONERS, or 'auto': the first that has something to say
-    n: int,           # sentences wanted
+    row: dict,  # what is known of the picture
+    captioner: str,  # one of CAPTIONERS, or 'auto': the first that has something to say
+    n: int,  # sentences wanted
     seed: int = 0,
-    classes: int = 0, # sentences beside them that name the class
-) -> tuple:           # (sentences, name of the captioner)
+    classes: int = 0,  # sentences beside them that name the class
+) -> tuple:  # (sentences, name of the captioner)
     "Sentences for a picture: the same for the same picture, whatever its number."
-    rng = np.random.default_rng(int(hashlib.sha256(f'{seed} {row.get("sha256") or row.get("source")}'.encode()).hexdigest()[:16], 16))
+    rng = np.random.default_rng(
+        int(hashlib.sha256(f'{seed} {row.get("sha256") or row.get("source")}'.encode()).hexdigest()[:16], 16)
+    )
     for name in ([captioner] if captioner != 'auto' else []) + list(CAPTIONERS):
-        if said := CAPTIONERS[name](row, rng, n): return list(dict.fromkeys(said + (labels(row, rng, classes) if name != 'labels' else []))), name
+        if said := CAPTIONERS[name](row, rng, n):
+            return list(dict.fromkeys(said + (labels(row, rng, classes) if name != 'labels' else []))), name
     return ['a picture'], 'nothing'
 
 # %% ../../nbs/stages/02_caption.ipynb #3598aa44
 def token_counter(
-    spec: str, # components.text_encoder
-) -> tuple:    # (function: text -> tokens, most tokens, is it exact?)
+    spec: str,  # components.text_encoder
+) -> tuple:  # (function: text -> tokens, most tokens, is it exact?)
     "Counts tokens as the text encoder will, or nearly so."
     import flowerdiff
-    root = Path(flowerdiff.__file__).parent/'assets/garden/clip' if spec == 'garden' else Path(spec)
-    files = [f for f in (root/'tokenizer.json', root/'tokenizer'/'tokenizer.json') if f.is_file()]
-    if not files: return lambda text: 2 + sum(1 + (len(w) - 1)//6 for w in re.findall(r'\w+|[^\w\s]', text)), 77, False
+
+    root = Path(flowerdiff.__file__).parent / 'assets/garden/clip' if spec == 'garden' else Path(spec)
+    files = [f for f in (root / 'tokenizer.json', root / 'tokenizer' / 'tokenizer.json') if f.is_file()]
+    if not files:
+        return (
+            lambda text: 2 + sum(1 + (len(w) - 1) // 6 for w in re.findall(r'\w+|[^\w\s]', text)),
+            77,
+            False,
+        )
     from tokenizers import Tokenizer
-    tokenizer = Tokenizer.from_file(str(files[0])); tokenizer.no_truncation(); tokenizer.no_padding()
+
+    tokenizer = Tokenizer.from_file(str(files[0]))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     config = files[0].with_name('tokenizer_config.json')
     most = min(int(read_json(config).get('model_max_length', 77)), 10_000) if config.exists() else 77
     return lambda text: len(tokenizer.encode(text).ids), most, True
@@ -108,7 +155,9 @@ def token_counter(
 @dataclass
 class Lint:
     "Counts faults as captions pass by."
-    spec: str # components.text_encoder
+
+    spec: str  # components.text_encoder
+
     def __post_init__(self):
         self.count, self.most, self.exact = token_counter(self.spec)
         self.pictures = self.captions = self.long = self.empty = 0
@@ -119,62 +168,101 @@ class Lint:
         self.pictures += 1
         for text in captions:
             tokens = self.count(text)
-            self.captions += 1; self.lengths[tokens] += 1; self.empty += not text.strip()
-            if tokens > self.most: self.long += 1; self.examples += [text] if len(self.examples) < 5 else []
-            self.texts[hashlib.sha256(text.encode()).digest()[:8]] += 1; self.openings[' '.join(text.lower().split()[:3])] += 1
+            self.captions += 1
+            self.lengths[tokens] += 1
+            self.empty += not text.strip()
+            if tokens > self.most:
+                self.long += 1
+                self.examples += [text] if len(self.examples) < 5 else []
+            self.texts[hashlib.sha256(text.encode()).digest()[:8]] += 1
+            self.openings[' '.join(text.lower().split()[:3])] += 1
 
     def report(self) -> dict:
         "What `lint.json` says."
         opening, times = self.openings.most_common(1)[0] if self.openings else ('', 0)
         repeated = sum(n for n in self.texts.values() if n > 1)
-        share = lambda n: round(n/max(self.captions, 1), 4)
-        return dict(pictures=self.pictures, captions=self.captions, unique=len(self.texts), max_tokens=self.most, exact_tokens=self.exact, too_long=self.long, too_long_examples=self.examples,
-                    empty=self.empty, repeated=repeated, repeated_share=share(repeated), opening=opening, opening_share=share(times), tokens={str(k): v for k, v in sorted(self.lengths.items())})
+        share = lambda n: round(n / max(self.captions, 1), 4)
+        return dict(
+            pictures=self.pictures,
+            captions=self.captions,
+            unique=len(self.texts),
+            max_tokens=self.most,
+            exact_tokens=self.exact,
+            too_long=self.long,
+            too_long_examples=self.examples,
+            empty=self.empty,
+            repeated=repeated,
+            repeated_share=share(repeated),
+            opening=opening,
+            opening_share=share(times),
+            tokens={str(k): v for k, v in sorted(self.lengths.items())},
+        )
 
 # %% ../../nbs/stages/02_caption.ipynb #b2bac9ae
 FINE = 'nothing to complain of'
 
+
 def findings(
-    report: dict,   # from `Lint.report`
-    least: int = 0, # settings.caption.least_pictures
-) -> str:           # one line
+    report: dict,  # from `Lint.report`
+    least: int = 0,  # settings.caption.least_pictures
+) -> str:  # one line
     "The faults in words, those worth a thought first."
     r, out = report, []
-    if r['pictures'] < least: out.append(f'{r["pictures"]} pictures are few, {least} are wanted: add some, or train less and look often')
-    if r['too_long']: out.append(f'{r["too_long"]} over {r["max_tokens"]} tokens, whose ends are not read: shorten them')
-    if r['empty']: out.append(f'{r["empty"]} empty: delete or fill them')
-    if r['opening_share'] > .2: out.append(f'{r["opening_share"]:.0%} begin with "{r["opening"]}": vary them, or begin prompts so')
-    if r['repeated_share'] > .2: out.append(f'{r["repeated_share"]:.0%} stand on more than one picture: the model can not tell these apart')
+    if r['pictures'] < least:
+        out.append(
+            f'{r["pictures"]} pictures are few, {least} are wanted: add some, or train less and look often'
+        )
+    if r['too_long']:
+        out.append(f'{r["too_long"]} over {r["max_tokens"]} tokens, whose ends are not read: shorten them')
+    if r['empty']:
+        out.append(f'{r["empty"]} empty: delete or fill them')
+    if r['opening_share'] > 0.2:
+        out.append(f'{r["opening_share"]:.0%} begin with "{r["opening"]}": vary them, or begin prompts so')
+    if r['repeated_share'] > 0.2:
+        out.append(
+            f'{r["repeated_share"]:.0%} stand on more than one picture: the model can not tell these apart'
+        )
     return '; '.join(out) or FINE
 
 # %% ../../nbs/stages/02_caption.ipynb #53c64811
 @dataclass
 class Captioned:
     "What came out."
-    summary: str # one line
-    folder: Path # `captions/`
+
+    summary: str  # one line
+    folder: Path  # `captions/`
     pictures: Path
     lint: dict
+
     def show(self):
         "Eight pictures with their captions, and the report."
         sheet(self.pictures, self.folder)
         import matplotlib.pyplot as plt
+
         plt.show()
         print(table(self.lint))
 
 # %% ../../nbs/stages/02_caption.ipynb #65714307
-def rows_of(folder: Path): # -> (split, row)
+def rows_of(folder: Path):  # -> (split, row)
     "Rows of all splits of `pictures/`, one at a time."
-    for split in ('train', 'val', 'test'): yield from ((split, row) for row in each_row(folder/split/'metadata.jsonl'))
+    for split in ('train', 'val', 'test'):
+        yield from ((split, row) for row in each_row(folder / split / 'metadata.jsonl'))
 
-def looked_at(ws: Workspace) -> tuple: # file -> {task: answer}; pictures/s
+
+def looked_at(ws: Workspace) -> tuple:  # file -> {task: answer}; pictures/s
     "Show every picture to the model, or find what it said before."
     from flowerdiff.data.captioning import describe_pictures
+
     return describe_pictures(ws, [f'{split}/{row["file_name"]}' for split, row in rows_of(ws.pictures)])
 
 # %% ../../nbs/stages/02_caption.ipynb #8f314543
 def _nothing_to_say(name: str) -> str:
-    what = dict(given='captions in metadata.jsonl', attributes='attribute columns in metadata.jsonl', labels='label, nor a subfolder that names one', florence='answer of caption.model that says anything')[name]
+    what = dict(
+        given='captions in metadata.jsonl',
+        attributes='attribute columns in metadata.jsonl',
+        labels='label, nor a subfolder that names one',
+        florence='answer of caption.model that says anything',
+    )[name]
     return f'caption.captioner: is {name}, but no picture has {what}; set it to auto'
 
 # %% ../../nbs/stages/02_caption.ipynb #1f9b2f99
@@ -182,47 +270,92 @@ def _nothing_to_say(name: str) -> str:
 def run(ws: Workspace) -> Captioned:
     "Captions for every picture, in `captions/`."
     s, used, lint = ws.settings.caption, Counter(), Lint(ws.settings.components.text_encoder)
-    total = sum(read_json(ws.pictures/'info.json')['counts'].values())
-    answers, rate = looked_at(ws) if s.captioner == 'florence' else ({}, 0.)
+    total = sum(read_json(ws.pictures / 'info.json')['counts'].values())
+    answers, rate = looked_at(ws) if s.captioner == 'florence' else ({}, 0.0)
     with atomic_dir(ws.captions) as new:
-        with open(new/'metadata.jsonl', 'w', encoding='utf-8') as f:
+        with open(new / 'metadata.jsonl', 'w', encoding='utf-8') as f:
             for split, row in progress(rows_of(ws.pictures), total, 'captions'):
-                said, name = caption(row | dict(answers=answers.get(f'{split}/{row["file_name"]}', {})), s.captioner, s.per_picture, ws.settings.seed, s.class_captions)
-                f.write(json.dumps(dict(file_name=f'{split}/{row["file_name"]}', captions=said, captioner=name), ensure_ascii=False) + '\n')
-                used[name] += 1; lint.add(said)
-        if s.captioner != 'auto' and not used[s.captioner]: raise UserError(_nothing_to_say(s.captioner))
+                said, name = caption(
+                    row | dict(answers=answers.get(f'{split}/{row["file_name"]}', {})),
+                    s.captioner,
+                    s.per_picture,
+                    ws.settings.seed,
+                    s.class_captions,
+                )
+                f.write(
+                    json.dumps(
+                        dict(file_name=f'{split}/{row["file_name"]}', captions=said, captioner=name),
+                        ensure_ascii=False,
+                    )
+                    + '\n'
+                )
+                used[name] += 1
+                lint.add(said)
+        if s.captioner != 'auto' and not used[s.captioner]:
+            raise UserError(_nothing_to_say(s.captioner))
         report = dict(captioners=dict(used.most_common()), **lint.report())
         found = findings(report, s.least_pictures)
-        write_json(new/'lint.json', dict(report, findings=found))
-    if used['nothing']: print(f'{used["nothing"]} pictures have no captions, attributes or label: they are "a picture", and words will not steer what is drawn of them')
+        write_json(new / 'lint.json', dict(report, findings=found))
+    if used['nothing']:
+        print(
+            f'{used["nothing"]} pictures have no captions, attributes or label: they are "a picture", and words will not steer what is drawn of them'
+        )
     print(f'captions: {found}')
     by = ', '.join(f'{k} {v}' for k, v in used.most_common()) if len(used) > 1 else next(iter(used))
-    return Captioned(f'{lint.captions} captions of {lint.pictures} pictures ({by}), {len(lint.texts)} different' + (f', {rate:.1f} pictures/s' if rate else '') + (f'; {len(found.split("; "))} remarks in captions/lint.json' if found != FINE else ''), ws.captions, ws.pictures, report)
+    return Captioned(
+        f'{lint.captions} captions of {lint.pictures} pictures ({by}), {len(lint.texts)} different'
+        + (f', {rate:.1f} pictures/s' if rate else '')
+        + (f'; {len(found.split("; "))} remarks in captions/lint.json' if found != FINE else ''),
+        ws.captions,
+        ws.pictures,
+        report,
+    )
 
 # %% ../../nbs/stages/02_caption.ipynb #a0794894
 def sheet(
-    pictures: Path, # `pictures/`
-    captions: Path, # `captions/`
-    n: int = 8,     # pictures
-):                  # a matplotlib figure
+    pictures: Path,  # `pictures/`
+    captions: Path,  # `captions/`
+    n: int = 8,  # pictures
+):  # a matplotlib figure
     "Pictures with their captions."
     import matplotlib.pyplot as plt, textwrap
     from PIL import Image
-    total = max(sum(r['file_name'].startswith('train/') for r in each_row(captions/'metadata.jsonl')), 1)
-    wanted = {i*total//n for i in range(n)} # train comes first
-    rows = [r for i, r in enumerate(itertools.islice(each_row(captions/'metadata.jsonl'), total)) if i in wanted]
-    fig, axes = plt.subplots(-(-len(rows)//2), 2, figsize=(8, 1.05*-(-len(rows)//2)), squeeze=False)
-    for ax in axes.flat: ax.axis('off')
+
+    total = max(sum(r['file_name'].startswith('train/') for r in each_row(captions / 'metadata.jsonl')), 1)
+    wanted = {i * total // n for i in range(n)}  # train comes first
+    rows = [
+        r for i, r in enumerate(itertools.islice(each_row(captions / 'metadata.jsonl'), total)) if i in wanted
+    ]
+    fig, axes = plt.subplots(-(-len(rows) // 2), 2, figsize=(8, 1.05 * -(-len(rows) // 2)), squeeze=False)
+    for ax in axes.flat:
+        ax.axis('off')
     for ax, r in zip(axes.flat, rows):
-        ax.imshow(Image.open(pictures/r['file_name']))
-        ax.text(1.06, .98, '\n'.join(textwrap.shorten(c, 58) for c in r['captions'][:5]), transform=ax.transAxes, va='top', fontsize=7, linespacing=1.5)
+        ax.imshow(Image.open(pictures / r['file_name']))
+        ax.text(
+            1.06,
+            0.98,
+            '\n'.join(textwrap.shorten(c, 58) for c in r['captions'][:5]),
+            transform=ax.transAxes,
+            va='top',
+            fontsize=7,
+            linespacing=1.5,
+        )
         ax.set_anchor('W')
-    fig.tight_layout(pad=.4)
+    fig.tight_layout(pad=0.4)
     return fig
+
 
 def table(report: dict) -> str:
     "The lint report, a line a question."
     r = report
-    lines = {'captions': f'{r["captions"]} of {r["pictures"]} pictures, {r["unique"]} different', 'longest': f'{max(map(int, r["tokens"]), default=0)} tokens of {r["max_tokens"]}' + ('' if r['exact_tokens'] else ' (estimated)'),
-             'too long': r['too_long'], 'empty': r['empty'], 'on more than one picture': f'{r["repeated_share"]:.0%}', 'commonest opening': f'"{r["opening"]}", {r["opening_share"]:.0%}', 'findings': findings(r)}
+    lines = {
+        'captions': f'{r["captions"]} of {r["pictures"]} pictures, {r["unique"]} different',
+        'longest': f'{max(map(int, r["tokens"]), default=0)} tokens of {r["max_tokens"]}'
+        + ('' if r['exact_tokens'] else ' (estimated)'),
+        'too long': r['too_long'],
+        'empty': r['empty'],
+        'on more than one picture': f'{r["repeated_share"]:.0%}',
+        'commonest opening': f'"{r["opening"]}", {r["opening_share"]:.0%}',
+        'findings': findings(r),
+    }
     return '\n'.join(f'{k:26}{v}' for k, v in lines.items())

@@ -15,188 +15,363 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
-from ..models.components import component_fingerprint, decode, find_component, load_autoencoder, load_text, pil_to_tensor, save_components, scale_factor, tensor_to_pil
+from flowerdiff.models.components import (
+    component_fingerprint,
+    decode,
+    find_component,
+    load_autoencoder,
+    load_text,
+    pil_to_tensor,
+    save_components,
+    scale_factor,
+    tensor_to_pil,
+)
 from ..data.distributed_encoding import encode_together
-from ..data.encoding import encode_captions, encode_pictures, latent_statistics, number_captions, psnr, read_pictures
+from flowerdiff.data.encoding import (
+    encode_captions,
+    encode_pictures,
+    latent_statistics,
+    number_captions,
+    psnr,
+    read_pictures,
+)
 from ..data.shards import Shards, all_sets, set_name
-from ..core.workspace import UserError, Workspace, code_fingerprint, file_sha256, fingerprint, progress, read_json, read_jsonl, stage, write_json
+from flowerdiff.core.workspace import (
+    UserError,
+    Workspace,
+    code_fingerprint,
+    file_sha256,
+    fingerprint,
+    progress,
+    read_json,
+    read_jsonl,
+    stage,
+    write_json,
+)
 
 # %% ../../nbs/stages/03_encode.ipynb #91e198e6
 def show_latents(
-    pictures: torch.Tensor, # [B, 3, H, W] from -1 to 1
+    pictures: torch.Tensor,  # [B, 3, H, W] from -1 to 1
     latents: torch.Tensor,  # [B, C, h, w]
     decoded: torch.Tensor,  # [B, 3, H, W]
 ):
     "A row for each picture: as it was, the first channels of its latents, as it came back."
     import matplotlib.pyplot as plt
+
     c = min(4, latents.shape[1])
-    fig, axes = plt.subplots(len(pictures), c + 2, figsize=(1.1*(c + 2), 1.15*len(pictures)), squeeze=False)
+    fig, axes = plt.subplots(
+        len(pictures), c + 2, figsize=(1.1 * (c + 2), 1.15 * len(pictures)), squeeze=False
+    )
     for row, p, z, d in zip(axes, tensor_to_pil(pictures), latents, tensor_to_pil(decoded)):
-        for ax, im in zip(row, [p, *z[:c], d]): ax.imshow(im, cmap='gray', vmin=-2.5, vmax=2.5); ax.axis('off')
-    for ax, t in zip(axes[0], ['picture', *(f'channel {i}' for i in range(c)), 'decoded']): ax.set_title(t, fontsize=8)
-    plt.tight_layout(pad=.2); plt.show()
+        for ax, im in zip(row, [p, *z[:c], d]):
+            ax.imshow(im, cmap='gray', vmin=-2.5, vmax=2.5)
+            ax.axis('off')
+    for ax, t in zip(axes[0], ['picture', *(f'channel {i}' for i in range(c)), 'decoded']):
+        ax.set_title(t, fontsize=8)
+    plt.tight_layout(pad=0.2)
+    plt.show()
 
 # %% ../../nbs/stages/03_encode.ipynb #c3f8446c
 SPLITS = 'train', 'val', 'test'
 
+
 class Inputs(NamedTuple):
     "What is to be encoded of a split, the squares first."
-    files: list    # names
-    captions: list # a list of texts for each
+
+    files: list  # names
+    captions: list  # a list of texts for each
     buckets: list  # (width, height) of each that is no square; None
+
 
 def read_inputs(
     ws: Workspace,
-) -> dict:         # split -> Inputs
+) -> dict:  # split -> Inputs
     "What to encode. Raises `UserError` for a picture without a row of captions."
-    said = {r['file_name']: r['captions'] for r in read_jsonl(ws.captions/'metadata.jsonl')}
+    said = {r['file_name']: r['captions'] for r in read_jsonl(ws.captions / 'metadata.jsonl')}
     out = {}
     for s in SPLITS:
-        rows = sorted(read_jsonl(ws.pictures/s/'metadata.jsonl'), key=lambda r: set_name('latents', r.get('bucket')))
-        if missing := next((r['file_name'] for r in rows if f'{s}/{r["file_name"]}' not in said), None): raise UserError(f'{ws.captions/"metadata.jsonl"}: says nothing about {s}/{missing}; run the stage caption again')
-        out[s] = Inputs([r['file_name'] for r in rows], [said[f'{s}/{r["file_name"]}'] for r in rows], [r.get('bucket') for r in rows])
-    if not out['train'].files: raise UserError(f'{ws.pictures}: has no picture to train on; add pictures and run the stage prepare')
+        rows = sorted(
+            read_jsonl(ws.pictures / s / 'metadata.jsonl'), key=lambda r: set_name('latents', r.get('bucket'))
+        )
+        if missing := next((r['file_name'] for r in rows if f'{s}/{r["file_name"]}' not in said), None):
+            raise UserError(
+                f'{ws.captions / "metadata.jsonl"}: says nothing about {s}/{missing}; run the stage caption again'
+            )
+        out[s] = Inputs(
+            [r['file_name'] for r in rows],
+            [said[f'{s}/{r["file_name"]}'] for r in rows],
+            [r.get('bucket') for r in rows],
+        )
+    if not out['train'].files:
+        raise UserError(f'{ws.pictures}: has no picture to train on; add pictures and run the stage prepare')
     return out
 
+
 def sets_of(
-    inputs: dict, # of `read_inputs`
-) -> list:        # of (split, bucket or None, files): each a set of latents of one shape
+    inputs: dict,  # of `read_inputs`
+) -> list:  # of (split, bucket or None, files): each a set of latents of one shape
     "What is encoded together. Squares have a set in each split, if only an empty one."
     out = []
     for s, x in inputs.items():
-        own = {b: [f for f, _ in some] for b, some in itertools.groupby(zip(x.files, x.buckets), key=lambda fb: fb[1] and tuple(fb[1]))}
+        own = {
+            b: [f for f, _ in some]
+            for b, some in itertools.groupby(zip(x.files, x.buckets), key=lambda fb: fb[1] and tuple(fb[1]))
+        }
         out += [(s, b, files) for b, files in ({None: []} | own).items()]
     return out
 
 # %% ../../nbs/stages/03_encode.ipynb #6987798b
 def picture_fingerprint(
     ws: Workspace,
-    splits: dict,   # of `read_inputs`
+    splits: dict,  # of `read_inputs`
 ) -> str:
     "Fingerprint of the pictures' bytes and their order. Raises `UserError` for one that is gone."
-    try: return fingerprint([(s, f, file_sha256(ws.pictures/s/f)) for s, x in splits.items() for f in x.files])
-    except FileNotFoundError as e: raise UserError(f'{e.filename}: is not there; run the stage prepare again') from None
+    try:
+        return fingerprint(
+            [(s, f, file_sha256(ws.pictures / s / f)) for s, x in splits.items() for f in x.files]
+        )
+    except FileNotFoundError as e:
+        raise UserError(f'{e.filename}: is not there; run the stage prepare again') from None
 
 # %% ../../nbs/stages/03_encode.ipynb #0df316c2
 def caption_length(
-    captions: list, # texts
-) -> int:           # positions, a multiple of 8 from 16 to 77
+    captions: list,  # texts
+) -> int:  # positions, a multiple of 8 from 16 to 77
     "Positions that hold 98 of 100 captions, at four tokens for three words, with start and end."
-    words = np.quantile([len(c.split()) for c in captions] or [0], .98)
-    return int(min(77, max(16, -(-(words*4/3 + 2)//8)*8)))
+    words = np.quantile([len(c.split()) for c in captions] or [0], 0.98)
+    return int(min(77, max(16, -(-(words * 4 / 3 + 2) // 8) * 8)))
 
 # %% ../../nbs/stages/03_encode.ipynb #90af774b
 def own_clip(
     ws: Workspace,
-    splits: dict,   # of `read_inputs`
+    splits: dict,  # of `read_inputs`
     pictures: str,  # their fingerprint
-) -> Path:          # folder of a CLIPModel with its tokenizer
+) -> Path:  # folder of a CLIPModel with its tokenizer
     "Train a small CLIP on the training split, or find the one that was trained for the same data and settings."
     from flowerdiff.models.clip import train_clip
-    (files, captions, _), e, side = splits['train'], ws.settings.encode, min(64, ws.settings.prepare.resolution)
-    if not any(captions): raise UserError('components.text_encoder: train needs captions and there are none; describe the pictures (metadata.jsonl), or use garden')
-    work = ws.work_dir('clip', fingerprint([pictures, captions, e.clip_minutes, ws.settings.seed, side, code_fingerprint('flowerdiff.models.clip')]))
-    if not (work/'done.json').exists():
-        train_clip(small_pictures(ws, files, side, work/'pictures.npy', 'pictures for CLIP'), captions, work/'clip', minutes=e.clip_minutes, seed=ws.settings.seed, max_length=caption_length([c for cs in captions for c in cs]),
-            progress=lambda line: None, watch=partial(progress, label='steps of CLIP'))
-        (work/'pictures.npy').unlink(); write_json(work/'done.json', dict(minutes=e.clip_minutes))
-    return work/'clip'
 
-def small_pictures(ws: Workspace, files: list, side: int, to: Path, label: str) -> np.ndarray: # [N, side, side, 3] uint8, of the training split, mapped from the file `to`
+    (files, captions, _), e, side = (
+        splits['train'],
+        ws.settings.encode,
+        min(64, ws.settings.prepare.resolution),
+    )
+    if not any(captions):
+        raise UserError(
+            'components.text_encoder: train needs captions and there are none; describe the pictures (metadata.jsonl), or use garden'
+        )
+    work = ws.work_dir(
+        'clip',
+        fingerprint(
+            [
+                pictures,
+                captions,
+                e.clip_minutes,
+                ws.settings.seed,
+                side,
+                code_fingerprint('flowerdiff.models.clip'),
+            ]
+        ),
+    )
+    if not (work / 'done.json').exists():
+        train_clip(
+            small_pictures(ws, files, side, work / 'pictures.npy', 'pictures for CLIP'),
+            captions,
+            work / 'clip',
+            minutes=e.clip_minutes,
+            seed=ws.settings.seed,
+            max_length=caption_length([c for cs in captions for c in cs]),
+            progress=lambda line: None,
+            watch=partial(progress, label='steps of CLIP'),
+        )
+        (work / 'pictures.npy').unlink()
+        write_json(work / 'done.json', dict(minutes=e.clip_minutes))
+    return work / 'clip'
+
+
+def small_pictures(
+    ws: Workspace, files: list, side: int, to: Path, label: str
+) -> np.ndarray:  # [N, side, side, 3] uint8, of the training split, mapped from the file `to`
     from PIL import Image, ImageOps
+
     seen = np.lib.format.open_memmap(to, 'w+', np.uint8, (len(files), side, side, 3))
     for i, f in enumerate(progress(files, label=label)):
-        with Image.open(ws.pictures/'train'/f) as im: seen[i] = np.asarray(ImageOps.fit(im.convert('RGB'), (side, side), Image.Resampling.BOX))
+        with Image.open(ws.pictures / 'train' / f) as im:
+            seen[i] = np.asarray(ImageOps.fit(im.convert('RGB'), (side, side), Image.Resampling.BOX))
     return seen
 
 # %% ../../nbs/stages/03_encode.ipynb #21f67cc0
 def own_autoencoder(
     ws: Workspace,
-    splits: dict,   # of `read_inputs`
+    splits: dict,  # of `read_inputs`
     pictures: str,  # their fingerprint
-) -> Path:          # folder of an AutoencoderKL
+) -> Path:  # folder of an AutoencoderKL
     "Train an autoencoder on the training split, or find the one that was trained for the same data and settings."
     from flowerdiff.models.vae import squeeze_features, train_vae
+
     files, e, side = splits['train'].files, ws.settings.encode, ws.settings.prepare.resolution
-    eyes = next((f for f in (ws.root/e.vae_features, Path(e.vae_features).expanduser()) if f.is_file()), None) if e.vae_features else None
-    if e.vae_features and not eyes: raise UserError(f'encode.vae_features: {e.vae_features} is not there; give a SqueezeNet (.safetensors), or nothing')
-    work = ws.work_dir('vae', fingerprint([pictures, e.vae_minutes, e.vae_factor, file_sha256(eyes) if eyes else '', ws.settings.seed, side, code_fingerprint('flowerdiff.models.vae')]))
-    if not (work/'done.json').exists():
+    eyes = (
+        next((f for f in (ws.root / e.vae_features, Path(e.vae_features).expanduser()) if f.is_file()), None)
+        if e.vae_features
+        else None
+    )
+    if e.vae_features and not eyes:
+        raise UserError(
+            f'encode.vae_features: {e.vae_features} is not there; give a SqueezeNet (.safetensors), or nothing'
+        )
+    work = ws.work_dir(
+        'vae',
+        fingerprint(
+            [
+                pictures,
+                e.vae_minutes,
+                e.vae_factor,
+                file_sha256(eyes) if eyes else '',
+                ws.settings.seed,
+                side,
+                code_fingerprint('flowerdiff.models.vae'),
+            ]
+        ),
+    )
+    if not (work / 'done.json').exists():
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
         look = squeeze_features(eyes, device) if eyes else None
-        train_vae(small_pictures(ws, files, side, work/'pictures.npy', 'pictures for the autoencoder'), work/'vae', minutes=e.vae_minutes, factor=e.vae_factor, seed=ws.settings.seed,
-            look=look, device=device, watch=partial(progress, label='steps of the autoencoder'))
-        (work/'pictures.npy').unlink(); write_json(work/'done.json', dict(minutes=e.vae_minutes))
-    return work/'vae'
+        train_vae(
+            small_pictures(ws, files, side, work / 'pictures.npy', 'pictures for the autoencoder'),
+            work / 'vae',
+            minutes=e.vae_minutes,
+            factor=e.vae_factor,
+            seed=ws.settings.seed,
+            look=look,
+            device=device,
+            watch=partial(progress, label='steps of the autoencoder'),
+        )
+        (work / 'pictures.npy').unlink()
+        write_json(work / 'done.json', dict(minutes=e.vae_minutes))
+    return work / 'vae'
 
 # %% ../../nbs/stages/03_encode.ipynb #809a60b7
 def find_components(
     ws: Workspace,
-    splits: dict,    # of `read_inputs`
-    pictures: str,   # their fingerprint
-) -> tuple:          # autoencoder, TextEncoder, fingerprints of both
+    splits: dict,  # of `read_inputs`
+    pictures: str,  # their fingerprint
+) -> tuple:  # autoencoder, TextEncoder, fingerprints of both
     "The two encoders that the settings name."
     c = ws.settings.components
     own = str(own_autoencoder(ws, splits, pictures)) if c.autoencoder == 'train' else c.autoencoder
     vae = load_autoencoder(own, ws.root)
-    if ws.settings.prepare.resolution % scale_factor(vae): raise UserError(f'prepare.resolution: {ws.settings.prepare.resolution} is not a multiple of {scale_factor(vae)}, as components.autoencoder needs')
+    if ws.settings.prepare.resolution % scale_factor(vae):
+        raise UserError(
+            f'prepare.resolution: {ws.settings.prepare.resolution} is not a multiple of {scale_factor(vae)}, as components.autoencoder needs'
+        )
     spec = str(own_clip(ws, splits, pictures)) if c.text_encoder == 'train' else c.text_encoder
     text = load_text(spec, ws.root)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    vae.to(device, memory_format=torch.channels_last); text.model.to(device)
-    return vae, text, dict(autoencoder=component_fingerprint(find_component(own, 'vae', ws.root)), text_encoder=component_fingerprint(find_component(spec, 'text_encoder', ws.root)))
+    vae.to(device, memory_format=torch.channels_last)
+    text.model.to(device)
+    return (
+        vae,
+        text,
+        dict(
+            autoencoder=component_fingerprint(find_component(own, 'vae', ws.root)),
+            text_encoder=component_fingerprint(find_component(spec, 'text_encoder', ws.root)),
+        ),
+    )
+
 
 def replace_folder(new: Path, old: Path):
     "`new` takes the place of `old`. Killed in between, `new` is still there and the next run puts it in place."
     gone = old.with_name(f'.{old.name}.old')
     shutil.rmtree(gone, ignore_errors=True)
-    if old.exists(): os.replace(old, gone)
-    os.replace(new, old); shutil.rmtree(gone, ignore_errors=True)
+    if old.exists():
+        os.replace(old, gone)
+    os.replace(new, old)
+    shutil.rmtree(gone, ignore_errors=True)
 
 # %% ../../nbs/stages/03_encode.ipynb #3a5f929c
 def manifest(
-    new: Path,     # the folder with all shards in it
-    facts: dict,   # fingerprints, scaling, …
-) -> dict:         # what `manifest.json` says
+    new: Path,  # the folder with all shards in it
+    facts: dict,  # fingerprints, scaling, …
+) -> dict:  # what `manifest.json` says
     "Describe what was encoded."
-    read, count = {n: read_json(new/n/f'{"text" if n == "text" else "latents"}.json') for n in (*SPLITS, 'text')}, lambda m: sum(s['records'] for s in m['shards'])
-    buckets = {s.name: dict(shape=s.fields['mean'][0], records=len(s), shards=s.shards) for s in all_sets(new/'train', 'latents')[1:]}
-    shapes = {k: read['train']['fields'][k][0] for k in ('mean', 'std')} | dict(embedding=read['text']['fields']['embedding'][0])
-    return facts | dict(dtype='float16', shapes=shapes, records={n: count(m) + sum(b['records'] for b in buckets.values())*(n == 'train') for n, m in read.items()}, shards={n: m['shards'] for n, m in read.items()}) | (dict(buckets=buckets) if buckets else {})
+    read, count = (
+        {n: read_json(new / n / f'{"text" if n == "text" else "latents"}.json') for n in (*SPLITS, 'text')},
+        lambda m: sum(s['records'] for s in m['shards']),
+    )
+    buckets = {
+        s.name: dict(shape=s.fields['mean'][0], records=len(s), shards=s.shards)
+        for s in all_sets(new / 'train', 'latents')[1:]
+    }
+    shapes = {k: read['train']['fields'][k][0] for k in ('mean', 'std')} | dict(
+        embedding=read['text']['fields']['embedding'][0]
+    )
+    return (
+        facts
+        | dict(
+            dtype='float16',
+            shapes=shapes,
+            records={
+                n: count(m) + sum(b['records'] for b in buckets.values()) * (n == 'train')
+                for n, m in read.items()
+            },
+            shards={n: m['shards'] for n, m in read.items()},
+        )
+        | (dict(buckets=buckets) if buckets else {})
+    )
+
 
 def up_to_date(
     encoded: Path,
-    facts: dict,    # what its manifest should say
+    facts: dict,  # what its manifest should say
 ) -> bool:
     "Is everything there, made from the same, with every byte as it was?"
     try:
-        m = read_json(encoded/'manifest.json')
-        sets = [s for n in (*SPLITS, 'text') for s in all_sets(encoded/n, 'text' if n == 'text' else 'latents')]
-        for s in sets: s.verify()
-        if len(sets) != 4 + len(m.get('buckets', {})): return False
-        return all(m[k] == v for k, v in facts.items()) and component_fingerprint(encoded/'components') == m['components']
-    except (UserError, KeyError): return False
+        m = read_json(encoded / 'manifest.json')
+        sets = [
+            s for n in (*SPLITS, 'text') for s in all_sets(encoded / n, 'text' if n == 'text' else 'latents')
+        ]
+        for s in sets:
+            s.verify()
+        if len(sets) != 4 + len(m.get('buckets', {})):
+            return False
+        return (
+            all(m[k] == v for k, v in facts.items())
+            and component_fingerprint(encoded / 'components') == m['components']
+        )
+    except (UserError, KeyError):
+        return False
 
 # %% ../../nbs/stages/03_encode.ipynb #d0b141f7
 @dataclass
 class Result:
     "What was encoded."
+
     summary: str
-    folder: Path      # encoded/
-    pictures: Path    # pictures/
+    folder: Path  # encoded/
+    pictures: Path  # pictures/
 
     def show(self, n: int = 4):
         "Pictures beside what their latents become again, and the latents' statistics."
-        m, vae = read_json(self.folder/'manifest.json'), load_autoencoder(self.folder/'components')
+        m, vae = read_json(self.folder / 'manifest.json'), load_autoencoder(self.folder / 'components')
         split = 'val' if m['records']['val'] >= n else 'train'
-        sets = all_sets(self.folder/split, 'latents'); most = max(sets, key=len); first = sum(len(s) for s in sets[:sets.index(most)])
-        files, (h, w) = read_json(self.folder/split/'files.json')[first:first + min(n, len(most))], most.fields['mean'][0][2:]
-        x = pil_to_tensor(read_pictures([self.pictures/split/f for f in files], (w*scale_factor(vae), h*scale_factor(vae))))
+        sets = all_sets(self.folder / split, 'latents')
+        most = max(sets, key=len)
+        first = sum(len(s) for s in sets[: sets.index(most)])
+        files, (h, w) = (
+            read_json(self.folder / split / 'files.json')[first : first + min(n, len(most))],
+            most.fields['mean'][0][2:],
+        )
+        x = pil_to_tensor(
+            read_pictures(
+                [self.pictures / split / f for f in files], (w * scale_factor(vae), h * scale_factor(vae))
+            )
+        )
         z = torch.from_numpy(most.gather(range(len(files)))['mean'][:, 0]).float()
-        with torch.inference_mode(): y = decode(vae, z)
+        with torch.inference_mode():
+            y = decode(vae, z)
         show_latents(x, z, y)
         print(f'{psnr(x, y).mean():.1f} dB')
-        for c, (mean, std) in enumerate(zip(m['latent_mean'], m['latent_std'])): print(f'channel {c}: mean {mean:+.2f}, deviation {std:.2f}')
+        for c, (mean, std) in enumerate(zip(m['latent_mean'], m['latent_std'])):
+            print(f'channel {c}: mean {mean:+.2f}, deviation {std:.2f}')
 
 # %% ../../nbs/stages/03_encode.ipynb #cef3ddef
 @stage('encode')
@@ -205,37 +380,83 @@ def run(ws: Workspace) -> Result:
     splits, e, side = read_inputs(ws), ws.settings.encode, ws.settings.prepare.resolution
     pictures = picture_fingerprint(ws, splits)
     vae, text, parts = find_components(ws, splits, pictures)
-    fingerprints = dict(pictures=pictures, captions=fingerprint([x.captions for x in splits.values()]), **parts)
-    facts = dict(fingerprint=fingerprint(fingerprints), fingerprints=fingerprints, resolution=side, scaling_factor=vae.config.scaling_factor)
+    fingerprints = dict(
+        pictures=pictures, captions=fingerprint([x.captions for x in splits.values()]), **parts
+    )
+    facts = dict(
+        fingerprint=fingerprint(fingerprints),
+        fingerprints=fingerprints,
+        resolution=side,
+        scaling_factor=vae.config.scaling_factor,
+    )
     key = fingerprint([facts, e.shard_records, code_fingerprint('flowerdiff.stages.encode')])
     texts, numbers = number_captions([c for x in splits.values() for c in x.captions])
     total = sum(len(x.files) for x in splits.values())
     made = f'{total:,} pictures, {len(texts) - 1:,} captions'
-    if ws.encoded.exists() and read_key(ws) == key and up_to_date(ws.encoded, facts): return Result(f'{made}, as encoded before', ws.encoded, ws.pictures)
+    if ws.encoded.exists() and read_key(ws) == key and up_to_date(ws.encoded, facts):
+        return Result(f'{made}, as encoded before', ws.encoded, ws.pictures)
     new = ws.work_dir('encode', key)
-    for _ in progress(encode_captions(text, texts, new/'text', shard_records=e.shard_records), len(texts), 'captions'): pass
+    for _ in progress(
+        encode_captions(text, texts, new / 'text', shard_records=e.shard_records), len(texts), 'captions'
+    ):
+        pass
     start, done = time.perf_counter(), 0
     sets = sets_of(splits)
-    alone = itertools.chain.from_iterable(encode_pictures(vae, [ws.pictures/s/f for f in files], side, new/s, e.batch_size, e.shard_records, b) for s, b, files in sets)
-    for _ in progress(alone if e.num_processes == 1 else encode_together(ws, vae, sets, new), total, 'pictures'): done += 1
-    for left in new.glob('*/rank-*'): shutil.rmtree(left)
-    rate = done/(time.perf_counter() - start)
+    alone = itertools.chain.from_iterable(
+        encode_pictures(
+            vae, [ws.pictures / s / f for f in files], side, new / s, e.batch_size, e.shard_records, b
+        )
+        for s, b, files in sets
+    )
+    for _ in progress(
+        alone if e.num_processes == 1 else encode_together(ws, vae, sets, new), total, 'pictures'
+    ):
+        done += 1
+    for left in new.glob('*/rank-*'):
+        shutil.rmtree(left)
+    rate = done / (time.perf_counter() - start)
     numbers = iter(numbers)
     for s, x in splits.items():
-        write_json(new/s/'files.json', x.files)
-        (new/s/'captions.json').write_text(json.dumps(list(itertools.islice(numbers, len(x.files)))))
-    write_json(new/'text'/'texts.json', texts)
-    for left in new.rglob('.*.tmp-*'): left.unlink() # of a killed run
-    save_components(new/'components', vae.to('cpu', memory_format=torch.contiguous_format), text)
-    mean, std = latent_statistics(max(all_sets(new/'train', 'latents'), key=len))
+        write_json(new / s / 'files.json', x.files)
+        (new / s / 'captions.json').write_text(json.dumps(list(itertools.islice(numbers, len(x.files)))))
+    write_json(new / 'text' / 'texts.json', texts)
+    for left in new.rglob('.*.tmp-*'):
+        left.unlink()  # of a killed run
+    save_components(new / 'components', vae.to('cpu', memory_format=torch.contiguous_format), text)
+    mean, std = latent_statistics(max(all_sets(new / 'train', 'latents'), key=len))
     cut = len(text.too_long(texts))
-    write_json(new/'manifest.json', manifest(new, facts | dict(components=component_fingerprint(new/'components'), latent_mean=mean, latent_std=std, captions_cut=cut)))
-    replace_folder(new, ws.encoded); write_json(ws.work/'encode.json', dict(key=key))
-    for old in ws.work.glob('encode-*'): shutil.rmtree(old, ignore_errors=True) # begun with other inputs, never ended
-    return Result(f'{made}, {"x".join(map(str, mean_shape(ws.encoded)))} latents' + (f', {rate:.0f} pictures/s' if done else '') + (f', {cut:,} captions cut at {text.length} tokens' if cut else ''), ws.encoded, ws.pictures)
+    write_json(
+        new / 'manifest.json',
+        manifest(
+            new,
+            facts
+            | dict(
+                components=component_fingerprint(new / 'components'),
+                latent_mean=mean,
+                latent_std=std,
+                captions_cut=cut,
+            ),
+        ),
+    )
+    replace_folder(new, ws.encoded)
+    write_json(ws.work / 'encode.json', dict(key=key))
+    for old in ws.work.glob('encode-*'):
+        shutil.rmtree(old, ignore_errors=True)  # begun with other inputs, never ended
+    return Result(
+        f'{made}, {"x".join(map(str, mean_shape(ws.encoded)))} latents'
+        + (f', {rate:.0f} pictures/s' if done else '')
+        + (f', {cut:,} captions cut at {text.length} tokens' if cut else ''),
+        ws.encoded,
+        ws.pictures,
+    )
 
-def read_key(ws: Workspace) -> str: # of the last encoding: its inputs and its code
-    try: return read_json(ws.work/'encode.json')['key']
-    except UserError: return ''
 
-def mean_shape(encoded: Path) -> list: return read_json(encoded/'manifest.json')['shapes']['mean'][1:]
+def read_key(ws: Workspace) -> str:  # of the last encoding: its inputs and its code
+    try:
+        return read_json(ws.work / 'encode.json')['key']
+    except UserError:
+        return ''
+
+
+def mean_shape(encoded: Path) -> list:
+    return read_json(encoded / 'manifest.json')['shapes']['mean'][1:]

@@ -17,83 +17,178 @@ from PIL import Image
 from ..inference.backends import BACKENDS
 from ..inference.benchmark import open_all, race_pictures
 from ..evaluation.feature_extractors import ClipFeatures, open_features, own_clip
-from ..evaluation.metrics import Estimate, adherence, bootstrap, clip_scores, cmmd, confusion, copies, directions, fid, inception_score, kid, nearest, psnr, shuffled, within
+from flowerdiff.evaluation.metrics import (
+    Estimate,
+    adherence,
+    bootstrap,
+    clip_scores,
+    cmmd,
+    confusion,
+    copies,
+    directions,
+    fid,
+    inception_score,
+    kid,
+    nearest,
+    psnr,
+    shuffled,
+    within,
+)
 from ..models.model_folder import student_steps, weights_fingerprint
 from ..inference.torch_backend import TorchBackend, left_out
 from ..evaluation.eval_prompts import ENOUGH, draw_all, drawn_how, questions, shown_how
 from ..evaluation.report import adherence_section, by_timestep, curves, headlines, percent, render
 from ..inference.generator import Generator, montage
 from ..evaluation.metric_table import beside, former
-from ..evaluation.image_rows import agreement_strip, attention_strip, dial_strips, nearest_strip, read_pictures, real_strip, reconstruct
-from ..core.workspace import UserError, Workspace, atomic_dir, read_json, read_jsonl, stage, write_json
+from flowerdiff.evaluation.image_rows import (
+    agreement_strip,
+    attention_strip,
+    dial_strips,
+    nearest_strip,
+    read_pictures,
+    real_strip,
+    reconstruct,
+)
+from flowerdiff.core.workspace import (
+    UserError,
+    Workspace,
+    atomic_dir,
+    read_json,
+    read_jsonl,
+    stage,
+    write_json,
+)
 
 # %% ../../nbs/stages/07_evaluate.ipynb #dc18b8b2
-GRID = ('a red rose under a blue sky', 'a yellow sunflower in a meadow', 'three purple irises at sunset', 'a white daisy on soil', 'a pink cherry blossom in a studio',
-    'three orange tulips in a meadow', 'a blue bluebell under a blue sky', 'a large turquoise poppy at sunset', 'a purple lavender in a meadow', 'a white lily in a studio')
+GRID = (
+    'a red rose under a blue sky',
+    'a yellow sunflower in a meadow',
+    'three purple irises at sunset',
+    'a white daisy on soil',
+    'a pink cherry blossom in a studio',
+    'three orange tulips in a meadow',
+    'a blue bluebell under a blue sky',
+    'a large turquoise poppy at sunset',
+    'a purple lavender in a meadow',
+    'a white lily in a studio',
+)
+
 
 def grid_prompts(
-    asks: list, # of Ask
+    asks: list,  # of Ask
     n: int,
-    own: list = [], # settings.evaluate.grid_prompts
-) -> list:      # of texts
+    own: list = [],  # settings.evaluate.grid_prompts
+) -> list:  # of texts
     "A person's own, then the garden's fixed prompts or the first different ones of the test captions."
-    return list(dict.fromkeys([*own, *(GRID if any(a.wanted for a in asks) else (a.prompt for a in asks))]))[:n]
+    return list(dict.fromkeys([*own, *(GRID if any(a.wanted for a in asks) else (a.prompt for a in asks))]))[
+        :n
+    ]
 
 # %% ../../nbs/stages/07_evaluate.ipynb #ec329f96
 def crowd_numbers(
-    drawn: np.ndarray,   # [n, d] features
-    real: np.ndarray,    # [m, d]
-    rebuilt: np.ndarray, # [k, d] other real pictures, through the autoencoder
+    drawn: np.ndarray,  # [n, d] features
+    real: np.ndarray,  # [m, d]
+    rebuilt: np.ndarray,  # [k, d] other real pictures, through the autoencoder
 ) -> dict:
     "How far the crowds are apart. What falls with the number of pictures is taken from as many of the drawn as of the rebuilt."
     n = min(len(drawn), len(rebuilt))
     both = lambda f, n=None: dict(drawn=f(drawn[:n], real), autoencoder=f(rebuilt[:n], real))
-    return dict(kid=both(kid), fid=both(fid, n), precision=both(within), recall=both(lambda x, y: within(y, x), n))
+    return dict(
+        kid=both(kid), fid=both(fid, n), precision=both(within), recall=both(lambda x, y: within(y, x), n)
+    )
 
 # %% ../../nbs/stages/07_evaluate.ipynb #74af7369
 def word_numbers(
     clip: ClipFeatures,
-    seen: dict,   # drawn, real (those that were asked for first) and rebuilt: [n, d] embeddings
-    asks: list,   # what the drawn were asked to be
+    seen: dict,  # drawn, real (those that were asked for first) and rebuilt: [n, d] embeddings
+    asks: list,  # what the drawn were asked to be
     train: list,  # files of the training split
 ) -> dict:
     "CLIP scores, CMMD, and how near the drawn come to training pictures."
     x, held, a = seen['drawn'], seen['real'], seen['rebuilt']
-    texts, t, real = clip.texts([a.prompt for a in asks]), clip.pictures(train), held[:len(asks)]
+    texts, t, real = clip.texts([a.prompt for a in asks]), clip.pictures(train), held[: len(asks)]
     (near, distance), (_, usual), scores = nearest(x, t), nearest(held, t), clip_scores(x, texts)
-    return dict(clip_score=dict(drawn=bootstrap(scores), real=bootstrap(clip_scores(real, texts)), shuffled=bootstrap(clip_scores(real, texts[shuffled(len(texts))]))),
-        cmmd=dict(drawn=cmmd(x, held), autoencoder=cmmd(a, held)), copies=copies(distance, usual),
-        nearest=[(int(i), int(near[i]), float(distance[i])) for i in np.argsort(distance)[:8]], order=np.argsort(scores).tolist())
+    return dict(
+        clip_score=dict(
+            drawn=bootstrap(scores),
+            real=bootstrap(clip_scores(real, texts)),
+            shuffled=bootstrap(clip_scores(real, texts[shuffled(len(texts))])),
+        ),
+        cmmd=dict(drawn=cmmd(x, held), autoencoder=cmmd(a, held)),
+        copies=copies(distance, usual),
+        nearest=[(int(i), int(near[i]), float(distance[i])) for i in np.argsort(distance)[:8]],
+        order=np.argsort(scores).tolist(),
+    )
 
 # %% ../../nbs/stages/07_evaluate.ipynb #6aeeff9c
 def attribute_numbers(
-    drawn: list, # pictures
+    drawn: list,  # pictures
     asks: list,  # what they were asked to be
 ) -> dict:
     "Adherence by the judge: a share for each attribute, for combinations that training never saw, and who was taken for whom; how sure and how various it finds the species (Inception Score)."
     from flowerdiff.models.attribute_classifier import load_judge
-    judge = load_judge(); seen = judge.names(drawn)
+
+    judge = load_judge()
+    seen = judge.names(drawn)
     out = adherence([a.wanted for a in asks], seen)
     new = [i for i, a in enumerate(asks) if a.new]
-    if new: out['never seen together'] = adherence([asks[i].wanted for i in new], [seen[i] for i in new])['all']
-    return dict(adherence=out, inception_score=inception_score(judge(drawn)['species'].numpy()), seen=seen, confusion={k: confusion([a.wanted[k] for a in asks], [s[k] for s in seen]) for k in ('species', 'color', 'background')})
+    if new:
+        out['never seen together'] = adherence([asks[i].wanted for i in new], [seen[i] for i in new])['all']
+    return dict(
+        adherence=out,
+        inception_score=inception_score(judge(drawn)['species'].numpy()),
+        seen=seen,
+        confusion={
+            k: confusion([a.wanted[k] for a in asks], [s[k] for s in seen])
+            for k in ('species', 'color', 'background')
+        },
+    )
 
 # %% ../../nbs/stages/07_evaluate.ipynb #273910df
 def parameters_line(ws: Workspace) -> str:
     "How big the denoiser is."
-    n = sum(p.stat().st_size for p in (ws.model/'unet').glob('*.safetensors'))/4e6
+    n = sum(p.stat().st_size for p in (ws.model / 'unet').glob('*.safetensors')) / 4e6
     return f'A denoiser of {n:.1f} million parameters'
 
-def provenance(ws: Workspace, train: dict, protocol: dict, asks: list, seconds: float) -> dict: # heading -> name -> value
+
+def provenance(
+    ws: Workspace, train: dict, protocol: dict, asks: list, seconds: float
+) -> dict:  # heading -> name -> value
     "What one must know to repeat this report."
     import diffusers
-    s, info = ws.settings, read_json(ws.pictures/'info.json')
-    return {'Model and data': dict(model=weights_fingerprint(ws.model)[:16], denoiser=parameters_line(ws), run=train.get('run_id', ''), training=f"{train.get('steps', '?')} steps in {train.get('seconds', 0)/60:.1f} minutes, {train.get('samples_per_second', 0):.0f} samples/s",
-            pictures=', '.join(f'{v} {k}' for k, v in info.get('counts', {}).items() if isinstance(v, int)), data=str(info.get('fingerprint', ''))[:16]),
-        'Protocol': dict(prompts=f"{len(asks)}, from test pictures ({sum(a.new for a in asks)} of combinations never seen in training)", sampling=f'{s.evaluate.steps} steps' + (f' of {s.evaluate.scheduler}' if s.evaluate.scheduler != 'auto' else '') + f', guidance {s.evaluate.guidance:g}, seeds {s.seed} to {s.seed+len(asks)-1}',
-            features=f"{protocol['features']}; pictures resized by PIL's bicubic filter, antialiased", real=f"{protocol['real']} test pictures", intervals='95 %: Wilson for shares, bootstrap for averages, subsampling for distances of crowds', time=f'{seconds:.0f} s'),
-        'Settings': {f'{k}.{n}': v for k in ('train', 'prepare', 'components') for n, v in getattr(s, k).model_dump().items()},
-        'Software': dict(python=platform.python_version(), torch=torch.__version__, diffusers=diffusers.__version__, machine=f'{platform.machine()}, {torch.get_num_threads()} threads')}
+
+    s, info = ws.settings, read_json(ws.pictures / 'info.json')
+    return {
+        'Model and data': dict(
+            model=weights_fingerprint(ws.model)[:16],
+            denoiser=parameters_line(ws),
+            run=train.get('run_id', ''),
+            training=f'{train.get("steps", "?")} steps in {train.get("seconds", 0) / 60:.1f} minutes, {train.get("samples_per_second", 0):.0f} samples/s',
+            pictures=', '.join(f'{v} {k}' for k, v in info.get('counts', {}).items() if isinstance(v, int)),
+            data=str(info.get('fingerprint', ''))[:16],
+        ),
+        'Protocol': dict(
+            prompts=f'{len(asks)}, from test pictures ({sum(a.new for a in asks)} of combinations never seen in training)',
+            sampling=f'{s.evaluate.steps} steps'
+            + (f' of {s.evaluate.scheduler}' if s.evaluate.scheduler != 'auto' else '')
+            + f', guidance {s.evaluate.guidance:g}, seeds {s.seed} to {s.seed + len(asks) - 1}',
+            features=f"{protocol['features']}; pictures resized by PIL's bicubic filter, antialiased",
+            real=f'{protocol["real"]} test pictures',
+            intervals='95 %: Wilson for shares, bootstrap for averages, subsampling for distances of crowds',
+            time=f'{seconds:.0f} s',
+        ),
+        'Settings': {
+            f'{k}.{n}': v
+            for k in ('train', 'prepare', 'components')
+            for n, v in getattr(s, k).model_dump().items()
+        },
+        'Software': dict(
+            python=platform.python_version(),
+            torch=torch.__version__,
+            diffusers=diffusers.__version__,
+            machine=f'{platform.machine()}, {torch.get_num_threads()} threads',
+        ),
+    }
 
 # %% ../../nbs/stages/07_evaluate.ipynb #cf91947c
 @dataclass
@@ -103,114 +198,276 @@ class Result:
     metrics: dict = field(default_factory=dict, repr=False)
     report: Path = None
     skipped: str = ''
+
     def show(self):
         from IPython.display import display
-        display(self.grid); print(self.summary); print(f'The page: {self.report}')
+
+        display(self.grid)
+        print(self.summary)
+        print(f'The page: {self.report}')
 
 # %% ../../nbs/stages/07_evaluate.ipynb #f2638004
 def plain(x):
     "Estimates, arrays and the like as JSON knows them."
-    if isinstance(x, Estimate): return dict(value=round(x.value, 6), low=round(x.low, 6), high=round(x.high, 6), n=x.n)
-    if isinstance(x, dict): return {str(k): plain(v) for k, v in x.items()}
-    return [plain(v) for v in x] if isinstance(x, (list, tuple)) else x.tolist() if isinstance(x, (np.ndarray, np.generic)) else x
+    if isinstance(x, Estimate):
+        return dict(value=round(x.value, 6), low=round(x.low, 6), high=round(x.high, 6), n=x.n)
+    if isinstance(x, dict):
+        return {str(k): plain(v) for k, v in x.items()}
+    return (
+        [plain(v) for v in x]
+        if isinstance(x, (list, tuple))
+        else x.tolist()
+        if isinstance(x, (np.ndarray, np.generic))
+        else x
+    )
 
 # %% ../../nbs/stages/07_evaluate.ipynb #4852490d
 def summarise(numbers: dict, skipped: dict) -> str:
     "The report in a line."
     a, out = numbers.get('adherence'), []
-    if a: out.append(', '.join(f'{n} {percent(a[k])}' for k, n in (('color', 'adherence colour'), ('background', 'background'), ('species', 'species'))))
-    if 'clip_score' in numbers: out.append(f"CLIP score {numbers['clip_score']['drawn'].value:.1f} (real pictures {numbers['clip_score']['real'].value:.1f})")
-    if 'kid' in numbers: out.append(f"KID×1000 {1000*numbers['kid']['drawn'].value:.1f} (autoencoder {1000*numbers['kid']['autoencoder'].value:.1f})")
+    if a:
+        out.append(
+            ', '.join(
+                f'{n} {percent(a[k])}'
+                for k, n in (
+                    ('color', 'adherence colour'),
+                    ('background', 'background'),
+                    ('species', 'species'),
+                )
+            )
+        )
+    if 'clip_score' in numbers:
+        out.append(
+            f'CLIP score {numbers["clip_score"]["drawn"].value:.1f} (real pictures {numbers["clip_score"]["real"].value:.1f})'
+        )
+    if 'kid' in numbers:
+        out.append(
+            f'KID×1000 {1000 * numbers["kid"]["drawn"].value:.1f} (autoencoder {1000 * numbers["kid"]["autoencoder"].value:.1f})'
+        )
     return '; '.join(out + [f'no {k}: {v}' for k, v in skipped.items()])
 
 # %% ../../nbs/stages/07_evaluate.ipynb #c1eb1684
-def measure(ws: Workspace, asks: list, drawn: list, backend: TorchBackend, clip: ClipFeatures | None, see) -> tuple: # (numbers, what was skipped -> why); `see`: of `open_features`
+def measure(
+    ws: Workspace, asks: list, drawn: list, backend: TorchBackend, clip: ClipFeatures | None, see
+) -> tuple:  # (numbers, what was skipped -> why); `see`: of `open_features`
     "All numbers that this data allows."
     n, out, skipped, names = ws.settings.evaluate.kid_pictures, {}, {}, [a.file for a in asks]
-    if asks and all(a.wanted for a in asks): out |= attribute_numbers(drawn, asks)
-    else: skipped['adherence'] = 'it needs pictures whose attributes are known, as the garden\'s are'
-    if not clip: skipped['CLIP score' if see else 'CLIP score and KID'] = 'the text encoder came without its picture half; components.text_encoder=train trains both'
-    if min(len(drawn), len(read_pictures(ws.pictures/'val', 4))) < 4: return out, skipped | {'CLIP score and KID': 'they need at least 4 test and 4 validation pictures'}
-    others = [r['file_name'] for r in read_jsonl(ws.pictures/'test'/'metadata.jsonl') if r['file_name'] not in set(names)][:max(0, n-len(names))]
-    crowds = dict(drawn=drawn, real=read_pictures(ws.pictures/'test', 0, names + others), rebuilt=reconstruct(backend, read_pictures(ws.pictures/'val', n)))
+    if asks and all(a.wanted for a in asks):
+        out |= attribute_numbers(drawn, asks)
+    else:
+        skipped['adherence'] = "it needs pictures whose attributes are known, as the garden's are"
+    if not clip:
+        skipped['CLIP score' if see else 'CLIP score and KID'] = (
+            'the text encoder came without its picture half; components.text_encoder=train trains both'
+        )
+    if min(len(drawn), len(read_pictures(ws.pictures / 'val', 4))) < 4:
+        return out, skipped | {'CLIP score and KID': 'they need at least 4 test and 4 validation pictures'}
+    others = [
+        r['file_name']
+        for r in read_jsonl(ws.pictures / 'test' / 'metadata.jsonl')
+        if r['file_name'] not in set(names)
+    ][: max(0, n - len(names))]
+    crowds = dict(
+        drawn=drawn,
+        real=read_pictures(ws.pictures / 'test', 0, names + others),
+        rebuilt=reconstruct(backend, read_pictures(ws.pictures / 'val', n)),
+    )
     seen = {k: clip.pictures(v) for k, v in crowds.items()} if clip else {}
-    if clip: out |= word_numbers(clip, seen, asks, [ws.pictures/'train'/r['file_name'] for r in read_jsonl(ws.pictures/'train'/'metadata.jsonl')])
-    if see: out |= crowd_numbers(**{k: directions(seen[k]) if see is clip else see(v) for k, v in crowds.items()}) | dict(features=f'{see.name} {see.fingerprint}', real=len(crowds['real']))
-    if hasattr(see, 'beliefs'): out['inception_score'] = inception_score(see.beliefs(drawn))
+    if clip:
+        out |= word_numbers(
+            clip,
+            seen,
+            asks,
+            [
+                ws.pictures / 'train' / r['file_name']
+                for r in read_jsonl(ws.pictures / 'train' / 'metadata.jsonl')
+            ],
+        )
+    if see:
+        out |= crowd_numbers(
+            **{k: directions(seen[k]) if see is clip else see(v) for k, v in crowds.items()}
+        ) | dict(features=f'{see.name} {see.fingerprint}', real=len(crowds['real']))
+    if hasattr(see, 'beliefs'):
+        out['inception_score'] = inception_score(see.beliefs(drawn))
     return out, skipped
 
 # %% ../../nbs/stages/07_evaluate.ipynb #c6177b2b
 SLACK, PICTURES = 1.1, 100  # how much higher ours may be; pictures of each
 
+
 def beside_baseline(
     ws: Workspace,
-    generator: Generator, # ours
-    prompts: list,        # ten
-    see,                  # pictures -> [n, d] features
-) -> dict:                # model, fid (drawn, baseline), prompts, pictures, passed
+    generator: Generator,  # ours
+    prompts: list,  # ten
+    see,  # pictures -> [n, d] features
+) -> dict:  # model, fid (drawn, baseline), prompts, pictures, passed
     "FID of ours and of a baseline's pictures from the same prompts."
     s, named = ws.settings, ws.settings.evaluate.baseline
-    other = Generator.from_pretrained(ws.work/'previous' if named == 'previous' else named, backend='torch')
-    def draw(g): return g(prompts, n=PICTURES//len(prompts), seed=s.seed, **{} if student_steps(g.backend.folder) else drawn_how(s.evaluate))
-    real = see(read_pictures(ws.pictures/'test', s.evaluate.kid_pictures))
+    other = Generator.from_pretrained(ws.work / 'previous' if named == 'previous' else named, backend='torch')
+
+    def draw(g):
+        return g(
+            prompts,
+            n=PICTURES // len(prompts),
+            seed=s.seed,
+            **{} if student_steps(g.backend.folder) else drawn_how(s.evaluate),
+        )
+
+    real = see(read_pictures(ws.pictures / 'test', s.evaluate.kid_pictures))
     ours, theirs = (fid(see(draw(g)), real) for g in (generator, other))
-    return dict(model=weights_fingerprint(other.backend.folder), fid=dict(drawn=ours, baseline=theirs), prompts=len(prompts), pictures=PICTURES//len(prompts)*len(prompts), passed=ours.value <= SLACK*theirs.value)
+    return dict(
+        model=weights_fingerprint(other.backend.folder),
+        fid=dict(drawn=ours, baseline=theirs),
+        prompts=len(prompts),
+        pictures=PICTURES // len(prompts) * len(prompts),
+        passed=ours.value <= SLACK * theirs.value,
+    )
 
 # %% ../../nbs/stages/07_evaluate.ipynb #9c48024b
-def tables(metrics: dict) -> list: # of `flowerdiff.evaluation.report.render`
+def tables(metrics: dict) -> list:  # of `flowerdiff.evaluation.report.render`
     "The champion before, the baseline, and the time of a picture."
     out, b, l = beside(metrics, metrics['former']), metrics.get('baseline'), metrics['latency']
-    if b: out.append(dict(title='Beside a baseline', note=f"{b['pictures']} pictures from {b['prompts']} prompts with each model. It {'passed' if b['passed'] else 'did not pass'}: at most {SLACK} times the baseline's FID was allowed.", columns=['', 'FID (95 % interval)'],
-        rows=[[n, f"{v['value']:.3g} ({v['low']:.3g} to {v['high']:.3g})"] for n, v in (('this model', b['fid']['drawn']), (f"the baseline ({b['model'][:16]})", b['fid']['baseline']))]))
-    return out + [dict(title='Time', note=f"One picture, {min(metrics['protocol']['steps'], ENOUGH)} steps of the model's own scheduler, {torch.get_num_threads()} threads ({torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}).", columns=['backend', 'milliseconds'], rows=[[k, f'{v:.0f}'] for k, v in sorted(l.items(), key=lambda kv: kv[1])])]
+    if b:
+        out.append(
+            dict(
+                title='Beside a baseline',
+                note=f"{b['pictures']} pictures from {b['prompts']} prompts with each model. It {'passed' if b['passed'] else 'did not pass'}: at most {SLACK} times the baseline's FID was allowed.",
+                columns=['', 'FID (95 % interval)'],
+                rows=[
+                    [n, f'{v["value"]:.3g} ({v["low"]:.3g} to {v["high"]:.3g})']
+                    for n, v in (
+                        ('this model', b['fid']['drawn']),
+                        (f'the baseline ({b["model"][:16]})', b['fid']['baseline']),
+                    )
+                ],
+            )
+        )
+    return out + [
+        dict(
+            title='Time',
+            note=f"One picture, {min(metrics['protocol']['steps'], ENOUGH)} steps of the model's own scheduler, {torch.get_num_threads()} threads ({torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}).",
+            columns=['backend', 'milliseconds'],
+            rows=[[k, f'{v:.0f}'] for k, v in sorted(l.items(), key=lambda kv: kv[1])],
+        )
+    ]
 
 # %% ../../nbs/stages/07_evaluate.ipynb #e99a3111
 def looks(
     generator: Generator,
-    prompts: list, # of the grid, which has four pictures of each
-    n: int,        # so many of them; 0: none
-    seed: int,     # of the grid
-    **how,         # of `drawn_how`
-) -> tuple:        # (strips, what was skipped -> why)
+    prompts: list,  # of the grid, which has four pictures of each
+    n: int,  # so many of them; 0: none
+    seed: int,  # of the grid
+    **how,  # of `drawn_how`
+) -> tuple:  # (strips, what was skipped -> why)
     "Where the words of the grid's prompts were read."
-    fit = {p: seed + 4*i for i, p in enumerate(prompts) if not left_out(generator.backend.tokenizer, p)}
-    if not n: return [], {}
-    if not fit: return [], {'attention maps': 'no prompt of the grid fits into the text encoder'}
-    try: return [attention_strip(generator, dict(list(fit.items())[:n]), **how)], {}
-    except UserError as e: return [], {'attention maps': str(e)}
+    fit = {p: seed + 4 * i for i, p in enumerate(prompts) if not left_out(generator.backend.tokenizer, p)}
+    if not n:
+        return [], {}
+    if not fit:
+        return [], {'attention maps': 'no prompt of the grid fits into the text encoder'}
+    try:
+        return [attention_strip(generator, dict(list(fit.items())[:n]), **how)], {}
+    except UserError as e:
+        return [], {'attention maps': str(e)}
 
 # %% ../../nbs/stages/07_evaluate.ipynb #58649698
-def strips(ws: Workspace, numbers: dict, asks: list, drawn: list, generator: Generator, real: list, rebuilt: list) -> list: # of strips
+def strips(
+    ws: Workspace, numbers: dict, asks: list, drawn: list, generator: Generator, real: list, rebuilt: list
+) -> list:  # of strips
     "The rows of pictures under the grid."
     s, k = ws.settings, len(real)
     out = [real_strip(real, rebuilt, drawn[:k])]
-    if 'order' in numbers: out.append(agreement_strip(numbers['order'], drawn, asks))
-    if not student_steps(ws.model): out += dial_strips(generator, grid_prompts(asks, 2), s.seed, **shown_how(s.evaluate))
-    return out + ([nearest_strip(numbers['nearest'], drawn, ws.pictures/'train')] if 'nearest' in numbers else [])
+    if 'order' in numbers:
+        out.append(agreement_strip(numbers['order'], drawn, asks))
+    if not student_steps(ws.model):
+        out += dial_strips(generator, grid_prompts(asks, 2), s.seed, **shown_how(s.evaluate))
+    return out + (
+        [nearest_strip(numbers['nearest'], drawn, ws.pictures / 'train')] if 'nearest' in numbers else []
+    )
+
 
 @stage('evaluate')
 def run(ws: Workspace) -> Result:
     "Measure `model/` and write `report/`: index.html, metrics.json, grid.png."
     start, s, e, backend = time.time(), ws.settings, ws.settings.evaluate, TorchBackend(ws.model)
-    if student_steps(ws.model): e.steps, e.guidance, e.scheduler = backend.steps, backend.guidance, 'auto' # a student has its own, and no others
-    how, model, clip = drawn_how(e), weights_fingerprint(ws.model), own_clip(ws.encoded/'components')
-    if e.scheduler == 'ddpm' and e.steps < s.train.timesteps: print(f'evaluate: {e.steps} steps are few for ddpm, which was made for {s.train.timesteps}; set evaluate.steps, or evaluate.scheduler to auto')
+    if student_steps(ws.model):
+        e.steps, e.guidance, e.scheduler = (
+            backend.steps,
+            backend.guidance,
+            'auto',
+        )  # a student has its own, and no others
+    how, model, clip = drawn_how(e), weights_fingerprint(ws.model), own_clip(ws.encoded / 'components')
+    if e.scheduler == 'ddpm' and e.steps < s.train.timesteps:
+        print(
+            f'evaluate: {e.steps} steps are few for ddpm, which was made for {s.train.timesteps}; set evaluate.steps, or evaluate.scheduler to auto'
+        )
     see = open_features(e.features, clip, ws.root)
     generator, asks = Generator(backend, batch=e.batch_size), questions(ws, e.prompts)
-    drawn, prompts = draw_all(generator, asks, e.batch_size, s.seed, **how), grid_prompts(asks, e.grid, e.grid_prompts)
+    drawn, prompts = (
+        draw_all(generator, asks, e.batch_size, s.seed, **how),
+        grid_prompts(asks, e.grid, e.grid_prompts),
+    )
     grid = generator(prompts, n=4, seed=s.seed, **how)
     numbers, skipped = measure(ws, asks, drawn, backend, clip, see)
-    looked, unseen = looks(generator, prompts, e.attention, s.seed, **how); skipped |= unseen
-    if e.baseline and see: numbers['baseline'] = beside_baseline(ws, generator, grid_prompts(asks, 10), see)
-    elif e.baseline: skipped['baseline'] = 'FID needs features: the text encoder came without its picture half, and evaluate.features names no network'
-    real = read_pictures(ws.pictures/'test', 0, [a.file for a in asks[:8]]); rebuilt = reconstruct(backend, real)
-    protocol = dict(prompts=len(asks), real=numbers.get('real', 0), seed=s.seed, features=numbers.get('features', 'none'), data=str(read_json(ws.pictures/'info.json').get('fingerprint', '')), **how)
-    metrics = plain({k: v for k, v in numbers.items() if k not in ('seen', 'confusion', 'nearest', 'order', 'real', 'features')}) | dict(psnr=psnr(real, rebuilt), latency=race_pictures(open_all(ws.model, [k for k in BACKENDS if k != 'torch-compile'])[0], prompts[0], rounds=2, row=1, **shown_how(e)), model=model, protocol=protocol, skipped=skipped, former=former(ws.report, model, protocol))
-    rows, train, seconds = looked + strips(ws, numbers, asks, drawn, generator, real, rebuilt), read_json(ws.root/'train.json') if (ws.root/'train.json').is_file() else {}, time.time() - start
-    page = render(f'What {ws.root.name} learned to draw', f"{parameters_line(ws)} trained from pictures and their captions; evaluated on {time.strftime('%-d %B %Y')}.", [dict(prompt=p, pictures=grid[4*i:4*i+4]) for i, p in enumerate(prompts)],
-        headlines(numbers), adherence_section(numbers, asks, drawn) if 'adherence' in numbers else None, rows, tables(metrics), curves(train) + by_timestep(train), 'The training loss over what was learned, and the loss on held-out pictures with averaged weights, always the same noise. Below, the latter by the timestep that was asked: little noise on the left, nothing but noise on the right.',
-        provenance(ws, train, protocol, asks, seconds) | ({'Left out': skipped} if skipped else {}), [dict(name='metrics.json', href='metrics.json'), dict(name='grid.png', href='grid.png')])
-    sheet = montage([grid[4*i] for i in range(len(prompts))], min(4, len(prompts)), 192)
+    looked, unseen = looks(generator, prompts, e.attention, s.seed, **how)
+    skipped |= unseen
+    if e.baseline and see:
+        numbers['baseline'] = beside_baseline(ws, generator, grid_prompts(asks, 10), see)
+    elif e.baseline:
+        skipped['baseline'] = (
+            'FID needs features: the text encoder came without its picture half, and evaluate.features names no network'
+        )
+    real = read_pictures(ws.pictures / 'test', 0, [a.file for a in asks[:8]])
+    rebuilt = reconstruct(backend, real)
+    protocol = dict(
+        prompts=len(asks),
+        real=numbers.get('real', 0),
+        seed=s.seed,
+        features=numbers.get('features', 'none'),
+        data=str(read_json(ws.pictures / 'info.json').get('fingerprint', '')),
+        **how,
+    )
+    metrics = plain(
+        {
+            k: v
+            for k, v in numbers.items()
+            if k not in ('seen', 'confusion', 'nearest', 'order', 'real', 'features')
+        }
+    ) | dict(
+        psnr=psnr(real, rebuilt),
+        latency=race_pictures(
+            open_all(ws.model, [k for k in BACKENDS if k != 'torch-compile'])[0],
+            prompts[0],
+            rounds=2,
+            row=1,
+            **shown_how(e),
+        ),
+        model=model,
+        protocol=protocol,
+        skipped=skipped,
+        former=former(ws.report, model, protocol),
+    )
+    rows, train, seconds = (
+        looked + strips(ws, numbers, asks, drawn, generator, real, rebuilt),
+        read_json(ws.root / 'train.json') if (ws.root / 'train.json').is_file() else {},
+        time.time() - start,
+    )
+    page = render(
+        f'What {ws.root.name} learned to draw',
+        f'{parameters_line(ws)} trained from pictures and their captions; evaluated on {time.strftime("%-d %B %Y")}.',
+        [dict(prompt=p, pictures=grid[4 * i : 4 * i + 4]) for i, p in enumerate(prompts)],
+        headlines(numbers),
+        adherence_section(numbers, asks, drawn) if 'adherence' in numbers else None,
+        rows,
+        tables(metrics),
+        curves(train) + by_timestep(train),
+        'The training loss over what was learned, and the loss on held-out pictures with averaged weights, always the same noise. Below, the latter by the timestep that was asked: little noise on the left, nothing but noise on the right.',
+        provenance(ws, train, protocol, asks, seconds) | ({'Left out': skipped} if skipped else {}),
+        [dict(name='metrics.json', href='metrics.json'), dict(name='grid.png', href='grid.png')],
+    )
+    sheet = montage([grid[4 * i] for i in range(len(prompts))], min(4, len(prompts)), 192)
     with atomic_dir(ws.report) as folder:
-        (folder/'index.html').write_text(page, encoding='utf-8'); write_json(folder/'metrics.json', metrics | dict(seconds=round(seconds, 1))); sheet.save(folder/'grid.png')
-    return Result(summarise(numbers, skipped), sheet, metrics, ws.report/'index.html')
+        (folder / 'index.html').write_text(page, encoding='utf-8')
+        write_json(folder / 'metrics.json', metrics | dict(seconds=round(seconds, 1)))
+        sheet.save(folder / 'grid.png')
+    return Result(summarise(numbers, skipped), sheet, metrics, ws.report / 'index.html')

@@ -29,17 +29,22 @@ from ..core.workspace import UserError, Workspace, atomic_dir, stage, write_json
 @dataclass
 class Part:
     "One ONNX file to be: what computes it, an example of its inputs, its names and free axes."
+
     fn: Callable
-    inputs: dict    # name -> example Tensor
+    inputs: dict  # name -> example Tensor
     outputs: tuple  # names
-    axes: dict      # name -> {axis: its name}
+    axes: dict  # name -> {axis: its name}
+
 
 class Traced(nn.Module):
     "A plain function and the modules it uses, as the exporter wants them."
+
     def __init__(self, fn: Callable, module: nn.Module):
         super().__init__()
         self.fn, self.module = fn, module
-    def forward(self, *xs): return self.fn(self.module, *xs)
+
+    def forward(self, *xs):
+        return self.fn(self.module, *xs)
 
 # %% ../../nbs/stages/08_onnx.ipynb #e91c16ff
 def encode_part(vae: nn.Module, pixels: Tensor) -> Tensor:
@@ -50,56 +55,106 @@ def encode_part(vae: nn.Module, pixels: Tensor) -> Tensor:
 # %% ../../nbs/stages/08_onnx.ipynb #9d37f9d8
 def parts_of(
     backend: TorchBackend,
-    batch: int = 2, # of the examples that are traced
-) -> dict:          # name -> Part
+    batch: int = 2,  # of the examples that are traced
+) -> dict:  # name -> Part
     "The four files of a Stable Diffusion model."
     b, n, (c, s) = backend, batch, (backend.channels, backend.unet_config['sample_size'])
     g = torch.Generator().manual_seed(0)
-    z, x = torch.randn(n, c, s, s, generator=g), torch.rand(n, 3, b.size, b.size, generator=g)*2 - 1
-    ids = b.tokenizer(['a red rose']*n, padding='max_length', truncation=True, max_length=b.tokenizer.model_max_length, return_tensors='pt').input_ids
+    z, x = torch.randn(n, c, s, s, generator=g), torch.rand(n, 3, b.size, b.size, generator=g) * 2 - 1
+    ids = b.tokenizer(
+        ['a red rose'] * n,
+        padding='max_length',
+        truncation=True,
+        max_length=b.tokenizer.model_max_length,
+        return_tensors='pt',
+    ).input_ids
     image, batched = {0: 'batch_size', 2: 'height', 3: 'width'}, {0: 'batch_size'}
     kl = b.vae_config['_class_name'] == 'AutoencoderKL'
     return dict(
-        text_encoder=Part(Traced(lambda m, i: (m(i)[0], m(i)[1]), b.text_encoder), dict(input_ids=ids), ('last_hidden_state', 'pooler_output'), dict(input_ids=batched, last_hidden_state=batched, pooler_output=batched)),
-        unet=Part(Traced(lambda m, x, t, e: m(x, t, encoder_hidden_states=e, return_dict=False)[0], b.unet), dict(sample=z, timestep=torch.tensor(500), encoder_hidden_states=b.text(ids).clone()), ('out_sample',),
-            dict(sample=image, encoder_hidden_states={0: 'batch_size', 1: 'sequence_length'}, out_sample=image)),
-        vae_decoder=Part(Traced(lambda m, z: m.decode(z, return_dict=False)[0], b.vae), dict(latent_sample=z/b.scaling), ('sample',), dict(latent_sample=image, sample=image)),
-        vae_encoder=Part(Traced(encode_part, b.vae), dict(sample=x), ('latent_parameters' if kl else 'latent_sample',), dict(sample=image)))
+        text_encoder=Part(
+            Traced(lambda m, i: (m(i)[0], m(i)[1]), b.text_encoder),
+            dict(input_ids=ids),
+            ('last_hidden_state', 'pooler_output'),
+            dict(input_ids=batched, last_hidden_state=batched, pooler_output=batched),
+        ),
+        unet=Part(
+            Traced(lambda m, x, t, e: m(x, t, encoder_hidden_states=e, return_dict=False)[0], b.unet),
+            dict(sample=z, timestep=torch.tensor(500), encoder_hidden_states=b.text(ids).clone()),
+            ('out_sample',),
+            dict(
+                sample=image, encoder_hidden_states={0: 'batch_size', 1: 'sequence_length'}, out_sample=image
+            ),
+        ),
+        vae_decoder=Part(
+            Traced(lambda m, z: m.decode(z, return_dict=False)[0], b.vae),
+            dict(latent_sample=z / b.scaling),
+            ('sample',),
+            dict(latent_sample=image, sample=image),
+        ),
+        vae_encoder=Part(
+            Traced(encode_part, b.vae),
+            dict(sample=x),
+            ('latent_parameters' if kl else 'latent_sample',),
+            dict(sample=image),
+        ),
+    )
 
 # %% ../../nbs/stages/08_onnx.ipynb #d90e1ea1
-INSIDE = 1_500_000_000 # bytes of weights that a file holds itself
+INSIDE = 1_500_000_000  # bytes of weights that a file holds itself
+
 
 def save_whole(
-    model,      # an onnx.ModelProto
+    model,  # an onnx.ModelProto
     path: Path,
     limit: int = INSIDE,
 ):
     "Write a model into one file, or its weights into the one `…_data` beside it, and nothing else."
     import onnx
+
     size = sum(len(t.raw_data) for t in model.graph.initializer)
-    for p in path.parent.glob(f'{path.name}?*'): p.unlink()
-    onnx.save(model, path, save_as_external_data=size > limit, all_tensors_to_one_file=True, location=f'{path.name}_data', size_threshold=1024)
+    for p in path.parent.glob(f'{path.name}?*'):
+        p.unlink()
+    onnx.save(
+        model,
+        path,
+        save_as_external_data=size > limit,
+        all_tensors_to_one_file=True,
+        location=f'{path.name}_data',
+        size_threshold=1024,
+    )
     onnx.checker.check_model(str(path))
 
-def keep_whole(path: Path, limit: int = INSIDE): # model.onnx, possibly with weights in files beside it
+
+def keep_whole(path: Path, limit: int = INSIDE):  # model.onnx, possibly with weights in files beside it
     "Gather what an exporter left beside a model."
     import onnx
+
     model = onnx.load(path)
-    for p in [p for p in path.parent.iterdir() if p.is_file() and p != path]: p.unlink()
+    for p in [p for p in path.parent.iterdir() if p.is_file() and p != path]:
+        p.unlink()
     save_whole(model, path, limit)
 
 # %% ../../nbs/stages/08_onnx.ipynb #ca0168d1
 def export_part(
     part: Part,
-    folder: Path, # gets `model.onnx`
+    folder: Path,  # gets `model.onnx`
     opset: int = 17,
 ) -> Path:
     "Trace one part into `model.onnx`."
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder/'model.onnx'
+    path = folder / 'model.onnx'
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')
-        torch.onnx.export(part.fn, tuple(part.inputs.values()), str(path), input_names=list(part.inputs), output_names=list(part.outputs), dynamic_axes=part.axes, opset_version=opset, dynamo=False)
+        torch.onnx.export(
+            part.fn,
+            tuple(part.inputs.values()),
+            str(path),
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+            dynamic_axes=part.axes,
+            opset_version=opset,
+            dynamo=False,
+        )
     keep_whole(path)
     return path
 
@@ -108,93 +163,148 @@ def fresh_inputs(
     part: Part,
     batch: int,
     timestep: int,
-) -> dict: # name -> Tensor
+) -> dict:  # name -> Tensor
     "Inputs of a batch size and with values that the tracer did not see."
     g = torch.Generator().manual_seed(batch)
+
     def fresh(name, x):
-        if name == 'timestep': return torch.tensor(timestep)
-        if not x.is_floating_point(): return x[:1].repeat(batch, 1)
+        if name == 'timestep':
+            return torch.tensor(timestep)
+        if not x.is_floating_point():
+            return x[:1].repeat(batch, 1)
         return torch.randn(batch, *x.shape[1:], generator=g)
+
     return {k: fresh(k, v) for k, v in part.inputs.items()}
 
 # %% ../../nbs/stages/08_onnx.ipynb #2e475470
 def to_half(
-    source: Path, # model.onnx
+    source: Path,  # model.onnx
 ) -> Path:
     "Beside a model, one that computes in fp16."
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
-    target, half = source.with_name('model_fp16.onnx'), OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True))
+
+    target, half = (
+        source.with_name('model_fp16.onnx'),
+        OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True)),
+    )
     half.topological_sort()  # the conversion adds its nodes at the end
     save_whole(half.model, target)
     return target
 
+
 def to_int8(
-    source: Path, # model.onnx
+    source: Path,  # model.onnx
 ) -> Path:
     "Beside a model, one whose matrices are 8 bits, as ONNX Runtime quantises them on the run; convolutions stay, in whole numbers they would be slower."
     import logging
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    target, size = source.with_name('model_int8.onnx'), sum(p.stat().st_size for p in source.parent.glob(f'{source.name}*'))
+
+    target, size = (
+        source.with_name('model_int8.onnx'),
+        sum(p.stat().st_size for p in source.parent.glob(f'{source.name}*')),
+    )
     logging.disable(logging.WARNING)  # it recommends a preparation that is not needed here
-    try: quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=['MatMul', 'Gemm'], use_external_data_format=size > INSIDE)
-    finally: logging.disable(logging.NOTSET)
+    try:
+        quantize_dynamic(
+            source,
+            target,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            op_types_to_quantize=['MatMul', 'Gemm'],
+            use_external_data_format=size > INSIDE,
+        )
+    finally:
+        logging.disable(logging.NOTSET)
     return target
 
 # %% ../../nbs/stages/08_onnx.ipynb #e0af583a
 def part_difference(
     part: Part,
-    path: Path, # its model.onnx
+    path: Path,  # its model.onnx
 ) -> float:
     "Largest difference between PyTorch and ONNX Runtime, relative to the largest value."
-    session, worst = onnx_session(path), 0.
-    taken = [i.name for i in session.get_inputs()] # not the text, of a UNet that does not read it
+    session, worst = onnx_session(path), 0.0
+    taken = [i.name for i in session.get_inputs()]  # not the text, of a UNet that does not read it
     for batch, t in ((1, 999), (3, 500), (1, 0)):
         xs = fresh_inputs(part, batch, t)
-        with torch.inference_mode(): want = part.fn(*xs.values())
+        with torch.inference_mode():
+            want = part.fn(*xs.values())
         want = want if isinstance(want, tuple) else (want,)
         got = session.run(list(part.outputs), {k: xs[k].numpy() for k in taken})
-        worst = max([worst, *(float(np.abs(w.numpy()-g).max()/max(np.abs(w.numpy()).max(), 1e-9)) for w, g in zip(want, got))])
+        worst = max(
+            [
+                worst,
+                *(
+                    float(np.abs(w.numpy() - g).max() / max(np.abs(w.numpy()).max(), 1e-9))
+                    for w, g in zip(want, got)
+                ),
+            ]
+        )
     return worst
 
 # %% ../../nbs/stages/08_onnx.ipynb #3e27049f
 def picture_difference(
-    a: list, # of PIL.Image
-    b: list, # the same pictures, drawn otherwise
-) -> dict:   # within_1: share of pixel values; worst: of 255; psnr: decibels, at most 100
+    a: list,  # of PIL.Image
+    b: list,  # the same pictures, drawn otherwise
+) -> dict:  # within_1: share of pixel values; worst: of 255; psnr: decibels, at most 100
     "How far two drawings of the same pictures are apart."
     d = np.abs(np.stack([np.asarray(p, int) for p in a]) - np.stack([np.asarray(p, int) for p in b]))
-    return dict(within_1=float((d <= 1).mean()), worst=int(d.max()), psnr=round(min(100., psnr(a, b)), 1))
+    return dict(within_1=float((d <= 1).mean()), worst=int(d.max()), psnr=round(min(100.0, psnr(a, b)), 1))
 
 # %% ../../nbs/stages/08_onnx.ipynb #fe9e2b93
-def same_picture(d: dict) -> bool: return d['within_1'] >= .999 and d['worst'] <= 4 # from `picture_difference`
+def same_picture(d: dict) -> bool:
+    return d['within_1'] >= 0.999 and d['worst'] <= 4  # from `picture_difference`
 
-GOOD = 40. # decibels: nobody sees the difference
+
+GOOD = 40.0  # decibels: nobody sees the difference
+
 
 def check_parity(
-    parity: dict,           # `parts` and `backends`, as written to parity.json
-    max_error: float = 1e-3, # largest relative difference of a part
+    parity: dict,  # `parts` and `backends`, as written to parity.json
+    max_error: float = 1e-3,  # largest relative difference of a part
 ):
     "Raise a UserError unless the export is the same model."
-    bad, p = [f"{k} differs by {p['difference']:.1e} (at most {max_error:.0e})" for k, p in parity['parts'].items() if not p['difference'] <= max_error], parity['backends']['onnx']
-    if not same_picture(p): bad.append(f"the picture has {p['within_1']:.2%} of values within 1 (99.9 % needed), worst {p['worst']} (4 allowed)")
-    if bad: raise UserError(f"onnx: the export does not draw what PyTorch draws: {'; '.join(bad)}; try another onnx.opset")
+    bad, p = (
+        [
+            f'{k} differs by {p["difference"]:.1e} (at most {max_error:.0e})'
+            for k, p in parity['parts'].items()
+            if not p['difference'] <= max_error
+        ],
+        parity['backends']['onnx'],
+    )
+    if not same_picture(p):
+        bad.append(
+            f'the picture has {p["within_1"]:.2%} of values within 1 (99.9 % needed), worst {p["worst"]} (4 allowed)'
+        )
+    if bad:
+        raise UserError(
+            f'onnx: the export does not draw what PyTorch draws: {"; ".join(bad)}; try another onnx.opset'
+        )
 
 # %% ../../nbs/stages/08_onnx.ipynb #3dc8c8c5
 def compare_backends(
     torch_backend: TorchBackend,
-    folder: Path,   # of the export
+    folder: Path,  # of the export
     prompts: list,
-    how: dict,      # seed, steps, guidance
-) -> tuple:         # name -> milliseconds, MB and `picture_difference`, and whether it `keeps` quality; name -> pictures
+    how: dict,  # seed, steps, guidance
+) -> (
+    tuple
+):  # name -> milliseconds, MB and `picture_difference`, and whether it `keeps` quality; name -> pictures
     "What PyTorch and every backend of this machine that reads the export draw, and how fast."
-    generators = {'torch': Generator(torch_backend)} | {name: Generator(open_backend(name, folder)) for name in BACKENDS if reads_onnx(name) and not why_not(name, folder)}
+    generators = {'torch': Generator(torch_backend)} | {
+        name: Generator(open_backend(name, folder))
+        for name in BACKENDS
+        if reads_onnx(name) and not why_not(name, folder)
+    }
     drawn = {k: g(prompts, **how) for k, g in generators.items()}
     ms, out = race_pictures(generators, prompts[0], **how), {}
     for k, pictures in drawn.items():
         d = picture_difference(drawn['torch'], pictures)
-        out[k] = dict(milliseconds=round(ms[k], 1), **d, keeps=same_picture(d) if k in EXACT else d['psnr'] >= GOOD)
+        out[k] = dict(
+            milliseconds=round(ms[k], 1), **d, keeps=same_picture(d) if k in EXACT else d['psnr'] >= GOOD
+        )
     return out, drawn
 
 # %% ../../nbs/stages/08_onnx.ipynb #9e20d42d
@@ -202,35 +312,63 @@ def compare_backends(
 class Result:
     summary: str
     parity: dict = None
-    pictures: dict = field(default_factory=dict, repr=False) # backend -> pictures
+    pictures: dict = field(default_factory=dict, repr=False)  # backend -> pictures
     skipped: str = ''
+
     def show(self):
         from IPython.display import display
-        for name, p in self.parity['parts'].items(): print(f"{name:13} {p['bytes']/1e6:8.2f} MB, fp16 {p['fp16']/1e6:.2f}, int8 {p['int8']/1e6:.2f}   differs by {p['difference']:.1e}")
-        print(f"\n{'backend':14} {'a picture':>10}   {'within 1':>8}  worst  PSNR")
-        for name, p in sorted(self.parity['backends'].items(), key=lambda kv: kv[1]['milliseconds']): print(f"{name:14} {p['milliseconds']:7.0f} ms   {p['within_1']:8.2%}  {p['worst']:5}  {p['psnr']:.1f} dB" + ('' if p['keeps'] else '   not good enough'))
+
+        for name, p in self.parity['parts'].items():
+            print(
+                f'{name:13} {p["bytes"] / 1e6:8.2f} MB, fp16 {p["fp16"] / 1e6:.2f}, int8 {p["int8"] / 1e6:.2f}   differs by {p["difference"]:.1e}'
+            )
+        print(f'\n{"backend":14} {"a picture":>10}   {"within 1":>8}  worst  PSNR')
+        for name, p in sorted(self.parity['backends'].items(), key=lambda kv: kv[1]['milliseconds']):
+            print(
+                f'{name:14} {p["milliseconds"]:7.0f} ms   {p["within_1"]:8.2%}  {p["worst"]:5}  {p["psnr"]:.1f} dB'
+                + ('' if p['keeps'] else '   not good enough')
+            )
         ours = best(self.parity['backends'], ('torch',))
-        print(f'\nPyTorch above, {ours} below:'); display(montage(self.pictures['torch'] + self.pictures[ours], len(self.pictures['torch']), 128))
+        print(f'\nPyTorch above, {ours} below:')
+        display(montage(self.pictures['torch'] + self.pictures[ours], len(self.pictures['torch']), 128))
 
 # %% ../../nbs/stages/08_onnx.ipynb #0a28f21d
-def best(backends: dict, but=()) -> str: # as in parity.json; the name of the fastest that keeps quality
-    return min((k for k, v in backends.items() if v['keeps'] and k not in but), key=lambda k: backends[k]['milliseconds'])
+def best(backends: dict, but=()) -> str:  # as in parity.json; the name of the fastest that keeps quality
+    return min(
+        (k for k, v in backends.items() if v['keeps'] and k not in but),
+        key=lambda k: backends[k]['milliseconds'],
+    )
+
 
 def describe_parity(parity: dict) -> str:
     "The result in a line."
     b, p = parity['backends'], parity['backends']['onnx']
     name = best(b)
-    return f"4 files, {sum(x['bytes'] for x in parity['parts'].values())/1e6:.1f} MB; {p['within_1']:.2%} of pixel values within 1, worst {p['worst']}; fastest {name}: a picture in {b[name]['milliseconds']:.0f} ms (PyTorch {b['torch']['milliseconds']:.0f}, ONNX Runtime {p['milliseconds']:.0f})"
+    return f'4 files, {sum(x["bytes"] for x in parity["parts"].values()) / 1e6:.1f} MB; {p["within_1"]:.2%} of pixel values within 1, worst {p["worst"]}; fastest {name}: a picture in {b[name]["milliseconds"]:.0f} ms (PyTorch {b["torch"]["milliseconds"]:.0f}, ONNX Runtime {p["milliseconds"]:.0f})'
 
 # %% ../../nbs/stages/08_onnx.ipynb #9a610686
 def copy_configs(model: Path, folder: Path):
     "Everything of the model that is not weights, where Optimum looks for it."
-    shutil.copy(model/'model_index.json', folder); copy_student_steps(model, folder)
-    for part in ('scheduler', 'tokenizer'): shutil.copytree(model/part, folder/part)
-    for source, part in (('text_encoder', 'text_encoder'), ('unet', 'unet'), ('vae', 'vae_decoder'), ('vae', 'vae_encoder')): shutil.copy(model/source/'config.json', folder/part)
+    shutil.copy(model / 'model_index.json', folder)
+    copy_student_steps(model, folder)
+    for part in ('scheduler', 'tokenizer'):
+        shutil.copytree(model / part, folder / part)
+    for source, part in (
+        ('text_encoder', 'text_encoder'),
+        ('unet', 'unet'),
+        ('vae', 'vae_decoder'),
+        ('vae', 'vae_encoder'),
+    ):
+        shutil.copy(model / source / 'config.json', folder / part)
 
 # %% ../../nbs/stages/08_onnx.ipynb #d70df697
-PROMPTS = ('a red rose under a blue sky', 'three purple irises in a meadow', 'a white daisy on soil', 'a yellow sunflower at sunset')
+PROMPTS = (
+    'a red rose under a blue sky',
+    'three purple irises in a meadow',
+    'a white daisy on soil',
+    'a yellow sunflower at sunset',
+)
+
 
 @stage('onnx')
 def run(ws: Workspace) -> Result:
@@ -240,13 +378,25 @@ def run(ws: Workspace) -> Result:
     with atomic_dir(ws.onnx) as folder:
         report = {}
         for name, part in parts_of(backend).items():
-            path = export_part(part, folder/name, s.onnx.opset)
+            path = export_part(part, folder / name, s.onnx.opset)
             size = lambda p: sum(f.stat().st_size for f in p.parent.glob(f'{p.name}*'))
-            report[name] = dict(bytes=size(path), difference=part_difference(part, path), fp16=size(to_half(path)), int8=size(to_int8(path)))
-            print(f"{name}: differs by {report[name]['difference']:.1e}")
+            report[name] = dict(
+                bytes=size(path),
+                difference=part_difference(part, path),
+                fp16=size(to_half(path)),
+                int8=size(to_int8(path)),
+            )
+            print(f'{name}: differs by {report[name]["difference"]:.1e}')
         copy_configs(ws.model, folder)
         backends, drawn = compare_backends(backend, folder, prompts, how)
-        parity = dict(parts=report, backends=backends, model=weights_fingerprint(ws.model), opset=s.onnx.opset, torch=torch.__version__, passed=True)
+        parity = dict(
+            parts=report,
+            backends=backends,
+            model=weights_fingerprint(ws.model),
+            opset=s.onnx.opset,
+            torch=torch.__version__,
+            passed=True,
+        )
         check_parity(parity, s.onnx.max_error)
-        write_json(folder/'parity.json', parity)
+        write_json(folder / 'parity.json', parity)
     return Result(describe_parity(parity), parity, drawn)

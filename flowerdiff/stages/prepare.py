@@ -13,30 +13,53 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..data.image_folder import choose, each_row, given_captions, held_out_squares, label_of, look_through, make_squares
+from flowerdiff.data.image_folder import (
+    choose,
+    each_row,
+    given_captions,
+    held_out_squares,
+    label_of,
+    look_through,
+    make_squares,
+)
 from ..data.datasets import DATASETS, lay_out
 from ..garden.garden import BACKGROUNDS, COLORS, SPECIES, draw, sample_attributes
 from ..data.images import in_order, pixel_sha256, shown
-from ..core.workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, progress, read_json, read_jsonl, stage, write_json, write_jsonl
+from flowerdiff.core.workspace import (
+    UserError,
+    Workspace,
+    atomic_dir,
+    code_fingerprint,
+    fingerprint,
+    progress,
+    read_json,
+    read_jsonl,
+    stage,
+    write_json,
+    write_jsonl,
+)
 
 # %% ../../nbs/stages/01_prepare.ipynb #13bd0000
 def held_out(
-    seed: int, # of the run
-) -> set:      # (species, color, background)
+    seed: int,  # of the run
+) -> set:  # (species, color, background)
     "Combinations that training never sees, two of each species."
     rng, pairs = np.random.default_rng([seed, 102]), list(itertools.product(COLORS, BACKGROUNDS))
     return {(s, *pairs[i]) for s in SPECIES for i in rng.choice(len(pairs), 2, replace=False)}
 
 # %% ../../nbs/stages/01_prepare.ipynb #0f74a46f
-FIRST = dict(train=0, val=10_000_000, test=20_000_000) # first index of each split
+FIRST = dict(train=0, val=10_000_000, test=20_000_000)  # first index of each split
 
-def combination(attributes: dict) -> tuple: return attributes['species'], attributes['color'], attributes['background']
+
+def combination(attributes: dict) -> tuple:
+    return attributes['species'], attributes['color'], attributes['background']
+
 
 def sow(
-    split: str, # 'train', 'val', 'test'
-    n: int,     # how many
+    split: str,  # 'train', 'val', 'test'
+    n: int,  # how many
     seed: int,
-):              # -> (index, attributes, unseen: is the combination held out?)
+):  # -> (index, attributes, unseen: is the combination held out?)
     "Which flowers a split of the garden has."
     held = held_out(seed)
     flowers = ((i, sample_attributes(seed, i)) for i in itertools.count(FIRST[split]))
@@ -46,51 +69,80 @@ def sow(
 
 # %% ../../nbs/stages/01_prepare.ipynb #e3de5544
 def draw_pictures(
-    batch: list, # of (split's folder, index, seed, side, row with the attributes)
-) -> list:       # (split, row)
+    batch: list,  # of (split's folder, index, seed, side, row with the attributes)
+) -> list:  # (split, row)
     "Draw and save, in a worker process."
     out = []
     for folder, index, seed, side, row in batch:
         im = draw(row, seed, index, side)
-        im.save(folder/row['file_name'], compress_level=1)
+        im.save(folder / row['file_name'], compress_level=1)
         out.append((folder.name, row | dict(sha256=pixel_sha256(im))))
     return out
 
-def batches(items, n: int): # -> lists of n items
+
+def batches(items, n: int):  # -> lists of n items
     items = iter(items)
-    while batch := list(itertools.islice(items, n)): yield batch
+    while batch := list(itertools.islice(items, n)):
+        yield batch
 
 # %% ../../nbs/stages/01_prepare.ipynb #73111d2f
 SPLITS = 'train', 'val', 'test'
 
+
 def write_rows(
-    new: Path, # a folder, with a folder a split
-    rows,      # of (split, row)
-) -> dict:     # pictures a split, a label, a note; fingerprint
+    new: Path,  # a folder, with a folder a split
+    rows,  # of (split, row)
+) -> dict:  # pictures a split, a label, a note; fingerprint
     "A `metadata.jsonl` in each split, as `datasets.load_dataset` reads it."
     with contextlib.ExitStack() as stack:
-        files = {s: stack.enter_context(open(new/s/'metadata.jsonl', 'w', encoding='utf-8')) for s in SPLITS}
+        files = {
+            s: stack.enter_context(open(new / s / 'metadata.jsonl', 'w', encoding='utf-8')) for s in SPLITS
+        }
         counts, labels, notes, total = Counter(), Counter(), Counter(), hashlib.sha256()
         for split, row in rows:
             line = json.dumps(row, ensure_ascii=False) + '\n'
-            files[split].write(line); total.update(f'{split} {line}'.encode())
-            counts[split] += 1; labels[row.get('label', '')] += 1; notes[row.get('note', '')] += 1
-    return dict(counts={s: counts[s] for s in SPLITS}, labels=dict(labels.most_common()), notes={k: n for k, n in notes.items() if k}, fingerprint=total.hexdigest())
+            files[split].write(line)
+            total.update(f'{split} {line}'.encode())
+            counts[split] += 1
+            labels[row.get('label', '')] += 1
+            notes[row.get('note', '')] += 1
+    return dict(
+        counts={s: counts[s] for s in SPLITS},
+        labels=dict(labels.most_common()),
+        notes={k: n for k, n in notes.items() if k},
+        fingerprint=total.hexdigest(),
+    )
 
 # %% ../../nbs/stages/01_prepare.ipynb #88a658bc
 def grow(
-    new: Path, # the folder to fill
+    new: Path,  # the folder to fill
     settings,
-) -> dict:     # for `info.json`
+) -> dict:  # for `info.json`
     "Draw the garden's pictures, on all cores."
     p, seed = settings.prepare, settings.seed
-    n = {s: max(1, round(p.count*share)) for s, share in (('val', p.val), ('test', p.test))}
+    n = {s: max(1, round(p.count * share)) for s, share in (('val', p.val), ('test', p.test))}
     n = dict(train=p.count - sum(n.values())) | n
-    if n['train'] < 1: raise UserError(f'prepare.count: {p.count} leaves nothing to learn from; give at least 3')
-    for s in SPLITS: (new/s).mkdir()
-    row = lambda k, i, a, unseen: dict(file_name=f'{k:06}.png', width=p.resolution, height=p.resolution, source=f'garden {seed}:{i}', label=a['species'], **a, unseen=unseen)
-    jobs = ((new/s, x[0], seed, p.resolution, row(k, *x)) for s in SPLITS for k, x in enumerate(sow(s, n[s], seed)))
-    drawn = itertools.chain.from_iterable(in_order(draw_pictures, batches(jobs, 32), 1 if p.count < 200 else None))
+    if n['train'] < 1:
+        raise UserError(f'prepare.count: {p.count} leaves nothing to learn from; give at least 3')
+    for s in SPLITS:
+        (new / s).mkdir()
+    row = lambda k, i, a, unseen: dict(
+        file_name=f'{k:06}.png',
+        width=p.resolution,
+        height=p.resolution,
+        source=f'garden {seed}:{i}',
+        label=a['species'],
+        **a,
+        unseen=unseen,
+    )
+    jobs = (
+        (new / s, x[0], seed, p.resolution, row(k, *x))
+        for s in SPLITS
+        for k, x in enumerate(sow(s, n[s], seed))
+    )
+    drawn = itertools.chain.from_iterable(
+        in_order(draw_pictures, batches(jobs, 32), 1 if p.count < 200 else None)
+    )
     made = write_rows(new, progress(drawn, p.count, 'flowers'))
     return dict(kind='garden', source='garden', **made, left_out=0, held_out=sorted(held_out(seed)))
 
@@ -100,81 +152,138 @@ def source_folder(
 ) -> Path:
     "The folder that `prepare.source` names, or one of a known data set. Raises `UserError` when it is none."
     given, files = ws.settings.prepare.source, ws.settings.prepare.files
-    if given in DATASETS: return lay_out(given, ws.work_dir('prepare-official', fingerprint([given, files])), _there(ws, files) or Path(files) if files else None)
-    if files: raise UserError(f'prepare.files: is {files}, and only {" and ".join(DATASETS)} have official files; set prepare.source to one of them, or prepare.files to nothing')
-    if not given: raise UserError('prepare.source: names no folder of pictures; give one, such as --pictures my/photos')
-    if (path := _there(ws, given)) is None: raise UserError(f'{given}: is not there; give a folder of pictures (prepare.source, or --pictures)')
-    if not path.is_dir(): raise UserError(f'{given}: is a file; give a folder of pictures, and unpack an archive first (prepare.source, or --pictures)')
+    if given in DATASETS:
+        return lay_out(
+            given,
+            ws.work_dir('prepare-official', fingerprint([given, files])),
+            _there(ws, files) or Path(files) if files else None,
+        )
+    if files:
+        raise UserError(
+            f'prepare.files: is {files}, and only {" and ".join(DATASETS)} have official files; set prepare.source to one of them, or prepare.files to nothing'
+        )
+    if not given:
+        raise UserError('prepare.source: names no folder of pictures; give one, such as --pictures my/photos')
+    if (path := _there(ws, given)) is None:
+        raise UserError(f'{given}: is not there; give a folder of pictures (prepare.source, or --pictures)')
+    if not path.is_dir():
+        raise UserError(
+            f'{given}: is a file; give a folder of pictures, and unpack an archive first (prepare.source, or --pictures)'
+        )
     path, root = path.resolve(), ws.root.resolve()
-    if path == root or root in path.parents: raise UserError(f'{given}: is inside the workspace, which the stages write; keep the pictures elsewhere')
+    if path == root or root in path.parents:
+        raise UserError(
+            f'{given}: is inside the workspace, which the stages write; keep the pictures elsewhere'
+        )
     return path
 
-def _there(ws: Workspace, given: str): # a path as the settings name it, relative to the workspace or to here; None: it is not there
-    return next((p for p in (ws.root/given, Path(given).expanduser()) if p.exists()), None)
+
+def _there(
+    ws: Workspace, given: str
+):  # a path as the settings name it, relative to the workspace or to here; None: it is not there
+    return next((p for p in (ws.root / given, Path(given).expanduser()) if p.exists()), None)
 
 # %% ../../nbs/stages/01_prepare.ipynb #382dfee5
-KNOWN = set('file_name width height source sha256 label label_name class class_name captions caption text official_split split attributes note id url'.split())
+KNOWN = set(
+    'file_name width height source sha256 label label_name class class_name captions caption text official_split split attributes note id url'.split()
+)
+
 
 def picture_row(
-    name: str,   # the file it was
-    facts: dict, # of its square
+    name: str,  # the file it was
+    facts: dict,  # of its square
     told: dict,  # its row of metadata
 ) -> dict:
     "What is known of a picture; what is not known is left out."
-    attributes = {k: v for k, v in (told | (told.get('attributes') if isinstance(told.get('attributes'), dict) else {})).items() if k not in KNOWN and isinstance(v, (str, int, float)) and v != ''}
-    row = dict(bucket=facts.get('bucket'), source=shown(name), sha256=facts['sha256'], note=facts['note'], label=label_of(name, told), captions=given_captions(told), attributes=attributes)
+    attributes = {
+        k: v
+        for k, v in (
+            told | (told.get('attributes') if isinstance(told.get('attributes'), dict) else {})
+        ).items()
+        if k not in KNOWN and isinstance(v, (str, int, float)) and v != ''
+    }
+    row = dict(
+        bucket=facts.get('bucket'),
+        source=shown(name),
+        sha256=facts['sha256'],
+        note=facts['note'],
+        label=label_of(name, told),
+        captions=given_captions(told),
+        attributes=attributes,
+    )
     return dict(width=facts['width'], height=facts['height']) | {k: v for k, v in row.items() if v}
 
 # %% ../../nbs/stages/01_prepare.ipynb #2724d954
 def place(
-    new: Path,   # the folder to fill
+    new: Path,  # the folder to fill
     work: Path,  # where the squares and rows.jsonl are
     rows: list,  # from `choose`
-    told,        # `Metadata`
+    told,  # `Metadata`
     squares={},  # from `held_out_squares`, in `work/held`
-):               # -> (split, row)
+):  # -> (split, row)
     "Put each picture into its split, under a number. The work folder keeps its copy until all is done."
     number = Counter()
-    with open(work/'rows.jsonl', 'rb') as f:
+    with open(work / 'rows.jsonl', 'rb') as f:
         for _, split, at, name in rows:
-            f.seek(at); facts = squares.get(name) or json.loads(f.readline()); made = (work/'held' if name in squares else work)/facts['file']
-            file = f'{number[split]:06}{Path(facts["file"]).suffix}'; number[split] += 1
-            try: os.link(made, new/split/file)
-            except OSError: shutil.copyfile(made, new/split/file)
+            f.seek(at)
+            facts = squares.get(name) or json.loads(f.readline())
+            made = (work / 'held' if name in squares else work) / facts['file']
+            file = f'{number[split]:06}{Path(facts["file"]).suffix}'
+            number[split] += 1
+            try:
+                os.link(made, new / split / file)
+            except OSError:
+                shutil.copyfile(made, new / split / file)
             yield split, dict(file_name=file, **picture_row(name, facts, told.row(name)))
 
 # %% ../../nbs/stages/01_prepare.ipynb #7f5d1386
 def gather(
-    new: Path,     # the folder to fill
+    new: Path,  # the folder to fill
     ws: Workspace,
-) -> dict:         # for `info.json`
+) -> dict:  # for `info.json`
     "Pictures of a folder in splits: squares, or in training what their buckets hold."
     p, source = ws.settings.prepare, source_folder(ws)
     names, told, left = look_through(source, p.count, [ws.root])
-    work = ws.work_dir('prepare', fingerprint([str(source), p.resolution, p.crop, code_fingerprint('flowerdiff.data.images')]))
+    work = ws.work_dir(
+        'prepare',
+        fingerprint([str(source), p.resolution, p.crop, code_fingerprint('flowerdiff.data.images')]),
+    )
     make_squares(source, names, p.resolution, work, p.crop)
     rows, twins, more = choose(work, names, told, p)
     left += more
-    if len(rows) < 3: raise UserError(f'{p.source}: has {len(rows)} {"picture" if len(rows) == 1 else "pictures"} that can be used, a run needs at least 3' + _because(left))
-    for s in SPLITS: (new/s).mkdir()
-    squares = held_out_squares(source, rows, p.resolution, work/'held') if p.crop == 'buckets' else {}
+    if len(rows) < 3:
+        raise UserError(
+            f'{p.source}: has {len(rows)} {"picture" if len(rows) == 1 else "pictures"} that can be used, a run needs at least 3'
+            + _because(left)
+        )
+    for s in SPLITS:
+        (new / s).mkdir()
+    squares = held_out_squares(source, rows, p.resolution, work / 'held') if p.crop == 'buckets' else {}
     made = write_rows(new, place(new, work, rows, told, squares))
-    write_jsonl(new/'quarantine.jsonl', (dict(file=f, reason=why) for f, why in left))
+    write_jsonl(new / 'quarantine.jsonl', (dict(file=f, reason=why) for f, why in left))
     return dict(kind='folder', source=p.source, **made, left_out=len(left), near_copies=twins)
 
+
 def _because(left) -> str:
-    return f'; {len(left)} left out, such as {left[0][0]}, which {left[0][1]}' if left else '; add pictures (jpg, png, webp, gif, bmp, tiff, avif)'
+    return (
+        f'; {len(left)} left out, such as {left[0][0]}, which {left[0][1]}'
+        if left
+        else '; add pictures (jpg, png, webp, gif, bmp, tiff, avif)'
+    )
 
 # %% ../../nbs/stages/01_prepare.ipynb #48daef50
 @dataclass
 class Prepared:
     "What came out."
-    summary: str # one line
-    folder: Path # `pictures/`
-    info: dict   # what `info.json` says
+
+    summary: str  # one line
+    folder: Path  # `pictures/`
+    info: dict  # what `info.json` says
+
     def show(self):
         "Look at the data: a montage, the classes, the sizes, what was left out."
         look(self.folder)
+
 
 @stage('prepare')
 def run(ws: Workspace) -> Prepared:
@@ -182,90 +291,130 @@ def run(ws: Workspace) -> Prepared:
     with atomic_dir(ws.pictures) as new:
         info = grow(new, ws.settings) if ws.settings.prepare.source == 'garden' else gather(new, ws)
         info |= dict(resolution=ws.settings.prepare.resolution, seed=ws.settings.seed)
-        write_json(new/'info.json', info)
-        if info['kind'] == 'garden': write_jsonl(new/'quarantine.jsonl', [])
-    for old in ws.work.glob('prepare-*'): shutil.rmtree(old, ignore_errors=True)
+        write_json(new / 'info.json', info)
+        if info['kind'] == 'garden':
+            write_jsonl(new / 'quarantine.jsonl', [])
+    for old in ws.work.glob('prepare-*'):
+        shutil.rmtree(old, ignore_errors=True)
     n, twins = info['counts'], info.get('near_copies', [])
     if info['left_out']:
-        for row in read_jsonl(ws.pictures/'quarantine.jsonl')[:5]: print(f'left out: {row["file"]} {row["reason"]}')
-    return Prepared(f'{sum(n.values())} pictures of {info["resolution"]} px ({n["train"]} train, {n["val"]} val, {n["test"]} test), {info["left_out"]} left out' + (' (see pictures/quarantine.jsonl)' if info['left_out'] else '')
-                    + (f', {len(twins)} near {"copy" if len(twins) == 1 else "copies"} kept in train' if twins else ''), ws.pictures, info)
+        for row in read_jsonl(ws.pictures / 'quarantine.jsonl')[:5]:
+            print(f'left out: {row["file"]} {row["reason"]}')
+    return Prepared(
+        f'{sum(n.values())} pictures of {info["resolution"]} px ({n["train"]} train, {n["val"]} val, {n["test"]} test), {info["left_out"]} left out'
+        + (' (see pictures/quarantine.jsonl)' if info['left_out'] else '')
+        + (f', {len(twins)} near {"copy" if len(twins) == 1 else "copies"} kept in train' if twins else ''),
+        ws.pictures,
+        info,
+    )
 
 # %% ../../nbs/stages/01_prepare.ipynb #6c13bffc
 def montage(
-    folder: Path,   # `pictures/`
-    n: int = 16,    # how many
+    folder: Path,  # `pictures/`
+    n: int = 16,  # how many
     wide: int = 8,  # in a row
     split: str = 'train',
-):                  # a matplotlib figure
+):  # a matplotlib figure
     "Pictures of a split, each with its label."
     import matplotlib.pyplot as plt
     from PIL import Image
-    rows = sorted((r.get('label', ''), r['file_name']) for r in each_row(folder/split/'metadata.jsonl'))
-    rows = [rows[i*len(rows)//n] for i in range(n)] if len(rows) > n else rows
-    fig, axes = plt.subplots(-(-len(rows)//wide), wide, figsize=(wide*.95, -(-len(rows)//wide)*1.1), dpi=80, squeeze=False)
-    for ax in axes.flat: ax.axis('off')
-    for ax, (label, file) in zip(axes.flat, rows): ax.imshow(Image.open(folder/split/file)); ax.set_title(label[:16], fontsize=7, pad=2)
-    fig.tight_layout(pad=.3)
+
+    rows = sorted((r.get('label', ''), r['file_name']) for r in each_row(folder / split / 'metadata.jsonl'))
+    rows = [rows[i * len(rows) // n] for i in range(n)] if len(rows) > n else rows
+    fig, axes = plt.subplots(
+        -(-len(rows) // wide), wide, figsize=(wide * 0.95, -(-len(rows) // wide) * 1.1), dpi=80, squeeze=False
+    )
+    for ax in axes.flat:
+        ax.axis('off')
+    for ax, (label, file) in zip(axes.flat, rows):
+        ax.imshow(Image.open(folder / split / file))
+        ax.set_title(label[:16], fontsize=7, pad=2)
+    fig.tight_layout(pad=0.3)
     return fig
 
 # %% ../../nbs/stages/01_prepare.ipynb #557803ac
 def tally(
-    folder: Path, # `pictures/`
-) -> dict:        # Counters under 'label' (and the garden's attributes), sizes, caption lengths
+    folder: Path,  # `pictures/`
+) -> dict:  # Counters under 'label' (and the garden's attributes), sizes, caption lengths
     "What the rows of all splits say, counted."
     out = dict(sizes=Counter(), words=Counter())
     for s in SPLITS:
-        for r in each_row(folder/s/'metadata.jsonl'):
+        for r in each_row(folder / s / 'metadata.jsonl'):
             out['sizes'][min(r['width'], r['height'])] += 1
             out['words'].update(len(c.split()) for c in r.get('captions', []))
-            for k in ('label', 'color', 'background'): out.setdefault(k, Counter()).update([r[k]] if r.get(k) else [])
+            for k in ('label', 'color', 'background'):
+                out.setdefault(k, Counter()).update([r[k]] if r.get(k) else [])
     return {k: c for k, c in out.items() if c}
 
+
 def balance(
-    folder: Path,     # `pictures/`
-    most: int = 12,   # classes shown
-):                    # a matplotlib figure
+    folder: Path,  # `pictures/`
+    most: int = 12,  # classes shown
+):  # a matplotlib figure
     "Classes, sizes and caption lengths, a small plot each."
     import matplotlib.pyplot as plt
+
     counts = {k: c for k, c in tally(folder).items() if len(c) > 1}
-    fig, axes = plt.subplots(1, max(len(counts), 1), figsize=(2.6*max(len(counts), 1), 2.4), squeeze=False)
+    fig, axes = plt.subplots(1, max(len(counts), 1), figsize=(2.6 * max(len(counts), 1), 2.4), squeeze=False)
     for ax, (k, c) in zip(axes[0], counts.items()):
-        if k in ('sizes', 'words'): ax.hist(list(c), weights=list(c.values()), bins=min(20, max(c) - min(c) + 1)); ax.set_title(dict(sizes='shorter side, pixels', words='words a caption')[k], fontsize=8)
-        else: top = c.most_common(most)[::-1]; ax.barh([str(x)[:18] for x, _ in top], [n for _, n in top]); ax.set_title(k + (f', the largest {most} of {len(c)}' if len(c) > most else ''), fontsize=8)
+        if k in ('sizes', 'words'):
+            ax.hist(list(c), weights=list(c.values()), bins=min(20, max(c) - min(c) + 1))
+            ax.set_title(dict(sizes='shorter side, pixels', words='words a caption')[k], fontsize=8)
+        else:
+            top = c.most_common(most)[::-1]
+            ax.barh([str(x)[:18] for x, _ in top], [n for _, n in top])
+            ax.set_title(k + (f', the largest {most} of {len(c)}' if len(c) > most else ''), fontsize=8)
         ax.tick_params(labelsize=7)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/stages/01_prepare.ipynb #e2d2f4e3
 def near_copies(
-    folder: Path, # `pictures/`
-    n: int = 4,   # pairs shown
-):                # a matplotlib figure, None without near copies
+    folder: Path,  # `pictures/`
+    n: int = 4,  # pairs shown
+):  # a matplotlib figure, None without near copies
     import matplotlib.pyplot as plt
     from PIL import Image
-    pairs = read_json(folder/'info.json').get('near_copies', [])[:n]
-    if not pairs: return
+
+    pairs = read_json(folder / 'info.json').get('near_copies', [])[:n]
+    if not pairs:
+        return
     wanted = {x for p in pairs for x in p}
-    files = {r['source']: folder/'train'/r['file_name'] for r in each_row(folder/'train'/'metadata.jsonl') if r['source'] in wanted}
-    fig, axes = plt.subplots(1, 2*len(pairs), figsize=(2*len(pairs), 1.2), squeeze=False)
-    for ax, x in zip(axes.flat, (x for p in pairs for x in p)): ax.imshow(Image.open(files[x])); ax.axis('off'); ax.set_title(Path(x).name[-16:], fontsize=6, pad=2)
-    fig.tight_layout(pad=.3)
+    files = {
+        r['source']: folder / 'train' / r['file_name']
+        for r in each_row(folder / 'train' / 'metadata.jsonl')
+        if r['source'] in wanted
+    }
+    fig, axes = plt.subplots(1, 2 * len(pairs), figsize=(2 * len(pairs), 1.2), squeeze=False)
+    for ax, x in zip(axes.flat, (x for p in pairs for x in p)):
+        ax.imshow(Image.open(files[x]))
+        ax.axis('off')
+        ax.set_title(Path(x).name[-16:], fontsize=6, pad=2)
+    fig.tight_layout(pad=0.3)
     return fig
 
+
 def left_out(
-    folder: Path, # `pictures/`
-    n: int = 8,   # lines
+    folder: Path,  # `pictures/`
+    n: int = 8,  # lines
 ) -> str:
     "The first files left out, each with its reason, and how many needed help."
-    rows = read_jsonl(folder/'quarantine.jsonl')
-    notes = ''.join(f'; {n} used {k}' for k, n in read_json(folder/'info.json').get('notes', {}).items())
-    return '\n'.join([f'{len(rows)} left out{notes}', *(f'  {r["file"]} {r["reason"]}' for r in rows[:n]), *(['  ... all in pictures/quarantine.jsonl'] if len(rows) > n else [])])
+    rows = read_jsonl(folder / 'quarantine.jsonl')
+    notes = ''.join(f'; {n} used {k}' for k, n in read_json(folder / 'info.json').get('notes', {}).items())
+    return '\n'.join(
+        [
+            f'{len(rows)} left out{notes}',
+            *(f'  {r["file"]} {r["reason"]}' for r in rows[:n]),
+            *(['  ... all in pictures/quarantine.jsonl'] if len(rows) > n else []),
+        ]
+    )
 
 # %% ../../nbs/stages/01_prepare.ipynb #f62f9af3
 def look(folder: Path):
     "All of the above, in a notebook."
     import matplotlib.pyplot as plt
+
     for draw_it in (montage, balance, near_copies):
-        if draw_it(folder): plt.show()
+        if draw_it(folder):
+            plt.show()
     print(left_out(folder))

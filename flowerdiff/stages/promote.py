@@ -18,149 +18,259 @@ from ..models.components import component_fingerprint
 from ..evaluation.student_eval import Grade, exam
 from ..inference.generator import Generator
 from ..services.tracking import log_event, name_champion
-from ..core.workspace import UserError, Workspace, atomic_dir, open_workspace, read_json, stage, write_json
+from flowerdiff.core.workspace import (
+    UserError,
+    Workspace,
+    atomic_dir,
+    open_workspace,
+    read_json,
+    stage,
+    write_json,
+)
 
 # %% ../../nbs/stages/06_promote.ipynb #55473515
 def luck(
-    gains,              # [N] how much less the candidate errs, picture by picture
+    gains,  # [N] how much less the candidate errs, picture by picture
     flips: int = 10000,
-) -> float:             # between 0 and 1
+) -> float:  # between 0 and 1
     "How often random signs do as well as the candidate: the p-value of a paired sign-flip test."
     d = np.asarray(gains, dtype=np.float64)
-    signs = chance(0, len(d)).integers(0, 2, (flips, len(d)), dtype=np.int8)*2. - 1
-    return (1 + int((signs @ d >= d.sum() - 1e-15).sum()))/(1 + flips)
+    signs = chance(0, len(d)).integers(0, 2, (flips, len(d)), dtype=np.int8) * 2.0 - 1
+    return (1 + int((signs @ d >= d.sum() - 1e-15).sum())) / (1 + flips)
 
 # %% ../../nbs/stages/06_promote.ipynb #cac1894f
 @dataclass
 class Verdict:
     "What the comparison says."
+
     better: bool
-    gain: float       # mean loss that the candidate saves, as a share of the champion's
-    confidence: float # that it is better by more than the margin
-    reason: str       # a line for people
+    gain: float  # mean loss that the candidate saves, as a share of the champion's
+    confidence: float  # that it is better by more than the margin
+    reason: str  # a line for people
+
 
 def compare(
-    champion,             # [N] losses of the pictures
-    candidate,            # [N] losses of the same pictures
-    margin: float = 0.,   # least gain, as a share of the champion's loss
-    confidence: float = .99,
+    champion,  # [N] losses of the pictures
+    candidate,  # [N] losses of the same pictures
+    margin: float = 0.0,  # least gain, as a share of the champion's loss
+    confidence: float = 0.99,
 ) -> Verdict:
     "Is the candidate better?"
     champion, candidate = np.asarray(champion, float), np.asarray(candidate, float)
-    if not np.isfinite(candidate).all(): return Verdict(False, 0., 0., 'the candidate has losses that are not numbers')
-    if not len(candidate): return Verdict(False, 0., 0., 'there is no validation picture to compare on; raise prepare.val')
-    if not np.isfinite(champion).all(): return Verdict(True, 1., 1., 'the champion has losses that are not numbers')
-    gain, sure = float((champion - candidate).mean()/max(champion.mean(), 1e-12)), 1 - luck(champion - candidate - margin*champion.mean())
+    if not np.isfinite(candidate).all():
+        return Verdict(False, 0.0, 0.0, 'the candidate has losses that are not numbers')
+    if not len(candidate):
+        return Verdict(False, 0.0, 0.0, 'there is no validation picture to compare on; raise prepare.val')
+    if not np.isfinite(champion).all():
+        return Verdict(True, 1.0, 1.0, 'the champion has losses that are not numbers')
+    gain, sure = (
+        float((champion - candidate).mean() / max(champion.mean(), 1e-12)),
+        1 - luck(champion - candidate - margin * champion.mean()),
+    )
     better = gain > margin and sure >= confidence
-    by = f'{abs(gain):.2%} {"lower" if gain > 0 else "higher"} validation loss, confidence {min(sure, .9999):.2%}' if gain else 'the same validation loss'
-    return Verdict(better, gain, sure, f'better: {by}' if better else f'no better: {by}, wanted is more than {margin:.2%} at {confidence:.0%}')
+    by = (
+        f'{abs(gain):.2%} {"lower" if gain > 0 else "higher"} validation loss, confidence {min(sure, 0.9999):.2%}'
+        if gain
+        else 'the same validation loss'
+    )
+    return Verdict(
+        better,
+        gain,
+        sure,
+        f'better: {by}'
+        if better
+        else f'no better: {by}, wanted is more than {margin:.2%} at {confidence:.0%}',
+    )
 
 # %% ../../nbs/stages/06_promote.ipynb #ca5f4b07
 def own_texts(
     ws: Workspace,
-    val,        # `Split`
-) -> object:    # the same pictures with the champion's embeddings of their first captions
+    val,  # `Split`
+) -> object:  # the same pictures with the champion's embeddings of their first captions
     "The validation split as the champion reads it."
     import torch
     from dataclasses import replace
     from flowerdiff.models.components import load_text
     from flowerdiff.core.workspace import read_jsonl
-    first = {r['file_name']: r['captions'][0] for r in read_jsonl(ws.captions/'metadata.jsonl') if r['captions']}
-    files = read_json(ws.encoded/'val'/'files.json')
+
+    first = {
+        r['file_name']: r['captions'][0] for r in read_jsonl(ws.captions / 'metadata.jsonl') if r['captions']
+    }
+    files = read_json(ws.encoded / 'val' / 'files.json')
     captions, text = [first.get(f, first.get(f'val/{f}', '')) for f in files], load_text(str(ws.model))
-    return replace(val, texts=torch.cat([text.encode(captions[i:i + 64]) for i in range(0, len(captions), 64)]), captions=[[i] for i in range(len(files))])
+    return replace(
+        val,
+        texts=torch.cat([text.encode(captions[i : i + 64]) for i in range(0, len(captions), 64)]),
+        captions=[[i] for i in range(len(files))],
+    )
 
 # %% ../../nbs/stages/06_promote.ipynb #f9e025f2
 def measure_champion(
     ws: Workspace,
-    levels: list, # noise levels (alpha_bar) to ask at
-) -> list:        # loss of each picture
+    levels: list,  # noise levels (alpha_bar) to ask at
+) -> list:  # loss of each picture
     "Validation losses of `model/` on the present data."
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from flowerdiff.models.diffusion import noise_levels
     from flowerdiff.training.validation import nearest_timesteps, validation_losses
-    unet = UNet2DConditionModel.from_pretrained(ws.model/'unet', use_safetensors=True)
-    schedule = DDPMScheduler.from_pretrained(ws.model/'scheduler')
+
+    unet = UNet2DConditionModel.from_pretrained(ws.model / 'unet', use_safetensors=True)
+    schedule = DDPMScheduler.from_pretrained(ws.model / 'scheduler')
     val = load_split(ws.encoded, 'val')
-    if component_fingerprint(ws.model/'text_encoder') != component_fingerprint(ws.encoded/'components'/'text_encoder'): val = own_texts(ws, val)
+    if component_fingerprint(ws.model / 'text_encoder') != component_fingerprint(
+        ws.encoded / 'components' / 'text_encoder'
+    ):
+        val = own_texts(ws, val)
     abar = noise_levels(schedule)
-    return validation_losses(unet, val, abar, nearest_timesteps(abar, torch.tensor(levels)), schedule.config.prediction_type).mean(1).tolist()
+    return (
+        validation_losses(
+            unet, val, abar, nearest_timesteps(abar, torch.tensor(levels)), schedule.config.prediction_type
+        )
+        .mean(1)
+        .tolist()
+    )
 
 # %% ../../nbs/stages/06_promote.ipynb #ed1071e7
-def rolled_back(ws: Workspace) -> list: # fingerprints of UNets that are not to be promoted again
-    file = ws.work/'rolled_back.json'
+def rolled_back(ws: Workspace) -> list:  # fingerprints of UNets that are not to be promoted again
+    file = ws.work / 'rolled_back.json'
     return read_json(file) if file.exists() else []
+
 
 def decide(
     ws: Workspace,
-    trained: dict, # train.json
+    trained: dict,  # train.json
 ) -> Verdict:
     "Is `candidate/` to become `model/`?"
     p, mine = ws.settings.promote, trained['validation']
-    if not np.isfinite(mine['by_picture']).all(): return Verdict(False, 0., 0., 'the candidate has losses that are not numbers')
-    if not (ws.model/'model_index.json').exists(): return Verdict(True, 1., 1., 'the first model')
+    if not np.isfinite(mine['by_picture']).all():
+        return Verdict(False, 0.0, 0.0, 'the candidate has losses that are not numbers')
+    if not (ws.model / 'model_index.json').exists():
+        return Verdict(True, 1.0, 1.0, 'the first model')
     record = read_record(ws)
-    if record.get('fingerprint') == component_fingerprint(ws.candidate/'unet') and same_parts(ws): return Verdict(False, 0., 0., 'the candidate is the champion already')
-    if component_fingerprint(ws.candidate/'unet') in rolled_back(ws): return Verdict(False, 0., 0., 'the candidate was rolled back; train another one, or run rollback again to have it back')
-    if component_fingerprint(ws.model/'vae') != component_fingerprint(ws.candidate/'vae'): return Verdict(True, 0., 0., 'not comparable: the champion draws in another autoencoder\'s latents; it is kept in work/previous')
-    theirs = record.get('by_picture') if record.get('data') == trained['data'] and record.get('levels') == mine['levels'] else None
-    try: theirs = theirs or measure_champion(ws, mine['levels'])
-    except (OSError, ValueError, RuntimeError, UserError) as e: return Verdict(True, 0., 0., f'not comparable: the champion cannot be asked ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:120]}); it is kept in work/previous')
+    if record.get('fingerprint') == component_fingerprint(ws.candidate / 'unet') and same_parts(ws):
+        return Verdict(False, 0.0, 0.0, 'the candidate is the champion already')
+    if component_fingerprint(ws.candidate / 'unet') in rolled_back(ws):
+        return Verdict(
+            False,
+            0.0,
+            0.0,
+            'the candidate was rolled back; train another one, or run rollback again to have it back',
+        )
+    if component_fingerprint(ws.model / 'vae') != component_fingerprint(ws.candidate / 'vae'):
+        return Verdict(
+            True,
+            0.0,
+            0.0,
+            "not comparable: the champion draws in another autoencoder's latents; it is kept in work/previous",
+        )
+    theirs = (
+        record.get('by_picture')
+        if record.get('data') == trained['data'] and record.get('levels') == mine['levels']
+        else None
+    )
+    try:
+        theirs = theirs or measure_champion(ws, mine['levels'])
+    except (OSError, ValueError, RuntimeError, UserError) as e:
+        return Verdict(
+            True,
+            0.0,
+            0.0,
+            f'not comparable: the champion cannot be asked ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:120]}); it is kept in work/previous',
+        )
     return compare(theirs, mine['by_picture'], p.margin, p.confidence)
 
 # %% ../../nbs/stages/06_promote.ipynb #1f932f0c
 def same_parts(ws: Workspace) -> bool:
     "Do champion and candidate have the same autoencoder and text encoder?"
-    return all(component_fingerprint(ws.model/k) == component_fingerprint(ws.candidate/k) for k in ('vae', 'text_encoder'))
+    return all(
+        component_fingerprint(ws.model / k) == component_fingerprint(ws.candidate / k)
+        for k in ('vae', 'text_encoder')
+    )
+
 
 def read_record(ws: Workspace) -> dict:
     "The champion's record; empty when it is missing or broken, and then the champion is measured again."
-    try: return read_json(ws.model/'record.json')
-    except UserError: return {}
+    try:
+        return read_json(ws.model / 'record.json')
+    except UserError:
+        return {}
 
 # %% ../../nbs/stages/06_promote.ipynb #d6057c4f
 def crown(
     ws: Workspace,
-    trained: dict,   # train.json
+    trained: dict,  # train.json
     verdict: Verdict,
-) -> dict:           # the record
+) -> dict:  # the record
     "Make the candidate the champion."
     v = trained['validation']
-    record = dict(run_id=trained['run_id'], data=trained['data'], fingerprint=component_fingerprint(ws.candidate/'unet'), promoted=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), reason=verdict.reason,
-                  gain=verdict.gain, confidence=verdict.confidence, validation=v['loss'], levels=v['levels'], by_level=v['by_level'], by_picture=v['by_picture'], steps=trained['steps'], version=trained.get('version', ''))
+    record = dict(
+        run_id=trained['run_id'],
+        data=trained['data'],
+        fingerprint=component_fingerprint(ws.candidate / 'unet'),
+        promoted=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+        reason=verdict.reason,
+        gain=verdict.gain,
+        confidence=verdict.confidence,
+        validation=v['loss'],
+        levels=v['levels'],
+        by_level=v['by_level'],
+        by_picture=v['by_picture'],
+        steps=trained['steps'],
+        version=trained.get('version', ''),
+    )
     if ws.model.exists():
-        with atomic_dir(ws.work/'previous') as old: shutil.copytree(ws.model, old, dirs_exist_ok=True)
+        with atomic_dir(ws.work / 'previous') as old:
+            shutil.copytree(ws.model, old, dirs_exist_ok=True)
     with atomic_dir(ws.model) as new:
         shutil.copytree(ws.candidate, new, dirs_exist_ok=True)
-        write_json(new/'record.json', record)
+        write_json(new / 'record.json', record)
     return record
 
 # %% ../../nbs/stages/06_promote.ipynb #4be17c69
 def graduate(
     ws: Workspace,
-    trained: dict, # train.json
-    steps: int,    # the student's
-):                 # a `Grade`
+    trained: dict,  # train.json
+    steps: int,  # the student's
+):  # a `Grade`
     "Examine the student in `candidate/`; passed, it becomes `student/`."
-    if not np.isfinite(trained['validation']['by_picture']).all(): return Grade(False, 'the student has losses that are not numbers')
-    if not (ws.model/'model_index.json').exists(): return Grade(False, 'the student has no teacher to be compared with in model/')
-    g = exam(ws, *(Generator(TorchBackend(folder), batch=ws.settings.evaluate.batch_size) for folder in (ws.model, ws.candidate)))
+    if not np.isfinite(trained['validation']['by_picture']).all():
+        return Grade(False, 'the student has losses that are not numbers')
+    if not (ws.model / 'model_index.json').exists():
+        return Grade(False, 'the student has no teacher to be compared with in model/')
+    g = exam(
+        ws,
+        *(
+            Generator(TorchBackend(folder), batch=ws.settings.evaluate.batch_size)
+            for folder in (ws.model, ws.candidate)
+        ),
+    )
     if g.passed:
         with atomic_dir(ws.student) as new:
             shutil.copytree(ws.candidate, new, dirs_exist_ok=True)
-            write_json(new/'record.json', dict(g.numbers, run_id=trained['run_id'], steps=steps, teacher=component_fingerprint(ws.model/'unet'), fingerprint=component_fingerprint(ws.candidate/'unet'),
-                promoted=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), reason=g.reason))
+            write_json(
+                new / 'record.json',
+                dict(
+                    g.numbers,
+                    run_id=trained['run_id'],
+                    steps=steps,
+                    teacher=component_fingerprint(ws.model / 'unet'),
+                    fingerprint=component_fingerprint(ws.candidate / 'unet'),
+                    promoted=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+                    reason=g.reason,
+                ),
+            )
     return g
 
 # %% ../../nbs/stages/06_promote.ipynb #4e0a95a7
 @dataclass
 class Result:
     "What the gate decided."
+
     summary: str
     promoted: bool
     verdict: Verdict
-    champion: list   # losses of the pictures, of what is in `model/` now or was before
+    champion: list  # losses of the pictures, of what is in `model/` now or was before
     candidate: list
     skipped: str = ''
 
@@ -168,47 +278,98 @@ class Result:
         "The pairs, a point a picture: below the line the candidate is better."
         if len(self.champion) == len(self.candidate) and self.champion:
             import matplotlib.pyplot as plt
-            fig, ax = plt.subplots(figsize=(3.2, 3.2)); ax.plot(self.champion, self.candidate, '.', ms=3)
-            ends = [min(self.champion + self.candidate), max(self.champion + self.candidate)]; ax.plot(ends, ends, 'k', lw=.5)
-            ax.set(xlabel='champion before', ylabel='candidate'); fig.tight_layout(); plt.show()
+
+            fig, ax = plt.subplots(figsize=(3.2, 3.2))
+            ax.plot(self.champion, self.candidate, '.', ms=3)
+            ends = [min(self.champion + self.candidate), max(self.champion + self.candidate)]
+            ax.plot(ends, ends, 'k', lw=0.5)
+            ax.set(xlabel='champion before', ylabel='candidate')
+            fig.tight_layout()
+            plt.show()
         print(self.summary)
 
 # %% ../../nbs/stages/06_promote.ipynb #97feb193
 @stage('promote')
 def run(ws: Workspace) -> Result:
     "Make the candidate the champion if it is better; then bring the registry in line with `model/`."
-    if not (ws.candidate/'model_index.json').exists() or not (ws.root/'train.json').exists(): raise UserError(f'{ws.candidate}: there is no trained model; run train first')
-    trained, before = read_json(ws.root/'train.json'), read_record(ws) if ws.model.exists() else {}
+    if not (ws.candidate / 'model_index.json').exists() or not (ws.root / 'train.json').exists():
+        raise UserError(f'{ws.candidate}: there is no trained model; run train first')
+    trained, before = read_json(ws.root / 'train.json'), read_record(ws) if ws.model.exists() else {}
     if steps := student_steps(ws.candidate):
-        g = graduate(ws, trained, steps); verdict, done = Verdict(False, 0., 0., g.reason), 'the student passed: it is in student/ and model/ stays' if g.passed else 'the student did not pass'
-    else: g, verdict = None, decide(ws, trained); done = 'promoted' if verdict.better else 'not promoted'
+        g = graduate(ws, trained, steps)
+        verdict, done = (
+            Verdict(False, 0.0, 0.0, g.reason),
+            'the student passed: it is in student/ and model/ stays'
+            if g.passed
+            else 'the student did not pass',
+        )
+    else:
+        g, verdict = None, decide(ws, trained)
+        done = 'promoted' if verdict.better else 'not promoted'
     record = crown(ws, trained, verdict) if verdict.better else before
     registry = name_champion(ws, record) if record.get('run_id') else 'the champion has no record to register'
-    ws.work.mkdir(exist_ok=True); log_event(ws.work/'decisions.jsonl', 'promote', run_id=trained['run_id'], promoted=verdict.better, reason=verdict.reason)
-    if g: log_event(ws.work/'decisions.jsonl', 'student', run_id=trained['run_id'], passed=g.passed, reason=g.reason)
-    write_json(ws.root/'promote.json', dict(student=dict(g.numbers, passed=g.passed) if g else None, promoted=verdict.better, reason=verdict.reason, mean_difference=verdict.gain, confidence=verdict.confidence, candidate=trained['run_id'],
-                                            champion=record.get('run_id', ''), before=before.get('run_id', ''), validation=trained['validation']['loss'], registry=registry))
-    return Result(f"{done}, {verdict.reason}", verdict.better, verdict, [] if g else before.get('by_picture', []), trained['validation']['by_picture'])
+    ws.work.mkdir(exist_ok=True)
+    log_event(
+        ws.work / 'decisions.jsonl',
+        'promote',
+        run_id=trained['run_id'],
+        promoted=verdict.better,
+        reason=verdict.reason,
+    )
+    if g:
+        log_event(
+            ws.work / 'decisions.jsonl', 'student', run_id=trained['run_id'], passed=g.passed, reason=g.reason
+        )
+    write_json(
+        ws.root / 'promote.json',
+        dict(
+            student=dict(g.numbers, passed=g.passed) if g else None,
+            promoted=verdict.better,
+            reason=verdict.reason,
+            mean_difference=verdict.gain,
+            confidence=verdict.confidence,
+            candidate=trained['run_id'],
+            champion=record.get('run_id', ''),
+            before=before.get('run_id', ''),
+            validation=trained['validation']['loss'],
+            registry=registry,
+        ),
+    )
+    return Result(
+        f'{done}, {verdict.reason}',
+        verdict.better,
+        verdict,
+        [] if g else before.get('by_picture', []),
+        trained['validation']['by_picture'],
+    )
 
 # %% ../../nbs/stages/06_promote.ipynb #93c33c6e
 def roll_back(
     workspace: str = '.',
-) -> dict: # the record of what is the champion now
+) -> dict:  # the record of what is the champion now
     "Make the champion before the present one the champion again. Raises `UserError` where there was none."
-    if not (Path(workspace)/'params.yaml').exists(): raise UserError(f'{workspace}: is not a workspace (no params.yaml); `flowerdiff run {workspace}` makes it')
+    if not (Path(workspace) / 'params.yaml').exists():
+        raise UserError(
+            f'{workspace}: is not a workspace (no params.yaml); `flowerdiff run {workspace}` makes it'
+        )
     ws = open_workspace(workspace)
-    previous, between = ws.work/'previous', ws.work/'rolling-back'
+    previous, between = ws.work / 'previous', ws.work / 'rolling-back'
     if not between.exists():
-        if not (previous/'model_index.json').exists(): raise UserError(f'{ws.root}: there is no champion before the present one to go back to')
-        if not (ws.model/'model_index.json').exists(): raise UserError(f'{ws.model}: there is no champion to roll back; run promote first')
-        with atomic_dir(between) as new: shutil.copytree(ws.model, new, dirs_exist_ok=True)
-    out = component_fingerprint(between/'unet')
-    if out == component_fingerprint(ws.model/'unet'):
-        with atomic_dir(ws.model) as new: shutil.copytree(previous, new, dirs_exist_ok=True)
-    with atomic_dir(previous) as new: shutil.copytree(between, new, dirs_exist_ok=True)
-    back, record = component_fingerprint(ws.model/'unet'), read_record(ws)
-    write_json(ws.work/'rolled_back.json', sorted({*rolled_back(ws), out} - {back}))
+        if not (previous / 'model_index.json').exists():
+            raise UserError(f'{ws.root}: there is no champion before the present one to go back to')
+        if not (ws.model / 'model_index.json').exists():
+            raise UserError(f'{ws.model}: there is no champion to roll back; run promote first')
+        with atomic_dir(between) as new:
+            shutil.copytree(ws.model, new, dirs_exist_ok=True)
+    out = component_fingerprint(between / 'unet')
+    if out == component_fingerprint(ws.model / 'unet'):
+        with atomic_dir(ws.model) as new:
+            shutil.copytree(previous, new, dirs_exist_ok=True)
+    with atomic_dir(previous) as new:
+        shutil.copytree(between, new, dirs_exist_ok=True)
+    back, record = component_fingerprint(ws.model / 'unet'), read_record(ws)
+    write_json(ws.work / 'rolled_back.json', sorted({*rolled_back(ws), out} - {back}))
     shutil.rmtree(between)
     registry = name_champion(ws, record) if record.get('run_id') else 'the champion has no record to register'
-    log_event(ws.work/'decisions.jsonl', 'rollback', run_id=record.get('run_id', ''), registry=registry)
+    log_event(ws.work / 'decisions.jsonl', 'rollback', run_id=record.get('run_id', ''), registry=registry)
     return record

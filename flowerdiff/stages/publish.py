@@ -17,77 +17,109 @@ from ..core.workspace import UserError, Workspace, read_json, read_jsonl, stage,
 
 # %% ../../nbs/stages/10_publish.ipynb #254365a5
 def model_files(
-    model: Path, # a Diffusers folder
-) -> list[Path]: # the files of the pipeline
+    model: Path,  # a Diffusers folder
+) -> list[Path]:  # the files of the pipeline
     "The pipeline's own files: the index, the folders of the components that it names, and a LoRA by itself."
-    index = read_json(model/'model_index.json')
-    parts = [k for k, v in index.items() if isinstance(v, list) and v[0] and (model/k).is_dir()]
-    return [model/'model_index.json', *list_files(model, parts + ['lora']*(model/'lora').is_dir())]
+    index = read_json(model / 'model_index.json')
+    parts = [k for k, v in index.items() if isinstance(v, list) and v[0] and (model / k).is_dir()]
+    return [model / 'model_index.json', *list_files(model, parts + ['lora'] * (model / 'lora').is_dir())]
 
 # %% ../../nbs/stages/10_publish.ipynb #e4bd932c
 def sample_prompts(
     ws: Workspace,
     n: int = 4,
-) -> list[str]: # captions of pictures that the model never met, each of another kind
-    rows = read_jsonl(ws.captions/'metadata.jsonl') if (ws.captions/'metadata.jsonl').exists() else []
+) -> list[str]:  # captions of pictures that the model never met, each of another kind
+    rows = read_jsonl(ws.captions / 'metadata.jsonl') if (ws.captions / 'metadata.jsonl').exists() else []
     held_out = [r['captions'][0] for r in rows if r['file_name'].startswith('test/') and r.get('captions')]
-    step = max(1, len(held_out)//n)
+    step = max(1, len(held_out) // n)
     return list(dict.fromkeys(held_out[::step]))[:n] or ['a red rose under a blue sky']
 
 # %% ../../nbs/stages/10_publish.ipynb #efb3f30b
 def draw_samples(
     ws: Workspace,
     folder: Path,  # where the pictures go
-) -> list[dict]:   # prompt and file of each
+) -> list[dict]:  # prompt and file of each
     from flowerdiff.models.model_folder import student_steps
     from flowerdiff.inference.generator import Generator
-    draw, prompts, how = Generator.from_pretrained(ws.model, 'torch'), sample_prompts(ws), shown_how(ws.settings.evaluate, student_steps(ws.model))
+
+    draw, prompts, how = (
+        Generator.from_pretrained(ws.model, 'torch'),
+        sample_prompts(ws),
+        shown_how(ws.settings.evaluate, student_steps(ws.model)),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     samples = [dict(prompt=p, file=f'{folder.name}/{i}.png') for i, p in enumerate(prompts)]
-    for s, picture in zip(samples, draw(prompts, seed=ws.settings.seed, **how)): picture.save(folder.parent/s['file'])
+    for s, picture in zip(samples, draw(prompts, seed=ws.settings.seed, **how)):
+        picture.save(folder.parent / s['file'])
     return samples
 
 # %% ../../nbs/stages/10_publish.ipynb #798f4871
 def engine_sets(
     ws: Workspace,
-    onnx: Path | None, # the export of the model
-) -> dict:             # folder in `tensorrt/` -> what is known of its engines
+    onnx: Path | None,  # the export of the model
+) -> dict:  # folder in `tensorrt/` -> what is known of its engines
     "The engines to publish: by choice, and of these weights."
-    if not ws.settings.publish.engines or not onnx: return {}
-    try: sets, model = read_json(ws.tensorrt/'status.json').get('sets', {}), read_json(onnx/'parity.json')['model']
-    except UserError: return {}
-    return {k: e for k, e in sets.items() if e['model'] == model and (ws.tensorrt/k).is_dir()}
+    if not ws.settings.publish.engines or not onnx:
+        return {}
+    try:
+        sets, model = (
+            read_json(ws.tensorrt / 'status.json').get('sets', {}),
+            read_json(onnx / 'parity.json')['model'],
+        )
+    except UserError:
+        return {}
+    return {k: e for k, e in sets.items() if e['model'] == model and (ws.tensorrt / k).is_dir()}
 
 # %% ../../nbs/stages/10_publish.ipynb #e008757c
 def assemble(
     ws: Workspace,
     folder: Path,  # empty, becomes the repository
-    name: str,     # of the model
-    repo: str,     # what a reader gives to `from_pretrained`
+    name: str,  # of the model
+    repo: str,  # what a reader gives to `from_pretrained`
 ):
     "Fill `folder` with the model, its ONNX files and engines when they are of these very weights, samples and the card."
     from flowerdiff.inference.backends import onnx_beside
     from flowerdiff.models.model_folder import copy_student_steps
-    if not (ws.model/'model_index.json').exists(): raise UserError(f'{ws.model}: no model yet; flowerdiff run {ws.root} trains one')
-    onnx = onnx_beside(ws.model); engines = engine_sets(ws, onnx)
-    for source, target, files in ((ws.model, folder, model_files(ws.model)), *([(onnx, folder/'onnx', list_files(onnx))] if onnx else []), (ws.tensorrt, folder/'tensorrt', [f for k in engines for f in sorted((ws.tensorrt/k).glob('*.engine'))])):
+
+    if not (ws.model / 'model_index.json').exists():
+        raise UserError(f'{ws.model}: no model yet; flowerdiff run {ws.root} trains one')
+    onnx = onnx_beside(ws.model)
+    engines = engine_sets(ws, onnx)
+    for source, target, files in (
+        (ws.model, folder, model_files(ws.model)),
+        *([(onnx, folder / 'onnx', list_files(onnx))] if onnx else []),
+        (
+            ws.tensorrt,
+            folder / 'tensorrt',
+            [f for k in engines for f in sorted((ws.tensorrt / k).glob('*.engine'))],
+        ),
+    ):
         for f in files:
-            to = target/f.relative_to(source); to.parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(f, to)
+            to = target / f.relative_to(source)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(f, to)
     copy_student_steps(ws.model, folder)
-    if engines: write_json(folder/'tensorrt/status.json', dict(sets=engines))
-    samples = draw_samples(ws, folder/'samples')
-    if (ws.report/'grid.png').exists(): shutil.copyfile(ws.report/'grid.png', folder/'samples/grid.png')
-    (folder/'README.md').write_text(make_card(ws, name, repo, samples, bool(onnx), engines), encoding='utf-8')
+    if engines:
+        write_json(folder / 'tensorrt/status.json', dict(sets=engines))
+    samples = draw_samples(ws, folder / 'samples')
+    if (ws.report / 'grid.png').exists():
+        shutil.copyfile(ws.report / 'grid.png', folder / 'samples/grid.png')
+    (folder / 'README.md').write_text(
+        make_card(ws, name, repo, samples, bool(onnx), engines), encoding='utf-8'
+    )
 
 # %% ../../nbs/stages/10_publish.ipynb #0254c253
 def repo_name(
     ws: Workspace,
-) -> tuple: # ('folder' or 'hub', the repository's name)
+) -> tuple:  # ('folder' or 'hub', the repository's name)
     "Where to publish: a folder in the workspace, `hub` with `publish.repo_name: owner/name`, or `hub:owner/name`."
     p = ws.settings.publish
     kind, _, name = p.destination.partition(':')
     if kind != 'hub':
-        if '..' in Path(p.repo_name).parts or Path(p.repo_name).is_absolute(): raise UserError(f"publish.repo_name: '{p.repo_name}' leads out of {p.destination}; give a plain name")
+        if '..' in Path(p.repo_name).parts or Path(p.repo_name).is_absolute():
+            raise UserError(
+                f"publish.repo_name: '{p.repo_name}' leads out of {p.destination}; give a plain name"
+            )
         return 'folder', p.repo_name or ws.root.name
     return 'hub', hub_name(name or p.repo_name, 'publish.repo_name')
 
@@ -95,16 +127,24 @@ def repo_name(
 @dataclass
 class Result:
     "What was published, or why nothing was."
+
     summary: str
-    published: dict = field(default_factory=dict) # what `published.json` holds
+    published: dict = field(default_factory=dict)  # what `published.json` holds
     card: str = ''
     skipped: str = ''
+
     def show(self):
-        if self.skipped: print(self.skipped); return
+        if self.skipped:
+            print(self.skipped)
+            return
         from IPython.display import Markdown, display
+
         p = self.published
-        print(f"{p['url']}, revision {p['revision'][:12]}: {len(p['files'])} files, {p['bytes']/1e6:.1f} MB")
-        if self.card: display(Markdown(re.sub(r'!\[.*\n', '', self.card.split('---\n', 2)[2])))
+        print(
+            f'{p["url"]}, revision {p["revision"][:12]}: {len(p["files"])} files, {p["bytes"] / 1e6:.1f} MB'
+        )
+        if self.card:
+            display(Markdown(re.sub(r'!\[.*\n', '', self.card.split('---\n', 2)[2])))
 
 # %% ../../nbs/stages/10_publish.ipynb #5ea164db
 @stage('publish')
@@ -112,17 +152,35 @@ def run(ws: Workspace) -> Result:
     "Publish `model/` with its card to `publish.destination`; writes `published.json`."
     p, (kind, name) = ws.settings.publish, repo_name(ws)
     if kind == 'hub' and (why := no_token(name)):
-        write_json(ws.root/'published.json', dict(repository=name, skipped=why, files=[]))
+        write_json(ws.root / 'published.json', dict(repository=name, skipped=why, files=[]))
         return Result('not published', skipped=why)
-    target = ws.root/Path(p.destination).expanduser()/name
-    url, memory = (name if kind == 'hub' else str(target)), ws.work/'publish'/f"{kind}-{name.replace('/', '--')}.json"
+    target = ws.root / Path(p.destination).expanduser() / name
+    url, memory = (
+        (name if kind == 'hub' else str(target)),
+        ws.work / 'publish' / f'{kind}-{name.replace("/", "--")}.json',
+    )
     ws.work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ws.work, prefix='publish-') as made:
         made = Path(made)
-        assemble(ws, made, name.split('/')[-1], name if kind == 'hub' else os.path.relpath(target, ws.root.parent))
-        done = publish_hub(made, name, memory, p.private) if kind == 'hub' else publish_folder(made, target, memory)
-        manifest, card = make_manifest(made), (made/'README.md').read_text(encoding='utf-8')
-    published = dict(dict(repository=name, kind=kind, url=url, private=p.private), **done, bytes=manifest['bytes'], files=manifest['files'])
-    write_json(ws.root/'published.json', published)
+        assemble(
+            ws, made, name.split('/')[-1], name if kind == 'hub' else os.path.relpath(target, ws.root.parent)
+        )
+        done = (
+            publish_hub(made, name, memory, p.private)
+            if kind == 'hub'
+            else publish_folder(made, target, memory)
+        )
+        manifest, card = make_manifest(made), (made / 'README.md').read_text(encoding='utf-8')
+    published = dict(
+        dict(repository=name, kind=kind, url=url, private=p.private),
+        **done,
+        bytes=manifest['bytes'],
+        files=manifest['files'],
+    )
+    write_json(ws.root / 'published.json', published)
     fresh = 'new revision' if done['changed'] else 'unchanged, revision'
-    return Result(f"{fresh} {done['revision'][:12]}, {manifest['count']} files, in {published['url'].removeprefix(f'{ws.root}/')}", published, card)
+    return Result(
+        f'{fresh} {done["revision"][:12]}, {manifest["count"]} files, in {published["url"].removeprefix(f"{ws.root}/")}',
+        published,
+        card,
+    )

@@ -18,30 +18,70 @@ class Result:
     summary: str
     status: dict = field(default_factory=dict)
     skipped: str = ''
+
     def show(self):
-        if self.skipped: print(f'No engines: {self.skipped}')
+        if self.skipped:
+            print(f'No engines: {self.skipped}')
         for key, e in self.status.get('sets', {}).items():
-            print(f"{key}, {e['precision']}")
-            for part, m in e['parts'].items(): print(f"  {part:13} {m['how']:8} {m['bytes']/1e6:8.1f} MB {m['seconds']:7.1f} s" + (f"   differs by {m['difference']:.1e}" if m['difference'] is not None else ''))
+            print(f'{key}, {e["precision"]}')
+            for part, m in e['parts'].items():
+                print(
+                    f'  {part:13} {m["how"]:8} {m["bytes"] / 1e6:8.1f} MB {m["seconds"]:7.1f} s'
+                    + (f'   differs by {m["difference"]:.1e}' if m['difference'] is not None else '')
+                )
 
 # %% ../../nbs/stages/09_tensorrt.ipynb #d1741fc9
 @stage('tensorrt')
 def run(ws: Workspace) -> Result:
     "Make engines of `onnx/` in `tensorrt/`, or write down why not."
-    s, model = ws.settings.tensorrt, read_json(ws.onnx/'parity.json')['model']
+    s, model = ws.settings.tensorrt, read_json(ws.onnx / 'parity.json')['model']
     trt, (name, architecture) = package(s.flavour, bool(s.targets)), gpu()
     reason = why_not_build(trt, name, s.targets)
-    try: earlier = read_json(ws.tensorrt/'status.json').get('sets', {})
-    except UserError: earlier = {}
+    try:
+        earlier = read_json(ws.tensorrt / 'status.json').get('sets', {})
+    except UserError:
+        earlier = {}
     key = '' if reason else engine_key(trt, name, s.targets)
     with atomic_dir(ws.tensorrt) as folder:
-        sets = {k: e for k, e in earlier.items() if k != key and e['model'] == model and (ws.tensorrt/k).is_dir()}
-        for k in sets: shutil.copytree(ws.tensorrt/k, folder/k)
+        sets = {
+            k: e
+            for k, e in earlier.items()
+            if k != key and e['model'] == model and (ws.tensorrt / k).is_dir()
+        }
+        for k in sets:
+            shutil.copytree(ws.tensorrt / k, folder / k)
         if key:
-            parts = make_engines(trt, ws.onnx, folder/key, ws.tensorrt/key, earlier.get(key, {}).get('parts', {}), s, cuda_device() if not s.targets or architecture in s.targets else '')
-            sets[key] = dict(gpu='' if s.targets else name, targets=s.targets, package=trt.__name__, version=trt.__version__, precision=s.precision, model=model, parts=parts)
-        status = dict(gpu=name, package=f'{trt.__name__} {trt.__version__}' if trt else '', built=not reason, reason=reason, sets=sets)
-        write_json(folder/'status.json', status)
-    if reason: return Result('no engines here', status, reason)
+            parts = make_engines(
+                trt,
+                ws.onnx,
+                folder / key,
+                ws.tensorrt / key,
+                earlier.get(key, {}).get('parts', {}),
+                s,
+                cuda_device() if not s.targets or architecture in s.targets else '',
+            )
+            sets[key] = dict(
+                gpu='' if s.targets else name,
+                targets=s.targets,
+                package=trt.__name__,
+                version=trt.__version__,
+                precision=s.precision,
+                model=model,
+                parts=parts,
+            )
+        status = dict(
+            gpu=name,
+            package=f'{trt.__name__} {trt.__version__}' if trt else '',
+            built=not reason,
+            reason=reason,
+            sets=sets,
+        )
+        write_json(folder / 'status.json', status)
+    if reason:
+        return Result('no engines here', status, reason)
     how = [m['how'] for m in sets[key]['parts'].values()]
-    return Result(f"{len(how)} engines for {', '.join(s.targets) or name}: " + ', '.join(f'{how.count(h)} {h}' for h in dict.fromkeys(how)), status)
+    return Result(
+        f'{len(how)} engines for {", ".join(s.targets) or name}: '
+        + ', '.join(f'{how.count(h)} {h}' for h in dict.fromkeys(how)),
+        status,
+    )

@@ -24,136 +24,271 @@ from ..data.streaming import StreamedSplit
 from ..services.tracking import log_event, read_events, start_follower
 from ..training.trainer import Trainer, final_validation, load_run, train_loop
 from ..training.validation import guesses, sample_grid, save_strip
-from ..core.workspace import UserError, Workspace, atomic_dir, code_fingerprint, fingerprint, open_workspace, out_of_memory, read_json, stage, write_json
+from flowerdiff.core.workspace import (
+    UserError,
+    Workspace,
+    atomic_dir,
+    code_fingerprint,
+    fingerprint,
+    open_workspace,
+    out_of_memory,
+    read_json,
+    stage,
+    write_json,
+)
 from ..training.deepspeed import make_engine
 
 # %% ../../nbs/stages/05_train.ipynb #b77210ca
-WAY = {'threads', 'checkpoint_minutes', 'keep_checkpoints', 'gradient_checkpointing', 'accumulate', 'compile', 'cuda_graphs', 'samples_every', 'validate_every', 'stream_from', 'num_processes', 'distributed', 'where'}
+WAY = {
+    'threads',
+    'checkpoint_minutes',
+    'keep_checkpoints',
+    'gradient_checkpointing',
+    'accumulate',
+    'compile',
+    'cuda_graphs',
+    'samples_every',
+    'validate_every',
+    'stream_from',
+    'num_processes',
+    'distributed',
+    'where',
+}
+
 
 def data_fingerprint(ws: Workspace) -> str:
     "What a model learns from, as the encode stage recorded it."
-    manifest = read_json(ws.encoded/'manifest.json')
+    manifest = read_json(ws.encoded / 'manifest.json')
     return manifest.get('fingerprint') or fingerprint(manifest)
 
 # %% ../../nbs/stages/05_train.ipynb #8470c11a
 def teacher_fingerprint(ws: Workspace) -> str:
     "The champion that a student learns from. Raises `UserError` where there is none, or it reads and draws with other parts than the data's."
     from flowerdiff.models.components import component_fingerprint
-    if not (ws.model/'model_index.json').is_file(): raise UserError('train.distill: there is no champion to learn from; train one first, with train.distill=0')
+
+    if not (ws.model / 'model_index.json').is_file():
+        raise UserError(
+            'train.distill: there is no champion to learn from; train one first, with train.distill=0'
+        )
     for part in ('vae', 'text_encoder'):
-        if component_fingerprint(ws.model/part) != component_fingerprint(ws.encoded/'components'/part): raise UserError(f'train.distill: the champion has another {part} than the encoded data; train a new one first, with train.distill=0')
-    return fingerprint([component_fingerprint(ws.model/part) for part in ('unet', 'scheduler')])
+        if component_fingerprint(ws.model / part) != component_fingerprint(ws.encoded / 'components' / part):
+            raise UserError(
+                f'train.distill: the champion has another {part} than the encoded data; train a new one first, with train.distill=0'
+            )
+    return fingerprint([component_fingerprint(ws.model / part) for part in ('unet', 'scheduler')])
 
 # %% ../../nbs/stages/05_train.ipynb #d1e34f78
 def base_fingerprint(ws: Workspace) -> str:
     "The model that a run goes on from, '' where it starts from nothing."
     from flowerdiff.models.components import component_fingerprint
-    if not ws.settings.train.init: return ''
+
+    if not ws.settings.train.init:
+        return ''
     base = find_base(ws.settings.train.init, ws.root)
-    return fingerprint([component_fingerprint(base/'unet'), read_config(base, 'scheduler')])
+    return fingerprint([component_fingerprint(base / 'unet'), read_config(base, 'scheduler')])
 
 # %% ../../nbs/stages/05_train.ipynb #730e5bae
 def run_fingerprint(ws: Workspace) -> str:
     "The same for runs that give the same model."
     student = ws.settings.train.distill
-    t = {k: v for k, v in ws.settings.train.model_dump().items() if k not in WAY and (student or not k.startswith('distill'))}
-    return fingerprint([t, ws.settings.seed, data_fingerprint(ws), code_fingerprint('flowerdiff.stages.train'), teacher_fingerprint(ws) if student else base_fingerprint(ws)])
+    t = {
+        k: v
+        for k, v in ws.settings.train.model_dump().items()
+        if k not in WAY and (student or not k.startswith('distill'))
+    }
+    return fingerprint(
+        [
+            t,
+            ws.settings.seed,
+            data_fingerprint(ws),
+            code_fingerprint('flowerdiff.stages.train'),
+            teacher_fingerprint(ws) if student else base_fingerprint(ws),
+        ]
+    )
 
 # %% ../../nbs/stages/05_train.ipynb #bcde9683
 def git_commit() -> str:
     "The commit of the code that runs, '' outside of a repository."
-    try: done = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(sys.modules['flowerdiff'].__file__).parent, capture_output=True, text=True)
-    except (KeyError, OSError): return '' # no library, no git
+    try:
+        done = subprocess.run(
+            ['git', 'rev-parse', 'HEAD'],
+            cwd=Path(sys.modules['flowerdiff'].__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+    except (KeyError, OSError):
+        return ''  # no library, no git
     return done.stdout.strip() if done.returncode == 0 else ''
 
 # %% ../../nbs/stages/05_train.ipynb #00c11db3
-def write_result(ws: Workspace, run: Trainer, net, validation: dict,
-    facts: dict, # about the run, for train.json
+def write_result(
+    ws: Workspace,
+    run: Trainer,
+    net,
+    validation: dict,
+    facts: dict,  # about the run, for train.json
 ):
     "Write `candidate/` and then `train.json`."
     from flowerdiff.models.components import save_pipeline
-    if not math.isfinite(validation['loss']): raise UserError('train: the validation loss is not a number; lower train.lr and run again')
+
+    if not math.isfinite(validation['loss']):
+        raise UserError('train: the validation loss is not a number; lower train.lr and run again')
     with atomic_dir(ws.candidate) as new:
-        if run.train.lora_rank: save_lora(net, new/'lora'); net = merged(net)
-        save_pipeline(new, net.to(memory_format=torch.contiguous_format), ws.encoded/'components', run.objective.sampler())
-        write_json(new/'train_settings.json', dict(train=run.train.model_dump(), **{k: facts[k] for k in ('run_id', 'data', 'seed')}))
-    write_json(ws.root/'train.json', dict(facts, steps=run.step, samples=run.step*run.train.batch_size, seconds=round(run.seconds, 1), validation=validation,
-        loss_curve=run.losses, validation_curve=[*run.validations, [run.step, validation['loss']]]))
+        if run.train.lora_rank:
+            save_lora(net, new / 'lora')
+            net = merged(net)
+        save_pipeline(
+            new,
+            net.to(memory_format=torch.contiguous_format),
+            ws.encoded / 'components',
+            run.objective.sampler(),
+        )
+        write_json(
+            new / 'train_settings.json',
+            dict(train=run.train.model_dump(), **{k: facts[k] for k in ('run_id', 'data', 'seed')}),
+        )
+    write_json(
+        ws.root / 'train.json',
+        dict(
+            facts,
+            steps=run.step,
+            samples=run.step * run.train.batch_size,
+            seconds=round(run.seconds, 1),
+            validation=validation,
+            loss_curve=run.losses,
+            validation_curve=[*run.validations, [run.step, validation['loss']]],
+        ),
+    )
 
 # %% ../../nbs/stages/05_train.ipynb #e25c9507
 def load_training(ws: Workspace) -> Split:
     "The training split: in memory, or a window of it."
-    t, folder = ws.settings.train, ws.encoded/'train'
-    if not t.stream: return load_split(ws.encoded, 'train').to_gpu()
-    texts = torch.from_numpy(Shards(ws.encoded/'text', 'text').load()['embedding'])
-    return StreamedSplit(folder, texts, read_json(folder/'captions.json'), t.stream, bringer(ws, t.stream_from) if t.stream_from else None)
+    t, folder = ws.settings.train, ws.encoded / 'train'
+    if not t.stream:
+        return load_split(ws.encoded, 'train').to_gpu()
+    texts = torch.from_numpy(Shards(ws.encoded / 'text', 'text').load()['embedding'])
+    return StreamedSplit(
+        folder,
+        texts,
+        read_json(folder / 'captions.json'),
+        t.stream,
+        bringer(ws, t.stream_from) if t.stream_from else None,
+    )
 
 # %% ../../nbs/stages/05_train.ipynb #4681661f
-def bringer(ws: Workspace, address: str): # (file name) -> Path of a shard, fetched from a store
+def bringer(ws: Workspace, address: str):  # (file name) -> Path of a shard, fetched from a store
     store = open_store(address, ws.root)
-    entries, there = {Path(f['path']).name: f for f in read_manifest(store)['files'] if f['path'].startswith('encoded/train/')}, ws.work/f'shards-{os.getpid()}'
+    entries, there = (
+        {
+            Path(f['path']).name: f
+            for f in read_manifest(store)['files']
+            if f['path'].startswith('encoded/train/')
+        },
+        ws.work / f'shards-{os.getpid()}',
+    )
+
     def bring(name):
-        if name not in entries: raise UserError(f'{store.url}: has no {name}; run the stage upload again')
-        fetch(store, entries[name], there); return there/entries[name]['path']
+        if name not in entries:
+            raise UserError(f'{store.url}: has no {name}; run the stage upload again')
+        fetch(store, entries[name], there)
+        return there / entries[name]['path']
+
     return bring
 
 # %% ../../nbs/stages/05_train.ipynb #e6bef4db
-def apprentice(ws: Workspace, split: Split, device
-) -> tuple: # settings of the run, () -> the student, the `Teacher`
+def apprentice(
+    ws: Workspace, split: Split, device
+) -> tuple:  # settings of the run, () -> the student, the `Teacher`
     "What a run needs whose model is to become a student of the champion."
     from diffusers import UNet2DConditionModel
-    config, t = read_json(ws.model/'scheduler'/'scheduler_config.json'), ws.settings.train
-    make = lambda: UNet2DConditionModel.from_pretrained(ws.model/'unet', use_safetensors=True)
-    return student_settings(t, config), make, Teacher(make(), config, split.texts[0], t.distill, t.distill_guidance, device=device)
+
+    config, t = read_json(ws.model / 'scheduler' / 'scheduler_config.json'), ws.settings.train
+    make = lambda: UNet2DConditionModel.from_pretrained(ws.model / 'unet', use_safetensors=True)
+    return (
+        student_settings(t, config),
+        make,
+        Teacher(make(), config, split.texts[0], t.distill, t.distill_guidance, device=device),
+    )
 
 # %% ../../nbs/stages/05_train.ipynb #5bacc19f
-def adapted(ws: Workspace, channels: int, width: int
-) -> tuple: # settings of the run, () -> the denoiser
+def adapted(ws: Workspace, channels: int, width: int) -> tuple:  # settings of the run, () -> the denoiser
     "What a run needs that goes on from somebody's model."
     t, base = ws.settings.train, find_base(ws.settings.train.init, ws.root)
     make = lambda: base_unet(base, channels, width)
-    return as_trained(t, read_config(base, 'scheduler')), (lambda: add_lora(make(), t.lora_rank, t.lora_alpha)) if t.lora_rank else make
+    return as_trained(t, read_config(base, 'scheduler')), (
+        lambda: add_lora(make(), t.lora_rank, t.lora_alpha)
+    ) if t.lora_rank else make
 
 # %% ../../nbs/stages/05_train.ipynb #19358626
-def start_run(ws: Workspace, split: Split
-) -> tuple[Trainer, dict]: # the run, put back to its checkpoint; facts about it
+def start_run(
+    ws: Workspace, split: Split
+) -> tuple[Trainer, dict]:  # the run, put back to its checkpoint; facts about it
     "Make the run that the settings ask for."
     from flowerdiff.models.components import build_denoiser
     import flowerdiff
+
     s, t, world = ws.settings, ws.settings.train, int(os.environ.get('WORLD_SIZE', 1))
-    torch.set_num_threads(t.threads or max(1, len(os.sched_getaffinity(0))//int(os.environ.get('LOCAL_WORLD_SIZE', world))))
+    torch.set_num_threads(
+        t.threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get('LOCAL_WORLD_SIZE', world)))
+    )
     (c, h, _), width = split.shape, split.texts.shape[-1]
     make, engine, teacher = lambda: build_denoiser(s, c, width, h), make_engine(t, world), None
-    if t.distill: t, make, teacher = apprentice(ws, split, engine.device)
-    if t.init: t, make = adapted(ws, c, width)
+    if t.distill:
+        t, make, teacher = apprentice(ws, split, engine.device)
+    if t.init:
+        t, make = adapted(ws, c, width)
     run = Trainer(t, s.seed, split, make, engine, objective=teacher)
-    facts = dict(seed=s.seed, data=data_fingerprint(ws), device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads', precision=run.engine.precision,
-        processes=world, distributed=t.distributed, parameters=sum(p.numel() for p in run.engine.net.parameters()), trained=sum(p.numel() for p in run.engine.net.parameters() if p.requires_grad), version=flowerdiff.__version__, git=git_commit())
+    facts = dict(
+        seed=s.seed,
+        data=data_fingerprint(ws),
+        device=torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f'{torch.get_num_threads()} CPU threads',
+        precision=run.engine.precision,
+        processes=world,
+        distributed=t.distributed,
+        parameters=sum(p.numel() for p in run.engine.net.parameters()),
+        trained=sum(p.numel() for p in run.engine.net.parameters() if p.requires_grad),
+        version=flowerdiff.__version__,
+        git=git_commit(),
+    )
     return run, facts
 
 # %% ../../nbs/stages/05_train.ipynb #d8bdd0b7
 def work(
-    root: str,        # of the workspace
-    folder: str = '', # of the run; '': the one that the settings ask for
-) -> int:             # exit code: 0 done, 2 a person's mistake, 75 stopped and can go on
+    root: str,  # of the workspace
+    folder: str = '',  # of the run; '': the one that the settings ask for
+) -> int:  # exit code: 0 done, 2 a person's mistake, 75 stopped and can go on
     "Train in this process: one of the ranks that torchrun started."
     stop, ws, main = Stop(), open_workspace(root), os.environ.get('RANK', '0') == '0'
     try:
         folder, lock = Path(folder) if folder else ws.work_dir('train', run_fingerprint(ws)), ExitStack()
-        if main: lock.enter_context(only_one(folder))
-    except UserError as e: print(e, file=sys.stderr); return 2
-    events = folder/'events.jsonl'
+        if main:
+            lock.enter_context(only_one(folder))
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    events = folder / 'events.jsonl'
     note = (lambda text: log_event(events, 'note', text=text)) if main else (lambda text: None)
     try:
         split, val = load_training(ws), load_split(ws.encoded, 'val')
-        if not len(split): raise UserError('train: there is no training picture; add pictures and run prepare again')
-        if not len(val): val = split.first(64)  # no picture was kept for it
+        if not len(split):
+            raise UserError('train: there is no training picture; add pictures and run prepare again')
+        if not len(val):
+            val = split.first(64)  # no picture was kept for it
         run, facts = start_run(ws, split)
-        run.files = read_json(ws.encoded/'train'/'files.json')
-        facts |= dict(run_id=f'{folder.name[6:]}-s{ws.settings.seed}', resumed_from=load_run(run, folder/'checkpoints', note))
+        run.files = read_json(ws.encoded / 'train' / 'files.json')
+        facts |= dict(
+            run_id=f'{folder.name[6:]}-s{ws.settings.seed}',
+            resumed_from=load_run(run, folder / 'checkpoints', note),
+        )
         if main:
-            params = {f'train.{k}': v for k, v in run.train.model_dump().items()} | {'seed': run.seed, 'profile': ws.settings.profile}
-            log_event(events, 'start', step=run.step, total=run.total, params=params, **facts); start_follower(ws, folder)
+            params = {f'train.{k}': v for k, v in run.train.model_dump().items()} | {
+                'seed': run.seed,
+                'profile': ws.settings.profile,
+            }
+            log_event(events, 'start', step=run.step, total=run.total, params=params, **facts)
+            start_follower(ws, folder)
         look = looker(ws, run, val, folder)
         done = train_loop(run, folder, stop, look)
         if done:
@@ -161,110 +296,203 @@ def work(
             with run.engine.averaged_net(run.ema) as net:
                 if main:
                     write_result(ws, run, net, v, facts | dict(samples_per_second=round(rate_of(events), 1)))
-                    log_event(events, 'validation', step=run.step, loss=v['loss'], levels=dict(zip(map(str, v['timesteps']), v['by_level'])))
+                    log_event(
+                        events,
+                        'validation',
+                        step=run.step,
+                        loss=v['loss'],
+                        levels=dict(zip(map(str, v['timesteps']), v['by_level'])),
+                    )
             look(False, True)
-        if main: log_event(events, 'done' if done else 'stopped', step=run.step, total=run.total)
-        run.engine.wait(); run.engine.close()
+        if main:
+            log_event(events, 'done' if done else 'stopped', step=run.step, total=run.total)
+        run.engine.wait()
+        run.engine.close()
         return 0 if done else STOPPED
     except Exception as e:
-        if out_of_memory(e): e = UserError(f'train: not enough memory ({type(e).__name__}); lower train.channels, now {ws.settings.train.channels}, or train.batch_size, now {ws.settings.train.batch_size}')
-        if main or isinstance(e, UserError): log_event(events, 'failed', message=str(e), mistake=isinstance(e, UserError), kind=type(e).__name__)
-        if isinstance(e, UserError): print(e, file=sys.stderr); return 2
+        if out_of_memory(e):
+            e = UserError(
+                f'train: not enough memory ({type(e).__name__}); lower train.channels, now {ws.settings.train.channels}, or train.batch_size, now {ws.settings.train.batch_size}'
+            )
+        if main or isinstance(e, UserError):
+            log_event(
+                events, 'failed', message=str(e), mistake=isinstance(e, UserError), kind=type(e).__name__
+            )
+        if isinstance(e, UserError):
+            print(e, file=sys.stderr)
+            return 2
         raise
-    finally: lock.close()
+    finally:
+        lock.close()
 
 # %% ../../nbs/stages/05_train.ipynb #82ae083e
-def rate_of(events: Path) -> float: # samples a second, the middle of what was told
+def rate_of(events: Path) -> float:  # samples a second, the middle of what was told
     "How fast the run was."
     rates = sorted(e['samples_per_second'] for e in read_events(events)[0] if e.get('samples_per_second'))
-    return rates[len(rates)//2] if rates else 0.
+    return rates[len(rates) // 2] if rates else 0.0
 
 # %% ../../nbs/stages/05_train.ipynb #4b913a52
 def looker(ws: Workspace, run: Trainer, val: Split, folder: Path):
     "What to do every so often: a short validation, a sample grid. A failing look never stops training."
     state = {}
+
     def main_look(net, validate: bool, draw: bool):
         if validate and len(val):
             losses = run.objective.measure(net, val, range(min(64, len(val))))
             run.validations.append([run.step, float(losses.mean())])
-            log_event(folder/'events.jsonl', 'validation', step=run.step, loss=run.validations[-1][1], levels=dict(zip(map(str, run.objective.grid.tolist()), losses.mean(0).tolist())))
+            log_event(
+                folder / 'events.jsonl',
+                'validation',
+                step=run.step,
+                loss=run.validations[-1][1],
+                levels=dict(zip(map(str, run.objective.grid.tolist()), losses.mean(0).tolist())),
+            )
         if draw and len(val):
             try:
                 from flowerdiff.models.components import decode, load_autoencoder
-                state.setdefault('vae', None) or state.update(vae=load_autoencoder(str(ws.encoded/'components'/'vae')))
-                o, files, see = run.objective, [folder/kind/f'{run.step:08d}.png' for kind in ('samples', 'guesses')], lambda z: decode(state['vae'], z.cpu())
-                sample_grid(net, val, o.sampler(), see, files[0], run.seed, device=run.engine.device, **o.drawing)
-                times = o.grid[((torch.arange(3) + .5)*len(o.grid)/3).long().unique()]
-                save_strip([torch.cat([see(x) for x in level]) for level in guesses(net, val, run.abar, times, run.train.prediction_type, range(min(4, len(val))), run.engine.device)], files[1])
-                for file in files: log_event(folder/'events.jsonl', 'samples', step=run.step, kind=file.parent.name, file=str(file))
-            except Exception as e: log_event(folder/'events.jsonl', 'note', text=f'no sample grid at step {run.step}: {type(e).__name__}: {e}')
+
+                state.setdefault('vae', None) or state.update(
+                    vae=load_autoencoder(str(ws.encoded / 'components' / 'vae'))
+                )
+                o, files, see = (
+                    run.objective,
+                    [folder / kind / f'{run.step:08d}.png' for kind in ('samples', 'guesses')],
+                    lambda z: decode(state['vae'], z.cpu()),
+                )
+                sample_grid(
+                    net, val, o.sampler(), see, files[0], run.seed, device=run.engine.device, **o.drawing
+                )
+                times = o.grid[((torch.arange(3) + 0.5) * len(o.grid) / 3).long().unique()]
+                save_strip(
+                    [
+                        torch.cat([see(x) for x in level])
+                        for level in guesses(
+                            net,
+                            val,
+                            run.abar,
+                            times,
+                            run.train.prediction_type,
+                            range(min(4, len(val))),
+                            run.engine.device,
+                        )
+                    ],
+                    files[1],
+                )
+                for file in files:
+                    log_event(
+                        folder / 'events.jsonl',
+                        'samples',
+                        step=run.step,
+                        kind=file.parent.name,
+                        file=str(file),
+                    )
+            except Exception as e:
+                log_event(
+                    folder / 'events.jsonl',
+                    'note',
+                    text=f'no sample grid at step {run.step}: {type(e).__name__}: {e}',
+                )
+
     def look(validate: bool, draw: bool):
         if validate or draw:
             with run.engine.averaged_net(run.ema) as net:
-                if run.engine.main: main_look(net, validate, draw)
+                if run.engine.main:
+                    main_look(net, validate, draw)
             run.engine.wait()
+
     return look
 
 # %% ../../nbs/stages/05_train.ipynb #cdc197c3
 @dataclass
 class Result:
     "What came out of training."
+
     summary: str
-    train: dict     # train.json
-    samples: list   # files of the sample grids, oldest first
+    train: dict  # train.json
+    samples: list  # files of the sample grids, oldest first
     skipped: str = ''
 
     def show(self):
         "Curves of the run, and its sample grids from the first to the last."
         import matplotlib.pyplot as plt
         from PIL import Image
+
         v = self.train['validation']
         fig, (a, b) = plt.subplots(1, 2, figsize=(9, 2.6))
-        a.plot(*zip(*self.train['loss_curve']), lw=.8, label='training'); a.plot(*zip(*self.train['validation_curve']), '.-', label='validation')
-        a.set(xlabel='step', ylabel='loss'); a.legend()
-        b.plot(v['timesteps'], v['by_level'], '.-'); b.set(xlabel='timestep', ylabel='validation loss'); fig.tight_layout(); plt.show()
-        shown = [self.samples[i*(len(self.samples) - 1)//3] for i in range(4)] if len(self.samples) > 4 else self.samples
+        a.plot(*zip(*self.train['loss_curve']), lw=0.8, label='training')
+        a.plot(*zip(*self.train['validation_curve']), '.-', label='validation')
+        a.set(xlabel='step', ylabel='loss')
+        a.legend()
+        b.plot(v['timesteps'], v['by_level'], '.-')
+        b.set(xlabel='timestep', ylabel='validation loss')
+        fig.tight_layout()
+        plt.show()
+        shown = (
+            [self.samples[i * (len(self.samples) - 1) // 3] for i in range(4)]
+            if len(self.samples) > 4
+            else self.samples
+        )
         if shown:
-            fig, axes = plt.subplots(len(shown), 1, figsize=(9, 1.25*len(shown)), squeeze=False)
-            for f, ax in zip(shown, axes[:, 0]): ax.imshow(Image.open(f)); ax.set(xticks=[], yticks=[]); ax.set_ylabel(f'{int(Path(f).stem):,}', fontsize=7)
-            fig.tight_layout(); plt.show()
+            fig, axes = plt.subplots(len(shown), 1, figsize=(9, 1.25 * len(shown)), squeeze=False)
+            for f, ax in zip(shown, axes[:, 0]):
+                ax.imshow(Image.open(f))
+                ax.set(xticks=[], yticks=[])
+                ax.set_ylabel(f'{int(Path(f).stem):,}', fontsize=7)
+            fig.tight_layout()
+            plt.show()
         print(self.summary)
 
 # %% ../../nbs/stages/05_train.ipynb #410c9568
 def begin(ws: Workspace, folder: Path) -> subprocess.Popen:
     "The process that trains, or that has it done elsewhere."
-    if ws.settings.train.where == 'here': return launch('flowerdiff.stages.train', ws.root, folder, ws.settings.train.num_processes)
-    return start(['flowerdiff.cloud.jobs', ws.root, folder], folder/'train.log')
+    if ws.settings.train.where == 'here':
+        return launch('flowerdiff.stages.train', ws.root, folder, ws.settings.train.num_processes)
+    return start(['flowerdiff.cloud.jobs', ws.root, folder], folder / 'train.log')
 
 # %% ../../nbs/stages/05_train.ipynb #c486a3c5
 def result_of(ws: Workspace, folder: Path) -> Result:
     "What a finished run left."
-    t = read_json(ws.root/'train.json')
-    samples = sorted(map(str, (folder/'samples').glob('*.png')))
-    went_on = f", went on from step {t['resumed_from']:,}" if t['resumed_from'] else ''
-    billed = f", SageMaker billed {t['instances']} for {t['billed_seconds']:,} s" if 'job' in t else ''
-    return Result(f"{t['steps']:,} steps, {t['samples_per_second']:.0f} samples/s, validation {t['validation']['loss']:.4f}{went_on}{billed}", t, samples)
+    t = read_json(ws.root / 'train.json')
+    samples = sorted(map(str, (folder / 'samples').glob('*.png')))
+    went_on = f', went on from step {t["resumed_from"]:,}' if t['resumed_from'] else ''
+    billed = f', SageMaker billed {t["instances"]} for {t["billed_seconds"]:,} s' if 'job' in t else ''
+    return Result(
+        f'{t["steps"]:,} steps, {t["samples_per_second"]:.0f} samples/s, validation {t["validation"]["loss"]:.4f}{went_on}{billed}',
+        t,
+        samples,
+    )
 
 # %% ../../nbs/stages/05_train.ipynb #d4be5ba1
 @stage('train')
 def run(ws: Workspace) -> Result:
     "Train in a process of its own, go on where an earlier run was stopped. Raises `UserError` with the worker's one line."
-    if not (ws.encoded/'manifest.json').exists(): raise UserError(f'{ws.encoded}: there are no encoded pictures; run encode first')
+    if not (ws.encoded / 'manifest.json').exists():
+        raise UserError(f'{ws.encoded}: there are no encoded pictures; run encode first')
     folder, away = ws.work_dir('train', run_fingerprint(ws)), ws.settings.train.where == 'sagemaker'
     child, watch = None if is_training(folder) else begin(ws, folder), Watch(ws.settings.train.batch_size)
-    try: last = follow(folder, child, watch)
+    try:
+        last = follow(folder, child, watch)
     except KeyboardInterrupt:
         if away:
             from flowerdiff.cloud.jobs import offer_to_stop
+
             print(offer_to_stop(ws))
         raise
-    finally: watch.close()
-    if last.get('event') == 'stopped': raise UserError(f"train: stopped at step {last['step']:,} of {last['total']:,}; run again to go on")
-    if last.get('mistake'): raise UserError(last['message'])
-    if last.get('event') != 'done': raise RuntimeError(f"training ended without a result ({last.get('kind', 'no word')}: {last.get('message', 'killed?')[:300]}); see {folder/'train.log'}" + ('; the job goes on if it was started, run again to follow it' if away else ''))
+    finally:
+        watch.close()
+    if last.get('event') == 'stopped':
+        raise UserError(f'train: stopped at step {last["step"]:,} of {last["total"]:,}; run again to go on')
+    if last.get('mistake'):
+        raise UserError(last['message'])
+    if last.get('event') != 'done':
+        raise RuntimeError(
+            f'training ended without a result ({last.get("kind", "no word")}: {last.get("message", "killed?")[:300]}); see {folder / "train.log"}'
+            + ('; the job goes on if it was started, run again to follow it' if away else '')
+        )
     return result_of(ws, folder)
 
 # %% ../../nbs/stages/05_train.ipynb #0cd740af
-if __name__ == '__main__' and '__file__' in globals(): # a process of torchrun, not a notebook
+if __name__ == '__main__' and '__file__' in globals():  # a process of torchrun, not a notebook
     from flowerdiff.stages.train import work as _work
+
     sys.exit(_work(*sys.argv[1:]))

@@ -11,15 +11,16 @@ from ..services.store import Hashes, NoCredentials, Store, object_key, open_stor
 from ..core.workspace import Workspace, progress, stage, write_json
 
 # %% ../../nbs/stages/04_upload.ipynb #8416b041
-PARTS = ('pictures', 'captions', 'encoded', 'params.yaml') # of the workspace
+PARTS = ('pictures', 'captions', 'encoded', 'params.yaml')  # of the workspace
 
 # %% ../../nbs/stages/04_upload.ipynb #0e3c9c79
 def send(
     ws: Workspace,
-    store: Store,     # where to
-) -> dict:            # what `upload.json` holds
+    store: Store,  # where to
+) -> dict:  # what `upload.json` holds
     "Bring the store up to date with the workspace's data."
-    with Hashes(ws.root, ws.work/'hashes.json') as hashes: sent = push(ws.root, store, PARTS, progress, hashed=hashes)
+    with Hashes(ws.root, ws.work / 'hashes.json') as hashes:
+        sent = push(ws.root, store, PARTS, progress, hashed=hashes)
     files = [dict(f, key=object_key(f['sha256'])) for f in sent.pop('files')]
     return dict(sent, manifest='manifest.json', files=files)
 
@@ -27,24 +28,33 @@ def send(
 @dataclass
 class Result:
     "What was sent, or why nothing was."
+
     summary: str
-    report: dict = field(default_factory=dict) # what `upload.json` holds
+    report: dict = field(default_factory=dict)  # what `upload.json` holds
     skipped: str = ''
+
     def show(self):
-        if self.skipped: print(self.skipped); return
+        if self.skipped:
+            print(self.skipped)
+            return
         r = self.report
-        print(f"{r['store']}\n{r['count']:,} files, {r['bytes']/1e6:.1f} MB, revision {r['revision'][:12]}")
-        print(f"sent now: {r['sent']:,} objects, {r['sent_bytes']/1e6:.1f} MB in {r['seconds']} s")
+        print(f'{r["store"]}\n{r["count"]:,} files, {r["bytes"] / 1e6:.1f} MB, revision {r["revision"][:12]}')
+        print(f'sent now: {r["sent"]:,} objects, {r["sent_bytes"] / 1e6:.1f} MB in {r["seconds"]} s')
 
 # %% ../../nbs/stages/04_upload.ipynb #b6a2e2f7
 @stage('upload')
 def run(ws: Workspace) -> Result:
     "Send `pictures/`, `captions/` and `encoded/` to `upload.destination`; writes `upload.json`."
     where = ws.settings.upload.destination
-    try: report = send(ws, open_store(where, ws.root))
+    try:
+        report = send(ws, open_store(where, ws.root))
     except NoCredentials as e:
-        write_json(ws.root/'upload.json', dict(store=where, skipped=str(e), files=[]))
+        write_json(ws.root / 'upload.json', dict(store=where, skipped=str(e), files=[]))
         return Result('not sent', skipped=str(e))
-    write_json(ws.root/'upload.json', report)
-    fresh = f"{report['sent']:,} of {report['count']:,} files were new ({report['sent_bytes']/1e6:.0f} MB)" if report['sent'] else f"all {report['count']:,} files were there"
-    return Result(f"{fresh}, in {report['store'].removeprefix(f'{ws.root}/')}", report)
+    write_json(ws.root / 'upload.json', report)
+    fresh = (
+        f'{report["sent"]:,} of {report["count"]:,} files were new ({report["sent_bytes"] / 1e6:.0f} MB)'
+        if report['sent']
+        else f'all {report["count"]:,} files were there'
+    )
+    return Result(f'{fresh}, in {report["store"].removeprefix(f"{ws.root}/")}', report)

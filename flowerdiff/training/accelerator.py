@@ -18,108 +18,153 @@ from ..core.workspace import UserError
 
 # %% ../../nbs/training/02_accelerator.ipynb #9eca5df5
 def learning_rate(
-    step: int,               # about to be made
-    steps: int,              # in the whole run
-    highest: float,          # settings.train.lr
-    warmup: int = 50,        # steps of the climb
-    schedule: str = 'cosine', # cosine; linear; linear_half: level, then linear over the second half; constant
+    step: int,  # about to be made
+    steps: int,  # in the whole run
+    highest: float,  # settings.train.lr
+    warmup: int = 50,  # steps of the climb
+    schedule: str = 'cosine',  # cosine; linear; linear_half: level, then linear over the second half; constant
 ) -> float:
     "The learning rate of a step; the cosine is Loshchilov & Hutter 2017 (arXiv 1608.03983)."
     import math
-    done = min(1., step/max(1, steps))
-    falls = dict(cosine=.5 + .5*math.cos(math.pi*done), linear=1 - done, linear_half=min(1., 2*(1 - done)), constant=1.)
-    return highest*min(1., (step + 1)/max(1, warmup))*falls[schedule]
+
+    done = min(1.0, step / max(1, steps))
+    falls = dict(
+        cosine=0.5 + 0.5 * math.cos(math.pi * done),
+        linear=1 - done,
+        linear_half=min(1.0, 2 * (1 - done)),
+        constant=1.0,
+    )
+    return highest * min(1.0, (step + 1) / max(1, warmup)) * falls[schedule]
 
 # %% ../../nbs/training/02_accelerator.ipynb #e28b5acb
 class MuonAdamW(torch.optim.Optimizer):
     "Muon for the matrices, AdamW for the rest: Jordan 2024 (kellerjordan.github.io/posts/muon), scaled as in Liu et al. 2025 (arXiv 2502.16982)."
-    def __init__(self,
-        groups: list[dict], # of weights, each with its weight decay
+
+    def __init__(
+        self,
+        groups: list[dict],  # of weights, each with its weight decay
         lr: float,
-        beta2: float,       # of AdamW
+        beta2: float,  # of AdamW
     ):
-        cut = lambda flat: [g | dict(params=ps) for g in groups if (ps := [p for p in g['params'] if (p.ndim == 2) == flat])]
+        cut = lambda flat: [
+            g | dict(params=ps) for g in groups if (ps := [p for p in g['params'] if (p.ndim == 2) == flat])
+        ]
         flat, rest = cut(True), cut(False)
         self.parts = [torch.optim.Muon(flat, lr, adjust_lr_fn='match_rms_adamw')] if flat else []
-        if rest: self.parts.append(torch.optim.AdamW(rest, lr, betas=(.9, beta2), fused=True))
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, lr, betas=(0.9, beta2), fused=True))
         super().__init__([g for o in self.parts for g in o.param_groups], {})
 
     def step(self):
         groups = iter(self.param_groups)
         for o in self.parts:
-            o.state, o.param_groups = self.state, [next(groups) for _ in o.param_groups]  # a checkpoint that was loaded brought new ones
+            o.state, o.param_groups = (
+                self.state,
+                [next(groups) for _ in o.param_groups],
+            )  # a checkpoint that was loaded brought new ones
             o.step()
 
 # %% ../../nbs/training/02_accelerator.ipynb #629a59c1
 def adamw8bit() -> type:
     "The AdamW of bitsandbytes, Dettmers et al. 2022 (arXiv 2110.02861). Raises `UserError` where there is no GPU or no such package."
-    if not torch.cuda.is_available(): raise UserError('train.optimizer: adamw8bit needs a GPU; use adamw')
-    try: from bitsandbytes.optim import AdamW8bit
-    except ImportError: raise UserError('train.optimizer: adamw8bit needs the package bitsandbytes; install it with pip install bitsandbytes, or use adamw') from None
+    if not torch.cuda.is_available():
+        raise UserError('train.optimizer: adamw8bit needs a GPU; use adamw')
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            'train.optimizer: adamw8bit needs the package bitsandbytes; install it with pip install bitsandbytes, or use adamw'
+        ) from None
     return AdamW8bit
 
 # %% ../../nbs/training/02_accelerator.ipynb #64e502d4
 def make_optimizer(
     model: nn.Module,
     lr: float = 1.5e-3,
-    weight_decay: float = .01, # of weights with two axes or more
-    beta2: float = .999,       # memory of the squared gradients
-    kind: str = 'adamw',       # settings.train.optimizer: adamw, muon or adamw8bit
+    weight_decay: float = 0.01,  # of weights with two axes or more
+    beta2: float = 0.999,  # memory of the squared gradients
+    kind: str = 'adamw',  # settings.train.optimizer: adamw, muon or adamw8bit
 ) -> torch.optim.Optimizer:
     "AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101), with Muon for the matrices or in eight bits where asked. Raises `UserError` where that cannot be had."
     weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in weights if (p.ndim > 1) == wide], weight_decay=d) for wide, d in ((True, weight_decay), (False, 0.))]
-    if kind == 'muon': return MuonAdamW(groups, lr, beta2)
-    if kind == 'adamw8bit': return adamw8bit()(groups, lr, betas=(.9, beta2))
-    return torch.optim.AdamW(groups, lr, betas=(.9, beta2), fused=True)
+    groups = [
+        dict(params=[p for p in weights if (p.ndim > 1) == wide], weight_decay=d)
+        for wide, d in ((True, weight_decay), (False, 0.0))
+    ]
+    if kind == 'muon':
+        return MuonAdamW(groups, lr, beta2)
+    if kind == 'adamw8bit':
+        return adamw8bit()(groups, lr, betas=(0.9, beta2))
+    return torch.optim.AdamW(groups, lr, betas=(0.9, beta2), fused=True)
 
 # %% ../../nbs/training/02_accelerator.ipynb #637770cf
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer,
-) -> dict[str, Tensor]: # 'i.name' -> tensor, for weight i
+) -> dict[str, Tensor]:  # 'i.name' -> tensor, for weight i
     "An optimiser's memory as named tensors."
     weights = [p for g in optimizer.param_groups for p in g['params']]
-    return {f'{i}.{k}': v if isinstance(v, Tensor) else torch.tensor(v) for i, p in enumerate(weights) if p in optimizer.state for k, v in optimizer.state[p].items()}
+    return {
+        f'{i}.{k}': v if isinstance(v, Tensor) else torch.tensor(v)
+        for i, p in enumerate(weights)
+        if p in optimizer.state
+        for k, v in optimizer.state[p].items()
+    }
 
 # %% ../../nbs/training/02_accelerator.ipynb #0a03003f
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
-    tensors: dict[str, Tensor], # from `optimizer_tensors`
+    tensors: dict[str, Tensor],  # from `optimizer_tensors`
 ):
     "Give an optimiser its memory back; its settings (rate, decay) stay as they are."
     state, weights = {}, [p for g in optimizer.param_groups for p in g['params']]
     for name, v in tensors.items():
-        i, k = name.split('.', 1); like = weights[int(i)]
-        kept = torch.empty_like(like, dtype=v.dtype).copy_(v) if v.shape == like.shape else v.clone() if v.ndim or v.is_floating_point() else int(v)
+        i, k = name.split('.', 1)
+        like = weights[int(i)]
+        kept = (
+            torch.empty_like(like, dtype=v.dtype).copy_(v)
+            if v.shape == like.shape
+            else v.clone()
+            if v.ndim or v.is_floating_point()
+            else int(v)
+        )
         state.setdefault(int(i), {})[k] = kept
     optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()['param_groups']))
 
 # %% ../../nbs/training/02_accelerator.ipynb #e4b36db1
 def choose_precision(
-    wanted: str = 'auto', # settings.train.precision: auto, fp32, bf16 or fp16
-) -> str:                 # fp32, bf16 or fp16
+    wanted: str = 'auto',  # settings.train.precision: auto, fp32, bf16 or fp16
+) -> str:  # fp32, bf16 or fp16
     "What was asked, else what the device does best. Raises `UserError` for what it does not do."
     if not torch.cuda.is_available():
-        if wanted == 'fp16': raise UserError('train.precision: fp16 is not for training on a CPU; use fp32, bf16 or auto')
+        if wanted == 'fp16':
+            raise UserError('train.precision: fp16 is not for training on a CPU; use fp32, bf16 or auto')
         return 'fp32' if wanted == 'auto' else wanted
     best = 'bf16' if torch.cuda.get_device_capability() >= (8, 0) else 'fp16'
-    if wanted == 'bf16' and best == 'fp16': raise UserError('train.precision: this GPU has no bf16; use fp16, or auto')
+    if wanted == 'bf16' and best == 'fp16':
+        raise UserError('train.precision: this GPU has no bf16; use fp16, or auto')
     return best if wanted == 'auto' else wanted
 
 # %% ../../nbs/training/02_accelerator.ipynb #6ce1c0d3
 class Engine:
     "Devices, processes and precision for the training loop."
-    def __init__(self,
-        precision: str = 'fp32', # fp32, bf16 or fp16
+
+    def __init__(
+        self,
+        precision: str = 'fp32',  # fp32, bf16 or fp16
     ):
         from accelerate import Accelerator
+
         self.accelerator = Accelerator(mixed_precision='no', cpu=not torch.cuda.is_available())
         self.precision, self.device = precision, self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.scaler, self.overflows = torch.amp.GradScaler(self.device.type, enabled=precision == 'fp16'), 0  # overflows in a row at the smallest scale
+        self.scaler, self.overflows = (
+            torch.amp.GradScaler(self.device.type, enabled=precision == 'fp16'),
+            0,
+        )  # overflows in a row at the smallest scale
 
     @property
-    def main(self) -> bool: return self.rank == 0
+    def main(self) -> bool:
+        return self.rank == 0
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         "Take model and optimiser over; `self.model` is what to call, `self.net` the bare one, its kernels in channels-last order."
@@ -128,35 +173,49 @@ class Engine:
 
     def autocast(self):
         "The context to call the model in."
-        return torch.autocast(self.device.type, torch.float16 if self.precision == 'fp16' else torch.bfloat16, enabled=self.precision != 'fp32')
+        return torch.autocast(
+            self.device.type,
+            torch.float16 if self.precision == 'fp16' else torch.bfloat16,
+            enabled=self.precision != 'fp32',
+        )
 
-    def backward(self, loss: Tensor): self.scaler.scale(loss).backward()
+    def backward(self, loss: Tensor):
+        self.scaler.scale(loss).backward()
 
 # %% ../../nbs/training/02_accelerator.ipynb #155df7f3
-SMALLEST, SEVERAL = 1., 5  # loss scale of float16; overflows in a row there that stop the run
+SMALLEST, SEVERAL = 1.0, 5  # loss scale of float16; overflows in a row there that stop the run
+
 
 @patch
-def step(self:Engine,
-    lr: float,               # of this step
-    clip: float,             # longest gradient, a longer one is shortened
-    limit: float = math.inf, # a gradient longer than this updates nothing
-) -> float:                  # the gradient's length before clipping; not finite: float16 overflowed, and nothing was updated
+def step(
+    self: Engine,
+    lr: float,  # of this step
+    clip: float,  # longest gradient, a longer one is shortened
+    limit: float = math.inf,  # a gradient longer than this updates nothing
+) -> float:  # the gradient's length before clipping; not finite: float16 overflowed, and nothing was updated
     "Update the weights. Raises FloatingPointError, and changes nothing, when the gradient is not finite (in float16: at the smallest scale, several times in a row)."
     self.scaler.unscale_(self.optimizer)
     norm = float(nn.utils.clip_grad_norm_(self.net.parameters(), clip))
     finite = math.isfinite(norm)
     self.overflows = 0 if finite or self.scaler.get_scale() > SMALLEST else self.overflows + 1
-    if not finite and (self.precision != 'fp16' or self.overflows >= SEVERAL): self.optimizer.zero_grad(); raise FloatingPointError('the gradient is not finite')
-    for g in self.optimizer.param_groups: g['lr'] = lr
-    if norm <= limit and finite: self.scaler.step(self.optimizer)
-    self.scaler.update(); self.optimizer.zero_grad()
-    if not finite and self.scaler.get_scale() < SMALLEST: self.scaler.update(SMALLEST)
+    if not finite and (self.precision != 'fp16' or self.overflows >= SEVERAL):
+        self.optimizer.zero_grad()
+        raise FloatingPointError('the gradient is not finite')
+    for g in self.optimizer.param_groups:
+        g['lr'] = lr
+    if norm <= limit and finite:
+        self.scaler.step(self.optimizer)
+    self.scaler.update()
+    self.optimizer.zero_grad()
+    if not finite and self.scaler.get_scale() < SMALLEST:
+        self.scaler.update(SMALLEST)
     return norm
 
 # %% ../../nbs/training/02_accelerator.ipynb #37d5a9b2
 @patch
-def part(self:Engine,
-    last: bool, # of the batch
+def part(
+    self: Engine,
+    last: bool,  # of the batch
 ):
     "The context for forward and backward of a part of a batch."
     return nullcontext() if last else self.accelerator.no_sync(self.model)
@@ -164,64 +223,105 @@ def part(self:Engine,
 # %% ../../nbs/training/02_accelerator.ipynb #a24d00df
 def compile_how(
     device: torch.device,
-    graphs: bool, # replay CUDA graphs?
-) -> dict:        # keywords of torch.compile
+    graphs: bool,  # replay CUDA graphs?
+) -> dict:  # keywords of torch.compile
     "Raises `UserError` where there is no compiler, or no GPU for graphs."
-    if reason := why_not_compile(): raise UserError(f'train.compile: {reason}; install one, or set train.compile: false')
-    if graphs and device.type != 'cuda': raise UserError('train.cuda_graphs: they are for an NVIDIA GPU and there is none; set it to false')
+    if reason := why_not_compile():
+        raise UserError(f'train.compile: {reason}; install one, or set train.compile: false')
+    if graphs and device.type != 'cuda':
+        raise UserError('train.cuda_graphs: they are for an NVIDIA GPU and there is none; set it to false')
     return dict(dynamic=False, mode='reduce-overhead' if graphs else None)
 
+
 @patch
-def compile(self:Engine,
-    graphs: bool = False, # replay CUDA graphs?
+def compile(
+    self: Engine,
+    graphs: bool = False,  # replay CUDA graphs?
 ):
     "Have the model compiled at its first call."
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit) # a shape each, of which `prepare.crop: buckets` makes a dozen
+    torch._dynamo.config.recompile_limit = max(
+        32, torch._dynamo.config.recompile_limit
+    )  # a shape each, of which `prepare.crop: buckets` makes a dozen
     self.model = torch.compile(self.model, **compile_how(self.device, graphs))
 
 # %% ../../nbs/training/02_accelerator.ipynb #f3c575f1
 @patch
-def state(self:Engine) -> tuple[dict, dict]:
+def state(self: Engine) -> tuple[dict, dict]:
     "Weights that are trained and the optimiser's memory as tensors, and the plain numbers beside them."
     frozen = {k for k, p in self.net.named_parameters() if not p.requires_grad}
-    return dict(weights={k: v for k, v in self.net.state_dict().items() if k not in frozen}, optimizer=optimizer_tensors(self.optimizer)), dict(scaler=self.scaler.state_dict(), overflows=self.overflows)
+    return dict(
+        weights={k: v for k, v in self.net.state_dict().items() if k not in frozen},
+        optimizer=optimizer_tensors(self.optimizer),
+    ), dict(scaler=self.scaler.state_dict(), overflows=self.overflows)
+
 
 @patch
-def load_state(self:Engine, groups: dict, numbers: dict):
+def load_state(self: Engine, groups: dict, numbers: dict):
     "Go on from what `state` gave."
-    self.net.load_state_dict(self.net.state_dict() | groups['weights']); load_optimizer(self.optimizer, groups['optimizer'])
-    if numbers.get('scaler'): self.scaler.load_state_dict(numbers['scaler'])
+    self.net.load_state_dict(self.net.state_dict() | groups['weights'])
+    load_optimizer(self.optimizer, groups['optimizer'])
+    if numbers.get('scaler'):
+        self.scaler.load_state_dict(numbers['scaler'])
     self.overflows = numbers['overflows']
 
 # %% ../../nbs/training/02_accelerator.ipynb #7f0c01aa
 @patch
-def gather(self:Engine, x: Tensor) -> Tensor: return self.accelerator.gather(x)  # [n, ...] of each rank -> [n*world, ...]
+def gather(self: Engine, x: Tensor) -> Tensor:
+    return self.accelerator.gather(x)  # [n, ...] of each rank -> [n*world, ...]
+
+
 @patch
-def mean(self:Engine, x: Tensor) -> Tensor: return self.accelerator.reduce(x.detach().clone(), 'mean')  # over the ranks
+def mean(self: Engine, x: Tensor) -> Tensor:
+    return self.accelerator.reduce(x.detach().clone(), 'mean')  # over the ranks
+
+
 @patch
-def any(self:Engine, flag: bool) -> bool: return flag if self.world == 1 else bool(self.gather(torch.tensor([float(flag)], device=self.device)).any())
+def any(self: Engine, flag: bool) -> bool:
+    return (
+        flag if self.world == 1 else bool(self.gather(torch.tensor([float(flag)], device=self.device)).any())
+    )
+
+
 @patch
-def wait(self:Engine): self.accelerator.wait_for_everyone()
+def wait(self: Engine):
+    self.accelerator.wait_for_everyone()
+
+
 @patch
-def close(self:Engine):
+def close(self: Engine):
     "Let go of the other processes."
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @patch(as_prop=True)
-def memory_gb(self:Engine) -> float:
+def memory_gb(self: Engine) -> float:
     "Memory in use: of the GPU the most so far, else of this process."
-    if self.device.type == 'cuda': return torch.cuda.max_memory_allocated()/1e9
+    if self.device.type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 1e9
     import psutil
-    return psutil.Process().memory_info().rss/1e9
+
+    return psutil.Process().memory_info().rss / 1e9
 
 # %% ../../nbs/training/02_accelerator.ipynb #e05efd69
 @patch(as_prop=True)
-def followed(self:Engine) -> nn.Module: return self.net                    # whose weights the optimiser moves here
+def followed(self: Engine) -> nn.Module:
+    return self.net  # whose weights the optimiser moves here
+
+
 @patch
-def whole(self:Engine, parts: dict) -> dict: return parts                  # tensors by `followed`'s names -> by the model's, on the main process
+def whole(self: Engine, parts: dict) -> dict:
+    return parts  # tensors by `followed`'s names -> by the model's, on the main process
+
+
 @patch
-def share(self:Engine, tensors: dict) -> dict: return tensors              # and back
+def share(self: Engine, tensors: dict) -> dict:
+    return tensors  # and back
+
+
 @patch
 @contextmanager
-def averaged_net(self:Engine, ema: EMA):
+def averaged_net(self: Engine, ema: EMA):
     "The averaged model, to validate, draw and publish with; every process must enter, the main one looks."
-    with averaged(ema): yield self.net
+    with averaged(ema):
+        yield self.net

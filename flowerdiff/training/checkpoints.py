@@ -18,135 +18,176 @@ from ..core.workspace import atomic_dir, file_sha256, read_json, write_json
 
 # %% ../../nbs/training/04_checkpoints.ipynb #1522f743
 def checksum(
-    state: dict, # without its checksum
+    state: dict,  # without its checksum
 ) -> str:
     "Checksum of the plain part of a checkpoint."
     return sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/training/04_checkpoints.ipynb #a1bb2ed7
 def save_checkpoint(
-    folder: Path,                          # of the run; each checkpoint is a folder in it, named by its step
-    step: int,                             # steps done
+    folder: Path,  # of the run; each checkpoint is a folder in it, named by its step
+    step: int,  # steps done
     groups: dict[str, dict[str, Tensor]],  # group -> name -> tensor
-    state: dict,                           # plain numbers, strings and lists
-    keep: int = 2,                         # how many to keep, the newest; the best stays too
-) -> Path:                                 # the checkpoint's folder
+    state: dict,  # plain numbers, strings and lists
+    keep: int = 2,  # how many to keep, the newest; the best stays too
+) -> Path:  # the checkpoint's folder
     "Write a checkpoint, whole or not at all, and drop the oldest; it is on the disk when this returns."
     from safetensors.torch import save_file
-    path = Path(folder)/f'{step:08d}'
-    if path.exists() and damage(path) is None: return path
-    for left in Path(folder).glob('.*'): shutil.rmtree(left, ignore_errors=True)  # of a process killed while it wrote; a run has one writer
+
+    path = Path(folder) / f'{step:08d}'
+    if path.exists() and damage(path) is None:
+        return path
+    for left in Path(folder).glob('.*'):
+        shutil.rmtree(left, ignore_errors=True)  # of a process killed while it wrote; a run has one writer
     with atomic_dir(path) as tmp:
         for name, tensors in groups.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp/f'{name}.safetensors')
-        plain = json.loads(json.dumps(dict(state, step=step, files={f.name: file_sha256(f) for f in sorted(tmp.iterdir())})))
-        write_json(tmp/'state.json', plain | dict(checksum=checksum(plain)))
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp / f'{name}.safetensors'
+            )
+        plain = json.loads(
+            json.dumps(dict(state, step=step, files={f.name: file_sha256(f) for f in sorted(tmp.iterdir())}))
+        )
+        write_json(tmp / 'state.json', plain | dict(checksum=checksum(plain)))
     rotate(folder, step, keep)
     return path
 
 # %% ../../nbs/training/04_checkpoints.ipynb #e1d43314
 def checkpoints(
-    folder: Path, # of the run
+    folder: Path,  # of the run
 ) -> list[Path]:  # newest first
     "The checkpoints of a run."
     return sorted((p for p in Path(folder).glob('*') if p.name.isdigit() and p.is_dir()), reverse=True)
 
 # %% ../../nbs/training/04_checkpoints.ipynb #216ead4e
 def score(
-    path: Path, # a checkpoint's folder
-) -> float:     # validation loss of its averaged weights; inf: not known
+    path: Path,  # a checkpoint's folder
+) -> float:  # validation loss of its averaged weights; inf: not known
     "How good the model in a checkpoint is."
-    try: value = read_json(path/'state.json').get('score')
-    except Exception: return math.inf
+    try:
+        value = read_json(path / 'state.json').get('score')
+    except Exception:
+        return math.inf
     return math.inf if value is None else value
 
 # %% ../../nbs/training/04_checkpoints.ipynb #191dd1ec
 def rotate(
-    folder: Path, # of the run
-    step: int,    # of the checkpoint that was just made
-    keep: int,    # how many of the newest stay
+    folder: Path,  # of the run
+    step: int,  # of the checkpoint that was just made
+    keep: int,  # how many of the newest stay
 ):
     "Drop all but the newest checkpoints and the best. One newer than `step` was damaged when the run went on without it, and goes as well."
     made = [p for p in checkpoints(folder) if int(p.name) <= step]
     stay = made[:keep] + [p for p in sorted(made, key=score)[:1] if score(p) < math.inf]
     for p in checkpoints(folder):
-        if p not in stay: shutil.rmtree(p, ignore_errors=True)
+        if p not in stay:
+            shutil.rmtree(p, ignore_errors=True)
 
 # %% ../../nbs/training/04_checkpoints.ipynb #2b38fdd2
 def damage(
-    path: Path,    # a checkpoint's folder
-) -> str | None:   # what is wrong with it, if anything
+    path: Path,  # a checkpoint's folder
+) -> str | None:  # what is wrong with it, if anything
     "Why a checkpoint is not to be believed, or None."
-    try: state = read_json(path/'state.json')
-    except Exception as e: return f'state.json cannot be read ({type(e).__name__})'
-    if not isinstance(state, dict) or state.get('checksum') != checksum({k: v for k, v in state.items() if k != 'checksum'}):
+    try:
+        state = read_json(path / 'state.json')
+    except Exception as e:
+        return f'state.json cannot be read ({type(e).__name__})'
+    if not isinstance(state, dict) or state.get('checksum') != checksum(
+        {k: v for k, v in state.items() if k != 'checksum'}
+    ):
         return 'state.json is not what was written'
     for name, digest in state['files'].items():
-        if not (path/name).is_file(): return f'{name} is missing'
-        if file_sha256(path/name) != digest: return f'{name} is not what was written'
+        if not (path / name).is_file():
+            return f'{name} is missing'
+        if file_sha256(path / name) != digest:
+            return f'{name} is not what was written'
 
 # %% ../../nbs/training/04_checkpoints.ipynb #8cb643b1
 def newest_whole(
-    folder: Path,   # of the run
-    log=print,      # is told, in a line, of each damaged checkpoint
-    upto: float = math.inf, # no newer one than of this step
-) -> int:           # its step; 0: there is none
+    folder: Path,  # of the run
+    log=print,  # is told, in a line, of each damaged checkpoint
+    upto: float = math.inf,  # no newer one than of this step
+) -> int:  # its step; 0: there is none
     "Which checkpoint there is to go on from."
     for path in checkpoints(folder):
-        if int(path.name) > upto: continue
-        if not (why := damage(path)): return int(path.name)
+        if int(path.name) > upto:
+            continue
+        if not (why := damage(path)):
+            return int(path.name)
         log(f'checkpoint {path.name} is damaged ({why}); going back to the one before')
     return 0
 
+
 def load_checkpoint(
-    folder: Path,   # of the run
-    log=print,      # is told, in a line, of each damaged checkpoint
-    upto: float = math.inf, # no newer one than of this step
-) -> tuple[dict[str, dict[str, Tensor]], dict] | None: # groups and state as they were saved; None when there is nothing to go on from
+    folder: Path,  # of the run
+    log=print,  # is told, in a line, of each damaged checkpoint
+    upto: float = math.inf,  # no newer one than of this step
+) -> (
+    tuple[dict[str, dict[str, Tensor]], dict] | None
+):  # groups and state as they were saved; None when there is nothing to go on from
     "The newest checkpoint that is whole."
     from safetensors.torch import load_file
-    if not (step := newest_whole(folder, log, upto)): return None
-    path = Path(folder)/f'{step:08d}'; state = read_json(path/'state.json')
-    return {Path(f).stem: load_file(path/f) for f in state['files']}, state
+
+    if not (step := newest_whole(folder, log, upto)):
+        return None
+    path = Path(folder) / f'{step:08d}'
+    state = read_json(path / 'state.json')
+    return {Path(f).stem: load_file(path / f) for f in state['files']}, state
 
 # %% ../../nbs/training/04_checkpoints.ipynb #9bd60ee5
 def agreed(
-    folder: Path, # of the run, on this machine
-    gather,       # number of this process -> those of all processes
-    log=print,    # is told of damaged ones
-) -> int:         # step; 0: there is none
+    folder: Path,  # of the run, on this machine
+    gather,  # number of this process -> those of all processes
+    log=print,  # is told of damaged ones
+) -> int:  # step; 0: there is none
     "The newest checkpoint that is whole for every process. Every process must call it."
     upto = math.inf
     while True:
         steps = gather(newest_whole(folder, log, upto))
-        if min(steps) == max(steps): return steps[0]
+        if min(steps) == max(steps):
+            return steps[0]
         upto = min(steps)
 
 # %% ../../nbs/training/04_checkpoints.ipynb #8cdf59fc
 class Saver:
     "Writes the checkpoints of a run in a thread, one at a time."
-    def __init__(self,
+
+    def __init__(
+        self,
         folder: Path,  # of the checkpoints
         keep: int = 2,
     ):
         self.folder, self.keep, self.writing, self.step = Path(folder), keep, None, 0
 
-    def start(self, step: int, groups: dict, state: dict,
-        copy: bool = True, # False: the tensors do not change before it is written
+    def start(
+        self,
+        step: int,
+        groups: dict,
+        state: dict,
+        copy: bool = True,  # False: the tensors do not change before it is written
     ):
         "Copy everything and begin to write it; see `save_checkpoint`."
         assert not self.writing, 'ask `finish` what became of the one before'
-        if copy: groups = {name: {k: torch.empty(v.shape, dtype=v.dtype).copy_(v.detach()) for k, v in tensors.items()} for name, tensors in groups.items()}
+        if copy:
+            groups = {
+                name: {k: torch.empty(v.shape, dtype=v.dtype).copy_(v.detach()) for k, v in tensors.items()}
+                for name, tensors in groups.items()
+            }
         pool, self.step = ThreadPoolExecutor(1, 'checkpoint'), step
-        self.writing = pool.submit(save_checkpoint, self.folder, step, groups, json.loads(json.dumps(state)), self.keep)
+        self.writing = pool.submit(
+            save_checkpoint, self.folder, step, groups, json.loads(json.dumps(state)), self.keep
+        )
         pool.shutdown(wait=False)  # its thread ends with the work
 
 # %% ../../nbs/training/04_checkpoints.ipynb #e2c3bfbd
 @patch
-def finish(self:Saver,
+def finish(
+    self: Saver,
     wait: bool = False,  # for one that is still being written
-) -> tuple[int, BaseException | None] | None: # its step, and why it could not be written; None: there is nothing to tell
+) -> (
+    tuple[int, BaseException | None] | None
+):  # its step, and why it could not be written; None: there is nothing to tell
     "What became of the last checkpoint, told once."
-    if not self.writing or not wait and not self.writing.done(): return None
+    if not self.writing or not wait and not self.writing.done():
+        return None
     error, self.writing = self.writing.exception(), None
     return self.step, error

@@ -18,18 +18,26 @@ from ..core.workspace import UserError
 
 # %% ../../nbs/training/03_deepspeed.ipynb #4cecae9d
 def zero_config(
-    precision: str = 'fp32', # fp32, bf16 or fp16
-) -> dict:                   # for `deepspeed.initialize`
+    precision: str = 'fp32',  # fp32, bf16 or fp16
+) -> dict:  # for `deepspeed.initialize`
     "ZeRO stage 2; DeepSpeed only counts with the size of a batch."
-    halves = dict(bf16=dict(bf16=dict(enabled=True)), fp16=dict(fp16=dict(enabled=True, hysteresis=1)), fp32={})
+    halves = dict(
+        bf16=dict(bf16=dict(enabled=True)), fp16=dict(fp16=dict(enabled=True, hysteresis=1)), fp32={}
+    )
     zero = dict(stage=2, overlap_comm=False, reduce_bucket_size=50_000_000, allgather_bucket_size=50_000_000)
-    return dict(train_micro_batch_size_per_gpu=1, gradient_clipping=1., zero_optimization=zero, **halves[precision])
+    return dict(
+        train_micro_batch_size_per_gpu=1, gradient_clipping=1.0, zero_optimization=zero, **halves[precision]
+    )
 
 # %% ../../nbs/training/03_deepspeed.ipynb #43f1f4a0
 def import_deepspeed():
     "DeepSpeed, quiet. Raises `UserError` where it is not installed."
-    try: import deepspeed
-    except ImportError: raise UserError("train.distributed: zero2 needs DeepSpeed; pip install 'flowerdiff[deepspeed]', or use ddp") from None
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError(
+            "train.distributed: zero2 needs DeepSpeed; pip install 'flowerdiff[deepspeed]', or use ddp"
+        ) from None
     deepspeed.utils.logger.setLevel('ERROR')
     deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
     return deepspeed
@@ -37,20 +45,27 @@ def import_deepspeed():
 # %% ../../nbs/training/03_deepspeed.ipynb #46ae566f
 class ZeroEngine(Engine):
     "`Engine` over DeepSpeed's ZeRO stage 2, Rajbhandari et al. 2020 (arXiv 1910.02054)."
-    def __init__(self,
-        precision: str = 'fp32', # fp32, bf16 or fp16
+
+    def __init__(
+        self,
+        precision: str = 'fp32',  # fp32, bf16 or fp16
     ):
         self.deepspeed = import_deepspeed()
         super().__init__(precision)
         self.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
         os.environ.setdefault('LOCAL_RANK', '0')
-        if not dist.is_initialized(): dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', store=dist.HashStore(), rank=0, world_size=1)
+        if not dist.is_initialized():
+            dist.init_process_group(
+                'nccl' if self.device.type == 'cuda' else 'gloo', store=dist.HashStore(), rank=0, world_size=1
+            )
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         "Take model and optimiser over; `self.net` computes, the masters are `self.optimizer.single_partition_of_fp32_groups`."
         names = {p: k for k, p in model.named_parameters()}
         self.groups = [[(names[p], p.shape) for p in g['params']] for g in optimizer.param_groups]
-        self.zero, self.optimizer, _, _ = self.deepspeed.initialize(model=model.to(self.device), optimizer=optimizer, config=zero_config(self.precision))
+        self.zero, self.optimizer, _, _ = self.deepspeed.initialize(
+            model=model.to(self.device), optimizer=optimizer, config=zero_config(self.precision)
+        )
         self.net = self.zero.module
 
     def model(self, x: Tensor, *args, **kwargs):
@@ -59,107 +74,147 @@ class ZeroEngine(Engine):
         x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         return self.zero(half(x), *map(half, args), **{k: half(v) for k, v in kwargs.items()})
 
-    def autocast(self): return nullcontext()
-    def backward(self, loss: Tensor): self.zero.backward(loss)
+    def autocast(self):
+        return nullcontext()
+
+    def backward(self, loss: Tensor):
+        self.zero.backward(loss)
 
 # %% ../../nbs/training/03_deepspeed.ipynb #dfe9201a
 @patch
-def step(self:ZeroEngine,
-    lr: float,               # of this step
-    clip: float,             # longest gradient, a longer one is shortened
-    limit: float = math.inf, # a gradient longer than this updates nothing
-) -> float:                  # the gradient's length before clipping; not finite: float16 overflowed, and nothing was updated
+def step(
+    self: ZeroEngine,
+    lr: float,  # of this step
+    clip: float,  # longest gradient, a longer one is shortened
+    limit: float = math.inf,  # a gradient longer than this updates nothing
+) -> float:  # the gradient's length before clipping; not finite: float16 overflowed, and nothing was updated
     "Update the weights. Raises FloatingPointError, and changes nothing, when the gradient is not finite (in float16: at the smallest scale, several times in a row)."
     scale = self.optimizer.loss_scale
-    norm = float(self.optimizer.scaled_global_norm())/scale
-    if limit < norm < math.inf: # as DeepSpeed does when float16 overflows
-        self.optimizer.zero_grad(set_to_none=True); self.optimizer.averaged_gradients = {}
+    norm = float(self.optimizer.scaled_global_norm()) / scale
+    if limit < norm < math.inf:  # as DeepSpeed does when float16 overflows
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.averaged_gradients = {}
         return norm
-    for g in self.optimizer.param_groups: g['lr'] = lr
+    for g in self.optimizer.param_groups:
+        g['lr'] = lr
     self.optimizer.clip_grad = clip
     self.zero.step()
-    if not self.optimizer.overflow: self.overflows = 0; return norm
+    if not self.optimizer.overflow:
+        self.overflows = 0
+        return norm
     self.overflows = self.overflows + 1 if scale <= SMALLEST else 0
-    if self.precision != 'fp16' or self.overflows >= SEVERAL: raise FloatingPointError('the gradient is not finite')
+    if self.precision != 'fp16' or self.overflows >= SEVERAL:
+        raise FloatingPointError('the gradient is not finite')
     return math.inf
 
 # %% ../../nbs/training/03_deepspeed.ipynb #fa7681e9
 @patch
 @contextmanager
-def part(self:ZeroEngine,
-    last: bool, # of the batch
+def part(
+    self: ZeroEngine,
+    last: bool,  # of the batch
 ):
     "The context for forward and backward of a part of a batch."
     self.zero.set_gradient_accumulation_boundary(last)
     yield
 
+
 @patch
-def compile(self:ZeroEngine, graphs: bool = False): # replay CUDA graphs?
+def compile(self: ZeroEngine, graphs: bool = False):  # replay CUDA graphs?
     "Have the model compiled at its first call."
     self.zero.compile(compile_kwargs=compile_how(self.device, graphs))
 
 # %% ../../nbs/training/03_deepspeed.ipynb #6c0dd7f6
 @patch
-def masters(self:ZeroEngine) -> dict[str, Tensor]: # group -> [n] float32, this process's slice of it
+def masters(self: ZeroEngine) -> dict[str, Tensor]:  # group -> [n] float32, this process's slice of it
     "The weights that the optimiser moves."
     return {str(i): m for i, m in enumerate(self.optimizer.single_partition_of_fp32_groups)}
 
+
 @patch
-def whole(self:ZeroEngine, parts: dict) -> dict: # slices by group -> tensors by the model's names, on the main process; {} elsewhere
+def whole(
+    self: ZeroEngine, parts: dict
+) -> dict:  # slices by group -> tensors by the model's names, on the main process; {} elsewhere
     "Gather; every process must call it."
     out = {}
     for (i, part), group in zip(parts.items(), self.groups):
         slices = [torch.empty_like(part) for _ in range(self.world)] if self.main else None
         dist.gather(part.detach(), slices)
-        if not self.main: continue
-        flat = torch.cat([s.cpu() for s in slices]).split([shape.numel() for _, shape in group] + [self.world*part.numel() - sum(shape.numel() for _, shape in group)])
+        if not self.main:
+            continue
+        flat = torch.cat([s.cpu() for s in slices]).split(
+            [shape.numel() for _, shape in group]
+            + [self.world * part.numel() - sum(shape.numel() for _, shape in group)]
+        )
         out |= {name: piece.reshape(shape).clone() for (name, shape), piece in zip(group, flat)}
     return out
 
+
 @patch
-def share(self:ZeroEngine, tensors: dict) -> dict: # by the model's names -> slices by group, for this process
+def share(
+    self: ZeroEngine, tensors: dict
+) -> dict:  # by the model's names -> slices by group, for this process
     "What `whole` gathered, dealt out again."
     out = {}
     for (i, m), group in zip(self.masters().items(), self.groups):
         flat, n = torch.cat([tensors[name].flatten().float() for name, _ in group]), m.numel()
-        out[i] = nn.functional.pad(flat, (0, self.world*n - len(flat)))[self.rank*n:][:n].to(m.device)
+        out[i] = nn.functional.pad(flat, (0, self.world * n - len(flat)))[self.rank * n :][:n].to(m.device)
     return out
 
 # %% ../../nbs/training/03_deepspeed.ipynb #a3dbee04
 @patch
-def state(self:ZeroEngine) -> tuple[dict, dict]:
+def state(self: ZeroEngine) -> tuple[dict, dict]:
     "Weights and the optimiser's memory as `Engine.state` gives them, whole, on the main process; every process must call it."
     masters, memory = self.masters(), {}
     numbers = {name: i for i, name in enumerate(n for g in self.groups for n, _ in g)}
     for kind in self.optimizer.state[masters['0']]:
         parts = {i: self.optimizer.state[m][kind] for i, m in masters.items()}
-        if parts['0'].ndim: full = self.whole(parts)
-        else: full = {name: v.clone() for v, g in zip(parts.values(), self.groups) for name, _ in g}  # the number of steps: the same for all
+        if parts['0'].ndim:
+            full = self.whole(parts)
+        else:
+            full = {
+                name: v.clone() for v, g in zip(parts.values(), self.groups) for name, _ in g
+            }  # the number of steps: the same for all
         memory |= {f'{numbers[k]}.{kind}': v for k, v in full.items()}
-    scaler = dict(self.scaler.state_dict(), scale=self.optimizer.loss_scale) if self.precision == 'fp16' else {}
+    scaler = (
+        dict(self.scaler.state_dict(), scale=self.optimizer.loss_scale) if self.precision == 'fp16' else {}
+    )
     return dict(weights=self.whole(masters), optimizer=memory), dict(scaler=scaler, overflows=self.overflows)
+
 
 @patch
 @torch.no_grad()
-def load_state(self:ZeroEngine, groups: dict, numbers: dict):
+def load_state(self: ZeroEngine, groups: dict, numbers: dict):
     "Go on from what `state` gave, here or in an `Engine`, under any number of processes."
-    for m, new in zip(self.masters().values(), self.share(groups['weights']).values()): m.copy_(new)
+    for m, new in zip(self.masters().values(), self.share(groups['weights']).values()):
+        m.copy_(new)
     self.optimizer.update_lp_params()
     names = [n for g in self.groups for n, _ in g]
     for kind in {k.split('.', 1)[1] for k in groups['optimizer']}:
         full = {n: groups['optimizer'][f'{i}.{kind}'] for i, n in enumerate(names)}
-        parts = self.share(full) if full[names[0]].ndim else {i: full[g[0][0]].to(m.device, copy=True) for (i, m), g in zip(self.masters().items(), self.groups)}
-        for i, m in self.masters().items(): self.optimizer.state[m][kind] = parts[i]
+        parts = (
+            self.share(full)
+            if full[names[0]].ndim
+            else {
+                i: full[g[0][0]].to(m.device, copy=True)
+                for (i, m), g in zip(self.masters().items(), self.groups)
+            }
+        )
+        for i, m in self.masters().items():
+            self.optimizer.state[m][kind] = parts[i]
     self.overflows = numbers['overflows']
-    if numbers.get('scaler'): self.optimizer.loss_scaler.cur_scale = numbers['scaler']['scale']
+    if numbers.get('scaler'):
+        self.optimizer.loss_scaler.cur_scale = numbers['scaler']['scale']
 
 # %% ../../nbs/training/03_deepspeed.ipynb #89db8497
 @patch(as_prop=True)
-def followed(self:ZeroEngine) -> nn.Module: return nn.ParameterDict(self.masters())
+def followed(self: ZeroEngine) -> nn.Module:
+    return nn.ParameterDict(self.masters())
+
 
 @patch
 @contextmanager
-def averaged_net(self:ZeroEngine, ema: EMA):
+def averaged_net(self: ZeroEngine, ema: EMA):
     "The averaged model in float32 on the main process, None elsewhere; every process must enter."
     means, net = self.whole(ema_state(ema)), None
     if self.main:
@@ -169,10 +224,16 @@ def averaged_net(self:ZeroEngine, ema: EMA):
 
 # %% ../../nbs/training/03_deepspeed.ipynb #3ae684b8
 def make_engine(
-    train,          # settings.train
-    world: int = 1, # processes that were started
+    train,  # settings.train
+    world: int = 1,  # processes that were started
 ) -> Engine:
     "The engine that the settings ask for. Raises `UserError` where it does not fit the processes."
-    if train.distributed == 'single' and world > 1: raise UserError(f'train.distributed: single is for one process, and {world} were started; use auto, ddp or zero2')
-    if train.batch_size < world: raise UserError(f'train.batch_size: {train.batch_size} samples are too few for {world} processes; give each at least one')
+    if train.distributed == 'single' and world > 1:
+        raise UserError(
+            f'train.distributed: single is for one process, and {world} were started; use auto, ddp or zero2'
+        )
+    if train.batch_size < world:
+        raise UserError(
+            f'train.batch_size: {train.batch_size} samples are too few for {world} processes; give each at least one'
+        )
     return (ZeroEngine if train.distributed == 'zero2' else Engine)(choose_precision(train.precision))

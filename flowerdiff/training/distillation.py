@@ -16,61 +16,89 @@ from .validation import answer, by_picture
 
 # %% ../../nbs/training/07_distillation.ipynb #705ed2cd
 def few_steps(
-    config, # of any of this library's schedulers: the noise levels that a model was trained on
-):          # a DPMSolverMultistepScheduler
+    config,  # of any of this library's schedulers: the noise levels that a model was trained on
+):  # a DPMSolverMultistepScheduler
     "The scheduler that a student draws with: of first order, which is DDIM (Song et al. 2021, arXiv 2010.02502), from pure noise down."
     from diffusers import DPMSolverMultistepScheduler
-    return DPMSolverMultistepScheduler.from_config(config, algorithm_type='dpmsolver++', solver_order=1, timestep_spacing='trailing', use_karras_sigmas=False, final_sigmas_type='zero')
+
+    return DPMSolverMultistepScheduler.from_config(
+        config,
+        algorithm_type='dpmsolver++',
+        solver_order=1,
+        timestep_spacing='trailing',
+        use_karras_sigmas=False,
+        final_sigmas_type='zero',
+    )
 
 # %% ../../nbs/training/07_distillation.ipynb #d37d2e24
 def ladder(
-    config, # of a scheduler
-    n: int, # steps from noise to picture
-) -> tuple[Tensor, Tensor]: # [n] timesteps, [n + 1] alpha_bar at each and after the last, where it is 1
+    config,  # of a scheduler
+    n: int,  # steps from noise to picture
+) -> tuple[Tensor, Tensor]:  # [n] timesteps, [n + 1] alpha_bar at each and after the last, where it is 1
     "Where a drawing of `n` steps stops on its way."
-    s = few_steps(config); s.set_timesteps(n)
-    sigma = s.sigmas.double(); alpha = 1 - sigma if s.config.prediction_type == 'flow_prediction' else torch.ones_like(sigma)
-    return s.timesteps, (alpha**2/(alpha**2 + sigma**2)).float()
+    s = few_steps(config)
+    s.set_timesteps(n)
+    sigma = s.sigmas.double()
+    alpha = 1 - sigma if s.config.prediction_type == 'flow_prediction' else torch.ones_like(sigma)
+    return s.timesteps, (alpha**2 / (alpha**2 + sigma**2)).float()
 
 # %% ../../nbs/training/07_distillation.ipynb #106a98b5
 def step_down(
-    x: Tensor, # [B, C, H, W] latents at level a
-    v: Tensor, # [B, C, H, W] velocity
-    a: Tensor, # [B, 1, 1, 1] alpha_bar here
-    b: Tensor, # [B, 1, 1, 1] and there, larger
-) -> Tensor:   # [B, C, H, W] latents at level b
+    x: Tensor,  # [B, C, H, W] latents at level a
+    v: Tensor,  # [B, C, H, W] velocity
+    a: Tensor,  # [B, 1, 1, 1] alpha_bar here
+    b: Tensor,  # [B, 1, 1, 1] and there, larger
+) -> Tensor:  # [B, C, H, W] latents at level b
     "One step of DDIM."
-    return b.sqrt()*(a.sqrt()*x - (1 - a).sqrt()*v) + (1 - b).sqrt()*((1 - a).sqrt()*x + a.sqrt()*v)
+    return b.sqrt() * (a.sqrt() * x - (1 - a).sqrt() * v) + (1 - b).sqrt() * (
+        (1 - a).sqrt() * x + a.sqrt() * v
+    )
 
 # %% ../../nbs/training/07_distillation.ipynb #84a0df31
 class Teacher:
     "A model that is learned from, and never changed."
-    def __init__(self,
-        unet,                  # its denoiser
-        config,                # of its scheduler
-        null: Tensor,          # [L, D] embedding of the empty prompt
-        steps: int,            # of the student: 1, 2, 4 or 8
-        guidance: float = 4.,  # what the student will have without being asked; 1: none
-        whole: int = 8,        # steps in which the teacher goes the whole way, a multiple of the student's
-        device = 'cpu',
+
+    def __init__(
+        self,
+        unet,  # its denoiser
+        config,  # of its scheduler
+        null: Tensor,  # [L, D] embedding of the empty prompt
+        steps: int,  # of the student: 1, 2, 4 or 8
+        guidance: float = 4.0,  # what the student will have without being asked; 1: none
+        whole: int = 8,  # steps in which the teacher goes the whole way, a multiple of the student's
+        device='cpu',
     ):
-        self.unet, self.prediction, self.null, self.steps, self.guidance = unet.eval().requires_grad_(False).to(device), config['prediction_type'], null.float().to(device), steps, guidance
-        self.config, self.device, self.stride = config, device, whole//steps
+        self.unet, self.prediction, self.null, self.steps, self.guidance = (
+            unet.eval().requires_grad_(False).to(device),
+            config['prediction_type'],
+            null.float().to(device),
+            steps,
+            guidance,
+        )
+        self.config, self.device, self.stride = config, device, whole // steps
         self.times, self.levels = (x.to(device) for x in ladder(config, whole))
 
-    def ask(self, unet, x: Tensor, rung: Tensor, text: Tensor) -> Tensor: # [B, C, H, W] latents, [B] their rungs, [B, L, D] -> [B, C, H, W]
+    def ask(
+        self, unet, x: Tensor, rung: Tensor, text: Tensor
+    ) -> Tensor:  # [B, C, H, W] latents, [B] their rungs, [B, L, D] -> [B, C, H, W]
         "A network's answer as a velocity."
         return answer(unet, x, self.times[rung], at(self.levels, rung, x), text, self.prediction)
 
     @torch.no_grad()
-    def walk(self, x: Tensor, rung: Tensor, text: Tensor) -> Tensor: # [B, C, H, W] latents, [B] their rungs, [B, L, D] -> [B, C, H, W]
+    def walk(
+        self, x: Tensor, rung: Tensor, text: Tensor
+    ) -> Tensor:  # [B, C, H, W] latents, [B] their rungs, [B, L, D] -> [B, C, H, W]
         "Where the teacher comes to in guided steps while the student makes one."
         for r in (rung + i for i in range(self.stride)):
-            free, told = self.ask(self.unet, torch.cat([x, x]), torch.cat([r, r]), torch.cat([self.null.expand_as(text), text])).chunk(2)
-            x = step_down(x, free + self.guidance*(told - free), at(self.levels, r, x), at(self.levels, r + 1, x))
+            free, told = self.ask(
+                self.unet, torch.cat([x, x]), torch.cat([r, r]), torch.cat([self.null.expand_as(text), text])
+            ).chunk(2)
+            x = step_down(
+                x, free + self.guidance * (told - free), at(self.levels, r, x), at(self.levels, r + 1, x)
+            )
         return x
 
-    def error(self, unet, latents: Tensor, noise: Tensor, rung: Tensor, text: Tensor) -> Tensor: # [B]
+    def error(self, unet, latents: Tensor, noise: Tensor, rung: Tensor, text: Tensor) -> Tensor:  # [B]
         "Squared distance between where the student's one step and the teacher's walk end."
         a, b = at(self.levels, rung, latents), at(self.levels, rung + self.stride, latents)
         x = torch.where(rung.view(-1, 1, 1, 1) == 0, noise, add_noise(latents, noise, a))
@@ -78,38 +106,64 @@ class Teacher:
 
 # %% ../../nbs/training/07_distillation.ipynb #10dd830c
 @patch
-def loss(self:Teacher,
-    model,     # the student
-    batch,     # a `Batch`
-) -> Tensor:   # [b] squared errors
+def loss(
+    self: Teacher,
+    model,  # the student
+    batch,  # a `Batch`
+) -> Tensor:  # [b] squared errors
     "What distillation makes small."
-    rung = (self.steps - 1 - batch.timesteps*self.steps//self.config['num_train_timesteps'])*self.stride
+    rung = (self.steps - 1 - batch.timesteps * self.steps // self.config['num_train_timesteps']) * self.stride
     return self.error(model, batch.latents, batch.noise, rung, batch.text)
 
+
 @patch(as_prop=True)
-def grid(self:Teacher) -> Tensor: return self.times[::self.stride].cpu() # [steps] timesteps of `measure`
+def grid(self: Teacher) -> Tensor:
+    return self.times[:: self.stride].cpu()  # [steps] timesteps of `measure`
+
 
 @patch
-def measure(self:Teacher,
-    unet,          # the student, with the weights to be measured
-    val: Split,    # the validation pictures
-    pictures=None, # their numbers; None: all
+def measure(
+    self: Teacher,
+    unet,  # the student, with the weights to be measured
+    val: Split,  # the validation pictures
+    pictures=None,  # their numbers; None: all
     batch: int = 64,
-) -> Tensor:       # [N, steps] squared errors, float64
+) -> Tensor:  # [N, steps] squared errors, float64
     "The same on validation pictures with fixed noise, for each step of the student."
-    rungs = torch.arange(self.steps, device=self.device)*self.stride
-    return by_picture(unet, val, self.steps, lambda x0, noise, text: self.error(unet, x0, noise, rungs.repeat(len(x0)//self.steps), text), pictures, batch, self.device)
+    rungs = torch.arange(self.steps, device=self.device) * self.stride
+    return by_picture(
+        unet,
+        val,
+        self.steps,
+        lambda x0, noise, text: self.error(unet, x0, noise, rungs.repeat(len(x0) // self.steps), text),
+        pictures,
+        batch,
+        self.device,
+    )
+
 
 @patch
-def sampler(self:Teacher): return few_steps(self.config) # a fresh scheduler to draw the student with
+def sampler(self: Teacher):
+    return few_steps(self.config)  # a fresh scheduler to draw the student with
+
 
 @patch(as_prop=True)
-def drawing(self:Teacher) -> dict: return dict(steps=self.steps, guidance=1.) # and how
+def drawing(self: Teacher) -> dict:
+    return dict(steps=self.steps, guidance=1.0)  # and how
 
 # %% ../../nbs/training/07_distillation.ipynb #3fba8847
 def student_settings(
     train,  # settings.train
-    config, # of the teacher's scheduler
-):          # settings.train
+    config,  # of the teacher's scheduler
+):  # settings.train
     "Settings of the run that makes a student."
-    return as_trained(train, config).model_copy(update=dict(epochs=train.distill_epochs, lr=train.distill_lr, warmup_steps=min(20, train.warmup_steps), caption_dropout=0., offset_noise=0., timestep_sampling='stratified'))
+    return as_trained(train, config).model_copy(
+        update=dict(
+            epochs=train.distill_epochs,
+            lr=train.distill_lr,
+            warmup_steps=min(20, train.warmup_steps),
+            caption_dropout=0.0,
+            offset_noise=0.0,
+            timestep_sampling='stratified',
+        )
+    )

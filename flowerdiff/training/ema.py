@@ -12,18 +12,20 @@ from torch import nn, Tensor
 
 # %% ../../nbs/training/01_ema.ipynb #533756b9
 def decay_at(
-    n: int,             # updates made before this one
-    decay: float = .999, # where it ends
-) -> float:             # share of the average that this update keeps
+    n: int,  # updates made before this one
+    decay: float = 0.999,  # where it ends
+) -> float:  # share of the average that this update keeps
     "Decay of the average with warm-up: what TensorFlow's ExponentialMovingAverage does with `num_updates`."
-    return min(decay, (1 + n)/(10 + n))
+    return min(decay, (1 + n) / (10 + n))
 
 # %% ../../nbs/training/01_ema.ipynb #6398ad9a
 class EMA:
     "An exponential moving average of a model's weights, Polyak & Juditsky 1992, with a decay that warms up."
-    def __init__(self,
-        model: nn.Module,    # the model to follow, as far as it is trained
-        decay: float = .999, # how slow it follows, once warm
+
+    def __init__(
+        self,
+        model: nn.Module,  # the model to follow, as far as it is trained
+        decay: float = 0.999,  # how slow it follows, once warm
     ):
         self.decay, self.updates = decay, 0
         self.names, self.live = zip(*[(k, p) for k, p in model.named_parameters() if p.requires_grad])
@@ -39,20 +41,22 @@ class EMA:
 # %% ../../nbs/training/01_ema.ipynb #ad65c790
 @contextmanager
 def averaged(
-    ema: EMA, # whose model wears its averaged weights inside the block
+    ema: EMA,  # whose model wears its averaged weights inside the block
 ):
     "Lend the model its averaged weights."
     own = [p.detach().clone() for p in ema.live]
     try:
-        with torch.no_grad(): torch._foreach_copy_(list(ema.live), ema.mean)
+        with torch.no_grad():
+            torch._foreach_copy_(list(ema.live), ema.mean)
         yield
     finally:
-        with torch.no_grad(): torch._foreach_copy_(list(ema.live), own)
+        with torch.no_grad():
+            torch._foreach_copy_(list(ema.live), own)
 
 # %% ../../nbs/training/01_ema.ipynb #80e488f0
 def ema_state(
     ema: EMA,
-) -> dict[str, Tensor]: # the averaged weights by the model's names
+) -> dict[str, Tensor]:  # the averaged weights by the model's names
     "The averaged weights, as `model.state_dict()` names them."
     return dict(zip(ema.names, ema.mean))
 
@@ -60,8 +64,8 @@ def ema_state(
 @torch.no_grad()
 def load_ema(
     ema: EMA,
-    state: dict[str, Tensor], # from `ema_state`
-    updates: int,             # from `ema.updates`
+    state: dict[str, Tensor],  # from `ema_state`
+    updates: int,  # from `ema.updates`
 ):
     "Go on from a saved average."
     torch._foreach_copy_(ema.mean, [state[k] for k in ema.names])

@@ -8,35 +8,59 @@ __all__ = ['Denoising']
 # %% ../../nbs/training/06_losses.ipynb #01861ed8
 from torch import Tensor
 from ..data.batches import Split
-from ..models.diffusion import add_noise, at, loss_per_sample, min_snr_weight, noise_levels, sampling_scheduler, shown, snr, target
+from flowerdiff.models.diffusion import (
+    add_noise,
+    at,
+    loss_per_sample,
+    min_snr_weight,
+    noise_levels,
+    sampling_scheduler,
+    shown,
+    snr,
+    target,
+)
 from .validation import timestep_grid, validation_losses
 
 # %% ../../nbs/training/06_losses.ipynb #0e8c5e61
 class Denoising:
     "Learning from pictures: find the noise that was mixed in."
-    drawing = {}  # how this kind of model is drawn with while it trains: steps, guidance; as usual
-    def __init__(self,
-        train,     # settings.train
-        scheduler, # from `make_scheduler`
-        device = 'cpu',
-    ): self.train, self.scheduler, self.device, self.abar = train, scheduler, device, noise_levels(scheduler).to(device)
 
-    def loss(self,
-        model, # the denoiser
-        batch, # a `Batch`
-    ) -> Tensor: # [b] squared errors, weighed
+    drawing = {}  # how this kind of model is drawn with while it trains: steps, guidance; as usual
+
+    def __init__(
+        self,
+        train,  # settings.train
+        scheduler,  # from `make_scheduler`
+        device='cpu',
+    ):
+        self.train, self.scheduler, self.device, self.abar = (
+            train,
+            scheduler,
+            device,
+            noise_levels(scheduler).to(device),
+        )
+
+    def loss(
+        self,
+        model,  # the denoiser
+        batch,  # a `Batch`
+    ) -> Tensor:  # [b] squared errors, weighed
         "What training makes small."
         a, kind = at(self.abar, batch.timesteps, batch.latents), self.train.prediction_type
         noisy = add_noise(batch.latents, batch.noise, a)
         answer = model(shown(noisy, a, kind), batch.timesteps, encoder_hidden_states=batch.text).sample
         weight = min_snr_weight(snr(a.flatten()), self.train.min_snr_gamma, kind)
-        return weight*loss_per_sample(answer, target(batch.latents, batch.noise, a, kind))
+        return weight * loss_per_sample(answer, target(batch.latents, batch.noise, a, kind))
 
     @property
-    def grid(self) -> Tensor: return timestep_grid(self.abar) # [n] timesteps of `measure`
+    def grid(self) -> Tensor:
+        return timestep_grid(self.abar)  # [n] timesteps of `measure`
 
-    def measure(self, net, val: Split, pictures=None) -> Tensor: # [N, n]
+    def measure(self, net, val: Split, pictures=None) -> Tensor:  # [N, n]
         "Validation losses, see `validation_losses`."
-        return validation_losses(net, val, self.abar.cpu(), self.grid, self.train.prediction_type, pictures, device=self.device)
+        return validation_losses(
+            net, val, self.abar.cpu(), self.grid, self.train.prediction_type, pictures, device=self.device
+        )
 
-    def sampler(self): return sampling_scheduler(self.scheduler.config) # a fresh scheduler to draw with
+    def sampler(self):
+        return sampling_scheduler(self.scheduler.config)  # a fresh scheduler to draw with

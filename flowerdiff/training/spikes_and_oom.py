@@ -10,23 +10,30 @@ import math
 from statistics import median
 
 # %% ../../nbs/training/08_spikes_and_oom.ipynb #04c1034e
-MEMORY, ENOUGH, MANY = 100, 10, 10  # gradients remembered; before there is a usual; spikes in a row that stop a run
+MEMORY, ENOUGH, MANY = (
+    100,
+    10,
+    10,
+)  # gradients remembered; before there is a usual; spikes in a row that stop a run
+
 
 def spike_limit(
-    norms: list[float], # lengths of the gradients of the last updates, before clipping
-    factor: float = 10., # settings.train.spike_factor; 0: no limit
-) -> float:             # longest gradient that may still update the weights
+    norms: list[float],  # lengths of the gradients of the last updates, before clipping
+    factor: float = 10.0,  # settings.train.spike_factor; 0: no limit
+) -> float:  # longest gradient that may still update the weights
     "How long is too long, from what was usual."
-    return factor*median(norms) if factor and len(norms) >= ENOUGH else math.inf
+    return factor * median(norms) if factor and len(norms) >= ENOUGH else math.inf
 
 # %% ../../nbs/training/08_spikes_and_oom.ipynb #77b8b997
 def what_fits(
-    fits,                # (batch size, gradient checkpointing?) -> does a step of it go through?
-    batch: int,          # the size that did not
-    checkpointing: bool, # was it on?
-) -> list[str]:          # settings, as one writes them; [] when not even one sample fits
+    fits,  # (batch size, gradient checkpointing?) -> does a step of it go through?
+    batch: int,  # the size that did not
+    checkpointing: bool,  # was it on?
+) -> list[str]:  # settings, as one writes them; [] when not even one sample fits
     "Settings that would fit into memory, tried one after the other."
     halves = [batch >> i for i in range(1, batch.bit_length())]
     smaller = next((b for b in halves if fits(b, checkpointing)), 0)
     saving = 0 if checkpointing else next((b for b in [batch, *halves] if b > smaller and fits(b, True)), 0)
-    return ([f'train.batch_size: {smaller}'] if smaller else []) + ([f'train.batch_size: {saving} with train.gradient_checkpointing: true'] if saving else [])
+    return ([f'train.batch_size: {smaller}'] if smaller else []) + (
+        [f'train.batch_size: {saving} with train.gradient_checkpointing: true'] if saving else []
+    )

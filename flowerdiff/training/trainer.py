@@ -23,153 +23,277 @@ from ..services.tracking import log_event
 from ..core.workspace import UserError, out_of_memory
 
 # %% ../../nbs/training/09_trainer.ipynb #4fad1167
-def total_steps(n: int, train) -> int: return max(1, math.ceil(train.epochs*n/train.batch_size)) # n pictures, settings.train -> steps in a run
-def steps_within(hours: float, pace: float, spent: float = 0.) -> int: return max(1, int(.95*(3600*hours - spent)/pace)) # seconds a step, and before; a twentieth is left for the last validation
+def total_steps(n: int, train) -> int:
+    return max(
+        1, math.ceil(train.epochs * n / train.batch_size)
+    )  # n pictures, settings.train -> steps in a run
+
+
+def steps_within(hours: float, pace: float, spent: float = 0.0) -> int:
+    return max(
+        1, int(0.95 * (3600 * hours - spent) / pace)
+    )  # seconds a step, and before; a twentieth is left for the last validation
 
 # %% ../../nbs/training/09_trainer.ipynb #15edc0f3
 TENTHS = 10  # timesteps are told apart by so much
 
+
 class Trainer:
     "A training run and where it is."
-    def __init__(self,
-        train,         # settings.train
+
+    def __init__(
+        self,
+        train,  # settings.train
         seed: int,
         split: Split,  # what to learn from
-        make_unet,     # () -> the denoiser, fresh
+        make_unet,  # () -> the denoiser, fresh
         engine: Engine = None,
-        files: list[str] = None, # of the pictures, for messages; None: their numbers
-        objective=None, # what to make small, such as a `Teacher`'s; None: `Denoising`
+        files: list[str] = None,  # of the pictures, for messages; None: their numbers
+        objective=None,  # what to make small, such as a `Teacher`'s; None: `Denoising`
     ):
-        self.train, self.seed, self.split, self.engine, self.files = train, seed, split, engine or Engine(), files
-        torch.manual_seed(seed); net = make_unet()
-        if train.gradient_checkpointing: net.enable_gradient_checkpointing()
-        self.engine.prepare(net.train(), make_optimizer(net, train.lr, train.weight_decay, train.beta2, train.optimizer))
-        if train.compile or train.cuda_graphs: self.engine.compile(train.cuda_graphs)
+        self.train, self.seed, self.split, self.engine, self.files = (
+            train,
+            seed,
+            split,
+            engine or Engine(),
+            files,
+        )
+        torch.manual_seed(seed)
+        net = make_unet()
+        if train.gradient_checkpointing:
+            net.enable_gradient_checkpointing()
+        self.engine.prepare(
+            net.train(), make_optimizer(net, train.lr, train.weight_decay, train.beta2, train.optimizer)
+        )
+        if train.compile or train.cuda_graphs:
+            self.engine.compile(train.cuda_graphs)
         self.averages = [EMA(self.engine.followed, decay) for decay in (train.ema_decay, *train.ema_decays)]
         self.ema, self.scheduler = self.averages[0], make_scheduler(train)
         self.objective = objective or Denoising(train, self.scheduler, self.engine.device)
         self.abar, self.total = noise_levels(self.scheduler), total_steps(len(split), train)
-        self.step, self.seconds, self.losses, self.validations = 0, 0., [], []  # losses: [step, mean since the last one]
-        self.every, self.sums = max(1, self.total//400), torch.zeros(2, TENTHS, device=self.engine.device)  # losses since then and how many, by timestep
-        self.norms, self.spikes, self.timed = [], 0, False  # lengths of the last gradients; spikes in a row; was it said what the time allows?
+        self.step, self.seconds, self.losses, self.validations = (
+            0,
+            0.0,
+            [],
+            [],
+        )  # losses: [step, mean since the last one]
+        self.every, self.sums = (
+            max(1, self.total // 400),
+            torch.zeros(2, TENTHS, device=self.engine.device),
+        )  # losses since then and how many, by timestep
+        self.norms, self.spikes, self.timed = (
+            [],
+            0,
+            False,
+        )  # lengths of the last gradients; spikes in a row; was it said what the time allows?
 
 # %% ../../nbs/training/09_trainer.ipynb #8a422a00
 @patch
-def batch(self:Trainer, size: int): # a `Batch`, this process's share
+def batch(self: Trainer, size: int):  # a `Batch`, this process's share
     "The samples of the step that is next."
     t, e, flow = self.train, self.engine, self.train.prediction_type == 'flow_prediction'
-    return make_batch(self.split, self.step, self.seed, size, t.caption_dropout, t.mirror, t.timesteps, e.rank, e.world, e.device,
-                      t.timestep_sampling, t.flow_shift if flow else 1., t.offset_noise)
+    return make_batch(
+        self.split,
+        self.step,
+        self.seed,
+        size,
+        t.caption_dropout,
+        t.mirror,
+        t.timesteps,
+        e.rank,
+        e.world,
+        e.device,
+        t.timestep_sampling,
+        t.flow_shift if flow else 1.0,
+        t.offset_noise,
+    )
 
 # %% ../../nbs/training/09_trainer.ipynb #efc50804
 @patch
-def tell(self:Trainer, force=False) -> dict: # {} between two times; `loss`: of all samples, `levels`: by the middle of each tenth of the timesteps
+def tell(
+    self: Trainer, force=False
+) -> (
+    dict
+):  # {} between two times; `loss`: of all samples, `levels`: by the middle of each tenth of the timesteps
     "The mean loss since the last time, every few steps."
     since = self.step - (self.losses[-1][0] if self.losses else 0)
-    if since < self.every and not force or not self.sums.any(): return {}
-    sums, n = self.engine.mean(self.sums).double().cpu(); self.sums.zero_(); self.losses.append([self.step, float(sums.sum()/n.sum())])
-    return dict(loss=self.losses[-1][1], levels={str(int((i + .5)*self.train.timesteps/TENTHS)): float(sums[i]/n[i]) for i in range(TENTHS) if n[i]})
+    if since < self.every and not force or not self.sums.any():
+        return {}
+    sums, n = self.engine.mean(self.sums).double().cpu()
+    self.sums.zero_()
+    self.losses.append([self.step, float(sums.sum() / n.sum())])
+    return dict(
+        loss=self.losses[-1][1],
+        levels={
+            str(int((i + 0.5) * self.train.timesteps / TENTHS)): float(sums[i] / n[i])
+            for i in range(TENTHS)
+            if n[i]
+        },
+    )
 
 # %% ../../nbs/training/09_trainer.ipynb #9a180325
 @patch
-def gradient(self:Trainer,
-    batch,     # a `Batch`
-) -> Tensor:   # [b] losses
+def gradient(
+    self: Trainer,
+    batch,  # a `Batch`
+) -> Tensor:  # [b] losses
     "Gather the gradient of a batch's mean loss."
     e, losses, parts = self.engine, [], batch.parts(self.train.accumulate)
     for part in parts:
         with e.part(part is parts[-1]):
-            with e.autocast(): losses.append(self.objective.loss(e.model, part))
-            loss = losses[-1].sum()*e.world/self.train.batch_size # the mean over all ranks, also where they differ by a sample
-            e.backward(loss*(1 + (loss - loss).detach()))
+            with e.autocast():
+                losses.append(self.objective.loss(e.model, part))
+            loss = (
+                losses[-1].sum() * e.world / self.train.batch_size
+            )  # the mean over all ranks, also where they differ by a sample
+            e.backward(loss * (1 + (loss - loss).detach()))
         losses[-1] = losses[-1].detach()
     return torch.cat(losses)
 
 # %% ../../nbs/training/09_trainer.ipynb #9ab75274
 @patch
-def update(self:Trainer) -> dict: # what there is to tell of it; `skipped`: spike or overflow, when the weights stayed as they were
+def update(
+    self: Trainer,
+) -> dict:  # what there is to tell of it; `skipped`: spike or overflow, when the weights stayed as they were
     "One step: a batch, its loss, an update of weights and average."
     t, e = self.train, self.engine
-    lr, limit = learning_rate(self.step, self.total, t.lr, t.warmup_steps, t.lr_schedule), spike_limit(self.norms, t.spike_factor)
-    batch = self.batch(t.batch_size); losses = self.gradient(batch)
-    try: norm = e.step(lr, t.grad_clip, limit)
-    except FloatingPointError: raise UserError(f'train: the loss is not a number at step {self.step + 1} (pictures {self.pictures(losses)}); lower train.lr, now {t.lr}, and run again') from None
+    lr, limit = (
+        learning_rate(self.step, self.total, t.lr, t.warmup_steps, t.lr_schedule),
+        spike_limit(self.norms, t.spike_factor),
+    )
+    batch = self.batch(t.batch_size)
+    losses = self.gradient(batch)
+    try:
+        norm = e.step(lr, t.grad_clip, limit)
+    except FloatingPointError:
+        raise UserError(
+            f'train: the loss is not a number at step {self.step + 1} (pictures {self.pictures(losses)}); lower train.lr, now {t.lr}, and run again'
+        ) from None
     skipped = 'overflow' if not math.isfinite(norm) else 'spike' if norm > limit else None
-    told = dict(lr=lr, grad_norm=norm) | (dict(skipped=skipped, limit=limit, scale=e.scaler.get_scale(), pictures=self.pictures()) if skipped else {})
+    told = dict(lr=lr, grad_norm=norm) | (
+        dict(skipped=skipped, limit=limit, scale=e.scaler.get_scale(), pictures=self.pictures())
+        if skipped
+        else {}
+    )
     self.spikes = self.spikes + 1 if skipped == 'spike' else 0
-    if self.spikes >= MANY: raise UserError(f'train: the gradient was more than {t.spike_factor:g} times longer than usual {MANY} times in a row, at step {self.step + 1} the last (pictures {self.pictures()}); '
-        f'lower train.lr, now {t.lr}, or raise train.spike_factor, and run again')
+    if self.spikes >= MANY:
+        raise UserError(
+            f'train: the gradient was more than {t.spike_factor:g} times longer than usual {MANY} times in a row, at step {self.step + 1} the last (pictures {self.pictures()}); '
+            f'lower train.lr, now {t.lr}, or raise train.spike_factor, and run again'
+        )
     self.step += 1
     if not skipped:
-        for average in self.averages: average.update()
-        tenth = torch.nn.functional.one_hot(batch.timesteps*TENTHS//t.timesteps, TENTHS).float()
-        self.sums += torch.stack([losses.float()@tenth, tenth.sum(0)])
-    if not skipped and self.step > t.warmup_steps: self.norms = [*self.norms, norm][-MEMORY:]
+        for average in self.averages:
+            average.update()
+        tenth = torch.nn.functional.one_hot(batch.timesteps * TENTHS // t.timesteps, TENTHS).float()
+        self.sums += torch.stack([losses.float() @ tenth, tenth.sum(0)])
+    if not skipped and self.step > t.warmup_steps:
+        self.norms = [*self.norms, norm][-MEMORY:]
     return told
 
 # %% ../../nbs/training/09_trainer.ipynb #254d1180
 @patch
-def pictures(self:Trainer,
-    losses: Tensor = None, # [b] of this process
-) -> str:                  # a few files, or numbers where files are not known
+def pictures(
+    self: Trainer,
+    losses: Tensor = None,  # [b] of this process
+) -> str:  # a few files, or numbers where files are not known
     "The pictures of the step that is next, over all processes; only those whose loss is not finite, when there are any."
     found = self.split.pictures(self.step, self.train.batch_size, self.seed)
     if losses is not None:
-        e, n = self.engine, len(found); flags = torch.zeros(1, n, device=e.device)
-        flags[0, e.rank*n//e.world:(e.rank + 1)*n//e.world] = (~torch.isfinite(losses.detach())).float()
-        if (bad := e.gather(flags).any(0).cpu().numpy()).any(): found = found[bad]
+        e, n = self.engine, len(found)
+        flags = torch.zeros(1, n, device=e.device)
+        flags[0, e.rank * n // e.world : (e.rank + 1) * n // e.world] = (
+            ~torch.isfinite(losses.detach())
+        ).float()
+        if (bad := e.gather(flags).any(0).cpu().numpy()).any():
+            found = found[bad]
     names = [self.files[i] if self.files else str(i) for i in found]
     return ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
 
 # %% ../../nbs/training/09_trainer.ipynb #1f65a2ac
 @patch
-def fits(self:Trainer,
-    batch: int,          # samples over all processes
-    checkpointing: bool, # forget activations and make them again?
+def fits(
+    self: Trainer,
+    batch: int,  # samples over all processes
+    checkpointing: bool,  # forget activations and make them again?
 ) -> bool:
     "Does a step go through in the memory there is? Nothing is updated; gradient checkpointing stays as it was tried."
     e = self.engine
-    if batch < e.world: return False
+    if batch < e.world:
+        return False
     torch.cuda.empty_cache()  # what the attempt before left in pieces; nothing on a CPU
     (e.net.enable_gradient_checkpointing if checkpointing else e.net.disable_gradient_checkpointing)()
+
     def backward(batch):
-        with e.autocast(): self.objective.loss(e.net, batch).mean().backward()
+        with e.autocast():
+            self.objective.loss(e.net, batch).mean().backward()
+
     try:
         part = max(self.batch(batch).parts(self.train.accumulate), key=len)
-        with torch.backends.mkldnn.flags(enabled=False): backward(part)  # oneDNN keeps a primitive that failed, and goes on failing
-        memory = [torch.zeros_like(p) for p in e.net.parameters() for _ in range(2) if not e.optimizer.state]  # AdamW's, which its first step makes
+        with torch.backends.mkldnn.flags(enabled=False):
+            backward(part)  # oneDNN keeps a primitive that failed, and goes on failing
+        memory = [
+            torch.zeros_like(p) for p in e.net.parameters() for _ in range(2) if not e.optimizer.state
+        ]  # AdamW's, which its first step makes
         return True
     except Exception as x:
-        if not out_of_memory(x): raise
+        if not out_of_memory(x):
+            raise
         return False
-    finally: e.net.zero_grad()
+    finally:
+        e.net.zero_grad()
 
 # %% ../../nbs/training/09_trainer.ipynb #13b50567
 @patch
-def one(self:Trainer) -> dict:
+def one(self: Trainer) -> dict:
     "One step, see `update`. Raises `UserError` with the settings that fit when memory is not enough."
-    try: return self.update()
+    try:
+        return self.update()
     except Exception as e:
-        if not out_of_memory(e): raise
-    t = self.train; self.engine.net.zero_grad()  # the error is gone here, and with it what its frames held
+        if not out_of_memory(e):
+            raise
+    t = self.train
+    self.engine.net.zero_grad()  # the error is gone here, and with it what its frames held
     found = ' or '.join(what_fits(self.fits, t.batch_size, t.gradient_checkpointing))
-    raise UserError(f'train: not enough memory at step {self.step + 1} with train.batch_size: {t.batch_size}; ' + (f'{found} would fit' if found else f'not even one sample fits, lower train.channels, now {t.channels}'))
+    raise UserError(
+        f'train: not enough memory at step {self.step + 1} with train.batch_size: {t.batch_size}; '
+        + (
+            f'{found} would fit'
+            if found
+            else f'not even one sample fits, lower train.channels, now {t.channels}'
+        )
+    )
 
 # %% ../../nbs/training/09_trainer.ipynb #014bc07a
 @patch
-def keep_to_time(self:Trainer,
-    pace: float, # seconds a step, all in all
+def keep_to_time(
+    self: Trainer,
+    pace: float,  # seconds a step, all in all
     steps: int,  # that it was measured over
-) -> str:        # what to tell; '' when there is no news
+) -> str:  # what to tell; '' when there is no news
     "Make the run as long as `train.max_hours` allows, and not longer than `train.epochs`. Every process must call it."
     t = self.train
-    if not t.max_hours or steps < 10 or self.step >= self.total: return ''
+    if not t.max_hours or steps < 10 or self.step >= self.total:
+        return ''
     pace, spent = self.engine.mean(torch.tensor([pace, self.seconds], device=self.engine.device)).tolist()
-    fit, planned, before = self.step + steps_within(t.max_hours, pace, spent), total_steps(len(self.split), t), self.total
+    fit, planned, before = (
+        self.step + steps_within(t.max_hours, pace, spent),
+        total_steps(len(self.split), t),
+        self.total,
+    )
     self.total = min(planned, fit)
-    if self.timed and abs(self.total - before) < .05*before: return ''
+    if self.timed and abs(self.total - before) < 0.05 * before:
+        return ''
     self.timed = True
-    return f'train.max_hours: {t.max_hours:g} h allow ' + (f'all {planned:,} steps' if self.total == planned else f'{self.total:,} of {planned:,} steps, {t.epochs*self.total/planned:.2g} of {t.epochs:g} epochs') + f', at {t.batch_size/pace:.3g} samples/s'
+    return (
+        f'train.max_hours: {t.max_hours:g} h allow '
+        + (
+            f'all {planned:,} steps'
+            if self.total == planned
+            else f'{self.total:,} of {planned:,} steps, {t.epochs * self.total / planned:.2g} of {t.epochs:g} epochs'
+        )
+        + f', at {t.batch_size / pace:.3g} samples/s'
+    )
 
 # %% ../../nbs/training/09_trainer.ipynb #69730d36
 KEPT = ('losses', 'validations', 'seconds', 'norms', 'spikes', 'total')  # of a `Trainer`, as plain values
@@ -178,103 +302,179 @@ KEPT = ('losses', 'validations', 'seconds', 'norms', 'spikes', 'total')  # of a 
 def save_run(
     run: Trainer,
     saver: Saver,
-    copy: bool = True, # False: nothing changes before it is written
-    **more,            # plain values to keep with it
+    copy: bool = True,  # False: nothing changes before it is written
+    **more,  # plain values to keep with it
 ):
     "Begin a checkpoint of a run, see `Saver`; only the first process writes."
     e, (groups, numbers) = run.engine, run.engine.state()
     kept = {k: getattr(run, k) for k in KEPT}
     measured = run.validations[-1][1] if run.validations and run.validations[-1][0] == run.step else None
-    plain = dict(numbers, **kept, updates=run.ema.updates, sums=e.gather(run.sums[None]).tolist(), seed=run.seed, score=measured, **more)
+    plain = dict(
+        numbers,
+        **kept,
+        updates=run.ema.updates,
+        sums=e.gather(run.sums[None]).tolist(),
+        seed=run.seed,
+        score=measured,
+        **more,
+    )
     groups |= {f'ema{i or ""}': e.whole(ema_state(a)) for i, a in enumerate(run.averages)}
-    if e.main: saver.start(run.step, groups, plain, copy)
+    if e.main:
+        saver.start(run.step, groups, plain, copy)
 
 # %% ../../nbs/training/09_trainer.ipynb #86c96650
 def load_run(
-    run: Trainer, # fresh
-    folder: Path, # of the checkpoints
-    log=print,    # is told of damaged ones
-) -> int:         # the step to go on from; 0: there was no checkpoint
+    run: Trainer,  # fresh
+    folder: Path,  # of the checkpoints
+    log=print,  # is told of damaged ones
+) -> int:  # the step to go on from; 0: there was no checkpoint
     "Put a run back to the newest checkpoint that is whole for every process. Every process must call it."
     e = run.engine
-    upto = agreed(folder, lambda step: e.gather(torch.tensor([step], device=e.device)).tolist(), log) if e.world > 1 else math.inf
-    if not (found := load_checkpoint(folder, log, upto)): return 0
+    upto = (
+        agreed(folder, lambda step: e.gather(torch.tensor([step], device=e.device)).tolist(), log)
+        if e.world > 1
+        else math.inf
+    )
+    if not (found := load_checkpoint(folder, log, upto)):
+        return 0
     groups, s = found
     e.load_state(groups, s)
-    for i, average in enumerate(run.averages): load_ema(average, e.share(groups[f'ema{i or ""}']), s['updates'])
-    for k in ('step', *KEPT): setattr(run, k, s[k])
-    sums = torch.tensor(s['sums']); run.sums.copy_(sums[e.rank] if len(sums) == e.world else sums.mean(0))  # [world, 2, 10]
+    for i, average in enumerate(run.averages):
+        load_ema(average, e.share(groups[f'ema{i or ""}']), s['updates'])
+    for k in ('step', *KEPT):
+        setattr(run, k, s[k])
+    sums = torch.tensor(s['sums'])
+    run.sums.copy_(sums[e.rank] if len(sums) == e.world else sums.mean(0))  # [world, 2, 10]
     return run.step
 
 # %% ../../nbs/training/09_trainer.ipynb #6dd66df2
 def look_now(
     run: Trainer,
-    look,      # (validate: bool, draw: bool) -> None
-) -> bool:     # was it a validation, and the best so far? (the first process knows)
+    look,  # (validate: bool, draw: bool) -> None
+) -> bool:  # was it a validation, and the best so far? (the first process knows)
     "Validate and draw, when this step is one for it; a validation that the checkpoint has is not made again."
     t, known = run.train, bool(run.validations) and run.validations[-1][0] == run.step
     validate = run.step % t.validate_every == 0 and not known
     look(validate, run.step % t.samples_every == 0)
-    return validate and bool(run.validations) and run.validations[-1] == [run.step, min(v for _, v in run.validations)]
+    return (
+        validate
+        and bool(run.validations)
+        and run.validations[-1] == [run.step, min(v for _, v in run.validations)]
+    )
 
 # %% ../../nbs/training/09_trainer.ipynb #3cf18dc1
 def tell_saved(
     saver: Saver,
-    events: Path,      # an events.jsonl
-    wait: bool = False, # for one that is being written
+    events: Path,  # an events.jsonl
+    wait: bool = False,  # for one that is being written
 ):
     "Tell what became of a checkpoint."
-    if not (done := saver.finish(wait)): return
+    if not (done := saver.finish(wait)):
+        return
     step, error = done
-    if error: log_event(events, 'note', step=step, text=f'the checkpoint of step {step:,} was not written ({error}); the ones before it stay')
-    else: log_event(events, 'checkpoint', step=step)
+    if error:
+        log_event(
+            events,
+            'note',
+            step=step,
+            text=f'the checkpoint of step {step:,} was not written ({error}); the ones before it stay',
+        )
+    else:
+        log_event(events, 'checkpoint', step=step)
 
 # %% ../../nbs/training/09_trainer.ipynb #256299e5
 def train_loop(
     run: Trainer,
-    folder: Path,       # of the run
-    stop,               # () -> is it time to leave?
-    look,               # (validate: bool, draw: bool) -> None, called every so often
-) -> bool:              # finished, rather than stopped
+    folder: Path,  # of the run
+    stop,  # () -> is it time to leave?
+    look,  # (validate: bool, draw: bool) -> None, called every so often
+) -> bool:  # finished, rather than stopped
     "Step after step to the end, with checkpoints, looks and events."
-    t, e, events, saver = run.train, run.engine, folder/'events.jsonl', Saver(folder/'checkpoints', run.train.keep_checkpoints)
-    if 0 < run.step < run.total: look_now(run, look)  # a run that is stopped does not wait for a look: it is made now
-    begun, first, saved, told = time.monotonic() - run.seconds, (time.monotonic(), run.step), time.monotonic(), 0.
-    away = 0.  # seconds spent looking and saving
+    t, e, events, saver = (
+        run.train,
+        run.engine,
+        folder / 'events.jsonl',
+        Saver(folder / 'checkpoints', run.train.keep_checkpoints),
+    )
+    if 0 < run.step < run.total:
+        look_now(run, look)  # a run that is stopped does not wait for a look: it is made now
+    begun, first, saved, told = (
+        time.monotonic() - run.seconds,
+        (time.monotonic(), run.step),
+        time.monotonic(),
+        0.0,
+    )
+    away = 0.0  # seconds spent looking and saving
     try:
         while run.step < run.total:
-            numbers = run.one(); now = time.monotonic(); run.seconds = now - begun
-            rate = (run.step - first[1])*t.batch_size/max(1e-9, now - first[0] - away)
+            numbers = run.one()
+            now = time.monotonic()
+            run.seconds = now - begun
+            rate = (run.step - first[1]) * t.batch_size / max(1e-9, now - first[0] - away)
             means = run.tell(force=run.step == run.total)
-            if means and (text := run.keep_to_time((now - first[0])/(run.step - first[1]), run.step - first[1])) and e.main: log_event(events, 'note', step=run.step, text=text)
-            if e.main and (kind := numbers.pop('skipped', None)): log_event(events, kind, step=run.step, **numbers)
-            elif e.main and means: log_event(events, 'step', step=run.step, total=run.total, **means, samples_per_second=round(rate, 2), memory_gb=round(e.memory_gb, 3), **numbers)
-            elif e.main and now - told > 2: log_event(events, 'progress', step=run.step, total=run.total, samples_per_second=round(rate, 2))
-            if now - told > 2: told = now
+            if (
+                means
+                and (text := run.keep_to_time((now - first[0]) / (run.step - first[1]), run.step - first[1]))
+                and e.main
+            ):
+                log_event(events, 'note', step=run.step, text=text)
+            if e.main and (kind := numbers.pop('skipped', None)):
+                log_event(events, kind, step=run.step, **numbers)
+            elif e.main and means:
+                log_event(
+                    events,
+                    'step',
+                    step=run.step,
+                    total=run.total,
+                    **means,
+                    samples_per_second=round(rate, 2),
+                    memory_gb=round(e.memory_gb, 3),
+                    **numbers,
+                )
+            elif e.main and now - told > 2:
+                log_event(
+                    events, 'progress', step=run.step, total=run.total, samples_per_second=round(rate, 2)
+                )
+            if now - told > 2:
+                told = now
             leave, done = e.any(stop()), run.step == run.total
             best = not leave and not done and look_now(run, look)
-            last, due = leave or done, now - saved > 60*t.checkpoint_minutes and not saver.writing
+            last, due = leave or done, now - saved > 60 * t.checkpoint_minutes and not saver.writing
             if last or e.any(e.main and (best or due)):
-                tell_saved(saver, events, wait=True); save_run(run, saver, copy=not last, rate=rate); saved = time.monotonic()
+                tell_saved(saver, events, wait=True)
+                save_run(run, saver, copy=not last, rate=rate)
+                saved = time.monotonic()
             tell_saved(saver, events, wait=last)
-            if last: e.wait()  # or the launcher, seeing another process leave, would end the one that writes
+            if last:
+                e.wait()  # or the launcher, seeing another process leave, would end the one that writes
             away += time.monotonic() - now
-            if leave and not done: return False
+            if leave and not done:
+                return False
         return True
-    finally: tell_saved(saver, events, wait=True)
+    finally:
+        tell_saved(saver, events, wait=True)
 
 # %% ../../nbs/training/09_trainer.ipynb #c4b89378
 def final_validation(
     run: Trainer,
     val: Split,
-) -> dict: # {} but on the first process
+) -> dict:  # {} but on the first process
     "Loss of the averaged weights: overall, by noise level, by picture. Of several averages, `run.ema` is the best from now on. Every process must call it."
     e, grid, measured = run.engine, run.objective.grid, []
     for average in run.averages:
         with e.averaged_net(average) as net:
-            if e.main: measured.append(run.objective.measure(net, val))
+            if e.main:
+                measured.append(run.objective.measure(net, val))
     best = min(range(len(measured)), key=lambda i: float(measured[i].mean()), default=0)
     run.ema = run.averages[int(e.gather(torch.tensor([best], device=e.device))[0])]
-    if not e.main: return {}
+    if not e.main:
+        return {}
     losses = measured[best]
-    return dict(loss=float(losses.mean()), ema_decay=run.ema.decay, timesteps=grid.tolist(), levels=run.abar[grid].tolist(), by_level=losses.mean(0).tolist(), by_picture=losses.mean(1).tolist())
+    return dict(
+        loss=float(losses.mean()),
+        ema_decay=run.ema.decay,
+        timesteps=grid.tolist(),
+        levels=run.abar[grid].tolist(),
+        by_level=losses.mean(0).tolist(),
+        by_picture=losses.mean(1).tolist(),
+    )

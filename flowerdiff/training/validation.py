@@ -11,107 +11,149 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from ..data.batches import Split, chance, JUDGE, FIRST
-from ..models.diffusion import add_noise, alpha_bar, as_velocity, at, betas, loss_per_sample, shown, velocity
+from flowerdiff.models.diffusion import (
+    add_noise,
+    alpha_bar,
+    as_velocity,
+    at,
+    betas,
+    loss_per_sample,
+    shown,
+    velocity,
+)
 
 # %% ../../nbs/training/05_validation.ipynb #723b4521
 def nearest_timesteps(
-    abar: Tensor,   # [T] this model's schedule
-    levels: Tensor, # [n] alpha_bar of the grid
-) -> Tensor:        # [n] timesteps
+    abar: Tensor,  # [T] this model's schedule
+    levels: Tensor,  # [n] alpha_bar of the grid
+) -> Tensor:  # [n] timesteps
     "Where a schedule shows as much of the picture as the grid's levels."
     logit = lambda a: torch.logit(a.double().cpu(), eps=1e-9)
     return (logit(abar)[None] - logit(levels)[:, None]).abs().argmin(1)
 
 # %% ../../nbs/training/05_validation.ipynb #aa524700
 def timestep_grid(
-    abar: Tensor, # [T] the schedule's alpha_bar
+    abar: Tensor,  # [T] the schedule's alpha_bar
     n: int = 10,  # levels
-) -> Tensor:      # [n] timesteps
+) -> Tensor:  # [n] timesteps
     "Timesteps of a schedule at fixed noise levels, from nearly clean to nearly pure noise."
     levels = alpha_bar(betas())
-    return nearest_timesteps(abar, levels[((torch.arange(n) + .5)*len(levels)/n).long()])
+    return nearest_timesteps(abar, levels[((torch.arange(n) + 0.5) * len(levels) / n).long()])
 
 # %% ../../nbs/training/05_validation.ipynb #69eec65e
 def fixed_noise(
-    picture: int,                # its number in the split
-    n: int,                      # noise levels
-    shape: tuple[int, int, int], # C, H, W
-) -> Tensor:                     # [n, C, H, W]
+    picture: int,  # its number in the split
+    n: int,  # noise levels
+    shape: tuple[int, int, int],  # C, H, W
+) -> Tensor:  # [n, C, H, W]
     "The noise that validation puts on a picture at each level."
     return torch.from_numpy(chance(0, picture, JUDGE).standard_normal((n, *shape), dtype='float32'))
 
 # %% ../../nbs/training/05_validation.ipynb #70c27c39
 def held_out(
     split: Split,  # the validation pictures
-    pictures,      # their numbers
-    n: int,        # noise levels
+    pictures,  # their numbers
+    n: int,  # noise levels
     device='cpu',
-) -> tuple[Tensor, Tensor, Tensor]: # clean latents, noise, texts: [len(pictures)*n, ...], the levels of a picture one after the other
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # clean latents, noise, texts: [len(pictures)*n, ...], the levels of a picture one after the other
     "What validation asks about pictures."
     each = lambda x: x.float().repeat_interleave(n, 0).to(device)
     noise = torch.cat([fixed_noise(i, n, split.shape) for i in pictures]).to(device)
-    return each(split.mean[list(pictures), 0]), noise, each(split.texts[[split.captions[i][0] for i in pictures]])
+    return (
+        each(split.mean[list(pictures), 0]),
+        noise,
+        each(split.texts[[split.captions[i][0] for i in pictures]]),
+    )
+
 
 @torch.no_grad()
 def by_picture(
-    unet,          # with the weights to be measured
+    unet,  # with the weights to be measured
     split: Split,
-    n: int,        # noise levels
-    error,         # (clean latents, noise, texts) from `held_out` -> [b] errors
-    pictures=None, # numbers of the pictures; None: all
-    batch: int = 128, # evaluations at a time
+    n: int,  # noise levels
+    error,  # (clean latents, noise, texts) from `held_out` -> [b] errors
+    pictures=None,  # numbers of the pictures; None: all
+    batch: int = 128,  # evaluations at a time
     device='cpu',
-) -> Tensor:       # [N, n] float64
+) -> Tensor:  # [N, n] float64
     "An error of each picture at each noise level, a few pictures at a time."
-    pictures, many, training = list(range(len(split)) if pictures is None else pictures), max(1, batch//n), unet.training
+    pictures, many, training = (
+        list(range(len(split)) if pictures is None else pictures),
+        max(1, batch // n),
+        unet.training,
+    )
     unet.eval()
-    out = [error(*held_out(split, pictures[i:i + many], n, device)).double().cpu().view(-1, n) for i in range(0, len(pictures), many)]
+    out = [
+        error(*held_out(split, pictures[i : i + many], n, device)).double().cpu().view(-1, n)
+        for i in range(0, len(pictures), many)
+    ]
     unet.train(training)
     return torch.cat(out) if out else torch.zeros(0, n, dtype=torch.float64)
 
 # %% ../../nbs/training/05_validation.ipynb #67652da2
 def validation_losses(
-    unet,                       # a denoiser, with the weights to be measured
-    split: Split,               # the validation pictures
-    abar: Tensor,               # [T] the model's schedule
-    timesteps: Tensor,          # [n] from `timestep_grid` or `nearest_timesteps`
-    prediction: str,            # what the model predicts
-    pictures=None,              # numbers of the pictures; None: all
-    batch: int = 128,           # evaluations at a time
+    unet,  # a denoiser, with the weights to be measured
+    split: Split,  # the validation pictures
+    abar: Tensor,  # [T] the model's schedule
+    timesteps: Tensor,  # [n] from `timestep_grid` or `nearest_timesteps`
+    prediction: str,  # what the model predicts
+    pictures=None,  # numbers of the pictures; None: all
+    batch: int = 128,  # evaluations at a time
     device='cpu',
-) -> Tensor:                    # [N, n] squared error of the velocity, float64
+) -> Tensor:  # [N, n] squared error of the velocity, float64
     "Validation loss of each picture at each noise level, without any chance."
+
     def error(x0, noise, text):
-        t = timesteps.repeat(len(x0)//len(timesteps)); a = at(abar, t, x0)
+        t = timesteps.repeat(len(x0) // len(timesteps))
+        a = at(abar, t, x0)
         noisy = add_noise(x0, noise, a)
         return loss_per_sample(answer(unet, noisy, t.to(device), a, text, prediction), velocity(x0, noise, a))
+
     return by_picture(unet, split, len(timesteps), error, pictures, batch, device)
 
-def answer(unet, noisy: Tensor, t: Tensor, a: Tensor, text: Tensor, prediction: str) -> Tensor: # [B, C, H, W]
+
+def answer(
+    unet, noisy: Tensor, t: Tensor, a: Tensor, text: Tensor, prediction: str
+) -> Tensor:  # [B, C, H, W]
     "What a denoiser says, as a velocity."
-    return as_velocity(unet(shown(noisy, a, prediction), t, encoder_hidden_states=text).sample.float(), noisy, a, prediction)
+    return as_velocity(
+        unet(shown(noisy, a, prediction), t, encoder_hidden_states=text).sample.float(), noisy, a, prediction
+    )
 
 # %% ../../nbs/training/05_validation.ipynb #a0981d32
 @torch.no_grad()
 def sample_latents(
     unet,
-    texts: Tensor,         # [n, L, D] one embedding a picture
-    null: Tensor,          # [L, D] embedding of the empty prompt
-    scheduler,             # from `diffusion.sampling_scheduler`, this call's own
-    shape: tuple[int, int, int], # C, H, W
+    texts: Tensor,  # [n, L, D] one embedding a picture
+    null: Tensor,  # [L, D] embedding of the empty prompt
+    scheduler,  # from `diffusion.sampling_scheduler`, this call's own
+    shape: tuple[int, int, int],  # C, H, W
     steps: int = 12,
-    guidance: float = 3.,  # 1: none
+    guidance: float = 3.0,  # 1: none
     seed: int = 0,
-) -> Tensor:               # [n, C, H, W] latents, scaled
+) -> Tensor:  # [n, C, H, W] latents, scaled
     "Draw latents for text embeddings: the small loop that training looks through."
     scheduler.set_timesteps(steps)
     device, training = texts.device, unet.training
-    x = torch.stack([torch.from_numpy(chance(seed, i, FIRST).standard_normal(shape, dtype='float32')) for i in range(len(texts))]).to(device)*scheduler.init_noise_sigma
-    both = torch.cat([null.expand_as(texts), texts]); unet.eval()
+    x = (
+        torch.stack(
+            [
+                torch.from_numpy(chance(seed, i, FIRST).standard_normal(shape, dtype='float32'))
+                for i in range(len(texts))
+            ]
+        ).to(device)
+        * scheduler.init_noise_sigma
+    )
+    both = torch.cat([null.expand_as(texts), texts])
+    unet.eval()
     for t in scheduler.timesteps:
         xx = scheduler.scale_model_input(torch.cat([x, x]), t)
-        free, told = unet(xx, t.to(device).expand(len(xx)), encoder_hidden_states=both).sample.float().chunk(2)
-        x = scheduler.step(free + guidance*(told - free), t, x).prev_sample
+        free, told = (
+            unet(xx, t.to(device).expand(len(xx)), encoder_hidden_states=both).sample.float().chunk(2)
+        )
+        x = scheduler.step(free + guidance * (told - free), t, x).prev_sample
     unet.train(training)
     return x
 
@@ -122,23 +164,33 @@ def save_strip(
 ):
     "Pictures side by side, row below row."
     from flowerdiff.models.components import tensor_to_pil
+
     file.parent.mkdir(parents=True, exist_ok=True)
     tensor_to_pil(torch.cat([torch.cat(list(r), 2) for r in rows], 1)[None])[0].save(file)
+
 
 def sample_grid(
     unet,
     val: Split,
-    scheduler,     # from `diffusion.sampling_scheduler`, this call's own
-    decode,        # latents [n, C, H, W] -> pictures [n, 3, H, W] in [-1, 1]
-    file: Path,    # a PNG to write
+    scheduler,  # from `diffusion.sampling_scheduler`, this call's own
+    decode,  # latents [n, C, H, W] -> pictures [n, 3, H, W] in [-1, 1]
+    file: Path,  # a PNG to write
     seed: int = 0,
     n: int = 8,
     device='cpu',
-    **how,         # steps and guidance, see `sample_latents`
+    **how,  # steps and guidance, see `sample_latents`
 ):
     "Draw a few captions and save them side by side."
-    texts = [val.captions[i*len(val)//n][0] for i in range(min(n, len(val)))]
-    z = sample_latents(unet, val.texts[texts].float().to(device), val.texts[0].float().to(device), scheduler, val.shape, seed=seed, **how)
+    texts = [val.captions[i * len(val) // n][0] for i in range(min(n, len(val)))]
+    z = sample_latents(
+        unet,
+        val.texts[texts].float().to(device),
+        val.texts[0].float().to(device),
+        scheduler,
+        val.shape,
+        seed=seed,
+        **how,
+    )
     save_strip([decode(z)], file)
 
 # %% ../../nbs/training/05_validation.ipynb #2d77b67c
@@ -146,17 +198,22 @@ def sample_grid(
 def guesses(
     unet,
     val: Split,
-    abar: Tensor,       # [T] the model's schedule
+    abar: Tensor,  # [T] the model's schedule
     timesteps: Tensor,  # [n] to ask at
-    prediction: str,    # what the model predicts
+    prediction: str,  # what the model predicts
     pictures=range(4),  # their numbers
     device='cpu',
-) -> list[tuple[Tensor, Tensor, Tensor]]: # by noise level: what was shown, the clean latents and the noise that were guessed, [len(pictures), C, H, W]
+) -> list[
+    tuple[Tensor, Tensor, Tensor]
+]:  # by noise level: what was shown, the clean latents and the noise that were guessed, [len(pictures), C, H, W]
     "Take validation pictures apart into picture and noise, as the model does."
     n, training = len(timesteps), unet.training
     x0, noise, text = held_out(val, pictures, n, device)
-    t = timesteps.repeat(len(pictures)); a = at(abar, t, x0)
-    noisy = add_noise(x0, noise, a); unet.eval()
-    v = answer(unet, noisy, t.to(device), a, text, prediction); unet.train(training)
-    parts = noisy, a.sqrt()*noisy - (1 - a).sqrt()*v, (1 - a).sqrt()*noisy + a.sqrt()*v
+    t = timesteps.repeat(len(pictures))
+    a = at(abar, t, x0)
+    noisy = add_noise(x0, noise, a)
+    unet.eval()
+    v = answer(unet, noisy, t.to(device), a, text, prediction)
+    unet.train(training)
+    parts = noisy, a.sqrt() * noisy - (1 - a).sqrt() * v, (1 - a).sqrt() * noisy + a.sqrt() * v
     return [tuple(p[i::n] for p in parts) for i in range(n)]
