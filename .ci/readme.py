@@ -1,7 +1,9 @@
 "README.md from nbs/index.ipynb: markdown as it is, code with its text outputs, links as they are from the repository's root."
 
-import re, sys
+import re
+import sys
 from pathlib import Path
+
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]

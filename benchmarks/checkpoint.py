@@ -6,8 +6,13 @@ A run that is asked to stop writes its state and waits: the seconds from SIGTERM
 a copy only. Meanwhile a loop of matrix products stands in for training: its pace beside the writing thread, as a share of its pace alone.
 """
 
-import argparse, statistics, tempfile, time
+import argparse
+import statistics
+import tempfile
+import time
+
 import torch
+
 from flowerdiff.training.checkpoints import Saver
 
 

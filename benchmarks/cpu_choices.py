@@ -6,15 +6,21 @@ Every measurement is a process of its own, because `malloc` takes its settings a
 median over the rounds of the choice's samples a second to those of what the training does.
 """
 
-import argparse, os, statistics, subprocess, sys, time
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
 
 CHOICES = dict(ours={}, contiguous=dict(LAST='0'), bfloat16=dict(PRECISION='bf16'), malloc={})
 
 
 def measure(steps: int, batch: int) -> float:  # samples a second of forward, backward and AdamW
     import torch
-    from flowerdiff.models.components import build_denoiser
+
     from flowerdiff.core.profiles import load_profile
+    from flowerdiff.models.components import build_denoiser
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)

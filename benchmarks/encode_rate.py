@@ -5,8 +5,13 @@
 Both sides encode each picture and its mirror image in the stage's own precision. Seconds are of the clock; on a machine that does other things read the share, not the rates.
 """
 
-import argparse, os, statistics, tempfile, time
+import argparse
+import os
+import statistics
+import tempfile
+import time
 from pathlib import Path
+
 import torch
 
 
@@ -15,6 +20,10 @@ def main():
     for name, n in (('pictures', 512), ('side', 64), ('batch', 64), ('rounds', 3), ('threads', 0)):
         ap.add_argument(f'--{name}', type=int, default=n)
     a = ap.parse_args()
+    import numpy as np
+
+    from flowerdiff.data.encoding import encode_captions, encode_pictures, read_pictures
+    from flowerdiff.garden.garden import caption, draw, sample_attributes
     from flowerdiff.models.components import (
         encode_moments,
         fast_bf16,
@@ -22,9 +31,6 @@ def main():
         load_text,
         pil_to_tensor,
     )
-    from flowerdiff.data.encoding import encode_captions, encode_pictures, read_pictures
-    from flowerdiff.garden.garden import caption, sample_attributes, draw
-    import numpy as np
 
     torch.set_num_threads(a.threads or len(os.sched_getaffinity(0)))
     vae, text, folder = (

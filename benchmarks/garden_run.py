@@ -6,8 +6,14 @@ Prints one line a stage (seconds), the whole time, the most memory that the comm
 says of 200 held-out prompts. Run it on an idle machine: the time is the claim (<=10 minutes on 2 cores), and nothing else may take the cores.
 """
 
-import argparse, json, subprocess, sys, tempfile, time
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+
 import psutil
 
 

@@ -7,11 +7,18 @@ that follows; how often a candidate that is no better is promoted, by the gate w
 seen so far wins"; and the smallest true improvement that the gate lets through at least nine times in ten.
 """
 
-import argparse, itertools, json, shutil, subprocess, sys
+import argparse
+import itertools
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
 import numpy as np
-from flowerdiff.stages import promote
+
 from flowerdiff.core.workspace import open_workspace
+from flowerdiff.stages import promote
 
 
 def trained(folder: Path, seed: int, overrides: list) -> dict:  # train.json of a run with this seed

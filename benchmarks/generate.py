@@ -6,16 +6,24 @@ The model has the size of the nearest project's (UNet 192, 384, 576 and Stable D
 its ONNX folder beside it instead, such as garden/model. --ort-python names the python of an environment with Optimum, whose ORTStableDiffusionPipeline then takes its turns as well, in a process of its own.
 """
 
-import argparse, json, shutil, statistics, subprocess, sys, tempfile, time
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+
 import torch
+
+from flowerdiff.core.workspace import write_json
 from flowerdiff.inference.backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_not
 from flowerdiff.inference.benchmark import network_parts, overhead
+from flowerdiff.inference.generator import Generator
 from flowerdiff.models.components import TextEncoder, save_components, save_pipeline
 from flowerdiff.models.model_folder import find_model, weights_fingerprint
-from flowerdiff.inference.generator import Generator
 from flowerdiff.stages import onnx as export
-from flowerdiff.core.workspace import write_json
 
 PROMPT = '{} red roses under a blue sky'  # another in every round: a text that was drawn before is remembered
 ORT = """import sys, time
@@ -26,7 +34,7 @@ for line in sys.stdin:
 
 
 def full_size(
-    folder: Path, words: int = None
+    folder: Path, words: int | None = None
 ):  # a model with random weights, exported; words: of the text encoder, None: the tokenizer's
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

@@ -7,15 +7,23 @@ in one process; then it trains for the epochs that the default would, times that
 split's prompts and judged. A choice that is there already is not made again.
 """
 
-import argparse, json, os, statistics, subprocess, sys, time
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 import torch
-from flowerdiff.data.batches import load_split
+
 from flowerdiff.core.profiles import load_profile
-from flowerdiff.services.processes import ROOMY
-from flowerdiff.evaluation.eval_prompts import draw_all, questions
-from flowerdiff.stages import evaluate, train
 from flowerdiff.core.workspace import open_workspace
+from flowerdiff.data.batches import load_split
+from flowerdiff.evaluation.eval_prompts import draw_all, questions
+from flowerdiff.services.processes import ROOMY
+from flowerdiff.stages import evaluate, train
 
 CHOICES = {
     'default': {},
@@ -128,7 +136,7 @@ def main():
             kept.write_text(json.dumps(measure(folder, name, choice, args.epochs)))
         rows[name] = json.loads(kept.read_text())
     print(
-        f'\n| choice | speed | validation loss | all three right | species | colour | background |\n|---|---|---|---|---|---|---|'
+        '\n| choice | speed | validation loss | all three right | species | colour | background |\n|---|---|---|---|---|---|---|'
     )
     for name, r in rows.items():
         print(

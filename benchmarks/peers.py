@@ -9,7 +9,15 @@ directory, or the script; without it only the first peer runs.
 The autoencoder has Stable Diffusion's shape and the text encoder that of CLIP ViT-L/14, both of random weights. Nothing is downloaded.
 """
 
-import argparse, json, os, statistics, subprocess, sys, tempfile, time, types
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
 from pathlib import Path
 
 SCRIPT, LENGTH, WIDTH = (
@@ -24,7 +32,10 @@ MIRRORED, EPOCHS = 2, 75  # encodings a picture of ours; epochs of the reference
 
 def transforms():
     "The part of torchvision.transforms that the script names, on PIL pictures: no torchvision fits CPU torch."
-    import numpy as np, random, torch
+    import random
+
+    import numpy as np
+    import torch
     from PIL import Image, ImageOps
 
     def resize(side, interpolation):  # the shorter side
@@ -95,7 +106,12 @@ def teller():
 
 def drive_stock(script, args):
     "Run the script, unchanged; `Accelerator.log` is the last thing but one that it does in a step."
-    import accelerate, datasets, diffusers, importlib.util, runpy, transformers
+    import importlib.util
+    import runpy
+
+    import accelerate
+    import diffusers
+    import transformers
 
     if not importlib.util.find_spec('torchvision'):
         sys.modules['torchvision'] = types.SimpleNamespace(transforms=transforms())
@@ -188,6 +204,7 @@ def drive_reference(folder, batch):
 def fetched(where, folder):
     "The script's text: from itself, from a clone, or from the newest release in a git directory that the installed diffusers is not older than."
     from importlib.metadata import version
+
     from packaging.version import Version
 
     where, copy = Path(where), folder / Path(SCRIPT).name
@@ -214,11 +231,12 @@ def fetched(where, folder):
 
 def write_parts(folder, unet, a):
     "A pipeline's parts and pictures in imagefolder layout, with the reference's embedding files."
-    import numpy as np, torch
+    import numpy as np
+    import torch
     from diffusers import AutoencoderKL, DDPMScheduler
     from PIL import Image
     from transformers import CLIPTextConfig, CLIPTextModel
-    import flowerdiff
+
     from flowerdiff.models.components import load_text, save_tokenizer
 
     torch.manual_seed(0)
@@ -269,8 +287,8 @@ def write_parts(folder, unet, a):
 
 def ours(s, make, size, folder):
     from flowerdiff.data.batches import toy_split
-    from flowerdiff.training.accelerator import Engine
     from flowerdiff.services.tracking import log_event
+    from flowerdiff.training.accelerator import Engine
     from flowerdiff.training.trainer import Trainer
 
     split = toy_split(512, kinds=64, size=size, width=WIDTH)
@@ -359,9 +377,11 @@ def main():
     env = os.environ | ROOMY | dict(OMP_NUM_THREADS=str(a.threads))
     if env != os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], env)
-    import torch, transformers
-    from flowerdiff.models.components import build_denoiser
+    import torch
+    import transformers
+
     from flowerdiff.core.profiles import load_profile
+    from flowerdiff.models.components import build_denoiser
 
     torch.set_num_threads(a.threads)
     transformers.utils.logging.disable_progress_bar()

@@ -6,8 +6,18 @@ Makes the Space's folder and runs its start.py, as the Hub would. --model is a p
 the text encoder of CLIP ViT-L/14 with its 49,408 words; --onnx adds its ONNX files, which then draw. Needs Chromium.
 """
 
-import argparse, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
+
 import psutil
 
 PORT = 7861
@@ -105,6 +115,7 @@ def main():
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp())
     from playwright.sync_api import sync_playwright
+
     from flowerdiff.apps.hf_space import memory_for, open_models, visitors, weights_gb
 
     space = make(args.model or large(scratch, args.onnx), scratch)

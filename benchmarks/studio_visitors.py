@@ -6,9 +6,19 @@ WORKSPACE is a trained garden (default: garden). The page is opened in Chromium;
 server, the generator and all kernels. It needs tests/ beside it.
 """
 
-import argparse, asyncio, os, random, re, statistics, subprocess, sys, threading, time
+import argparse
+import asyncio
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
+
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))

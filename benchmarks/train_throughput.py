@@ -6,8 +6,13 @@ Ours makes its batch (order, caption choice, dropout, mirror, noise inside the a
 its events. Each round runs both sides for some steps, in changing order; the ratio is the median over the rounds.
 """
 
-import argparse, os, statistics, tempfile, time
+import argparse
+import os
+import statistics
+import tempfile
+import time
 from pathlib import Path
+
 import torch
 
 
@@ -19,11 +24,11 @@ def main():
     for name, n in (('batch', 32), ('steps', 4), ('rounds', 5), ('threads', 0)):
         ap.add_argument(f'--{name}', type=int, default=n)
     a = ap.parse_args()
+    from flowerdiff.core.profiles import load_profile
     from flowerdiff.data.batches import toy_split
     from flowerdiff.models.components import build_denoiser
-    from flowerdiff.core.profiles import load_profile
-    from flowerdiff.training.accelerator import Engine
     from flowerdiff.services.tracking import log_event
+    from flowerdiff.training.accelerator import Engine
     from flowerdiff.training.trainer import Trainer
 
     torch.set_num_threads(a.threads or len(os.sched_getaffinity(0)))

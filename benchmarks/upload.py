@@ -6,7 +6,16 @@ Each push is a process of its own against moto's server, which is a process of i
 `--folder`: to a folder instead of the bucket.
 """
 
-import argparse, json, os, shutil, subprocess, sys, tempfile, time, urllib.request, uuid
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
 from pathlib import Path
 
 PUSH = """

@@ -4,7 +4,17 @@ What SageMaker does, from its documentation and its SDK: it brings each channel 
 in /opt/ml/checkpoints to S3 now and then, file by file, removes there what is removed here, and, when a spot machine is taken back, kills all containers and begins again with new ones. At the end /opt/ml/model of all hosts becomes model.tar.gz. Here a container is a namespace of its own (mounts, processes, host name) with /opt/ml and /etc/hosts.
 Not here: images (the Python of the tests runs), IAM (whoever asks may), networks (both hosts are 127.0.0.1), streaming modes, SIGTERM before an interruption."""
 
-import http.client, json, os, shutil, signal, subprocess, sys, tarfile, tempfile, threading, time
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -372,10 +382,8 @@ class Job:
     # ---- what leaves them
 
     def log(self, stream, out):
-        try:
+        with contextlib.suppress(self.logs.exceptions.ResourceAlreadyExistsException):
             self.logs.create_log_group(logGroupName=GROUP)
-        except self.logs.exceptions.ResourceAlreadyExistsException:
-            pass
         self.logs.create_log_stream(logGroupName=GROUP, logStreamName=stream)
         for line in out:
             if line.strip():

@@ -1,8 +1,16 @@
 "A studio that is served, and a browser that looks at it: what the tests of pages share."
 
-import base64, io, os, re, signal, socket, subprocess, sys
+import base64
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
+
 import pytest
 from PIL import Image
 

@@ -1,12 +1,28 @@
 "Fixtures: a miniature garden that went through all ten stages once, and a toy flowerdiff whose stages take no time."
 
-import json, os, shutil, subprocess, sys, tempfile
+import json
+import os
+import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = 'prepare caption encode upload train promote evaluate onnx tensorrt publish'.split()
+STAGES = [
+    'prepare',
+    'caption',
+    'encode',
+    'upload',
+    'train',
+    'promote',
+    'evaluate',
+    'onnx',
+    'tensorrt',
+    'publish',
+]
 
 
 def flowerdiff(*args, cwd=None, env=None, timeout=600, **kwargs):

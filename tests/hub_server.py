@@ -26,19 +26,55 @@ storage, and hf_xet's own code for a local storage keeps chunks there and makes 
 xorbs, shards), and the real Hub's bridge that serves such a file to a client without hf_xet. Not here at all: datasets, branches and pull requests, gated repositories, the scan of pickles, the true sizes of quotas and rates.
 """
 
-import base64, hashlib, json, re, secrets, struct, threading
+import base64
+import hashlib
+import json
+import re
+import secrets
+import struct
+import threading
 from collections import defaultdict
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
+
 import yaml
 
 ATTRIBUTES = ''.join(
     f'{p} filter=lfs diff=lfs merge=lfs -text\n'
-    for p in '*.bin *.ckpt *.gz *.h5 *.npy *.npz *.onnx *.pickle *.pkl *.pt *.pth *.safetensors *.tar *.zip'.split()
+    for p in [
+        '*.bin',
+        '*.ckpt',
+        '*.gz',
+        '*.h5',
+        '*.npy',
+        '*.npz',
+        '*.onnx',
+        '*.pickle',
+        '*.pkl',
+        '*.pt',
+        '*.pth',
+        '*.safetensors',
+        '*.tar',
+        '*.zip',
+    ]
 )  # as the Hub begins one
-LICENSES = 'apache-2.0 mit openrail creativeml-openrail-m openrail++ cc0-1.0 cc-by-4.0 cc-by-nc-4.0 cc-by-sa-4.0 bsd-3-clause gpl-3.0 unknown other'.split()  # of those that the Hub knows
+LICENSES = [
+    'apache-2.0',
+    'mit',
+    'openrail',
+    'creativeml-openrail-m',
+    'openrail++',
+    'cc0-1.0',
+    'cc-by-4.0',
+    'cc-by-nc-4.0',
+    'cc-by-sa-4.0',
+    'bsd-3-clause',
+    'gpl-3.0',
+    'unknown',
+    'other',
+]  # of those that the Hub knows
 HUGE = 10_000_000  # a regular file is smaller
 
 
@@ -181,17 +217,14 @@ class Hub:
         return self.tokens.get(token)
 
     def may_write(self, who, id):
-        return (
-            who['write'] is True
-            and id.split('/')[0] == who['user']
-            or who['write'] is not True
-            and bool({id, id.split('/')[0]} & set(who['write']))
+        return (who['write'] is True and id.split('/')[0] == who['user']) or (
+            who['write'] is not True and bool({id, id.split('/')[0]} & set(who['write']))
         )
 
     def repo(self, kind, id, who, write=False):
         repo = self.repos.get((kind, id))
         sees = repo and (
-            not repo.private or who and (who['user'] == id.split('/')[0] or self.may_write(who, id))
+            not repo.private or (who and (who['user'] == id.split('/')[0] or self.may_write(who, id)))
         )
         if not sees:
             raise Wrong(404 if who else 401, 'Repository not found', 'RepoNotFound')

@@ -1,9 +1,14 @@
 "A visitor without a browser: speaks to the studio's kernel as its page does, over Voila's websocket. And what a visitor may say who means harm."
 
-import asyncio, json, re, uuid
+import asyncio
+import contextlib
+import json
+import re
+import uuid
+
+from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1, serialize_msg_to_ws_v1
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketClosedError, websocket_connect
-from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1, serialize_msg_to_ws_v1
 
 AsyncHTTPClient.configure(None, max_clients=100, max_buffer_size=10**9)
 
@@ -112,10 +117,8 @@ class ProtocolPage:
             if (left := end - asyncio.get_running_loop().time()) <= 0:
                 raise TimeoutError(f'{self.said()!r} {self.errors[-3:]}')
             self.news.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.news.wait(), min(left, 5))
-            except asyncio.TimeoutError:
-                pass
         return found
 
     async def heard(self, seconds=300):  # all that was sent is done

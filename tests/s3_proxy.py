@@ -1,6 +1,9 @@
 "S3 with faults: moto's server, and before it a small one that stumbles as a test asks, in S3's own words."
 
-import http.client, socket, threading, time
+import http.client
+import socket
+import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 

@@ -1,8 +1,12 @@
 "Attention maps: a network that is made to read one word, a drawing that they must not change, a student."
 
 import json
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
 from tiny import tiny_model
+
 from flowerdiff.inference.attention_maps import attention_maps, recording, token_maps, words_of
 from flowerdiff.inference.generator import Generator
 

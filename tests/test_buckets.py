@@ -1,16 +1,26 @@
 "Pictures that keep their shape, from a folder to a report."
 
-import json, shutil
-import numpy as np, pytest
+import json
+import shutil
+
+import numpy as np
+import pytest
 from PIL import Image
-from flowerdiff.data.batches import BucketedSplit, load_split, make_batch
-from flowerdiff.models.components import load_autoencoder
+
+import flowerdiff.stages.caption as caption
+import flowerdiff.stages.encode as encode
+import flowerdiff.stages.evaluate as evaluate
+import flowerdiff.stages.prepare as prepare
+import flowerdiff.stages.promote as promote
+import flowerdiff.stages.train as train
 from flowerdiff.core.profiles import load_profile
+from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import open_workspace, read_json, read_jsonl
+from flowerdiff.data.batches import BucketedSplit, load_split, make_batch
 from flowerdiff.data.encoding import encode_batch
-from flowerdiff.garden.garden import draw, sample_attributes
 from flowerdiff.data.images import buckets
-from flowerdiff.core.workspace import UserError, open_workspace, read_json, read_jsonl
-import flowerdiff.stages.caption as caption, flowerdiff.stages.encode as encode, flowerdiff.stages.evaluate as evaluate, flowerdiff.stages.prepare as prepare, flowerdiff.stages.promote as promote, flowerdiff.stages.train as train
+from flowerdiff.garden.garden import draw, sample_attributes
+from flowerdiff.models.components import load_autoencoder
 
 TINY = {
     'prepare.crop': 'buckets',

@@ -1,7 +1,11 @@
 "The command line as a person meets it: how fast it answers, what it says of mistakes."
 
-import os, re, shutil, subprocess, sys
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -199,8 +203,10 @@ def test_init_status_and_settings_inside_the_workspace(cli, tmp_path):
 
 
 def test_profiles_spell_out_every_setting():
-    from flowerdiff.core.profiles import _keys, load_profile, profiles
     from ruamel.yaml import YAML
+
+    from flowerdiff.core.profiles import load_profile, profiles
+    from flowerdiff.core.setting_errors import _keys
 
     for name, path in profiles().items():
         data = YAML(typ='safe').load(path)

@@ -2,9 +2,15 @@
 
 Amazon is `amazon.py`, the Hub `hub_server.py`: servers on this machine that speak their protocols."""
 
-import json, os, re, subprocess, sys
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
+
 import pytest
+
 from flowerdiff.core.workspace import DEMO, read_json
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -21,7 +27,16 @@ ROOT = Path(__file__).parents[1]
 CANARY = {
     k: f'canary-{i}-{k.lower().replace("_", "-")}'
     for i, k in enumerate(
-        'AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN HF_TOKEN HUGGING_FACE_HUB_TOKEN MLFLOW_TRACKING_USERNAME MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN'.split()
+        [
+            'AWS_ACCESS_KEY_ID',
+            'AWS_SECRET_ACCESS_KEY',
+            'AWS_SESSION_TOKEN',
+            'HF_TOKEN',
+            'HUGGING_FACE_HUB_TOKEN',
+            'MLFLOW_TRACKING_USERNAME',
+            'MLFLOW_TRACKING_PASSWORD',
+            'MLFLOW_TRACKING_TOKEN',
+        ]
     )
 }
 HERE = {

@@ -1,8 +1,16 @@
 "The site as nbdev hands it to Quarto: made once for real, then looked at. And what its settings and its examples say."
 
-import json, os, re, shlex, shutil, subprocess, sys
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-import pytest, yaml
+
+import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(
@@ -194,8 +202,8 @@ def markdown(path: Path) -> str:
 
 def check_command(line: str):
     "A line for the shell: ours is one that the command line understands, with settings that exist; another names what is there."
-    from flowerdiff.pipeline.cli import parser
     from flowerdiff.core.profiles import load_profile
+    from flowerdiff.pipeline.cli import parser
 
     words = shlex.split(line, comments=True)
     while words and re.match(r'[A-Z_]+=', words[0]):
@@ -210,7 +218,7 @@ def check_command(line: str):
     if words[0] == 'flowerdiff':
         args = parser().parse_args(words[1:])
         for value in getattr(args, 'set', None) or []:
-            key, _, given = value.partition('=')
+            key, _, _given = value.partition('=')
             section, _, name = key.partition('.')
             have = load_profile(getattr(args, 'profile', None) or 'garden').model_dump()
             assert (name in have.get(section, {})) if name else key in have, f'{line}: {key} is not a setting'
@@ -246,8 +254,8 @@ def test_what_pages_say_to_type(path):
     for said in re.findall(r'`(flowerdiff [a-z]+ [^`]+)`', text):
         if not re.search(r'[A-Z.]{3}|…', said):
             check_command(said)
-    from flowerdiff.pipeline.cli import parser
     from flowerdiff.core.profiles import load_profile
+    from flowerdiff.pipeline.cli import parser
 
     for said in re.findall(r'`flowerdiff ([a-z]+)[^`]*`', text):
         parser().parse_args([said, *(['a rose'] if said == 'generate' else [])])

@@ -1,22 +1,30 @@
 "Encoding: kills, bad components, the hub's cache, a text encoder of the run's own, other readers of what is saved."
 
-import json, os, shutil, signal, subprocess, sys, time
-from pathlib import Path
-import numpy as np, pytest
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
 from PIL import Image
 
 torch = pytest.importorskip('torch')
 import diffusers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import open_workspace, read_json, write_json, write_jsonl
+from flowerdiff.data.shards import Shards
 from flowerdiff.models.components import (
     component_fingerprint,
-    find_component,
     load_autoencoder,
     load_text,
     save_components,
 )
-from flowerdiff.data.shards import Shards
-from flowerdiff.core.workspace import UserError, open_workspace, read_json, write_json, write_jsonl
 
 
 def tiny_vae(folder, **config):
@@ -177,8 +185,8 @@ def test_two_processes_encode_what_one_does(parts, encoded, tmp_path):
 
 
 def test_shards_of_a_worker_that_was_stopped_are_not_made_again(parts, encoded, tmp_path):
-    from flowerdiff.models.components import save_part
     from flowerdiff.data.distributed_encoding import encode_share, join
+    from flowerdiff.models.components import save_part
 
     ws = encoded
     files = read_json(ws.encoded / 'train' / 'files.json')
@@ -430,6 +438,7 @@ def test_own_clip_is_trained_once(parts, tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_the_pictures(parts, tmp_path):
     "What is held while encoding: two batches, whatever the number of pictures."
     import tracemalloc
+
     from flowerdiff.data.encoding import encode_pictures
 
     Image.new('RGB', (128, 128)).save(tmp_path / 'p.png')

@@ -1,17 +1,29 @@
 "Engines: really built ahead of time where tensorrt_rtx is; opened, refitted and run by a stand-in that answers TensorRT's calls with ONNX Runtime."
 
-import ctypes, json, math, shutil
+import ctypes
+import json
+import math
+import shutil
 from enum import IntEnum
 from types import SimpleNamespace
-import numpy as np, onnx, pytest, torch
+
+import numpy as np
+import onnx
+import pytest
+import torch
 from onnx import numpy_helper
-from tiny import tiny_model
 from test_generate import same
+from tiny import tiny_model
+
+from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import open_workspace, read_json, write_json
 from flowerdiff.inference import backends
 from flowerdiff.inference import benchmark as bench
-from flowerdiff.inference import tensorrt_build as builder
 from flowerdiff.inference import tensorrt as engines
+from flowerdiff.inference import tensorrt_build as builder
 from flowerdiff.inference.backends import load_backend
+from flowerdiff.inference.generator import Generator
+from flowerdiff.inference.sampling_loop import SCHEDULERS, generators, make_scheduler, sample
 from flowerdiff.inference.tensorrt_build import (
     build_engine,
     half_file,
@@ -19,10 +31,8 @@ from flowerdiff.inference.tensorrt_build import (
     read_network,
     shape_profile,
 )
-from flowerdiff.inference.generator import Generator
-from flowerdiff.inference.sampling_loop import SCHEDULERS, generators, make_scheduler, sample
-from flowerdiff.stages import onnx as export, tensorrt
-from flowerdiff.core.workspace import UserError, open_workspace, read_json, write_json
+from flowerdiff.stages import onnx as export
+from flowerdiff.stages import tensorrt
 
 PARTS = ['text_encoder', 'unet', 'vae_decoder', 'vae_encoder']
 
@@ -133,7 +143,7 @@ def test_the_networks_are_as_promised(exported, rtx):
         vae_encoder=[('sample', kinds.FLOAT)],
     )
     for part in PARTS:
-        b, network, parser = read_network(rtx, half_file(exported.onnx / part, 'fp16', None))
+        b, network, _parser = read_network(rtx, half_file(exported.onnx / part, 'fp16', None))
         assert [(x.name, x.dtype) for x in map(network.get_input, range(network.num_inputs))] == want[part]
         assert {network.get_output(i).dtype for i in range(network.num_outputs)} == {kinds.FLOAT}
         assert {network.get_layer(i).get_output(0).dtype for i in range(network.num_layers)} >= {kinds.HALF}
@@ -480,7 +490,7 @@ def test_pictures_are_those_of_the_onnx_files(ws, machine, name):
     half, full = (Generator.from_pretrained(ws.root, b)(**ask) for b in ('onnx-fp16', 'onnx'))
     assert (
         same(mine, half)
-        and 45 < export.picture_difference(mine, full)['psnr']
+        and export.picture_difference(mine, full)['psnr'] > 45
         and not same(mine[:1], mine[1:2])
     )
     assert {r['sample'][0] for r in trt.ran if 'sample' in r} == {4, 2} and [
@@ -571,7 +581,7 @@ def test_an_engine_that_says_something_else_is_not_taken(ws, machine):
     assert (
         how(result) == dict.fromkeys(PARTS, 'built')
         and [r for _, r, _ in trt.built] == [True, False] * 4
-        and not any(m['refit'] for m in list(result.status['sets'].values())[0]['parts'].values())
+        and not any(m['refit'] for m in next(iter(result.status['sets'].values()))['parts'].values())
     )
     before = files(ws.tensorrt)
     change(ws, 'unet', 'graph')

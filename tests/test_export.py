@@ -1,18 +1,25 @@
 "Exports: the ONNX folder is the same model and opens where Optimum's do."
 
-import json, os, shutil, subprocess, sys, threading
-from pathlib import Path
-import numpy as np, pytest, torch
-from tiny import tiny_model
+import os
+import shutil
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+import torch
 from test_generate import same, with_tiny_autoencoder
+from tiny import tiny_model
+
+from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import open_workspace, read_json, write_json
 from flowerdiff.inference import backends
 from flowerdiff.inference import onnx_openvino as runtimes
 from flowerdiff.inference.backends import BACKENDS, load_backend, open_backend
-from flowerdiff.inference.torch_backend import TorchBackend
-from flowerdiff.inference.onnx_openvino import OnnxBackend, OpenVinoBackend, onnx_session
 from flowerdiff.inference.generator import Generator
+from flowerdiff.inference.onnx_openvino import OnnxBackend, OpenVinoBackend, onnx_session
+from flowerdiff.inference.torch_backend import TorchBackend
 from flowerdiff.stages import onnx as export
-from flowerdiff.core.workspace import UserError, open_workspace, read_json, write_json
 
 
 def make(root, autoencoder):
@@ -113,7 +120,6 @@ def test_onnx_multiplies_the_text_once_and_bit_for_bit(ws, variant):
     whole = onnx_session(runtimes.variant_file(ws.onnx / 'unet', variant))
     assert b.products and 'encoder_hidden_states' not in b.inputs
     ops = lambda session: sum('attn2/to_k' in n.name or 'attn2/to_v' in n.name for n in session)
-    import onnx
 
     model, weights = runtimes.read_graph(runtimes.variant_file(ws.onnx / 'unet', variant))
     before = ops(model.graph.node)

@@ -3,7 +3,12 @@
 FLOWERDIFF_KILLS: how many kills at random moments (50).
 """
 
-import json, os, random, shutil, signal, time
+import os
+import random
+import shutil
+import signal
+import time
+
 import numpy as np
 import pytest
 from test_train import events, last_checkpoint, parts, same_result, tell, toy, trained  # noqa: F401 (fixtures among them)
@@ -127,7 +132,7 @@ def test_the_disk_is_full_now_and_then(toy, whole):
     assert (
         notes
         and all('was not written' in n and 'No space left on device' in n for n in notes)
-        and 0 < acknowledged(life.ws)
+        and acknowledged(life.ws) > 0
     )
     assert trained(life.ws)['validation'] == trained(whole[0])['validation']
     assert life.end(life.begin()) == 0

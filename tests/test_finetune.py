@@ -1,7 +1,11 @@
 "Going on from somebody's model: whole or by LoRA, in the time there is."
 
-import json, shutil, signal
-import pytest, torch
+import json
+import shutil
+import signal
+
+import pytest
+import torch
 from safetensors.torch import load_file
 from test_train import events, last_checkpoint, parts, same_result, tell, toy, trained, worker  # noqa: F401 (fixtures among them)
 
@@ -80,8 +84,9 @@ def test_lora_killed_and_started_again_is_the_same_run(toy, tuned):
 
 
 def test_another_base_is_another_run_and_a_wrong_one_is_told(toy, tuned, tmp_path):
+    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.workspace import open_workspace
     from flowerdiff.stages.train import run_fingerprint
-    from flowerdiff.core.workspace import UserError, open_workspace
 
     base, ws = tuned[0], tuned[1]['whole']
     other = shutil.copytree(base, tmp_path / 'other')

@@ -1,33 +1,31 @@
 "Captions by Florence-2, through the stage, with a miniature of its classes: batches, kills, processes, memory, other models."
 
-import json, multiprocessing, os, random, shutil, signal, subprocess, threading, time
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
 from pathlib import Path
-import numpy as np, pytest
+
+import numpy as np
+import pytest
 from PIL import Image
 
 torch = pytest.importorskip('torch')
 import psutil
-from transformers import (
-    BartForConditionalGeneration,
-    BartTokenizer,
-    CLIPImageProcessorPil,
-    Florence2ForConditionalGeneration,
-    Florence2Processor,
-)  # noqa: a forked process has them then
-from flowerdiff.services.launcher import Journal
+from tiny import tiny_florence
+
+from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import open_workspace, read_json, read_jsonl, write_json, write_jsonl
+from flowerdiff.data.caption_cleanup import mention, sentence
 from flowerdiff.data.captioning import describe_share, describe_together, largest_first, read_journals, work
 from flowerdiff.models.florence import Florence, open_florence
-from flowerdiff.data.caption_cleanup import mention, sentence
+from flowerdiff.services.launcher import Journal
 from flowerdiff.stages.caption import run
-from flowerdiff.core.workspace import (
-    UserError,
-    open_workspace,
-    read_json,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-)
-from tiny import tiny_florence
 
 LABELS = 'oxeye daisy', 'iris', 'canterbury bells', ''
 answers, inputs = Florence.answers, Florence.inputs
@@ -137,7 +135,7 @@ def test_every_picture_is_described_under_its_name(whole):
 
 
 def test_largest_pictures_first(whole):
-    pictures, keys = largest_first(whole.pictures, list(said(whole)))
+    pictures, _keys = largest_first(whole.pictures, list(said(whole)))
     assert [k for b in batches(whole.work) for k in b] == [k for k, _ in pictures]
     sides = [Image.open(whole.pictures / f).width for _, f in pictures]
     assert sides == sorted(sides, reverse=True) and len(set(sides)) == 3

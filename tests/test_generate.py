@@ -1,16 +1,27 @@
 "Drawing: the same pictures as stock Diffusers, the same picture in any company, and one line for every bad wish."
 
-import json, os, shutil, subprocess, sys, threading, warnings
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
 from pathlib import Path
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
 from tiny import tiny_model
-from flowerdiff.core.workspace import UserError
-import flowerdiff.inference.generator as sampler, flowerdiff.inference.sampling_loop as sampling
+
+import flowerdiff.inference.generator as sampler
+import flowerdiff.inference.sampling_loop as sampling
+from flowerdiff.core.schema import UserError
+from flowerdiff.inference.backends import load_backend
 from flowerdiff.inference.generator import Generator
 from flowerdiff.inference.sampling_loop import Cancelled
-from flowerdiff.inference.backends import load_backend
-from flowerdiff.models.components import why_not_compile
 from flowerdiff.inference.torch_backend import TorchBackend, readers
+from flowerdiff.models.components import why_not_compile
 
 
 def pixels(pictures):

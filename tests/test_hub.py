@@ -1,10 +1,17 @@
 "The stage publishes to the Hub: the real client, in a process of its own as a person has it, against tests/hub_server.py. Each test names the change that breaks it."
 
-import json, os, re, shutil, subprocess, sys, time
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
 import pytest
 from PIL import Image
-from flowerdiff.core.workspace import open_workspace, read_json, write_json, write_jsonl
+
+from flowerdiff.core.workspace import open_workspace, write_json, write_jsonl
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_server import Hub
@@ -165,7 +172,7 @@ def one_line(back, *words):  # a mistake of a person, told in one line
 
 def bare(hub, name):  # nothing of ours is there
     repo = hub.repos.get(('model', name))
-    return not repo or set(repo.files) == {'.gitattributes'} and len(repo.commits) == 1
+    return not repo or (set(repo.files) == {'.gitattributes'} and len(repo.commits) == 1)
 
 
 @pytest.mark.parametrize('way', ['lfs', 'xet'])

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
-import numpy as np, pytest
+
+import numpy as np
+import pytest
 from PIL import Image
 
 DATA = Path(__file__).resolve().parents[2] / 'shared' / 'data'

@@ -1,12 +1,23 @@
 "Pictures as people really have them: each bad one gets a line, and the run goes on."
 
-import errno, io, json, os, shutil, struct, subprocess, sys, zlib
-from pathlib import Path
-import numpy as np, pytest
+import errno
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
 from PIL import Image
+
+from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import read_json, read_jsonl
 from flowerdiff.data.images import MAX_PIXELS, BadPicture, load_picture
 from flowerdiff.stages import caption, prepare
-from flowerdiff.core.workspace import UserError, open_workspace, read_json, read_jsonl
 
 SIDE = 32
 

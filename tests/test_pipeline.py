@@ -1,12 +1,30 @@
 "What DVC decides, how a run is stopped, and what is left when it is killed. The stages are toys: see `toy` in conftest."
 
-import json, os, re, shutil, signal, time
+import json
+import os
+import re
+import shutil
+import signal
+import time
 from pathlib import Path
-import psutil, pytest
+
+import psutil
+import pytest
 
 LINE = re.compile(r'^(\w+) +(?:\d+ h )?(?:\d+ min )?[\d.]+ (?:s|min) ', re.M)
 ran = lambda p: LINE.findall(p.stdout)
-STAGES = 'prepare caption encode upload train promote evaluate onnx tensorrt publish'.split()
+STAGES = [
+    'prepare',
+    'caption',
+    'encode',
+    'upload',
+    'train',
+    'promote',
+    'evaluate',
+    'onnx',
+    'tensorrt',
+    'publish',
+]
 
 
 def processes(root):  # everything that works for a workspace
@@ -44,7 +62,7 @@ def test_first_run_goes_through_all_stages_and_names_what_to_do_next(done):
     root, p = done
     assert ran(p) == STAGES
     assert 'train is done' in p.stdout and 'report/index.html' not in p.stdout
-    assert f'flowerdiff generate' in p.stdout and 'flowerdiff studio' in p.stdout
+    assert 'flowerdiff generate' in p.stdout and 'flowerdiff studio' in p.stdout
     assert sorted(n.name for n in (root / 'notebooks').iterdir()) == [
         f'{i:02d}_{s}.ipynb' for i, s in enumerate(STAGES, 1)
     ]
@@ -151,7 +169,7 @@ def test_ctrl_c_in_training_leaves_nothing_running_and_goes_on(toy, ws, number):
     wait(lambda: '"step": 9,' in events.read_text())
     start = time.time()
     os.killpg(p.pid, number)
-    out, err = p.communicate(timeout=60)
+    _out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and time.time() - start < 20
     step = int(re.fullmatch(r'stopped in train at step (\d+); run the same command to go on\n', err)[1])
     assert not processes(ws)
@@ -183,7 +201,8 @@ def test_two_runs_in_one_workspace(toy, ws):
 
 
 def test_dvc_by_hand(toy, ws):
-    import subprocess, sys
+    import subprocess
+    import sys
 
     env = {
         **os.environ,
@@ -207,7 +226,8 @@ def test_the_real_thing(tiny_workspace, cli):
 
 
 def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path):
-    import subprocess, sys
+    import subprocess
+    import sys
 
     root = shutil.copytree(tiny_workspace, tmp_path / 'garden', symlinks=True)
     command = [

@@ -1,13 +1,18 @@
 "What a run would do, told before it does it: against what a run then did, and against people's mistakes."
 
-import json, os, shutil
-import numpy as np, pytest
+import json
+import shutil
+
+import numpy as np
+import pytest
 from PIL import Image
+
+from flowerdiff.core.profiles import load_profile, load_settings
+from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import demo_workspace, read_json
 from flowerdiff.pipeline import plan as P
 from flowerdiff.pipeline import suggest as S
 from flowerdiff.pipeline.cli import main
-from flowerdiff.core.profiles import load_profile, load_settings
-from flowerdiff.core.workspace import UserError, demo_workspace, read_json
 
 NOBODY = 'nobody/nothing@' + 40 * '0'
 SMALL = {'train.channels': [16, 16, 32], 'prepare.count': 60}
@@ -75,9 +80,19 @@ def test_the_arithmetic_is_what_a_run_did():
         and got['encode_rate'] > 0
         and got['train_seconds'] == pytest.approx(got['steps'] * ws.settings.train.batch_size / got['rate'])
     )
-    assert set(lines) == set(
-        'pictures resolution captions latents texts network steps encode train memory disk'.split()
-    )
+    assert set(lines) == {
+        'pictures',
+        'resolution',
+        'captions',
+        'latents',
+        'texts',
+        'network',
+        'steps',
+        'encode',
+        'train',
+        'memory',
+        'disk',
+    }
 
 
 def test_numbers_follow_the_settings(quick, tmp_path):
@@ -111,6 +126,7 @@ def test_a_budget_of_hours_is_honoured(quick, tmp_path):
 
 def test_someone_elses_network_is_counted(quick, tmp_path):
     from tiny import tiny_model
+
     from flowerdiff.models.finetune import add_lora, base_unet
 
     base = tiny_model(tmp_path / 'base')

@@ -1,21 +1,31 @@
 "The profiles of the real data, whole: miniatures of the same classes in the official layouts, the official files, all ten stages, and no other settings than sizes."
 
-import importlib, io, json, re, shutil, tarfile, zipfile
+import importlib
+import io
+import json
+import re
+import shutil
+import tarfile
+import zipfile
 from pathlib import Path
-import numpy as np, pytest, torch
+
+import numpy as np
+import pytest
+import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from scipy.io import savemat
-from flowerdiff import Generator
-from flowerdiff.core.profiles import load_profile
-from flowerdiff.data.datasets import CELEBA, FLOWERS
-from flowerdiff.garden.garden import BACKGROUNDS, draw
-from flowerdiff.garden.flower_shapes import COLORS, PETALS
-from flowerdiff.data.caption_cleanup import mention, sentence
-from flowerdiff.data.shards import Shards
-from flowerdiff.core.workspace import STAGES, open_workspace, read_json, read_jsonl
 from test_datasets import truth
 from tiny import tiny_clip, tiny_florence, tiny_stable_diffusion, tiny_vae
+
+from flowerdiff import Generator
+from flowerdiff.core.profiles import load_profile
+from flowerdiff.core.workspace import STAGES, open_workspace, read_json, read_jsonl
+from flowerdiff.data.caption_cleanup import mention, sentence
+from flowerdiff.data.datasets import CELEBA, FLOWERS
+from flowerdiff.data.shards import Shards
+from flowerdiff.garden.flower_shapes import COLORS, PETALS
+from flowerdiff.garden.garden import BACKGROUNDS, draw
 
 QUICK = {'train.threads': 1, 'tracking.enabled': False}
 SMALL = {
@@ -453,7 +463,7 @@ def test_faces_are_split_and_described_as_their_tables_say(people):
 def test_faces_have_latents_of_their_own(people):
     from diffusers import AutoencoderKL
 
-    ws, results, d = people
+    ws, _results, d = people
     trained = next(ws.work.glob('vae-*')) / 'vae'
     vae, m = AutoencoderKL.from_pretrained(trained), read_json(ws.encoded / 'manifest.json')
     z = Shards(ws.encoded / 'train', 'latents').load()
@@ -465,7 +475,7 @@ def test_faces_have_latents_of_their_own(people):
     )
     check_latents(ws, vae)
     check_texts(ws, d / 'clip')
-    folder, pipe = check_published(ws)
+    _folder, pipe = check_published(ws)
     assert (
         all(torch.equal(a, b) for a, b in zip(pipe.vae.state_dict().values(), vae.state_dict().values()))
         and pipe.vae.config.scaling_factor == m['scaling_factor']
@@ -476,7 +486,7 @@ def test_faces_have_latents_of_their_own(people):
 def test_faces_are_trained_in_little_memory_and_drawn_by_ddpm(people):
     from diffusers import DDPMScheduler
 
-    ws, results, d = people
+    ws, results, _d = people
     check_training(ws, 'celeba')
     check_schedule(
         ws,

@@ -1,12 +1,16 @@
 "A published folder is a model that stock Diffusers opens, published once, never over somebody else's."
 
-import json, os, shutil, sys
+import shutil
+import sys
 from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
+
+from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import open_workspace, read_json, write_json, write_jsonl
 from flowerdiff.stages.publish import run
-from flowerdiff.core.workspace import UserError, open_workspace, read_json, write_json, write_jsonl
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_model
@@ -134,7 +138,7 @@ def test_somebody_elses_folder_is_left_alone(ws):
 
 
 def test_a_failure_leaves_the_published_one(ws, monkeypatch):
-    first = run(ws.root).published
+    run(ws.root).published
     before = stamps(ws.root / 'published')
     shutil.rmtree(ws.model / 'vae')
     with pytest.raises(Exception):

@@ -1,14 +1,40 @@
 "The repository's own rules: what a reader, a reviewer and a release rely on."
 
-import ast, builtins, importlib, json, os, re, shutil, subprocess, sys
+import ast
+import builtins
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-import nbformat, pytest, yaml
+
+import nbformat
+import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 MODULES = sorted(p for p in (ROOT / 'flowerdiff').rglob('*.py') if p.name != '_modidx.py')
-HEAVY = 'torch diffusers transformers accelerate datasets torchmetrics sklearn mlflow matplotlib pandas papermill dvc onnxruntime boto3'.split()
+HEAVY = [
+    'torch',
+    'diffusers',
+    'transformers',
+    'accelerate',
+    'datasets',
+    'torchmetrics',
+    'sklearn',
+    'mlflow',
+    'matplotlib',
+    'pandas',
+    'papermill',
+    'dvc',
+    'onnxruntime',
+    'boto3',
+]
 name = lambda p: str(p.relative_to(ROOT))
 ids = dict(ids=name)
 
@@ -130,11 +156,8 @@ def test_core_imports_lower_numbers():
                     f'core/{number:02} {module} imports {numbered[used]:02} {used}'
                 )
             else:
-                assert (
-                    number >= 70
-                    and used.startswith('stages')
-                    or module == 'cli'
-                    and used in ('serving', 'space')
+                assert (number >= 70 and used.startswith('stages')) or (
+                    module == 'cli' and used in ('serving', 'space')
                 ), f'core/{number:02} {module} imports {used}'
 
 
@@ -190,10 +213,8 @@ def outputs(nb):
 def test_notebook_is_fit_to_read(path):
     nb = nbformat.read(path, 4)
     assert (
-        re.match(r'# .+', nb.cells[0].source)
-        and re.search(r'^> \S', nb.cells[0].source, re.M)
-        or path.name == 'app.ipynb'
-    ), 'the first cell is a title and a line that says what for'
+        re.match(r'# .+', nb.cells[0].source) and re.search(r'^> \S', nb.cells[0].source, re.M)
+    ) or path.name == 'app.ipynb', 'the first cell is a title and a line that says what for'
     assert (
         path.name == 'app.ipynb' or not re.sub(r'^(# |>).*$', '', nb.cells[0].source, flags=re.M).strip()
     ), 'nbdev leaves out of the page what else stands in the first cell'
@@ -394,11 +415,13 @@ def test_sidebar_is_a_path():
     "Front page, the stages in their order, then guides; the reference last, each part of it by number: what a chapter builds on stands before it."
     side = yaml.safe_load((ROOT / 'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']
     parts = {it['section']: it['contents'] for it in side[1:]}
-    assert side[0] == 'index.ipynb' and list(parts)[0] == 'The ten stages' and list(parts)[-1] == 'Reference'
+    assert (
+        side[0] == 'index.ipynb' and next(iter(parts)) == 'The ten stages' and list(parts)[-1] == 'Reference'
+    )
     for part in (parts['The ten stages'], *(it['contents'] for it in parts['Reference'])):
         assert part == sorted(part)
     assert all(p.startswith('core/') for p in pages(parts['Reference'])) and not any(
-        p.startswith('core/') for p in pages([it for it in side[:-1]])
+        p.startswith('core/') for p in pages(list(side[:-1]))
     )
 
 

@@ -1,15 +1,23 @@
 "Training at SageMaker: the real SDK and SageMaker's own scripts in the containers, two hosts, one taken away; Amazon is `amazon.py`."
 
-import json, os, subprocess, sys, threading, time
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from unittest.mock import patch
+
 import pytest
-from flowerdiff.cloud import jobs
-from flowerdiff.cloud import sagemaker
-from flowerdiff.stages.train import run, run_fingerprint
+
+from flowerdiff.cloud import jobs, sagemaker
+from flowerdiff.core.fingerprints import file_sha256
+from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import demo_workspace, open_workspace, read_json
 from flowerdiff.services.store import open_store
 from flowerdiff.services.tracking import read_events
-from flowerdiff.core.workspace import UserError, demo_workspace, file_sha256, open_workspace, read_json
+from flowerdiff.stages.train import run, run_fingerprint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from amazon import ROLE, Amazon, can_contain
@@ -48,7 +56,7 @@ def person(amazon, monkeypatch):  # what is in the environment
 
 def workspace(folder, prefix, **changes):
     "Encoded pictures, and settings that train them in the cloud."
-    ws = demo_workspace('encode', folder)
+    demo_workspace('encode', folder)
     return open_workspace(
         folder,
         None,

@@ -2,15 +2,28 @@
 
 Docker is not needed, and not tried. FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots."""
 
-import json, os, re, shlex, shutil, subprocess, sys, sysconfig, tempfile, time
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
 from importlib.metadata import distribution
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
-import psutil, pytest, yaml
-from flowerdiff.core.workspace import UserError
+
+import psutil
+import pytest
+import yaml
+from browser import PATIENCE, ROOT, browser_only, chromium, free_port, shot, stop
 from hub_server import Hub
-from browser import PATIENCE, ROOT, browser_only, chromium, draw, free_port, shot, stop
+
+from flowerdiff.core.schema import UserError
 
 COMMIT = 'c0ffee12' * 5
 SOMEBODY = 1000  # the Hub's number
@@ -180,8 +193,9 @@ def well(url):  # its words, when the model is loaded
 @pytest.mark.parametrize('of', ['folder', 'hub', 'name', 'wheel'])
 def test_the_folder_is_whole(workspace, tmp_path, of):
     "The header is the Hub's, the Dockerfile copies what is there, every package is at the version that this project is tested with."
-    from flowerdiff.apps.hf_space import make_space
     from huggingface_hub import SpaceCard
+
+    from flowerdiff.apps.hf_space import make_space
 
     (wheel := tmp_path / 'flowerdiff-9.9-py3-none-any.whl').touch()
     where = dict(
@@ -241,7 +255,7 @@ def test_the_folder_is_whole(workspace, tmp_path, of):
 
 def test_somebody_elses_folder_is_left_alone(workspace, tmp_path):
     from flowerdiff.apps.hf_space import make_space
-    from flowerdiff.core.workspace import UserError
+    from flowerdiff.core.schema import UserError
 
     (tmp_path / 'photos').mkdir()
     (tmp_path / 'photos/Dockerfile').write_text('FROM scratch')
@@ -491,6 +505,7 @@ def test_the_card_comes_with_the_model_and_gives_the_examples(tmp_path, monkeypa
 def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path):
     "The real client against the Hub's stand-in; what is there is what was written, private, with Docker; it may be made public, and what somebody else changed there is not overwritten."
     from huggingface_hub import CommitOperationAdd, HfApi
+
     from flowerdiff.apps.hf_space import make_space, push_space
 
     home = published(tmp_path / 'w')
@@ -528,7 +543,7 @@ def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path)
 
 
 def test_the_workflow_keeps_no_token_and_deploys_what_was_tested():
-    flow = yaml.safe_load((text := (ROOT / '.github/workflows/space.yml').read_text()))
+    flow = yaml.safe_load(text := (ROOT / '.github/workflows/space.yml').read_text())
     build, deploy = flow['jobs']['build'], flow['jobs']['deploy']
     assert (
         'secrets.' not in text

@@ -1,9 +1,14 @@
 "The store: a folder and a bucket (moto's server on this machine) hold the same set, exactly."
 
-import json, os, uuid
+import json
+import os
+import uuid
+
 import pytest
+
+from flowerdiff.core.fingerprints import file_sha256
+from flowerdiff.core.schema import UserError
 from flowerdiff.services import store as S
-from flowerdiff.core.workspace import UserError, file_sha256
 
 FAKE = dict(AWS_ACCESS_KEY_ID='testing', AWS_SECRET_ACCESS_KEY='testing', AWS_DEFAULT_REGION='us-east-1')
 

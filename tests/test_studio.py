@@ -3,15 +3,19 @@
 FLOWERDIFF_TEST_GARDEN=WORKSPACE serves a trained garden, whose pictures a judge looks at; else a tiny random model, whose pictures are compared with the Generator's own, pixel by pixel.
 FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots."""
 
-import json, re, shutil, socket, subprocess, sys
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
+
 import numpy as np
 import pytest
-from PIL import Image
 from browser import (
     ENV,
     GARDEN,
-    browser,
     browser_only,
     draw,
     fill,
@@ -23,6 +27,7 @@ from browser import (
     shot,
     visitor,
 )
+from PIL import Image
 
 
 @pytest.fixture(scope='module')
@@ -96,7 +101,7 @@ def test_the_right_picture(page, workspace):
 @browser_only
 def test_same_seed_same_picture_and_reuse(page):
     first = draw(page, 'a yellow rose', 11)
-    card = page.locator('.fd-card').first
+    page.locator('.fd-card').first
     draw(page, 'a white daisy', 12)
     page.locator('.fd-card').nth(1).get_by_role('button', name='Use again').click()
     says(page.locator('.fd-prompt textarea'), 'a yellow rose')

@@ -1,7 +1,10 @@
 "A sweep from the command line, through papermill."
 
-import json, subprocess, sys
+import json
+import subprocess
+import sys
 from pathlib import Path
+
 import pytest
 
 
@@ -23,6 +26,7 @@ def sweep(root, *sets):
 
 def test_two_points_one_that_fails_and_the_parent_untouched(tmp_path):
     import torch
+
     from flowerdiff.core.workspace import demo_workspace
 
     if torch.cuda.is_available():

@@ -2,15 +2,18 @@
 
 FLOWERDIFF_TEST_GARDEN=WORKSPACE shows a trained garden instead (one that may be written to); FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots of every tab."""
 
-import json, re, shutil, subprocess, sys
+import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
 import numpy as np
 import pytest
-from PIL import Image
 from browser import (
     ENV,
     GARDEN,
-    browser,
     browser_only,
     draw,
     fill,
@@ -22,6 +25,7 @@ from browser import (
     shot,
     visitor,
 )
+from PIL import Image
 
 TABS = {
     'Studio': '.fd-ask .fd-chips',

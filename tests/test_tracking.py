@@ -1,8 +1,15 @@
 "Tracking against a real `mlflow server` on loopback, and against one that is away or does not answer."
 
-import json, os, signal, socket, subprocess, sys, time, urllib.request
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
+
 import pytest
 from test_train import events, parts, toy, trained, worker  # noqa: F401 (fixtures among them)
 
@@ -58,9 +65,9 @@ def sent(ws):  # has every run's every event reached both destinations?
 
 def test_what_a_silent_server_missed_is_sent_later(toy, tmp_path, monkeypatch):
     "The first run meets a server that takes calls and never answers; the second a real one, which then has both, whole."
-    from flowerdiff.stages.promote import run as promote
-    from flowerdiff.services.tracking import experiment_name, mlflow_client
     from flowerdiff.core.workspace import open_workspace
+    from flowerdiff.services.tracking import experiment_name, mlflow_client
+    from flowerdiff.stages.promote import run as promote
 
     ws = toy(tracking__enabled=True, train__epochs=1, train__samples_every=4)
     with socket.socket() as silent:

@@ -1,7 +1,14 @@
 "Training and promotion with real processes: signals, kills, resumes, two ranks, the gate."
 
-import json, os, shutil, signal, subprocess, sys, time
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -30,9 +37,9 @@ def parts(tmp_path_factory):
 
 def make_encoded(root, parts, n=64, shuffled=False):
     "What encode writes, for the toy world whose brightness is told by its text."
+    from flowerdiff.core.workspace import write_json
     from flowerdiff.data.batches import toy_split
     from flowerdiff.data.shards import ShardWriter
-    from flowerdiff.core.workspace import write_json
 
     encoded, width = root / 'encoded', 32
     for split, count in (('train', n), ('val', 16)):
@@ -246,6 +253,7 @@ NEAR = 5e-4  # how far runs may be apart after 8 steps of 0.002 because their su
 @pytest.mark.parametrize('distributed', ['ddp', 'zero2'])
 def test_stage_starts_torchrun_and_two_ranks_do_the_work_of_one(toy, distributed):
     from diffusers import DiffusionPipeline
+
     from flowerdiff.stages.train import run
 
     one, two = (
@@ -288,6 +296,7 @@ class Ranks:
 
     def __call__(self, upto, n=1, **settings):
         from train_worker import ranks, some_steps
+
         from flowerdiff.core.workspace import open_workspace
 
         open_workspace(self.ws.root, overrides={f'train.{k}': v for k, v in settings.items()})
@@ -344,7 +353,7 @@ def test_goes_on_under_another_number_of_processes(toy, alone, first, then):
 
 def test_zero2_in_half_precision_is_near(toy, alone):
     "bfloat16 has three digits; what is saved, and averaged, is float32."
-    whole, one = alone
+    _whole, one = alone
     run = Ranks(toy(train__epochs=1))
     facts = run(8, n=2, distributed='zero2', precision='bf16')
     assert np.allclose(facts[0]['losses'], one['losses'], rtol=0.02)
@@ -364,8 +373,8 @@ def test_a_batch_that_does_not_divide(toy):
 
 
 def test_stage_tells_the_workers_one_line(toy):
+    from flowerdiff.core.schema import UserError
     from flowerdiff.stages.train import run
-    from flowerdiff.core.workspace import UserError
 
     ws = toy()
     bad = next((ws.encoded / 'text').glob('*.bin'))
@@ -443,8 +452,8 @@ def test_streamed_from_a_store(toy, tmp_path):
 
 def test_tracking_in_the_workspace(toy, monkeypatch):
     monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
-    from flowerdiff.stages.promote import run as promote
     from flowerdiff.services.tracking import experiment_name, mlflow_client
+    from flowerdiff.stages.promote import run as promote
 
     ws = toy(tracking__enabled=True, train__epochs=1)
     assert worker(ws).exitcode == 0
@@ -645,6 +654,7 @@ def test_roll_back_and_forth(two_champions):
 def test_roll_back_is_killed(two_champions, monkeypatch, k):
     "Before and after each exchange of folders; the same command goes on, and has rolled back once."
     from contextlib import contextmanager
+
     from flowerdiff.stages import promote as module
 
     ws, first, second = two_champions
@@ -694,7 +704,7 @@ def test_roll_back_where_there_is_nothing(gate, tmp_path):
 
 
 def test_promote_needs_a_candidate(toy):
-    from flowerdiff.core.workspace import UserError
+    from flowerdiff.core.schema import UserError
 
     with pytest.raises(UserError, match='run train first'):
         promote(toy())
@@ -749,6 +759,7 @@ def test_a_killed_student_is_the_same_student(taught):
 
 def test_a_student_is_drawn_with_as_it_was_taught(taught):
     from diffusers import DiffusionPipeline
+
     from flowerdiff.inference.generator import Generator
 
     ws = taught('drawn')
@@ -770,8 +781,8 @@ def test_a_student_is_drawn_with_as_it_was_taught(taught):
 
 
 def test_no_student_without_a_champion(toy):
+    from flowerdiff.core.schema import UserError
     from flowerdiff.stages.train import run
-    from flowerdiff.core.workspace import UserError
 
     ws = toy('alone', train__distill=4)
     with pytest.raises(UserError, match='there is no champion to learn from; train one first') as e:

@@ -1,13 +1,25 @@
 "Up to a bucket and back, with the real boto3: every fault is one line and the same command goes on. Amazon's own S3 is never used; moto's server is, with a stumbling one before it."
 
-import functools, json, os, re, shutil, signal, subprocess, sys, threading, time
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
+
 import pytest
 from s3_proxy import Proxy, error
-from test_store import FAKE, bucket, endpoint, folder, tree  # noqa: fixtures
+from test_store import tree  # noqa: fixtures
+
+from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import open_workspace
 from flowerdiff.services import s3 as B
 from flowerdiff.services import store as S
-from flowerdiff.core.workspace import UserError, open_workspace
 
 MiB = 1 << 20
 
@@ -326,9 +338,8 @@ def test_a_full_disk_on_the_way_down(line, tmp_path):
     ).returncode:
         pytest.skip('no disk can be mounted here')
     try:
-        with pytest.raises(UserError, match='the disk is full; make room'):
-            with disk_errors():
-                S.pull(line.store(), small)
+        with pytest.raises(UserError, match='the disk is full; make room'), disk_errors():
+            S.pull(line.store(), small)
         subprocess.run(['mount', '-o', 'remount,size=40m', small], check=True)
         S.pull(line.store(), small)
         assert tree(small) == tree(tmp_path / 'set')

@@ -2,21 +2,29 @@
 
 A tiny random model, whose pictures are compared with the Generator's own, pixel by pixel. Each test names, in the comment below it, the change to the program that it would notice."""
 
-import asyncio, html, json, os, random, resource, signal, stat, subprocess, sys, threading, time
+import asyncio
+import html
+import json
+import os
+import random
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
-import numpy as np
-import psutil, pytest
-from flowerdiff.apps.generating import Keeper
-from flowerdiff.apps.session import Painter, Wish
-from flowerdiff.apps.remote import Cancelled, Line, Place, RemotePainter, Seen, about
-from flowerdiff.core.workspace import UserError
+
 import browser as browser_module
+import numpy as np
+import psutil
+import pytest
 from browser import (
     ENV,
     HEARS,
-    browser,
     browser_only,
     draw,
     fill,
@@ -29,6 +37,11 @@ from browser import (
 )
 from protocol_page import ODD, Full, ProtocolPage, answers
 from test_space import health, well
+
+from flowerdiff.apps.generating import Keeper
+from flowerdiff.apps.remote import Cancelled, Line, Place, RemotePainter, Seen
+from flowerdiff.apps.session import Painter, Wish
+from flowerdiff.core.schema import UserError
 
 
 @pytest.fixture(scope='module')
@@ -110,7 +123,7 @@ drawing, waits = lambda x: isinstance(x, Seen), lambda x: isinstance(x, Place) a
 def test_thirty_at_once(workspace, keeper):
     "Twenty wait and one is drawn; the others are refused in words. Places fall, and nobody gets the picture of somebody else."
     # a queue without an end; a queue that is not in order; pictures handed to another job
-    words = 'red blue white yellow rose iris daisy sky meadow under'.split()
+    words = ['red', 'blue', 'white', 'yellow', 'rose', 'iris', 'daisy', 'sky', 'meadow', 'under']
     busy = Visitor(workspace, keeper, LONG).until(drawing)
     wishes = [Wish(f'a {words[i % 10]} {words[i % 7]}', seed=i, steps=6) for i in range(30)]
     visitors = [Visitor(workspace, keeper, w) for w in wishes]

@@ -1,8 +1,16 @@
 "The wheel, installed into an environment without the source tree, does the main job in an empty directory."
 
-import json, os, shutil, subprocess, sys, sysconfig, zipfile
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
 from pathlib import Path
+
 import pytest
+
 from flowerdiff.core.workspace import DEMO
 
 ROOT = Path(__file__).parents[1]

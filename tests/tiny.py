@@ -1,6 +1,8 @@
 "A Stable Diffusion pipeline and its parts, and a Florence-2, of random weights, as small as they get: for tests that need a model and not a good one."
 
-import gzip, json, sys
+import gzip
+import json
+import sys
 from pathlib import Path
 
 
@@ -14,7 +16,21 @@ def tiny_tokenizer(length=16):
 
     letters = byte_letters()
     vocab, merges = letters + [c + '</w>' for c in letters], []
-    for word in 'red blue white yellow rose iris daisy sky meadow under a the in'.split():
+    for word in [
+        'red',
+        'blue',
+        'white',
+        'yellow',
+        'rose',
+        'iris',
+        'daisy',
+        'sky',
+        'meadow',
+        'under',
+        'a',
+        'the',
+        'in',
+    ]:
         parts = [*word[:-1], word[-1] + '</w>']
         while len(parts) > 1:
             if (m := tuple(parts[:2])) not in merges:
@@ -27,10 +43,13 @@ def tiny_tokenizer(length=16):
 
 def tiny_model(folder, size=32):
     "Write a pipeline that draws `size` pixels; different words give different pictures."
-    import tempfile, torch
+    import tempfile
+
+    import torch
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
-    from flowerdiff.models.components import TextEncoder, save_components, save_pipeline
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from flowerdiff.models.components import TextEncoder, save_components, save_pipeline
 
     torch.manual_seed(0)
     tok = tiny_tokenizer()
@@ -192,7 +211,31 @@ def tiny_stable_diffusion(folder, clip, size=64):
     return Path(folder)
 
 
-WORDS = 'a the flower flowers pink yellow red white petals leaves green with in of and close up sky meadow grass bee stem bud'.split()
+WORDS = [
+    'a',
+    'the',
+    'flower',
+    'flowers',
+    'pink',
+    'yellow',
+    'red',
+    'white',
+    'petals',
+    'leaves',
+    'green',
+    'with',
+    'in',
+    'of',
+    'and',
+    'close',
+    'up',
+    'sky',
+    'meadow',
+    'grass',
+    'bee',
+    'stem',
+    'bud',
+]
 
 
 def tiny_florence(folder, side=64, seed=0):

@@ -1,10 +1,19 @@
 "The training process for tests, forked from a server that has the heavy imports behind it: a start takes a tenth of a second. It can be made to suffer: see `suffer`."
 
-import ctypes, errno, json, multiprocessing, os, resource, signal, socket, sys
+import ctypes
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
 from pathlib import Path
-import accelerate, deepspeed, diffusers, transformers
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
-import flowerdiff.training.checkpoints, flowerdiff.models.components, flowerdiff.stages.train
+
+import flowerdiff.models.components
+import flowerdiff.stages.train
+import flowerdiff.training.checkpoints
 
 
 def go(root, folder, fault, env):
@@ -29,9 +38,8 @@ def some_steps(root, folder, upto, env):
     "Train to a step as one of the ranks, save a checkpoint, and write down what this rank saw and held."
     os.environ.update(env)
     import flowerdiff.training.trainer as trainer
-    from flowerdiff.data.batches import load_split
-    from flowerdiff.training.accelerator import optimizer_tensors
     from flowerdiff.core.workspace import open_workspace
+    from flowerdiff.data.batches import load_split
 
     make, pictures = trainer.make_batch, []
 

@@ -6,13 +6,20 @@
 __all__ = ['contestants', 'wilson', 'tally', 'in_words', 'read_tally', 'pair_html', 'decision', 'questions', 'Blind']
 
 # %% ../../nbs/apps/04_blind_test.ipynb #2e3e710e
-import html, json, math, random, threading, time
+import html
+import json
+import math
+import random
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
+
 import ipywidgets as w
 from fastcore.basics import patch
-from .widgets import Easel, classed, data_url, note, row, shot
+
 from .session import MODELS, SCHEDULERS, Painter, Wish, to_png
+from .widgets import Easel, classed, data_url, note, row, shot
 
 # %% ../../nbs/apps/04_blind_test.ipynb #79fafcb9
 def contestants(choices: dict) -> dict:  # from `Painter.choices`; name -> fields of a `Wish`

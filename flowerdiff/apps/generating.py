@@ -7,12 +7,25 @@ __all__ = ['BEAT', 'LAST', 'wish_of', 'Job', 'Refused', 'rehearse', 'Desk', 'unr
            'end_with_parent', 'listen', 'main', 'Keeper']
 
 # %% ../../nbs/apps/06_generating.ipynb #568ac9e9
-import asyncio, base64, io, json, logging, os, shutil, subprocess, sys, tempfile, threading, time, warnings
+import asyncio
+import base64
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Callable
+
 from fastcore.basics import patch
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
@@ -20,7 +33,7 @@ from tornado.netutil import bind_unix_socket
 from tornado.web import Application, RequestHandler
 
 from .session import Painter, Wish, friendly, models, strip_steps, to_png
-from ..core.workspace import UserError
+from ..core.schema import UserError
 
 # %% ../../nbs/apps/06_generating.ipynb #cf1f1086
 def wish_of(
@@ -108,7 +121,7 @@ class Desk:
             ]
         except OSError:
             stamp = []
-        if not self.painter or stamp and stamp != self.stamp:
+        if not self.painter or (stamp and stamp != self.stamp):
             self.stamp, self.painter = stamp, self.open()
             self.painter.kept, self.warm = self.models, self.thread.submit(rehearse, self.painter)
 

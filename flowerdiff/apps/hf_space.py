@@ -9,27 +9,27 @@ __all__ = ['NEEDS', 'CUDA', 'BASE', 'MARK', 'DOCKERFILE', 'README', 'PRIVATE', '
            'start', 'push_space']
 
 # %% ../../nbs/apps/10_hf_space.ipynb #ea716d12
-import json, math, os, re, shutil, sys, tempfile
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from .. import __version__
+from .studio import examples
+from ..core.schema import UserError
+from ..core.workspace import atomic_dir, open_workspace, read_json, write_json, write_jsonl
 from ..services.hub_cache import HUB_ID, snapshot
 from ..services.model_repo import hub_name, no_token, publish_hub
 from ..services.store import list_files
-from .studio import examples
-from flowerdiff.core.workspace import (
-    UserError,
-    atomic_dir,
-    bytes_text,
-    open_workspace,
-    read_json,
-    write_json,
-    write_jsonl,
-)
 
 # %% ../../nbs/apps/10_hf_space.ipynb #da5a49c2
 @dataclass
@@ -115,7 +115,26 @@ def memory_for(weights: float) -> int:  # GB in which ten visitors have room; a 
     return next((gb for gb in (3, 8, 16) if visitors(weights, gb) >= 10), 16)
 
 # %% ../../nbs/apps/10_hf_space.ipynb #65a61a6d
-NEEDS = 'torch diffusers transformers safetensors tokenizers huggingface_hub onnxruntime ipywidgets ipykernel voila fastcore pydantic ruamel.yaml psutil tqdm numpy pillow packaging'.split()
+NEEDS = [
+    'torch',
+    'diffusers',
+    'transformers',
+    'safetensors',
+    'tokenizers',
+    'huggingface_hub',
+    'onnxruntime',
+    'ipywidgets',
+    'ipykernel',
+    'voila',
+    'fastcore',
+    'pydantic',
+    'ruamel.yaml',
+    'psutil',
+    'tqdm',
+    'numpy',
+    'pillow',
+    'packaging',
+]
 CUDA = re.compile(r'nvidia|cuda|triton')  # what PyTorch's other build brings
 
 
@@ -272,8 +291,10 @@ def check_space_folder(folder: Path):  # raises a UserError for a folder that so
         folder.is_dir()
         and (
             not any(folder.iterdir())
-            or (folder / 'Dockerfile').is_file()
-            and (folder / 'Dockerfile').read_text(encoding='utf-8').startswith(MARK)
+            or (
+                (folder / 'Dockerfile').is_file()
+                and (folder / 'Dockerfile').read_text(encoding='utf-8').startswith(MARK)
+            )
         )
     ):
         raise UserError(f'{folder}: is there already and is no Space of flowerdiff; give another one with -o')
@@ -282,7 +303,9 @@ def check_space_folder(folder: Path):  # raises a UserError for a folder that so
 def make_space(
     where: str | Path,  # a workspace that was published, or org/name@commit
     folder: str | Path = 'space',  # made, or made anew
-    wheel: str | Path = None,  # of a flowerdiff that the package index does not have; travels in the Space
+    wheel: str
+    | Path
+    | None = None,  # of a flowerdiff that the package index does not have; travels in the Space
 ) -> Path:
     "Write the folder of a Space. It can be run (`python start.py`) and pushed."
     s, folder, wheel = source(where), Path(folder).absolute(), Path(wheel) if wheel else None
@@ -359,7 +382,7 @@ def start(
     name: str,  # that the page shows
     host: str = '127.0.0.1',  # 0.0.0.0 lets other machines in
     port: int = 7860,
-    memory: float = None,  # GB for everything together; None: room for ten visitors, see `memory_for`
+    memory: float | None = None,  # GB for everything together; None: room for ten visitors, see `memory_for`
 ):
     "What start.py does: get the model, serve the studio until it is stopped."
     from flowerdiff.apps.serving import serve

@@ -6,15 +6,23 @@
 __all__ = ['SOCKET', 'VISITOR', 'STOPPED', 'Place', 'Seen', 'Cancelled', 'Line', 'about', 'RemotePainter']
 
 # %% ../../nbs/apps/07_remote.ipynb #561d9729
-import base64, io, json, os, socket, threading, time, uuid
+import base64
+import io
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Callable
+
 from fastcore.basics import patch
 
 from .session import Painter, Wish, find_model
-from ..core.workspace import UserError
+from ..core.schema import UserError
 
 # %% ../../nbs/apps/07_remote.ipynb #0256cab0
 @dataclass

@@ -7,11 +7,15 @@ __all__ = ['LARGEST', 'HEADER', 'SPOKEN', 'app_notebook', 'free_port', 'Visitors
            'is_message', 'Channel', 'Goodbye', 'Health', 'Server', 'settings', 'configured', 'serve']
 
 # %% ../../nbs/apps/09_serving.ipynb #8bc1b241
-import asyncio, json, os, resource
-from datetime import datetime, timezone
-from ipaddress import ip_address, ip_network
+import asyncio
+import json
+import os
+import resource
+from datetime import datetime
 from importlib.resources import files
+from ipaddress import ip_address, ip_network
 from pathlib import Path
+
 from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from tornado.ioloop import IOLoop, PeriodicCallback
@@ -24,10 +28,11 @@ from voila.tornado.handler import TornadoVoilaHandler
 from voila.tornado.kernel_websocket_handler import VoilaKernelWebsocketHandler
 
 from .generating import Keeper
-from .session import find_model
 from .remote import SOCKET, VISITOR, about
-from .studio import ENV, note, style
-from ..core.workspace import UserError
+from .session import find_model
+from .studio import ENV
+from .widgets import note, style
+from ..core.schema import UserError
 
 # %% ../../nbs/apps/09_serving.ipynb #6eac3e0a
 def app_notebook() -> Path:  # what Voila serves
@@ -92,7 +97,7 @@ class Visitors(AsyncMappingKernelManager):
 
     async def _another_leaves(self) -> bool:  # of those that may, the one that was quiet for longest
         quiet = {
-            k: (datetime.now(timezone.utc) - kernel.last_activity).total_seconds()
+            k: (datetime.now(UTC) - kernel.last_activity).total_seconds()
             for k, kernel in self._kernels.items()
             if hasattr(kernel, 'last_activity')
         }

@@ -7,14 +7,19 @@ __all__ = ['LIMITS', 'BACKENDS', 'SCHEDULERS', 'MODELS', 'Wish', 'find_model', '
            'models', 'friendly', 'Painter', 'to_png', 'file_name']
 
 # %% ../../nbs/apps/01_session.ipynb #60f9b4f1
-import glob, io, json, re, threading
+import glob
+import io
+import json
+import re
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable
+
 from fastcore.basics import patch
 
-from ..core.workspace import UserError
+from ..core.schema import UserError
 
 # %% ../../nbs/apps/01_session.ipynb #7c49c9e5
 LIMITS = dict(

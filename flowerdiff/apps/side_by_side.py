@@ -6,10 +6,14 @@
 __all__ = ['differences', 'Sides']
 
 # %% ../../nbs/apps/03_side_by_side.ipynb #8bec2dc6
-import html, random
-import ipywidgets as w
+import html
+import random
 from dataclasses import asdict
+
+import ipywidgets as w
 from fastcore.basics import patch
+
+from .session import Painter, Wish, to_png
 from flowerdiff.apps.widgets import (
     Dials,
     Easel,
@@ -22,7 +26,6 @@ from flowerdiff.apps.widgets import (
     note,
     row,
 )
-from .session import Painter, Wish, to_png
 
 # %% ../../nbs/apps/03_side_by_side.ipynb #c8446105
 def differences(left: Wish, right: Wish) -> str:

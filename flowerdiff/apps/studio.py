@@ -6,12 +6,21 @@
 __all__ = ['EXAMPLES', 'TABS', 'ENV', 'examples', 'make_controls', 'model_size', 'head', 'no_model', 'Studio', 'Tabs', 'show']
 
 # %% ../../nbs/apps/08_studio.ipynb #d7ff65d8
-import html, json, os, random, threading
+import html
+import json
+import os
+import random
+import threading
 from dataclasses import asdict
 from pathlib import Path
+
 import ipywidgets as w
 from fastcore.basics import patch
+
 from .blind_test import Blind
+from .run_browser import Explore
+from .session import LIMITS, Painter, Wish, find_model, to_png
+from .side_by_side import Sides
 from flowerdiff.apps.widgets import (
     SLIDE,
     Dials,
@@ -27,9 +36,6 @@ from flowerdiff.apps.widgets import (
     row,
     style,
 )
-from .run_browser import Explore
-from .session import LIMITS, Painter, Wish, find_model, to_png
-from .side_by_side import Sides
 
 # %% ../../nbs/apps/08_studio.ipynb #72d87921
 EXAMPLES = [

@@ -7,13 +7,19 @@ __all__ = ['FLOWER', 'SLIDE', 'data_url', 'shot', 'figure', 'download_link', 'jp
            'note', 'classed', 'row', 'close', 'Pick', 'Dials', 'Easel', 'ask_for', 'asked']
 
 # %% ../../nbs/apps/02_widgets.ipynb #1973a577
-import base64, html, io, threading, time
+import base64
+import html
+import io
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
-from typing import Callable
+
 import ipywidgets as w
 from fastcore.basics import patch
-from .session import LIMITS, Painter, Wish, file_name, friendly, strip_steps, to_png
+
+from .session import Painter, Wish, file_name, friendly, strip_steps, to_png
 
 # %% ../../nbs/apps/02_widgets.ipynb #b449944d
 def data_url(data: bytes, kind: str = 'image/png') -> str:
@@ -246,7 +252,7 @@ def _step(
         step.step in strip_steps(step.steps, wish.strip),
         now - self.told > 0.12 or step.step == step.steps,
     )
-    small = step.preview(96) if kept or told and not self.quiet else []
+    small = step.preview(96) if kept or (told and not self.quiet) else []
     if kept:
         self.strip.append(small)
     if told:

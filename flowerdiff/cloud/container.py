@@ -6,12 +6,20 @@
 __all__ = ['EVENT', 'lay_out', 'relay', 'deliver', 'prepare', 'fail', 'main']
 
 # %% ../../nbs/cloud/02_container.ipynb #9f7a6115
-import json, os, shutil, sys, threading, time
+import json
+import os
+import shutil
+import sys
+import threading
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+from ..core.fingerprints import file_sha256
+from ..core.schema import UserError
+from ..core.workspace import read_json, write_json
 from ..services.store import make_manifest, object_key
 from ..services.tracking import read_events
-from ..core.workspace import UserError, file_sha256, read_json, write_json
 
 # %% ../../nbs/cloud/02_container.ipynb #ce8a206c
 def lay_out(

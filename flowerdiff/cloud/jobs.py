@@ -8,12 +8,19 @@ __all__ = ['GROUP', 'ENDED', 'Logs', 'Story', 'watch_job', 'why_ended', 'unpack'
            'offer_to_stop']
 
 # %% ../../nbs/cloud/03_jobs.ipynb #b3ce5ac6
-import errno, json, os, shutil, subprocess, sys, tarfile, tempfile, time, zlib
+import errno
+import json
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import zlib
 from collections import deque
 from pathlib import Path
-from ..services.s3 import S3Store
+
 from .container import EVENT
-from ..services.processes import only_one
 from flowerdiff.cloud.sagemaker import (
     amazon_errors,
     aws_session,
@@ -23,18 +30,20 @@ from flowerdiff.cloud.sagemaker import (
     price,
     start_job,
 )
-from ..services.store import open_store
-from ..services.tracking import ENDS, log_event, read_events, start_follower
+from ..core.fingerprints import file_sha256
+from ..core.schema import UserError
 from flowerdiff.core.workspace import (
-    UserError,
     Workspace,
     atomic_dir,
     disk_errors,
-    file_sha256,
     open_workspace,
     read_json,
     write_json,
 )
+from ..services.processes import only_one
+from ..services.s3 import S3Store
+from ..services.store import open_store
+from ..services.tracking import ENDS, log_event, read_events, start_follower
 
 # %% ../../nbs/cloud/03_jobs.ipynb #d4aa90a1
 GROUP = '/aws/sagemaker/TrainingJobs'  # where SageMaker puts the streams
@@ -332,8 +341,7 @@ def has_model(store: S3Store, job: dict) -> bool:  # is it still in the bucket?
 def _lasts(store: S3Store, job: dict | None) -> bool:  # does it run, or has a model to fetch?
     return bool(job) and (
         job['TrainingJobStatus'] in ('InProgress', 'Stopping')
-        or job['TrainingJobStatus'] == 'Completed'
-        and has_model(store, job)
+        or (job['TrainingJobStatus'] == 'Completed' and has_model(store, job))
     )
 
 

@@ -7,14 +7,21 @@ __all__ = ['PACKAGES', 'START', 'IMAGE', 'explain', 'amazon_errors', 'aws_sessio
            'price', 'cost_text', 'job_tag', 'find_job', 'send_data', 'make_code', 'start_job', 'check_ready']
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #fa65c0dc
-import json, os, re, shutil, tempfile
+import json
+import os
+import re
+import shutil
+import tempfile
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from ..services.s3 import ADVICE, NoCredentials, S3Store, allow, plain_errors, policy
+
+from ..core.fingerprints import fingerprint
 from ..core.profiles import write_params
+from ..core.schema import UserError
+from ..core.workspace import Workspace, write_json
+from ..services.s3 import ADVICE, NoCredentials, S3Store, allow, plain_errors, policy
 from ..services.store import Hashes, object_key, open_store, push
-from ..core.workspace import UserError, Workspace, fingerprint, write_json
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #22b43013
 _UNKNOWN = 'the credentials are not valid; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY'
@@ -61,7 +68,8 @@ _NO_SDK = "train.where: sagemaker needs Amazon's SDK; pip install 'flowerdiff[sa
 
 def aws_session():  # a boto3.Session
     "Who we are at Amazon, and in which region. Raises `UserError` where one of both is not known."
-    import boto3, botocore.exceptions
+    import boto3
+    import botocore.exceptions
 
     try:
         session = boto3.Session()
@@ -179,7 +187,7 @@ def price(
 def cost_text(
     s,  # settings.sagemaker
     rate: float | None,  # dollars an hour
-    seconds: float = None,  # that were billed, of each machine; None: the most there can be
+    seconds: float | None = None,  # that were billed, of each machine; None: the most there can be
 ) -> str:
     "What a job may cost, or did."
     hours = s.instance_count * (s.max_hours if seconds is None else seconds / 3600)
@@ -244,7 +252,22 @@ def send_data(
     return files
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #464a65a8
-PACKAGES = 'diffusers transformers accelerate peft safetensors fastcore pydantic ruamel.yaml psutil pillow matplotlib tqdm boto3 scipy'.split()
+PACKAGES = [
+    'diffusers',
+    'transformers',
+    'accelerate',
+    'peft',
+    'safetensors',
+    'fastcore',
+    'pydantic',
+    'ruamel.yaml',
+    'psutil',
+    'pillow',
+    'matplotlib',
+    'tqdm',
+    'boto3',
+    'scipy',
+]
 START = (
     'import sys\nfrom flowerdiff.cloud.container import main\n\nif __name__ == "__main__": sys.exit(main())\n'
 )
@@ -311,6 +334,7 @@ def start_job(
 def _create(session, store: S3Store, tag: str, s, role: str, code: str) -> str:  # the job's name
     os.environ.setdefault('SAGEMAKER_VALIDATE_ROLE', 'false')
     import logging
+
     from sagemaker.core import image_uris
     from sagemaker.core.helper.session_helper import Session
     from sagemaker.core.training import configs as c

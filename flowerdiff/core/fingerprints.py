@@ -6,7 +6,10 @@
 __all__ = ['CARRIERS', 'fingerprint', 'file_sha256', 'code_fingerprint', 'warn_if_stale']
 
 # %% ../../nbs/core/06_fingerprints.ipynb #a806f2ba
-import ast, contextlib, hashlib, json
+import ast
+import contextlib
+import hashlib
+import json
 from pathlib import Path
 
 # %% ../../nbs/core/06_fingerprints.ipynb #ed86d98a
@@ -85,7 +88,7 @@ def code_fingerprint(
     while todo:
         m = todo.pop()
         path = root.joinpath(*m.split('.')[1:]).with_suffix('.py')
-        if m in out or m in CARRIERS and m != module or not path.is_file() or m == 'flowerdiff':
+        if m in out or (m in CARRIERS and m != module) or not path.is_file() or m == 'flowerdiff':
             continue
         source = path.read_text(encoding='utf-8')
         out[m] = fingerprint(_bare(source))[:16]

@@ -6,12 +6,16 @@
 __all__ = ['load_settings', 'parse_overrides', 'profiles', 'load_profile', 'write_params']
 
 # %% ../../nbs/core/05_profiles.ipynb #2e57182c
-import io, os, re
+import io
+import os
+import re
 from pathlib import Path
+
 from pydantic import ValidationError
+
 from .schema import Section, UserError
-from .settings import Settings
 from .setting_errors import _explain, _keys, _unknown
+from .settings import Settings
 
 # %% ../../nbs/core/05_profiles.ipynb #57979177
 def _yaml():

@@ -9,6 +9,7 @@ __all__ = ['Count', 'Share', 'Rate', 'Pinned', 'UserError', 'Section', 'pinned']
 import re
 from pathlib import Path
 from typing import Annotated
+
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 # %% ../../nbs/core/01_schema.ipynb #440831fb

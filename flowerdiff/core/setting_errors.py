@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/core/04_setting_errors.ipynb #278687f2
 import difflib
+
 from pydantic import ValidationError
+
 from .schema import Section
 from .settings import Settings
 
@@ -62,7 +64,7 @@ def _unknown(key: str) -> str:  # told of a key that is no setting
     if near:
         return f'{key} is not a setting; did you mean {near[0]}?'
     known = (
-        [k for k in Settings.model_fields]
+        list(Settings.model_fields)
         if section not in Settings.model_fields
         else list(Settings.model_fields[section].annotation.model_fields)
     )

@@ -8,9 +8,11 @@ __all__ = ['Components', 'Prepare', 'Caption', 'Encode', 'Upload', 'Promote', 'E
 
 # %% ../../nbs/core/03_settings.ipynb #9c8d01fd
 from typing import Annotated, Literal
+
 from pydantic import Field, ValidationError, model_validator
-from .train_settings import Sagemaker, Train
+
 from .schema import Count, Pinned, Rate, Section, Share
+from .train_settings import Sagemaker, Train
 
 # %% ../../nbs/core/03_settings.ipynb #6813276a
 class Components(Section):

@@ -7,7 +7,9 @@ __all__ = ['Train', 'Sagemaker']
 
 # %% ../../nbs/core/02_train_settings.ipynb #d42db403
 from typing import Annotated, Literal
+
 from pydantic import Field, ValidationError, model_validator
+
 from .schema import Count, Pinned, Rate, Section, Share
 
 # %% ../../nbs/core/02_train_settings.ipynb #c13e5216

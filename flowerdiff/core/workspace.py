@@ -8,12 +8,23 @@ __all__ = ['STAGES', 'DEMO', 'atomic_write', 'atomic_dir', 'write_json', 'read_j
            'demo_workspace']
 
 # %% ../../nbs/core/07_workspace.ipynb #cf0e4a5b
-import contextlib, errno, functools, json, os, shutil, sys, tempfile, time
+import contextlib
+import errno
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from .profiles import Settings, UserError, load_profile, load_settings, write_params
-from .fingerprints import code_fingerprint, file_sha256, fingerprint, warn_if_stale
+
+from .fingerprints import code_fingerprint, fingerprint
+from .profiles import load_profile, load_settings, write_params
+from .schema import UserError
+from .settings import Settings
 
 # %% ../../nbs/core/07_workspace.ipynb #67ed3e99
 def _beside(path: Path) -> Path:
@@ -184,7 +195,7 @@ _PLACES = {
 # %% ../../nbs/core/07_workspace.ipynb #595c07d1
 def open_workspace(
     root: str | Path,  # the folder, made when it is not there
-    profile: str = None,  # the profile of a new one; None: 'garden', or what an old one has
+    profile: str | None = None,  # the profile of a new one; None: 'garden', or what an old one has
     overrides=None,  # settings to change, see `flowerdiff.core.profiles.parse_overrides`
 ) -> Workspace:
     "The workspace at `root`. Raises `UserError` for wrong settings, for another profile's workspace, and where nothing can be written."
@@ -269,7 +280,7 @@ def out_of_memory(
 # %% ../../nbs/core/07_workspace.ipynb #345de029
 def progress(
     iterable,  # what to go through
-    total: int = None,  # how many there are; None: its length
+    total: int | None = None,  # how many there are; None: its length
     label: str = '',  # what is being done
     every: float = 20.0,  # seconds between lines in a log
 ):
@@ -305,8 +316,8 @@ def stage(
         @functools.wraps(f)
         def run(
             workspace: str = '.',  # the folder
-            profile: str = None,  # settings to begin with, where the workspace is new
-            overrides: list | dict = None,  # settings to change, such as 'train.lr=1e-3'
+            profile: str | None = None,  # settings to begin with, where the workspace is new
+            overrides: list | dict | None = None,  # settings to change, such as 'train.lr=1e-3'
         ):
             ws = open_workspace(workspace, profile, overrides)
             start = time.time()
@@ -362,7 +373,7 @@ DEMO = {
 
 def demo_workspace(
     upto: str = 'prepare',  # the last stage to have run
-    copy_to: Path = None,  # a folder to get a copy of your own; None: the shared one, to read only
+    copy_to: Path | None = None,  # a folder to get a copy of your own; None: the shared one, to read only
 ) -> Workspace:
     "A miniature garden's workspace, cached by settings and code."
     import importlib

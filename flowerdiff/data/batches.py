@@ -11,7 +11,9 @@ __all__ = ['ORDER', 'DRAW', 'JUDGE', 'FIRST', 'WINDOW', 'chance', 'epoch_order',
 import bisect
 from dataclasses import dataclass
 from functools import lru_cache
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import Tensor
 
 # %% ../../nbs/data/10_batches.ipynb #d072a29a
@@ -226,8 +228,8 @@ def load_split(
     split: str,  # train, val or test
 ) -> Split:
     "Read a split of the encoded pictures into memory."
-    from flowerdiff.data.shards import Shards, all_sets
     from flowerdiff.core.workspace import read_json
+    from flowerdiff.data.shards import Shards, all_sets
 
     tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a))
     sets, texts = (
@@ -280,7 +282,7 @@ class Batch:
     ) -> list:  # of at most n batches, none empty, as even as can be
         "The batch cut into slices."
         cuts = np.linspace(0, len(self), min(n, len(self)) + 1).astype(int)
-        return [Batch(**{k: v[a:b] for k, v in vars(self).items()}) for a, b in zip(cuts, cuts[1:])]
+        return [Batch(**{k: v[a:b] for k, v in vars(self).items()}) for a, b in itertools.pairwise(cuts)]
 
 # %% ../../nbs/data/10_batches.ipynb #b75ef363
 def make_batch(

@@ -106,7 +106,7 @@ def renamed(text: str, m: re.Match, name: str) -> str:
     a = max((i for i, w in enumerate(words) if w.lower() in ('a', 'an')), default=None)
     if a is not None and not {'of', 'with', 'in', 'on'} & set(words[a + 1 :]) and not m['many']:
         words[a : a + 1] = (
-            [] if is_plural(name) else ['an' if (words + [name])[a + 1][0].lower() in 'aeiou' else 'a']
+            [] if is_plural(name) else ['an' if ([*words, name])[a + 1][0].lower() in 'aeiou' else 'a']
         )
     return ' '.join([*words, name]) + text[m.end() :]
 

@@ -6,24 +6,21 @@
 __all__ = ['largest_first', 'read_journals', 'Fitting', 'describe_share', 'work', 'describe_together', 'describe_pictures']
 
 # %% ../../nbs/data/09_captioning.ipynb #9ec5a93a
-import itertools, sys, time
+import itertools
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
 import torch
-from ..models.components import component_fingerprint, find_component
+
+from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
+from ..core.schema import UserError
+from ..core.workspace import Workspace, open_workspace, out_of_memory, progress
 from .encoding import read_ahead
+from ..models.components import component_fingerprint, find_component
 from ..models.florence import open_florence
 from ..services.launcher import Journal, all_events, as_rank, together
-from flowerdiff.core.workspace import (
-    UserError,
-    Workspace,
-    code_fingerprint,
-    file_sha256,
-    fingerprint,
-    open_workspace,
-    out_of_memory,
-    progress,
-)
 
 # %% ../../nbs/data/09_captioning.ipynb #3c732d9d
 def largest_first(

@@ -7,11 +7,14 @@ __all__ = ['FLOWERS', 'CELEBA', 'VGG', 'DATASETS', 'Dataset', 'oxford102_rows', 
            'find_files', 'lay_out']
 
 # %% ../../nbs/data/03_datasets.ipynb #1697781b
-import json, os
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+
+from ..core.schema import UserError
 from ..services.downloads import NETWORK, File, check_room, fetch, unpack
-from ..core.workspace import UserError
 
 # %% ../../nbs/data/03_datasets.ipynb #db5d3d27
 class Dataset(NamedTuple):
@@ -75,9 +78,48 @@ def oxford102_rows(
         yield f'image_{i:05}.jpg', dict(label=FLOWERS[label - 1], official_split=splits[i])
 
 # %% ../../nbs/data/03_datasets.ipynb #a7310f40
-CELEBA = """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin
-Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks
-Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young""".split()  # of every face, 1 or -1
+CELEBA = [
+    '5_o_Clock_Shadow',
+    'Arched_Eyebrows',
+    'Attractive',
+    'Bags_Under_Eyes',
+    'Bald',
+    'Bangs',
+    'Big_Lips',
+    'Big_Nose',
+    'Black_Hair',
+    'Blond_Hair',
+    'Blurry',
+    'Brown_Hair',
+    'Bushy_Eyebrows',
+    'Chubby',
+    'Double_Chin',
+    'Eyeglasses',
+    'Goatee',
+    'Gray_Hair',
+    'Heavy_Makeup',
+    'High_Cheekbones',
+    'Male',
+    'Mouth_Slightly_Open',
+    'Mustache',
+    'Narrow_Eyes',
+    'No_Beard',
+    'Oval_Face',
+    'Pale_Skin',
+    'Pointy_Nose',
+    'Receding_Hairline',
+    'Rosy_Cheeks',
+    'Sideburns',
+    'Smiling',
+    'Straight_Hair',
+    'Wavy_Hair',
+    'Wearing_Earrings',
+    'Wearing_Hat',
+    'Wearing_Lipstick',
+    'Wearing_Necklace',
+    'Wearing_Necktie',
+    'Young',
+]  # of every face, 1 or -1
 
 
 def _lines(path: Path):  # -> (line number, its words)
@@ -234,7 +276,7 @@ def _place_pictures(d: Dataset, folder: Path, work: Path):  # into work/d.pictur
 def lay_out(
     name: str,  # one of DATASETS
     work: Path,  # a folder; a run that was killed goes on in it
-    given: Path = None,  # settings.prepare.files as a path; None: the cache, or the network
+    given: Path | None = None,  # settings.prepare.files as a path; None: the cache, or the network
 ) -> Path:  # `work`: pictures and metadata.jsonl
     "A data set as a folder of pictures that [the stage prepare](../stages/01_prepare.ipynb) reads. Raises `UserError` for files that are not there, not whole, or do not belong together."
     d, folder = DATASETS[name], find_files(name, given)

@@ -6,16 +6,20 @@
 __all__ = ['my_part', 'rank_folder', 'is_complete', 'encode_share', 'join', 'work', 'encode_together']
 
 # %% ../../nbs/data/08_distributed_encoding.ipynb #a04d7bb7
-import os, shutil, sys
+import os
+import shutil
+import sys
 from pathlib import Path
+
 import torch
 from torch import nn
-from ..models.components import load_autoencoder, save_part
-from .encoding import encode_pictures
-from ..services.processes import only_one
-from ..services.launcher import Journal, as_rank, together
-from .shards import Shards, finished, set_name, shard_path
+
 from ..core.workspace import Workspace, read_json, write_json
+from .encoding import encode_pictures
+from .shards import Shards, finished, set_name, shard_path
+from ..models.components import load_autoencoder, save_part
+from ..services.launcher import Journal, as_rank, together
+from ..services.processes import only_one
 
 # %% ../../nbs/data/08_distributed_encoding.ipynb #957a70fb
 def my_part(

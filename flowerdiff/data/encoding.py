@@ -9,12 +9,14 @@ __all__ = ['read_pictures', 'read_ahead', 'psnr', 'encode_batch', 'encode_pictur
 # %% ../../nbs/data/07_encoding.ipynb #fb7baae2
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..models.components import fast_bf16, TextEncoder, encode_moments, pil_to_tensor, scale_factor
+
+from ..core.schema import UserError
 from .shards import Shards, ShardWriter, set_name
-from ..core.workspace import UserError
+from ..models.components import TextEncoder, encode_moments, fast_bf16, pil_to_tensor, scale_factor
 
 # %% ../../nbs/data/07_encoding.ipynb #476f584c
 def read_pictures(

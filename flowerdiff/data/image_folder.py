@@ -8,13 +8,20 @@ __all__ = ['GENERIC', 'OFFICIAL', 'walk', 'Metadata', 'each_row', 'given_caption
            'held_out_squares', 'choose']
 
 # %% ../../nbs/data/02_image_folder.ipynb #9224a2c7
-import hashlib, json, os, stat, unicodedata
+import hashlib
+import json
+import os
+import stat
+import unicodedata
 from collections import deque
 from pathlib import Path
+
 import numpy as np
-from ..core.profiles import UserError
+
+from ..core.fingerprints import fingerprint
+from ..core.schema import UserError
+from ..core.workspace import progress
 from .images import in_order, look_alike, prepare_picture, shown
-from ..core.workspace import fingerprint, progress
 
 # %% ../../nbs/data/02_image_folder.ipynb #62c0ad24
 def walk(
@@ -143,9 +150,26 @@ def given_captions(
     return list(dict.fromkeys(t.strip() for t in c if isinstance(t, str) and t.strip()))
 
 
-GENERIC = set(
-    'train training val valid validation test images image imgs img pictures pics photos data dataset jpg jpeg png'.split()
-)
+GENERIC = {
+    'train',
+    'training',
+    'val',
+    'valid',
+    'validation',
+    'test',
+    'images',
+    'image',
+    'imgs',
+    'img',
+    'pictures',
+    'pics',
+    'photos',
+    'data',
+    'dataset',
+    'jpg',
+    'jpeg',
+    'png',
+}
 
 
 def label_of(
@@ -172,7 +196,7 @@ def hash_pairs(
     "Pairs of hashes that are almost the same; in a crowd of more than `reach` alike ones, some pairs are left out."
     h, pairs = np.asarray(hashes, np.uint64), set()
     edges = np.linspace(0, 64, bits + 2).astype(int)
-    for a, b in zip(edges, edges[1:]):
+    for a, b in itertools.pairwise(edges):
         part = (h >> np.uint64(a)) & np.uint64((1 << int(b - a)) - 1)
         order = np.lexsort((h, part))
         p, s = part[order], h[order]
@@ -302,10 +326,8 @@ def still_true(
                 row = json.loads(line)
             except ValueError:
                 break
-            if (
-                row['seal'] != _seal(source, name)
-                or 'file' in row
-                and not (rows.parent / row['file']).exists()
+            if row['seal'] != _seal(source, name) or (
+                'file' in row and not (rows.parent / row['file']).exists()
             ):
                 break
             n, at = n + 1, at + len(line)

@@ -7,15 +7,23 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'shown', 'BadPicture', 'to_rgb', 'upright', 
            'pixel_sha256', 'perceptual_hash', 'look_alike', 'in_order', 'prepare_picture']
 
 # %% ../../nbs/data/01_images.ipynb #b0acc548
-import hashlib, math, os, shutil, signal, sys, warnings
+import hashlib
+import math
+import os
+import shutil
+import signal
+import sys
+import warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from ..core.profiles import UserError
+
+from ..core.schema import UserError
 
 # %% ../../nbs/data/01_images.ipynb #1d6b01f8
 def shown(
@@ -30,7 +38,7 @@ class BadPicture(Exception):
     "Why a file can not be used, in words that follow its name."
 
 
-FORMATS = 'JPEG MPO PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000'.split()
+FORMATS = ['JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF', 'JPEG2000']
 MAX_PIXELS = 100_000_000  # more would take gigabytes to decode
 
 
@@ -202,7 +210,7 @@ def _worker():  # Ctrl-C is the parent's to handle; a worker does not outlive it
 def in_order(
     f,  # function of a module: f(item) -> result
     items,  # what to apply it to, read as needed
-    workers: int = None,  # processes; None: one a core; 1: here
+    workers: int | None = None,  # processes; None: one a core; 1: here
 ):  # -> results, in the order of `items`
     "Apply `f` in worker processes."
     workers = workers or (

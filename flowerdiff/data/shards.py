@@ -6,11 +6,15 @@
 __all__ = ['record_type', 'shard_path', 'finished', 'ShardWriter', 'Shards', 'set_name', 'all_sets']
 
 # %% ../../nbs/data/06_shards.ipynb #56e2f72e
-import hashlib, os
+import hashlib
+import os
 from pathlib import Path
+
 import numpy as np
 from fastcore.basics import patch
-from ..core.workspace import UserError, read_json, write_json
+
+from ..core.schema import UserError
+from ..core.workspace import read_json, write_json
 
 # %% ../../nbs/data/06_shards.ipynb #41265dda
 def record_type(

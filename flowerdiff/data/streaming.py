@@ -10,12 +10,15 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from fastcore.basics import patch
 from torch import Tensor
+
+from ..core.schema import UserError
 from .batches import ORDER, WINDOW, Split, batch_pictures, chance
 from .shards import Shards, shard_path
-from ..core.workspace import UserError
 
 # %% ../../nbs/data/11_streaming.ipynb #30477cd4
 @lru_cache(8)

@@ -7,7 +7,9 @@ __all__ = ['ATTRIBUTES', 'STREAMS', 'ENOUGH', 'Ask', 'garden_prompt', 'questions
 
 # %% ../../nbs/evaluation/03_eval_prompts.ipynb #e46398c2
 from dataclasses import dataclass, field
+
 import numpy as np
+
 from ..core.workspace import Workspace, progress, read_jsonl
 
 # %% ../../nbs/evaluation/03_eval_prompts.ipynb #dd97690b

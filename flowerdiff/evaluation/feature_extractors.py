@@ -8,15 +8,18 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'ClipFeatures', 'own_clip', 'resized', 'Scri
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #0a4be8e3
 from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from ..models.components import component_fingerprint
+
 from ..core.fingerprints import file_sha256
+from ..core.schema import UserError
+from ..core.workspace import read_json
 from .metrics import directions
+from ..models.components import component_fingerprint
 from ..models.model_folder import load_part, readable
 from ..models.perceptual import SqueezeNet
-from ..core.workspace import UserError, read_json
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #55c84f8a
 CLIP_MEAN, CLIP_STD = (

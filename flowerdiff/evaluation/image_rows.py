@@ -8,20 +8,22 @@ __all__ = ['GUIDANCES', 'STEPS', 'read_pictures', 'reconstruct', 'real_strip', '
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #2a27c1e9
 from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
+
+from ..core.workspace import read_jsonl
 from ..inference.attention_maps import attention_maps
-from ..inference.torch_backend import TorchBackend
 from ..inference.generator import Generator
 from ..inference.sampling_loop import to_pil
-from ..core.workspace import read_jsonl
+from ..inference.torch_backend import TorchBackend
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #1b524c46
 def read_pictures(
     folder: Path,  # a split
     n: int,  # at most
-    names: list = None,  # file names; None: the first n
+    names: list | None = None,  # file names; None: the first n
 ) -> list:  # of PIL.Image
     names = names or [r['file_name'] for r in read_jsonl(folder / 'metadata.jsonl')][:n]
     return [Image.open(folder / name).convert('RGB') for name in names]

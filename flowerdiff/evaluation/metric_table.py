@@ -7,7 +7,9 @@ __all__ = ['numbers', 'written', 'former', 'beside']
 
 # %% ../../nbs/evaluation/06_metric_table.ipynb #8fdd6c54
 from pathlib import Path
-from ..core.workspace import UserError, read_json
+
+from ..core.schema import UserError
+from ..core.workspace import read_json
 
 # %% ../../nbs/evaluation/06_metric_table.ipynb #e04801a3
 def numbers(

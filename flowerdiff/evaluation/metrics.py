@@ -10,8 +10,10 @@ __all__ = ['Estimate', 'bootstrap', 'share', 'cubic', 'mmd2', 'by_halves', 'mmd'
 # %% ../../nbs/evaluation/01_metrics.ipynb #a3d8fa37
 import math
 from dataclasses import dataclass
+
 import numpy as np
-from ..core.workspace import UserError
+
+from ..core.schema import UserError
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #7e52b31f
 @dataclass

@@ -7,11 +7,13 @@ __all__ = ['TERMS', 'CONTROLS', 'CROWDS', 'CARD_USE', 'CARD_QUALITY', 'CARD_ORIG
            'card_results', 'card_data', 'card_words', 'without_folder', 'how_made', 'make_card']
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #804e582f
-import os, re
+import os
+import re
 from pathlib import Path
+
+from ..core.workspace import Workspace, read_json
 from .eval_prompts import shown_how
 from .metric_table import numbers, written
-from ..core.workspace import Workspace, read_json
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #9fcf241a
 def on_the_hub(spec: str) -> str:  # its id there without the commit, '' when it is none
@@ -278,6 +280,7 @@ def make_card(
 ) -> str:  # README.md
     "The model card, header and page."
     from huggingface_hub import ModelCard
+
     from flowerdiff.models.model_folder import student_steps
 
     metrics = read_json(ws.report / 'metrics.json') if (ws.report / 'metrics.json').exists() else {}

@@ -7,7 +7,10 @@ __all__ = ['NAMES', 'CSS', 'PAGE', 'png', 'ticks', 'smooth', 'line_chart', 'bar'
            'headlines', 'adherence_section', 'render']
 
 # %% ../../nbs/evaluation/05_report.ipynb #eb724052
-import base64, html, io, math
+import base64
+import html
+import io
+import math
 
 # %% ../../nbs/evaluation/05_report.ipynb #ec07276e
 def png(
@@ -275,12 +278,12 @@ def render(
     subtitle: str = '',
     grid: list = (),  # of dicts: prompt, pictures
     headlines: list = (),  # of dicts: name, value, note
-    adherence: dict = None,  # note, rows (name, value, interval, bar, n), confusion, wrong
+    adherence: dict | None = None,  # note, rows (name, value, interval, bar, n), confusion, wrong
     strips: list = (),  # of dicts: title, note, columns, rows (label, pictures and, if they have some, their captions)
     tables: list = (),  # of dicts: title, note, columns, rows (lists of texts)
     chart: str = '',  # SVG of the curves
     chart_note: str = '',
-    details: dict = None,  # heading -> {name: value}
+    details: dict | None = None,  # heading -> {name: value}
     links: list = (),  # of dicts: name, href
 ) -> str:  # a whole HTML page
     "The report: nothing in it is fetched from elsewhere; whatever a person wrote is escaped."

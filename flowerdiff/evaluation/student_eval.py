@@ -7,11 +7,13 @@ __all__ = ['Marks', 'mark', 'kid_gain', 'Grade', 'grade', 'exam']
 
 # %% ../../nbs/evaluation/07_student_eval.ipynb #1d5f2dee
 from dataclasses import dataclass, field
+
 import numpy as np
+
+from ..core.workspace import Workspace, read_jsonl
+from .eval_prompts import draw_all, drawn_how, questions
 from .feature_extractors import own_clip
 from .metrics import Estimate, bootstrap, by_halves, clip_scores, cubic, directions, mmd2
-from .eval_prompts import draw_all, drawn_how, questions
-from ..core.workspace import Workspace, read_jsonl
 
 # %% ../../nbs/evaluation/07_student_eval.ipynb #4d628c8e
 @dataclass

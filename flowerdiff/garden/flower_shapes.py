@@ -8,9 +8,10 @@ __all__ = ['SPECIES', 'COLORS', 'LIGHT', 'HEADS', 'FACING', 'PETALS', 'mix', 'ou
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #0b52f4ff
 from functools import lru_cache
+
 import numpy as np
-from PIL import Image, ImageDraw
 from fastcore.basics import patch
+from PIL import Image, ImageDraw
 
 # %% ../../nbs/garden/01_flower_shapes.ipynb #82732afd
 SPECIES = (

@@ -10,9 +10,11 @@ __all__ = ['BACKGROUNDS', 'SIZES', 'SPIKES', 'GROUNDS', 'RADII', 'SPOTS', 'COLOR
 
 # %% ../../nbs/garden/02_garden.ipynb #66665e8e
 from functools import lru_cache
+
 import numpy as np
 from PIL import Image
-from .flower_shapes import Brush, COLORS, FACING, HEADS, PETALS, SPECIES, bezier, mix
+
+from .flower_shapes import COLORS, FACING, HEADS, PETALS, SPECIES, Brush, bezier, mix
 
 # %% ../../nbs/garden/02_garden.ipynb #0d7fb3b3
 BACKGROUNDS = ('meadow', 'blue sky', 'soil', 'studio', 'sunset')
@@ -150,7 +152,7 @@ def place(
         return [(0.5 + rng.uniform(-wander, wander), max(radius + 0.03, 0.45 + rng.uniform(-0.1, 0.1)))]
     flip = rng.random() < 0.5
     return [
-        (1 - x if flip else x, y) + rng.uniform(-0.035, 0.035, 2) for x, y in SPOTS[rng.integers(len(SPOTS))]
+        (1 - x if flip else x, y, *rng.uniform(-0.035, 0.035, 2)) for x, y in SPOTS[rng.integers(len(SPOTS))]
     ]
 
 # %% ../../nbs/garden/02_garden.ipynb #6ecf1c9f

@@ -6,17 +6,21 @@
 __all__ = ['MARKS', 'words_of', 'Recorder', 'recording', 'token_maps', 'heat', 'Attention', 'attention_maps']
 
 # %% ../../nbs/inference/08_attention_maps.ipynb #e87624ea
-import math, re, string
+import math
+import re
+import string
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from .torch_backend import Backend, left_out
+
+from ..core.schema import UserError
 from .generator import Generator, check_prompts, latent_shape
-from ..core.workspace import UserError
+from .torch_backend import Backend, left_out
 
 # %% ../../nbs/inference/08_attention_maps.ipynb #38be9bdc
 MARKS = re.escape(string.punctuation + '…–—“”„‘’«»¿¡')
@@ -133,7 +137,7 @@ class Attention:
 
         n = len(self.words) + 1
         columns = min(columns, n)
-        fig, axes = plt.subplots(
+        _fig, axes = plt.subplots(
             math.ceil(n / columns),
             columns,
             figsize=(1.2 * columns, 1.4 * math.ceil(n / columns)),

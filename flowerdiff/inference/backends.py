@@ -8,12 +8,14 @@ __all__ = ['BACKENDS', 'EXACT', 'onnx_beside', 'fastest', 'automatic', 'why_not'
 # %% ../../nbs/inference/06_backends.ipynb #58a1da95
 from functools import partial
 from pathlib import Path
-from ..models.components import why_not_compile
-from .tensorrt import TensorRtBackend, cuda_device, why_not_tensorrt
-from ..models.model_folder import find_model, weights_fingerprint
-from .torch_backend import Backend, TorchBackend
+
+from ..core.schema import UserError
+from ..core.workspace import read_json
 from .onnx_openvino import OnnxBackend, OpenVinoBackend, why_not_openvino
-from ..core.workspace import UserError, read_json
+from .tensorrt import TensorRtBackend, cuda_device, why_not_tensorrt
+from .torch_backend import Backend, TorchBackend
+from ..models.components import why_not_compile
+from ..models.model_folder import find_model, weights_fingerprint
 
 # %% ../../nbs/inference/06_backends.ipynb #8a1d62c5
 def onnx_beside(

@@ -7,13 +7,20 @@ __all__ = ['race', 'network_parts', 'overhead', 'peak_so_far', 'peak_memory', 'o
            'plot', 'bench_to']
 
 # %% ../../nbs/inference/09_benchmark.ipynb #ab09b414
-import itertools, resource, subprocess, sys, time
+import itertools
+import resource
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 import torch
+
+from ..core.schema import UserError
+from ..core.workspace import write_json
 from .backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_not
-from ..models.model_folder import find_model
 from .generator import Generator
-from ..core.workspace import UserError, write_json
+from ..models.model_folder import find_model
 
 # %% ../../nbs/inference/09_benchmark.ipynb #e1b4e425
 def race(

@@ -8,14 +8,17 @@ __all__ = ['MAX_PIXELS', 'MAX_PROMPT', 'MAX_PICTURES', 'check_number', 'check_pr
 
 # %% ../../nbs/inference/07_generator.ipynb #35d0ca56
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+
+from ..core.schema import UserError
+from ..core.workspace import out_of_memory
 from .sampling_loop import Step, fit_preview, generators, make_scheduler, sample, to_pil
-from ..core.workspace import UserError, out_of_memory
 
 # %% ../../nbs/inference/07_generator.ipynb #6bac3ae2
 MAX_PIXELS, MAX_PROMPT, MAX_PICTURES = 2048, 20_000, 10_000
@@ -58,7 +61,9 @@ def check_prompts(
             raise UserError(
                 f'{name}: has {len(p):,} characters; {MAX_PROMPT:,} are the most, and a few dozen words do'
             )
-        if any(ord(c) < 32 and c not in '\t\n\r' or ord(c) == 0xFFFD or 0xD800 <= ord(c) < 0xE000 for c in p):
+        if any(
+            (ord(c) < 32 and c not in '\t\n\r') or ord(c) == 0xFFFD or 0xD800 <= ord(c) < 0xE000 for c in p
+        ):
             raise UserError(f'{name}: holds bytes that are not text')
     return prompts
 

@@ -9,12 +9,14 @@ __all__ = ['onnx_session', 'split_onnx', 'read_graph', 'unet_sessions', 'variant
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #f67650ec
 import threading
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
-from ..models.model_folder import readable
+
+from ..core.schema import UserError
 from .torch_backend import Backend
-from ..core.workspace import UserError
+from ..models.model_folder import readable
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #010290b0
 def onnx_session(

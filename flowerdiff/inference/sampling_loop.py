@@ -7,13 +7,16 @@ __all__ = ['SCHEDULERS', 'FLOWING', 'generators', 'starting_noise', 'make_schedu
            'preview', 'to_pil', 'Cancelled', 'Step', 'sample']
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #ff061eb2
-import inspect, math
+import inspect
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
+
 import torch
 from torch import Tensor
+
+from ..core.schema import UserError
 from ..models.diffusion import noise_levels
-from ..core.workspace import UserError
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #179fbc47
 def generators(

@@ -7,16 +7,23 @@ __all__ = ['FLAVOURS', 'TYPES', 'load_package', 'package', 'gpu', 'cuda_device',
            'engine_difference', 'find_engines', 'why_not_tensorrt', 'TensorRtBackend']
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #3b0ecd84
-import functools, importlib, shutil, subprocess, threading
+import functools
+import importlib
+import shutil
+import subprocess
+import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .torch_backend import Backend
+
+from ..core.schema import UserError
+from ..core.workspace import atomic_write, read_json
 from .onnx_openvino import onnx_session
-from ..core.workspace import UserError, atomic_write, read_json
+from .torch_backend import Backend
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #d1b1dc9e
 FLAVOURS = dict(auto=('tensorrt', 'tensorrt_rtx'), classic=('tensorrt',), rtx=('tensorrt_rtx',))

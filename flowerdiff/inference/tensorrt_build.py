@@ -7,16 +7,22 @@ __all__ = ['CLOSE', 'why_not_build', 'engine_key', 'profile_shapes', 'to_brain',
            'build_engine', 'graph_fingerprint', 'weights_of', 'refit_engine', 'make_part', 'make_engines']
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #66b01443
-import hashlib, shutil, tempfile, time
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Callable
+
 import numpy as np
 import torch
-from .tensorrt import Engine, engine_difference, trt_log, trt_words
+
 from ..core.fingerprints import file_sha256, fingerprint
+from ..core.schema import UserError
+from ..core.workspace import progress, read_json
+from .tensorrt import Engine, engine_difference, trt_log, trt_words
 from ..models.model_folder import readable
-from ..core.workspace import UserError, progress, read_json
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #5d64319f
 def why_not_build(
@@ -165,7 +171,7 @@ def build_engine(
     cache: Path | None = None,  # file of the timing cache
 ) -> bytes:
     "Compile one ONNX file; raises a UserError with TensorRT's own words."
-    builder, network, parser = read_network(trt, path)
+    builder, network, _parser = read_network(trt, path)
     config = builder.create_builder_config()
     config.add_optimization_profile(shape_profile(builder, network, shapes))
     if refit:

@@ -6,12 +6,17 @@
 __all__ = ['left_out', 'Backend', 'readers', 'TorchBackend']
 
 # %% ../../nbs/inference/02_torch_backend.ipynb #f8e4e459
-import threading, warnings
+import threading
+import warnings
 from collections import OrderedDict
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..core.schema import UserError
+from ..core.workspace import read_json
 from ..models.components import opening, why_not_compile
 from flowerdiff.models.model_folder import (
     PIPELINES,
@@ -21,7 +26,6 @@ from flowerdiff.models.model_folder import (
     scheduler_config,
     student_steps,
 )
-from ..core.workspace import UserError, read_json
 
 # %% ../../nbs/inference/02_torch_backend.ipynb #5ecac0bb
 def left_out(

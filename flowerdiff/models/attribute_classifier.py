@@ -6,9 +6,12 @@
 __all__ = ['block', 'from_pil', 'Judge', 'roughen', 'blur', 'round_trips', 'train_judge', 'save_judge', 'load_judge']
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #dd8da832
-import json, shutil, time
+import json
+import shutil
+import time
 from importlib.resources import files
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -187,7 +190,7 @@ def save_judge(
 
 
 def load_judge(
-    folder: Path = None,  # default: the garden's
+    folder: Path | None = None,  # default: the garden's
 ) -> Judge:
     "A trained judge, ready to be asked."
     from safetensors.torch import load_file

@@ -8,13 +8,17 @@ __all__ = ['RINGS', 'MEAN', 'STD', 'small_clip', 'waves', 'look_at', 'see_neighb
            'zero_shot', 'garden_clip']
 
 # %% ../../nbs/models/04_clip.ipynb #93c2dc25
-import json, shutil, time
+import json
+import shutil
+import time
 from importlib.resources import files
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from .components import fast_bf16
 from .tokenizer import sentences, tokenize, train_tokenizer
 
@@ -182,7 +186,7 @@ def attribute_loss(heads, out, facts, values, late):
 # %% ../../nbs/models/04_clip.ipynb #fbf7d663
 def parts(
     minutes: float,  # how long
-    steps: int = None,  # instead of minutes
+    steps: int | None = None,  # instead of minutes
 ):  # yields floats from 0 to 1
     "How much of a training is done, before each of its steps."
     start, step = time.time(), 0
@@ -244,8 +248,8 @@ def train_clip(
     out: Path,  # folder, as transformers saves
     *,
     minutes: float = 4.0,  # of training
-    steps: int = None,  # instead of minutes
-    truths: tuple = None,  # (facts, values) of `as_numbers`, where attributes are known
+    steps: int | None = None,  # instead of minutes
+    truths: tuple | None = None,  # (facts, values) of `as_numbers`, where attributes are known
     width: int = 128,
     layers: int = 3,
     max_length: int = 24,  # tokens of a sentence

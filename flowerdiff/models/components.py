@@ -9,21 +9,23 @@ __all__ = ['FILES', 'UNSAFE', 'PINNED', 'ORIGIN', 'PASSING', 'AUTOENCODERS', 'fr
            'save_tokenizer', 'save_components', 'fast_bf16', 'why_not_compile', 'build_denoiser', 'save_pipeline']
 
 # %% ../../nbs/models/01_components.ipynb #ee23b767
-import contextlib, json, os, re, shutil, sys
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..core.fingerprints import file_sha256, fingerprint
+from ..core.schema import UserError
+from ..core.workspace import out_of_memory, read_json, write_json
 from ..services.hub_cache import GARDEN, HUB_ID, INSIDE, snapshot
-from flowerdiff.core.workspace import (
-    UserError,
-    file_sha256,
-    fingerprint,
-    out_of_memory,
-    read_json,
-    write_json,
-)
 
 # %% ../../nbs/models/01_components.ipynb #e15652bd
 FILES = dict(

@@ -10,6 +10,7 @@ __all__ = ['Schedule', 'Prediction', 'betas', 'alpha_bar', 'at', 'add_noise', 'z
 # %% ../../nbs/models/11_diffusion.ipynb #b35da5ae
 import math
 from typing import Literal
+
 import torch
 from torch import Tensor
 

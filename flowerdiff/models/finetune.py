@@ -8,9 +8,11 @@ __all__ = ['LAYERS', 'find_base', 'base_unet', 'check_fit', 'as_trained', 'add_l
 # %% ../../nbs/models/10_finetune.ipynb #5f89c0f9
 import copy
 from pathlib import Path
+
 from torch import nn
+
+from ..core.schema import UserError
 from .model_folder import find_model, load_part, read_config
-from ..core.workspace import UserError
 
 # %% ../../nbs/models/10_finetune.ipynb #a87eca59
 def find_base(

@@ -8,10 +8,13 @@ __all__ = ['Florence', 'open_florence']
 # %% ../../nbs/models/09_florence.ipynb #2343ed78
 from dataclasses import dataclass
 from pathlib import Path
+
 import torch
 from torch import nn
+
+from ..core.schema import UserError
+from ..core.workspace import read_json
 from .components import _whole, find_component, opening
-from ..core.workspace import UserError, read_json
 
 # %% ../../nbs/models/09_florence.ipynb #c5d152d0
 @dataclass
@@ -54,7 +57,7 @@ class Florence:
 def open_florence(
     spec: str,  # a folder, or org/name@commit
     base: Path = '.',  # what a relative folder is relative to
-    device: str = None,  # None: the GPU, if there is one
+    device: str | None = None,  # None: the GPU, if there is one
     num_beams: int = 3,
     max_new_tokens: int = 256,
 ) -> Florence:

@@ -10,10 +10,13 @@ __all__ = ['HUB_FILES', 'PIPELINES', 'from_hub', 'find_model', 'readable', 'read
 import hashlib
 from contextlib import contextmanager
 from pathlib import Path
+
 import torch
+
+from ..core.schema import UserError
+from ..core.workspace import out_of_memory, read_json, write_json
 from .components import opening
 from ..services.hub_cache import HUB_ID, snapshot
-from ..core.workspace import UserError, out_of_memory, read_json, write_json
 
 # %% ../../nbs/models/02_model_folder.ipynb #8d1f6f87
 HUB_FILES = ['*.json', '*.safetensors', '*.txt', '*.onnx', '*.onnx_data', '*.engine']

@@ -7,10 +7,12 @@ __all__ = ['SqueezeNet']
 
 # %% ../../nbs/models/05_perceptual.ipynb #67e0e39b
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core.workspace import UserError
+
+from ..core.schema import UserError
 
 # %% ../../nbs/models/05_perceptual.ipynb #6f487de5
 class SqueezeNet:

@@ -8,13 +8,18 @@ __all__ = ['small_autoencoder', 'to_tensor', 'to_pictures', 'psnr', 'slopes', 'r
            'garden_autoencoder']
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #e4c0bf84
-import copy, json, shutil, time
+import copy
+import json
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
 from .components import fast_bf16, save_part
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #18581398
@@ -112,7 +117,7 @@ def standardise(
 def save_autoencoder(
     model,  # AutoencoderTiny or AutoencoderKL
     out: Path,  # folder
-    spent: dict = None,  # kept beside it, in `spent.json`
+    spent: dict | None = None,  # kept beside it, in `spent.json`
 ):
     "Writes `model` in Diffusers' layout; an older one at `out` is replaced in one move."
     out = Path(out)
@@ -204,7 +209,7 @@ def train_autoencoder(
     out: Path,  # folder, in Diffusers' layout
     *,
     minutes: float = 60.0,  # of training
-    steps: int = None,  # instead of minutes
+    steps: int | None = None,  # instead of minutes
     model=None,  # goes on with this one; default: a new `small_autoencoder(width)`
     width: int = 48,
     held_out: int = 256,  # first pictures, kept for measuring

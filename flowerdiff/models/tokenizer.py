@@ -7,8 +7,8 @@ __all__ = ['WORD', 'byte_letters', 'learn_merges', 'train_tokenizer', 'tokenize'
 
 # %% ../../nbs/models/03_tokenizer.ipynb #5bffb8d2
 import json
+
 import torch
-from torch import Tensor
 
 # %% ../../nbs/models/03_tokenizer.ipynb #7a3d7045
 def byte_letters() -> list:  # 256 characters

@@ -8,15 +8,18 @@ __all__ = ['kl_autoencoder', 'squeeze_features', 'vae_loss', 'set_scale', 'quali
 # %% ../../nbs/models/07_vae.ipynb #4ef2ca9d
 import copy
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .tiny_autoencoder import save_autoencoder, to_tensor
+
+from ..core.schema import UserError
+from ..core.workspace import read_json, write_json
 from .clip import parts
 from .components import decode, encode_moments, fast_bf16, load_autoencoder
 from .perceptual import SqueezeNet
-from ..core.workspace import UserError, read_json, write_json
+from .tiny_autoencoder import save_autoencoder, to_tensor
 
 # %% ../../nbs/models/07_vae.ipynb #7149ae44
 def kl_autoencoder(
@@ -132,7 +135,7 @@ def train_vae(
     out: Path,  # folder, in Diffusers' layout; one of a killed run is gone on with
     *,
     minutes: float = 30.0,  # of training, over all runs
-    steps: int = None,  # instead of minutes
+    steps: int | None = None,  # instead of minutes
     factor: int = 2,  # see `kl_autoencoder`
     width: int = 64,
     batch_size: int = 16,

@@ -6,9 +6,13 @@
 __all__ = ['parser', 'main']
 
 # %% ../../nbs/pipeline/10_cli.ipynb #64e0e831
-import argparse, os, re, sys
+import argparse
+import os
+import re
+import sys
 from functools import partial
 from pathlib import Path
+
 from flowerdiff.pipeline.cli_options import (
     EXAMPLES,
     Parser,
@@ -71,7 +75,7 @@ def parser() -> Parser:
     return p
 
 # %% ../../nbs/pipeline/10_cli.ipynb #705af599
-def _here(workspace: str, otherwise: str = None) -> str:  # the workspace that is meant
+def _here(workspace: str, otherwise: str | None = None) -> str:  # the workspace that is meant
     if workspace:
         return workspace
     return '.' if Path('params.yaml').exists() else otherwise
@@ -110,7 +114,7 @@ def _meant(a) -> str:  # the workspace of a run; None: the profile's name
 
 def _root(workspace, a) -> Path:  # where `pipeline.run` will work
     return Path(
-        workspace or a.profile and Path(a.profile).stem or ('folder' if a.pictures else 'garden')
+        workspace or (a.profile and Path(a.profile).stem) or ('folder' if a.pictures else 'garden')
     ).absolute()
 
 # %% ../../nbs/pipeline/10_cli.ipynb #dc461588
@@ -132,7 +136,8 @@ def _ending(root: Path) -> list:  # what there is to look at, and what to try
 
 
 def _example(root: Path) -> str:  # a prompt that suits the model
-    from flowerdiff.core.workspace import UserError, read_jsonl
+    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.workspace import read_jsonl
 
     try:
         return read_jsonl(root / 'captions' / 'metadata.jsonl')[0]['captions'][0].replace('"', "'")
@@ -155,7 +160,8 @@ def _ask_about_job(root: Path):  # after Ctrl-C
 
 
 def _job_there(root: Path, changes: list) -> str:  # the stage to go on from
-    from flowerdiff.core.workspace import UserError, open_workspace
+    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.workspace import open_workspace
 
     if not (root / 'params.yaml').exists():
         raise UserError(f'{_shown(root)}: is not a workspace; give the one whose job runs')
@@ -258,7 +264,8 @@ def _sweep(a) -> int:
 # %% ../../nbs/pipeline/10_cli.ipynb #4f698eae
 def _generate(a) -> int:
     "Draw pictures from words."
-    from flowerdiff.core.workspace import UserError, disk_errors
+    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.workspace import disk_errors
 
     model = a.model or Path(_here(a.workspace, 'garden')) / 'model'
     if not a.model and not (model / 'model_index.json').exists():
@@ -321,7 +328,7 @@ def _space(a) -> int:
     return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #1581ddf1
-def main(argv: list = None) -> int:
+def main(argv: list | None = None) -> int:
     "Entry point of `flowerdiff`."
     a = (p := parser()).parse_args(argv)
     if a.version:
@@ -332,7 +339,8 @@ def main(argv: list = None) -> int:
     if not a.command:
         p.print_help()
         return 0
-    from flowerdiff.core.workspace import UserError, disk_errors
+    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.workspace import disk_errors
 
     try:
         with disk_errors():

@@ -8,7 +8,8 @@ __all__ = ['EXAMPLES', 'Parser', 'whole_number', 'settings_options', 'run_option
            'space_options']
 
 # %% ../../nbs/pipeline/09_cli_options.ipynb #fe6d98e9
-import argparse, re
+import argparse
+import re
 
 # %% ../../nbs/pipeline/09_cli_options.ipynb #71360cec
 EXAMPLES = """examples:

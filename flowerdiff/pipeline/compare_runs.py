@@ -7,9 +7,12 @@ __all__ = ['running_median', 'spread', 'change', 'spikes', 'in_words', 'read_run
 
 # %% ../../nbs/pipeline/06_compare_runs.ipynb #5a879057
 from pathlib import Path
+
 import numpy as np
+
+from ..core.schema import UserError
+from ..core.workspace import read_json
 from ..evaluation.report import NAMES
-from ..core.workspace import UserError, read_json
 
 # %% ../../nbs/pipeline/06_compare_runs.ipynb #a912ed4c
 def running_median(

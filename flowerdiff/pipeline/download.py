@@ -8,11 +8,13 @@ __all__ = ['set_settings', 'differences', 'download', 'told']
 # %% ../../nbs/pipeline/07_download.ipynb #a563c153
 import tempfile
 from pathlib import Path
+
 from ..core.profiles import load_settings
+from ..core.schema import UserError
+from ..core.workspace import Workspace, atomic_write, bytes_text, open_workspace, progress
 from .pipeline import lock
-from ..stages.upload import PARTS
 from ..services.store import Hashes, Store, fetch, open_store, pull, read_manifest
-from ..core.workspace import UserError, Workspace, atomic_write, bytes_text, open_workspace, progress
+from ..stages.upload import PARTS
 
 # %% ../../nbs/pipeline/07_download.ipynb #c9fd1db6
 _MADE, _HOW = (

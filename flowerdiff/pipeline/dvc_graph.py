@@ -6,17 +6,14 @@
 __all__ = ['GRAPH', 'dvc_yaml', 'folder_state', 'outside', 'refresh']
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #0737c0a8
-import contextlib, json, os
+import contextlib
+import json
+import os
 from pathlib import Path
+
+from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
+from ..core.workspace import Workspace, atomic_write, open_workspace
 from ..services.hardware import gpus, has_aws, has_hub, has_package
-from flowerdiff.core.workspace import (
-    Workspace,
-    atomic_write,
-    code_fingerprint,
-    file_sha256,
-    fingerprint,
-    open_workspace,
-)
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #1c78106e
 GRAPH = dict(  # stage -> what it reads, which settings it uses, what it writes

@@ -7,9 +7,16 @@ __all__ = ['notebook_name', 'find_notebook', 'duration', 'stage_line', 'own_kern
            'drive']
 
 # %% ../../nbs/pipeline/02_execute.ipynb #330f8471
-import contextlib, os, signal, sys, threading, time
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
-from ..core.workspace import STAGES, UserError, Workspace, open_workspace, read_json, write_json
+
+from ..core.schema import UserError
+from ..core.workspace import STAGES, Workspace, open_workspace, read_json, write_json
 
 # %% ../../nbs/pipeline/02_execute.ipynb #400ccf5c
 def notebook_name(stage: str) -> str:
@@ -110,7 +117,7 @@ def execute(
 # %% ../../nbs/pipeline/02_execute.ipynb #3523cbf1
 def stop_tree(
     pid: int,  # whose descendants
-    root: str = None,  # a workspace, whose training may have been started by an earlier run
+    root: str | None = None,  # a workspace, whose training may have been started by an earlier run
     patience: float = 20.0,  # seconds that training gets for its checkpoint
 ):
     "End all descendants of a process; training is asked first and may finish its checkpoint, and tracking may tell of it."
@@ -139,7 +146,7 @@ def stop_tree(
     psutil.wait_procs(tree, 5)
 
 
-def _runs(process, module: str, root: str = None) -> bool:  # is it `python -m module [root]`?
+def _runs(process, module: str, root: str | None = None) -> bool:  # is it `python -m module [root]`?
     import psutil
 
     try:
@@ -153,10 +160,8 @@ def _end(processes, how):
     import psutil
 
     for p in processes:
-        try:
+        with contextlib.suppress(psutil.Error):
             how(p)
-        except psutil.Error:
-            pass
 
 # %% ../../nbs/pipeline/02_execute.ipynb #e44e2fd0
 def _signalled(*_):  # the second one would interrupt the stopping

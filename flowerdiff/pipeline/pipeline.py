@@ -6,12 +6,24 @@
 __all__ = ['PLACES', 'lock', 'last_event', 'how_far', 'Stopped', 'StageFailed', 'asked', 'run', 'status']
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #999c4b26
-import contextlib, fcntl, json, os, queue, re, signal, subprocess, sys, threading, time
+import contextlib
+import fcntl
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
-from .execute import duration, stage_line, stop_tree
+
+from ..core.schema import UserError
+from ..core.workspace import STAGES, Workspace, disk_errors, open_workspace, read_json
 from .dvc_graph import GRAPH, refresh
+from .execute import duration, stage_line, stop_tree
 from ..services.tracking import read_events
-from ..core.workspace import STAGES, UserError, Workspace, disk_errors, open_workspace, read_json
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #25ce1e6f
 def _dvc(ws: Workspace, *args, **kwargs) -> subprocess.Popen:
@@ -300,10 +312,10 @@ PLACES = {
 
 
 def asked(
-    workspace: str = None,  # the folder; None: the profile's name
-    profile: str = None,
+    workspace: str | None = None,  # the folder; None: the profile's name
+    profile: str | None = None,
     overrides=None,  # settings to change
-    pictures: str = None,  # a folder of pictures
+    pictures: str | None = None,  # a folder of pictures
 ) -> tuple:  # (the workspace's folder, its profile: None for one that is there unless it was given, dictionary of settings to change)
     "What a person asked for, in full. Raises `UserError` when the pictures' folder is none."
     from flowerdiff.core.profiles import parse_overrides
@@ -321,18 +333,18 @@ def asked(
             and (here := Path(given).expanduser()).exists()
         ):
             overrides[key] = str(here.absolute())
-    root = Path(workspace or profile and Path(profile).stem or ('folder' if pictures else 'garden'))
+    root = Path(workspace or (profile and Path(profile).stem) or ('folder' if pictures else 'garden'))
     if not (root / 'params.yaml').exists():
         profile = profile or ('folder' if pictures else 'garden')
     return root, profile, overrides
 
 # %% ../../nbs/pipeline/04_pipeline.ipynb #c58843dd
 def run(
-    workspace: str = None,  # the folder; None: the profile's name
-    profile: str = None,  # of a new workspace: 'garden', 'folder' (default with `pictures`) or another
+    workspace: str | None = None,  # the folder; None: the profile's name
+    profile: str | None = None,  # of a new workspace: 'garden', 'folder' (default with `pictures`) or another
     overrides=None,  # settings to change, written to params.yaml
-    pictures: str = None,  # a folder of pictures, becomes prepare.source
-    from_stage: str = None,  # leave the stages before it alone
+    pictures: str | None = None,  # a folder of pictures, becomes prepare.source
+    from_stage: str | None = None,  # leave the stages before it alone
     only=None,  # just this stage, or a list of them
     force: bool = False,  # run the chosen stages although they are fresh
     out=None,  # where lines go; None: standard output

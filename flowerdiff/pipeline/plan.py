@@ -7,25 +7,30 @@ __all__ = ['OPTIMIZER', 'planned', 'make_network', 'count_weights', 'kept_bytes'
            'time_encoding', 'disk_needs', 'on_disk', 'plan']
 
 # %% ../../nbs/pipeline/05_plan.ipynb #20f40746
-import math, os, time
+import math
+import os
+import time
 from pathlib import Path
+
 import numpy as np
 import torch
+
+from ..core.profiles import load_profile, load_settings
+from ..core.schema import UserError
+from ..core.workspace import bytes_text, free_bytes, read_json
 from ..data.batches import Split
+from ..data.encoding import encode_batch
 from ..inference.benchmark import peak_so_far
 from ..models.components import build_denoiser, load_autoencoder
-from ..core.profiles import load_profile, load_settings
-from ..data.encoding import encode_batch
-from ..training.accelerator import Engine, choose_precision
-from .execute import duration
 from ..models.finetune import add_lora, check_fit
-from ..services.hub_cache import at_hand
-from ..services.hardware import cores, memory_gb
+from ..models.vae import kl_autoencoder
+from .execute import duration
 from .pipeline import asked
 from .suggest import first_sizes, gpu_gb, look_at, shapes, split_sizes, suggest, text_count
+from ..services.hardware import cores, memory_gb
+from ..services.hub_cache import at_hand
+from ..training.accelerator import Engine, choose_precision
 from ..training.trainer import Trainer, steps_within, total_steps
-from ..models.vae import kl_autoencoder
-from ..core.workspace import UserError, bytes_text, free_bytes, read_json
 
 # %% ../../nbs/pipeline/05_plan.ipynb #ef44fbaa
 def planned(
@@ -91,10 +96,8 @@ def pace(
 ) -> float:  # seconds a call
     "The middle of several calls; the first one counts only when it takes all the time there is."
     took, begun = [], time.perf_counter()
-    while (
-        not took
-        or took[0] < seconds
-        and (len(took) < 2 or len(took) < 30 and time.perf_counter() - begun < seconds)
+    while not took or (
+        took[0] < seconds and (len(took) < 2 or (len(took) < 30 and time.perf_counter() - begun < seconds))
     ):
         start = time.perf_counter()
         f()
@@ -375,10 +378,10 @@ def _job(s, got, base):  # its line
 
 # %% ../../nbs/pipeline/05_plan.ipynb #3a3adfae
 def plan(
-    workspace: str = None,  # the folder; None: the profile's name
-    profile: str = None,  # of a new workspace
+    workspace: str | None = None,  # the folder; None: the profile's name
+    profile: str | None = None,  # of a new workspace
     overrides=None,  # settings to change
-    pictures: str = None,  # a folder of pictures
+    pictures: str | None = None,  # a folder of pictures
     tell=print,  # is given each line
 ) -> dict:  # the numbers in the lines
     "Tell what `run` with the same arguments would do. Writes nothing. Raises `UserError` for what would stop the run at once."

@@ -7,25 +7,30 @@ __all__ = ['STEPS', 'SIDES', 'header', 'Survey', 'survey', 'who_says', 'look_at'
            'text_count', 'weight_bytes', 'first_sizes', 'begin']
 
 # %% ../../nbs/pipeline/03_suggest.ipynb #170bfdf8
-import math, os, warnings
+import math
+import os
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
 from PIL import Image
+
+from ..core.profiles import load_profile
+from ..core.schema import UserError
+from ..core.workspace import bytes_text, free_bytes, read_json
+from ..data.datasets import DATASETS
 from flowerdiff.data.image_folder import (
     given_captions,
     label_of,
     look_through,
     official_split,
-    spread,
     split_names,
+    spread,
 )
-from ..core.profiles import load_profile
-from ..data.datasets import DATASETS
-from ..services.hub_cache import at_hand
-from ..services.hardware import cores, gpus, package_version
 from ..data.images import MAX_PIXELS, _formats
-from ..core.workspace import UserError, bytes_text, free_bytes, read_json
+from ..services.hardware import cores, gpus, package_version
+from ..services.hub_cache import at_hand
 
 # %% ../../nbs/pipeline/03_suggest.ipynb #82df7c9d
 def header(

@@ -7,13 +7,23 @@ __all__ = ['LAST', 'split_values', 'grid', 'first_stage', 'point_name', 'share',
            'table', 'plot', 'as_number']
 
 # %% ../../nbs/pipeline/08_sweep.ipynb #b6ce3857
-import io, itertools, math, os, re, shutil, sys, time
+import io
+import itertools
+import math
+import os
+import re
+import shutil
+import sys
+import time
 from pathlib import Path
+
 from ..core.profiles import load_profile, parse_overrides
-from .execute import duration
+from ..core.schema import UserError
+from ..core.workspace import Workspace, open_workspace, read_json, write_json
 from .dvc_graph import GRAPH, folder_state
-from .pipeline import StageFailed, run as run_pipeline
-from ..core.workspace import UserError, Workspace, open_workspace, read_json, write_json
+from .execute import duration
+from .pipeline import StageFailed
+from .pipeline import run as run_pipeline
 
 # %% ../../nbs/pipeline/08_sweep.ipynb #23be56a9
 def split_values(text: str) -> list[str]:  # at commas outside of brackets
@@ -125,7 +135,7 @@ def run_point(parent: Workspace, root: Path, point: dict, common: dict, first: s
 def sweep(
     workspace: str,  # the parent
     sets: list[str],  # settings, see `grid`
-    profile: str = None,  # of a new parent
+    profile: str | None = None,  # of a new parent
     limit: int = 64,
     out=None,  # where lines go; None: standard output
 ) -> list[dict]:  # {settings, folder, and loss and more, or why it failed}, best first

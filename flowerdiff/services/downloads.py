@@ -6,13 +6,21 @@
 __all__ = ['NETWORK', 'File', 'check_room', 'rest_of', 'md5_of', 'fetch', 'unpack']
 
 # %% ../../nbs/services/05_downloads.ipynb #e283b6da
-import hashlib, os, ssl, tarfile, time, zipfile, zlib
+import hashlib
+import os
+import ssl
+import tarfile
+import time
+import zipfile
+import zlib
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
-from ..core.workspace import UserError, bytes_text, free_bytes, progress
+
+from ..core.schema import UserError
+from ..core.workspace import bytes_text, free_bytes, progress
 
 # %% ../../nbs/services/05_downloads.ipynb #7f41287d
 class File(NamedTuple):
@@ -76,7 +84,7 @@ def _grow(file: File, part: Path, pause: float):  # until `part` is all there is
             if isinstance(e, HTTPError) and e.code == 416:
                 return
             failed = 1 if size() > before else failed + 1
-            if failed >= 5 or isinstance(e, HTTPError) and e.code < 500:
+            if failed >= 5 or (isinstance(e, HTTPError) and e.code < 500):
                 raise
             time.sleep(pause * 2**failed)
 

@@ -6,10 +6,13 @@
 __all__ = ['NEEDS', 'gpus', 'has_package', 'package_version', 'has_aws', 'has_hub', 'cores', 'memory_gb', 'stage_check', 'doctor']
 
 # %% ../../nbs/services/01_hardware.ipynb #c4d07410
-import glob, os, platform
+import glob
+import os
+import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
 from ..core.workspace import bytes_text, free_bytes
 
 # %% ../../nbs/services/01_hardware.ipynb #66bd04cb

@@ -8,6 +8,7 @@ __all__ = ['HUB_ID', 'GARDEN', 'INSIDE', 'snapshot', 'at_hand']
 # %% ../../nbs/services/06_hub_cache.ipynb #c55173cf
 import re
 from pathlib import Path
+
 import flowerdiff
 
 # %% ../../nbs/services/06_hub_cache.ipynb #e9df5a99

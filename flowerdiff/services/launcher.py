@@ -6,12 +6,20 @@
 __all__ = ['Journal', 'all_events', 'as_rank', 'together']
 
 # %% ../../nbs/services/04_launcher.ipynb #6972c2d6
-import itertools, json, os, signal, subprocess, time
+import itertools
+import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
+
 import torch
+
+from ..core.schema import UserError
+from ..core.workspace import disk_errors, out_of_memory, read_json, write_json
 from .processes import launch
 from .tracking import read_events
-from ..core.workspace import UserError, disk_errors, out_of_memory, read_json, write_json
 
 # %% ../../nbs/services/04_launcher.ipynb #6bc9997d
 class Journal:

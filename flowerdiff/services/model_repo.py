@@ -7,11 +7,17 @@ __all__ = ['ADVICE', 'BORN', 'check_ours', 'publish_folder', 'git_sha', 'hub_cha
            'hub_error', 'no_token', 'hub_name', 'hub_repository', 'publish_hub']
 
 # %% ../../nbs/services/09_model_repo.ipynb #6ab8b511
-import hashlib, json, re, shutil
+import hashlib
+import json
+import re
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..core.fingerprints import file_sha256
+from ..core.schema import UserError
+from ..core.workspace import atomic_dir, read_json, write_json
 from .store import list_files, make_manifest
-from ..core.workspace import UserError, atomic_dir, file_sha256, read_json, write_json
 
 # %% ../../nbs/services/09_model_repo.ipynb #31e8688d
 def check_ours(
@@ -21,7 +27,7 @@ def check_ours(
     new: str | None = None,  # the revision about to be published
 ):
     "Raise a `UserError` when the repository holds what this workspace did not publish."
-    if now in (None, new) or memory.exists() and read_json(memory)['revision'] == now:
+    if now in (None, new) or (memory.exists() and read_json(memory)['revision'] == now):
         return
     memory.parent.mkdir(parents=True, exist_ok=True)
     raise UserError(

@@ -6,11 +6,17 @@
 __all__ = ['STOPPED', 'ROOMY', 'only_one', 'is_training', 'Stop', 'start', 'launch', 'said', 'Watch', 'follow']
 
 # %% ../../nbs/services/03_processes.ipynb #a65f0003
-import fcntl, os, signal, subprocess, sys, time
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..core.schema import UserError
 from .tracking import curve, read_events
-from ..core.workspace import UserError
 
 # %% ../../nbs/services/03_processes.ipynb #658c27a5
 @contextmanager

@@ -6,14 +6,18 @@
 __all__ = ['ADVICE', 'PART', 'NoCredentials', 'explain', 'plain_errors', 'S3Store', 'allow', 'policy']
 
 # %% ../../nbs/services/07_s3.ipynb #108042af
-import base64, os
-from contextlib import contextmanager
+import base64
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Callable
+
 from fastcore.basics import patch
-from ..core.workspace import UserError, file_sha256
+
+from ..core.fingerprints import file_sha256
+from ..core.schema import UserError
 
 # %% ../../nbs/services/07_s3.ipynb #41a28406
 _CODES = {

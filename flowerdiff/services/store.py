@@ -7,12 +7,24 @@ __all__ = ['REST', 'MB', 'Store', 'object_key', 'copy_hashed', 'LocalStore', 'op
            'make_manifest', 'side_by_side', 'push', 'read_manifest', 'fetch', 'pull', 'why_not']
 
 # %% ../../nbs/services/08_store.ipynb #89a56be2
-import hashlib, json, os, queue, re, shutil, tempfile, threading, time
+import hashlib
+import json
+import os
+import queue
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Callable, Iterable, Protocol
-from .s3 import NoCredentials, S3Store, _ignore
-from ..core.workspace import UserError, atomic_write, file_sha256
+from typing import Protocol
+
+from ..core.fingerprints import file_sha256
+from ..core.schema import UserError
+from ..core.workspace import atomic_write
+from .s3 import S3Store, _ignore
 
 # %% ../../nbs/services/08_store.ipynb #90513809
 class Store(Protocol):

@@ -7,8 +7,15 @@ __all__ = ['ENDS', 'log_event', 'read_events', 'curve', 'scalars', 'TensorBoard'
            'experiment_id', 'Mlflow', 'pass_on', 'is_alive', 'follow', 'start_follower', 'name_champion', 'new_version']
 
 # %% ../../nbs/services/02_tracking.ipynb #a6d671f8
-import errno, fcntl, json, os, subprocess, sys, time
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 from ..core.workspace import Workspace, open_workspace, read_json, write_json
 
 # %% ../../nbs/services/02_tracking.ipynb #2090b0a8
@@ -220,7 +227,7 @@ def pass_on(
     ws: Workspace,
     folder: Path,  # of a run, with its events.jsonl
     sinks: dict,  # destination -> open sink; filled here
-    makers: dict = None,  # destination -> (workspace, folder, state) -> sink
+    makers: dict | None = None,  # destination -> (workspace, folder, state) -> sink
 ) -> dict[str, str]:  # destination -> why it failed
     "Send each destination what it has not seen yet."
     makers = makers or dict(

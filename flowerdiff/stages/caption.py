@@ -7,16 +7,22 @@ __all__ = ['TEMPLATES', 'CAPTIONERS', 'FINE', 'given', 'distinct', 'properties',
            'token_counter', 'Lint', 'findings', 'Captioned', 'rows_of', 'looked_at', 'run', 'sheet', 'table']
 
 # %% ../../nbs/stages/02_caption.ipynb #384b16e2
-import hashlib, itertools, json, re
+import hashlib
+import itertools
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
+
+from ..core.schema import UserError
+from ..core.workspace import Workspace, atomic_dir, progress, read_json, stage, write_json
+from ..data.caption_cleanup import article, sentence
 from ..data.celeba_captions import describe_face, is_celeba
 from ..data.image_folder import each_row
 from ..garden.garden import describe
-from ..data.caption_cleanup import article, sentence
-from ..core.workspace import UserError, Workspace, atomic_dir, progress, read_json, stage, write_json
 
 # %% ../../nbs/stages/02_caption.ipynb #e9319a8d
 def given(
@@ -45,11 +51,11 @@ def properties(
 ) -> list:  # in words
     "Attributes of a table in words."
     words = lambda k: ' '.join(k.replace('_', ' ').split()).lower()
-    flags = {v for v in attributes.values() if not isinstance(v, str)} <= {1, -1, 0, True, False}
+    flags = {v for v in attributes.values() if not isinstance(v, str)} <= {1, -1, 0}
     return [
         words(str(v)) if isinstance(v, str) else words(k) if flags or v is True else f'{words(k)} {v:g}'
         for k, v in attributes.items()
-        if isinstance(v, str) or v is not False and not (flags and v <= 0)
+        if isinstance(v, str) or (v is not False and not (flags and v <= 0))
     ]
 
 
@@ -318,7 +324,9 @@ def sheet(
     n: int = 8,  # pictures
 ):  # a matplotlib figure
     "Pictures with their captions."
-    import matplotlib.pyplot as plt, textwrap
+    import textwrap
+
+    import matplotlib.pyplot as plt
     from PIL import Image
 
     total = max(sum(r['file_name'].startswith('train/') for r in each_row(captions / 'metadata.jsonl')), 1)

@@ -8,24 +8,22 @@ __all__ = ['SPLITS', 'show_latents', 'Inputs', 'read_inputs', 'sets_of', 'pictur
            'run', 'read_key', 'mean_shape']
 
 # %% ../../nbs/stages/03_encode.ipynb #e98d2154
-import itertools, json, os, shutil, time
+import itertools
+import json
+import os
+import shutil
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import torch
-from flowerdiff.models.components import (
-    component_fingerprint,
-    decode,
-    find_component,
-    load_autoencoder,
-    load_text,
-    pil_to_tensor,
-    save_components,
-    scale_factor,
-    tensor_to_pil,
-)
+
+from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
+from ..core.schema import UserError
+from ..core.workspace import Workspace, progress, read_json, read_jsonl, stage, write_json
 from ..data.distributed_encoding import encode_together
 from flowerdiff.data.encoding import (
     encode_captions,
@@ -36,17 +34,16 @@ from flowerdiff.data.encoding import (
     read_pictures,
 )
 from ..data.shards import Shards, all_sets, set_name
-from flowerdiff.core.workspace import (
-    UserError,
-    Workspace,
-    code_fingerprint,
-    file_sha256,
-    fingerprint,
-    progress,
-    read_json,
-    read_jsonl,
-    stage,
-    write_json,
+from flowerdiff.models.components import (
+    component_fingerprint,
+    decode,
+    find_component,
+    load_autoencoder,
+    load_text,
+    pil_to_tensor,
+    save_components,
+    scale_factor,
+    tensor_to_pil,
 )
 
 # %% ../../nbs/stages/03_encode.ipynb #91e198e6
@@ -59,7 +56,7 @@ def show_latents(
     import matplotlib.pyplot as plt
 
     c = min(4, latents.shape[1])
-    fig, axes = plt.subplots(
+    _fig, axes = plt.subplots(
         len(pictures), c + 2, figsize=(1.1 * (c + 2), 1.15 * len(pictures)), squeeze=False
     )
     for row, p, z, d in zip(axes, tensor_to_pil(pictures), latents, tensor_to_pil(decoded)):

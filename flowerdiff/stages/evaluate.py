@@ -8,15 +8,29 @@ __all__ = ['GRID', 'SLACK', 'PICTURES', 'grid_prompts', 'crowd_numbers', 'word_n
            'run']
 
 # %% ../../nbs/stages/07_evaluate.ipynb #3ef5694a
-import platform, time
+import platform
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
-from ..inference.backends import BACKENDS
-from ..inference.benchmark import open_all, race_pictures
+
+from ..core.schema import UserError
+from ..core.workspace import Workspace, atomic_dir, read_json, read_jsonl, stage, write_json
+from ..evaluation.eval_prompts import ENOUGH, draw_all, drawn_how, questions, shown_how
 from ..evaluation.feature_extractors import ClipFeatures, open_features, own_clip
+from flowerdiff.evaluation.image_rows import (
+    agreement_strip,
+    attention_strip,
+    dial_strips,
+    nearest_strip,
+    read_pictures,
+    real_strip,
+    reconstruct,
+)
+from ..evaluation.metric_table import beside, former
 from flowerdiff.evaluation.metrics import (
     Estimate,
     adherence,
@@ -34,30 +48,12 @@ from flowerdiff.evaluation.metrics import (
     shuffled,
     within,
 )
-from ..models.model_folder import student_steps, weights_fingerprint
-from ..inference.torch_backend import TorchBackend, left_out
-from ..evaluation.eval_prompts import ENOUGH, draw_all, drawn_how, questions, shown_how
 from ..evaluation.report import adherence_section, by_timestep, curves, headlines, percent, render
+from ..inference.backends import BACKENDS
+from ..inference.benchmark import open_all, race_pictures
 from ..inference.generator import Generator, montage
-from ..evaluation.metric_table import beside, former
-from flowerdiff.evaluation.image_rows import (
-    agreement_strip,
-    attention_strip,
-    dial_strips,
-    nearest_strip,
-    read_pictures,
-    real_strip,
-    reconstruct,
-)
-from flowerdiff.core.workspace import (
-    UserError,
-    Workspace,
-    atomic_dir,
-    read_json,
-    read_jsonl,
-    stage,
-    write_json,
-)
+from ..inference.torch_backend import TorchBackend, left_out
+from ..models.model_folder import student_steps, weights_fingerprint
 
 # %% ../../nbs/stages/07_evaluate.ipynb #dc18b8b2
 GRID = (
@@ -342,13 +338,14 @@ def tables(metrics: dict) -> list:  # of `flowerdiff.evaluation.report.render`
                 ],
             )
         )
-    return out + [
+    return [
+        *out,
         dict(
             title='Time',
             note=f"One picture, {min(metrics['protocol']['steps'], ENOUGH)} steps of the model's own scheduler, {torch.get_num_threads()} threads ({torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}).",
             columns=['backend', 'milliseconds'],
             rows=[[k, f'{v:.0f}'] for k, v in sorted(l.items(), key=lambda kv: kv[1])],
-        )
+        ),
     ]
 
 # %% ../../nbs/stages/07_evaluate.ipynb #e99a3111

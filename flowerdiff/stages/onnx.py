@@ -8,22 +8,26 @@ __all__ = ['INSIDE', 'GOOD', 'PROMPTS', 'Part', 'Traced', 'encode_part', 'parts_
            'check_parity', 'compare_backends', 'Result', 'best', 'describe_parity', 'copy_configs', 'run']
 
 # %% ../../nbs/stages/08_onnx.ipynb #a3dc1296
-import shutil, warnings
+import shutil
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..core.schema import UserError
+from ..core.workspace import Workspace, atomic_dir, stage, write_json
+from ..evaluation.eval_prompts import shown_how
+from ..evaluation.metrics import psnr
 from ..inference.backends import BACKENDS, EXACT, open_backend, reads_onnx, why_not
 from ..inference.benchmark import race_pictures
-from ..evaluation.metrics import psnr
-from ..models.model_folder import copy_student_steps, student_steps, weights_fingerprint
-from ..inference.torch_backend import TorchBackend
-from ..evaluation.eval_prompts import shown_how
-from ..inference.onnx_openvino import onnx_session
 from ..inference.generator import Generator, montage
-from ..core.workspace import UserError, Workspace, atomic_dir, stage, write_json
+from ..inference.onnx_openvino import onnx_session
+from ..inference.torch_backend import TorchBackend
+from ..models.model_folder import copy_student_steps, student_steps, weights_fingerprint
 
 # %% ../../nbs/stages/08_onnx.ipynb #cc6cfd6e
 @dataclass
@@ -199,6 +203,7 @@ def to_int8(
 ) -> Path:
     "Beside a model, one whose matrices are 8 bits, as ONNX Runtime quantises them on the run; convolutions stay, in whole numbers they would be slower."
     import logging
+
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target, size = (

@@ -8,11 +8,31 @@ __all__ = ['FIRST', 'SPLITS', 'KNOWN', 'held_out', 'combination', 'sow', 'draw_p
            'near_copies', 'left_out', 'look']
 
 # %% ../../nbs/stages/01_prepare.ipynb #1fb8c254
-import contextlib, hashlib, itertools, json, os, shutil
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
+
+from ..core.fingerprints import code_fingerprint, fingerprint
+from ..core.schema import UserError
+from flowerdiff.core.workspace import (
+    Workspace,
+    atomic_dir,
+    progress,
+    read_json,
+    read_jsonl,
+    stage,
+    write_json,
+    write_jsonl,
+)
+from ..data.datasets import DATASETS, lay_out
 from flowerdiff.data.image_folder import (
     choose,
     each_row,
@@ -22,22 +42,9 @@ from flowerdiff.data.image_folder import (
     look_through,
     make_squares,
 )
-from ..data.datasets import DATASETS, lay_out
-from ..garden.garden import BACKGROUNDS, COLORS, SPECIES, draw, sample_attributes
 from ..data.images import in_order, pixel_sha256, shown
-from flowerdiff.core.workspace import (
-    UserError,
-    Workspace,
-    atomic_dir,
-    code_fingerprint,
-    fingerprint,
-    progress,
-    read_json,
-    read_jsonl,
-    stage,
-    write_json,
-    write_jsonl,
-)
+from ..garden.flower_shapes import COLORS, SPECIES
+from ..garden.garden import BACKGROUNDS, draw, sample_attributes
 
 # %% ../../nbs/stages/01_prepare.ipynb #13bd0000
 def held_out(
@@ -184,9 +191,26 @@ def _there(
     return next((p for p in (ws.root / given, Path(given).expanduser()) if p.exists()), None)
 
 # %% ../../nbs/stages/01_prepare.ipynb #382dfee5
-KNOWN = set(
-    'file_name width height source sha256 label label_name class class_name captions caption text official_split split attributes note id url'.split()
-)
+KNOWN = {
+    'file_name',
+    'width',
+    'height',
+    'source',
+    'sha256',
+    'label',
+    'label_name',
+    'class',
+    'class_name',
+    'captions',
+    'caption',
+    'text',
+    'official_split',
+    'split',
+    'attributes',
+    'note',
+    'id',
+    'url',
+}
 
 
 def picture_row(

@@ -7,26 +7,22 @@ __all__ = ['luck', 'Verdict', 'compare', 'own_texts', 'measure_champion', 'rolle
            'crown', 'graduate', 'Result', 'run', 'roll_back']
 
 # %% ../../nbs/stages/06_promote.ipynb #74e3ad22
-import shutil, time
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
-from ..inference.torch_backend import TorchBackend
-from ..models.model_folder import student_steps
+
+from ..core.schema import UserError
+from ..core.workspace import Workspace, atomic_dir, open_workspace, read_json, stage, write_json
 from ..data.batches import chance, load_split
-from ..models.components import component_fingerprint
 from ..evaluation.student_eval import Grade, exam
 from ..inference.generator import Generator
+from ..inference.torch_backend import TorchBackend
+from ..models.components import component_fingerprint
+from ..models.model_folder import student_steps
 from ..services.tracking import log_event, name_champion
-from flowerdiff.core.workspace import (
-    UserError,
-    Workspace,
-    atomic_dir,
-    open_workspace,
-    read_json,
-    stage,
-    write_json,
-)
 
 # %% ../../nbs/stages/06_promote.ipynb #55473515
 def luck(
@@ -88,10 +84,12 @@ def own_texts(
     val,  # `Split`
 ) -> object:  # the same pictures with the champion's embeddings of their first captions
     "The validation split as the champion reads it."
-    import torch
     from dataclasses import replace
-    from flowerdiff.models.components import load_text
+
+    import torch
+
     from flowerdiff.core.workspace import read_jsonl
+    from flowerdiff.models.components import load_text
 
     first = {
         r['file_name']: r['captions'][0] for r in read_jsonl(ws.captions / 'metadata.jsonl') if r['captions']
@@ -112,6 +110,7 @@ def measure_champion(
     "Validation losses of `model/` on the present data."
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
+
     from flowerdiff.models.diffusion import noise_levels
     from flowerdiff.training.validation import nearest_timesteps, validation_losses
 

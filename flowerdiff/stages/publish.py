@@ -6,14 +6,19 @@
 __all__ = ['model_files', 'sample_prompts', 'draw_samples', 'engine_sets', 'assemble', 'repo_name', 'Result', 'run']
 
 # %% ../../nbs/stages/10_publish.ipynb #572a1643
-import os, re, shutil, tempfile
+import os
+import re
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..evaluation.model_card import make_card
+
+from ..core.schema import UserError
+from ..core.workspace import Workspace, read_json, read_jsonl, stage, write_json
 from ..evaluation.eval_prompts import shown_how
+from ..evaluation.model_card import make_card
 from ..services.model_repo import hub_name, no_token, publish_folder, publish_hub
 from ..services.store import list_files, make_manifest
-from ..core.workspace import UserError, Workspace, read_json, read_jsonl, stage, write_json
 
 # %% ../../nbs/stages/10_publish.ipynb #254365a5
 def model_files(
@@ -39,8 +44,8 @@ def draw_samples(
     ws: Workspace,
     folder: Path,  # where the pictures go
 ) -> list[dict]:  # prompt and file of each
-    from flowerdiff.models.model_folder import student_steps
     from flowerdiff.inference.generator import Generator
+    from flowerdiff.models.model_folder import student_steps
 
     draw, prompts, how = (
         Generator.from_pretrained(ws.model, 'torch'),

@@ -8,9 +8,11 @@ __all__ = ['Result', 'run']
 # %% ../../nbs/stages/09_tensorrt.ipynb #ce5c4ec5
 import shutil
 from dataclasses import dataclass, field
-from ..inference.tensorrt_build import engine_key, make_engines, why_not_build
+
+from ..core.schema import UserError
+from ..core.workspace import Workspace, atomic_dir, read_json, stage, write_json
 from ..inference.tensorrt import cuda_device, gpu, package
-from ..core.workspace import UserError, Workspace, atomic_dir, read_json, stage, write_json
+from ..inference.tensorrt_build import engine_key, make_engines, why_not_build
 
 # %% ../../nbs/stages/09_tensorrt.ipynb #873fe0da
 @dataclass

@@ -8,35 +8,39 @@ __all__ = ['WAY', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint',
            'begin', 'result_of', 'run']
 
 # %% ../../nbs/stages/05_train.ipynb #644c9368
-import math, os, subprocess, sys
+import math
+import os
+import subprocess
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
 import torch
-from ..data.batches import Split, load_split
-from ..training.distillation import Teacher, student_settings
-from ..models.finetune import add_lora, as_trained, base_unet, find_base, merged, save_lora
-from ..models.model_folder import read_config
-from ..services.processes import STOPPED, Stop, Watch, follow, is_training, launch, only_one, start
-from ..data.shards import Shards
-from ..services.store import fetch, open_store, read_manifest
-from ..data.streaming import StreamedSplit
-from ..services.tracking import log_event, read_events, start_follower
-from ..training.trainer import Trainer, final_validation, load_run, train_loop
-from ..training.validation import guesses, sample_grid, save_strip
+
+from ..core.fingerprints import code_fingerprint, fingerprint
+from ..core.schema import UserError
 from flowerdiff.core.workspace import (
-    UserError,
     Workspace,
     atomic_dir,
-    code_fingerprint,
-    fingerprint,
     open_workspace,
     out_of_memory,
     read_json,
     stage,
     write_json,
 )
+from ..data.batches import Split, load_split
+from ..data.shards import Shards
+from ..data.streaming import StreamedSplit
+from ..models.finetune import add_lora, as_trained, base_unet, find_base, merged, save_lora
+from ..models.model_folder import read_config
+from ..services.processes import STOPPED, Stop, Watch, follow, is_training, launch, only_one, start
+from ..services.store import fetch, open_store, read_manifest
+from ..services.tracking import log_event, read_events, start_follower
 from ..training.deepspeed import make_engine
+from ..training.distillation import Teacher, student_settings
+from ..training.trainer import Trainer, final_validation, load_run, train_loop
+from ..training.validation import guesses, sample_grid, save_strip
 
 # %% ../../nbs/stages/05_train.ipynb #b77210ca
 WAY = {
@@ -224,8 +228,8 @@ def start_run(
     ws: Workspace, split: Split
 ) -> tuple[Trainer, dict]:  # the run, put back to its checkpoint; facts about it
     "Make the run that the settings ask for."
-    from flowerdiff.models.components import build_denoiser
     import flowerdiff
+    from flowerdiff.models.components import build_denoiser
 
     s, t, world = ws.settings, ws.settings.train, int(os.environ.get('WORLD_SIZE', 1))
     torch.set_num_threads(

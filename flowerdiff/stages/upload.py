@@ -7,8 +7,10 @@ __all__ = ['PARTS', 'send', 'Result', 'run']
 
 # %% ../../nbs/stages/04_upload.ipynb #ac53e4bd
 from dataclasses import dataclass, field
-from ..services.store import Hashes, NoCredentials, Store, object_key, open_store, push
+
 from ..core.workspace import Workspace, progress, stage, write_json
+from ..services.s3 import NoCredentials
+from ..services.store import Hashes, Store, object_key, open_store, push
 
 # %% ../../nbs/stages/04_upload.ipynb #8416b041
 PARTS = ('pictures', 'captions', 'encoded', 'params.yaml')  # of the workspace

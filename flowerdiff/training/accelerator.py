@@ -9,12 +9,14 @@ __all__ = ['SMALLEST', 'SEVERAL', 'learning_rate', 'MuonAdamW', 'adamw8bit', 'ma
 # %% ../../nbs/training/02_accelerator.ipynb #5288ec84
 import math
 from contextlib import contextmanager, nullcontext
+
 import torch
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import Tensor, nn
+
+from ..core.schema import UserError
 from ..models.components import why_not_compile
 from .ema import EMA, averaged
-from ..core.workspace import UserError
 
 # %% ../../nbs/training/02_accelerator.ipynb #9eca5df5
 def learning_rate(

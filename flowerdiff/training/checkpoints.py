@@ -7,14 +7,19 @@ __all__ = ['checksum', 'save_checkpoint', 'checkpoints', 'score', 'rotate', 'dam
            'Saver']
 
 # %% ../../nbs/training/04_checkpoints.ipynb #33f6b462
-import json, math, shutil
+import json
+import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..core.workspace import atomic_dir, file_sha256, read_json, write_json
+
+from ..core.fingerprints import file_sha256
+from ..core.workspace import atomic_dir, read_json, write_json
 
 # %% ../../nbs/training/04_checkpoints.ipynb #1522f743
 def checksum(
@@ -187,7 +192,7 @@ def finish(
     tuple[int, BaseException | None] | None
 ):  # its step, and why it could not be written; None: there is nothing to tell
     "What became of the last checkpoint, told once."
-    if not self.writing or not wait and not self.writing.done():
+    if not self.writing or (not wait and not self.writing.done()):
         return None
     error, self.writing = self.writing.exception(), None
     return self.step, error

@@ -6,15 +6,19 @@
 __all__ = ['zero_config', 'import_deepspeed', 'ZeroEngine', 'make_engine']
 
 # %% ../../nbs/training/03_deepspeed.ipynb #ebd708d6
-import copy, math, os
+import copy
+import math
+import os
 from contextlib import contextmanager, nullcontext
+
 import torch
 import torch.distributed as dist
 from fastcore.basics import patch
-from torch import nn, Tensor
-from .ema import EMA, ema_state
+from torch import Tensor, nn
+
+from ..core.schema import UserError
 from .accelerator import SEVERAL, SMALLEST, Engine, choose_precision, compile_how
-from ..core.workspace import UserError
+from .ema import EMA, ema_state
 
 # %% ../../nbs/training/03_deepspeed.ipynb #4cecae9d
 def zero_config(

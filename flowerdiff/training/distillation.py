@@ -9,6 +9,7 @@ __all__ = ['few_steps', 'ladder', 'step_down', 'Teacher', 'student_settings']
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+
 from ..data.batches import Split
 from ..models.diffusion import add_noise, at, loss_per_sample
 from ..models.finetune import as_trained

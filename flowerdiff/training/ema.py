@@ -7,8 +7,9 @@ __all__ = ['decay_at', 'EMA', 'averaged', 'ema_state', 'load_ema']
 
 # %% ../../nbs/training/01_ema.ipynb #13109252
 from contextlib import contextmanager
+
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 # %% ../../nbs/training/01_ema.ipynb #533756b9
 def decay_at(

@@ -7,6 +7,7 @@ __all__ = ['Denoising']
 
 # %% ../../nbs/training/06_losses.ipynb #01861ed8
 from torch import Tensor
+
 from ..data.batches import Split
 from flowerdiff.models.diffusion import (
     add_noise,

@@ -7,20 +7,24 @@ __all__ = ['TENTHS', 'KEPT', 'total_steps', 'steps_within', 'Trainer', 'save_run
            'train_loop', 'final_validation']
 
 # %% ../../nbs/training/09_trainer.ipynb #dcef240b
-import math, time
+import math
+import time
 from pathlib import Path
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+
+from ..core.schema import UserError
+from ..core.workspace import out_of_memory
 from ..data.batches import Split, make_batch
-from .checkpoints import Saver, agreed, load_checkpoint
 from ..models.diffusion import make_scheduler, noise_levels
-from .ema import EMA, ema_state, load_ema
-from .accelerator import Engine, learning_rate, make_optimizer
-from .spikes_and_oom import MANY, MEMORY, spike_limit, what_fits
-from .losses import Denoising
 from ..services.tracking import log_event
-from ..core.workspace import UserError, out_of_memory
+from .accelerator import Engine, learning_rate, make_optimizer
+from .checkpoints import Saver, agreed, load_checkpoint
+from .ema import EMA, ema_state, load_ema
+from .losses import Denoising
+from .spikes_and_oom import MANY, MEMORY, spike_limit, what_fits
 
 # %% ../../nbs/training/09_trainer.ipynb #4fad1167
 def total_steps(n: int, train) -> int:
@@ -48,7 +52,7 @@ class Trainer:
         split: Split,  # what to learn from
         make_unet,  # () -> the denoiser, fresh
         engine: Engine = None,
-        files: list[str] = None,  # of the pictures, for messages; None: their numbers
+        files: list[str] | None = None,  # of the pictures, for messages; None: their numbers
         objective=None,  # what to make small, such as a `Teacher`'s; None: `Denoising`
     ):
         self.train, self.seed, self.split, self.engine, self.files = (
@@ -117,7 +121,7 @@ def tell(
 ):  # {} between two times; `loss`: of all samples, `levels`: by the middle of each tenth of the timesteps
     "The mean loss since the last time, every few steps."
     since = self.step - (self.losses[-1][0] if self.losses else 0)
-    if since < self.every and not force or not self.sums.any():
+    if (since < self.every and not force) or not self.sums.any():
         return {}
     sums, n = self.engine.mean(self.sums).double().cpu()
     self.sums.zero_()
@@ -232,7 +236,7 @@ def fits(
         part = max(self.batch(batch).parts(self.train.accumulate), key=len)
         with torch.backends.mkldnn.flags(enabled=False):
             backward(part)  # oneDNN keeps a primitive that failed, and goes on failing
-        memory = [
+        [
             torch.zeros_like(p) for p in e.net.parameters() for _ in range(2) if not e.optimizer.state
         ]  # AdamW's, which its first step makes
         return True

@@ -8,9 +8,11 @@ __all__ = ['nearest_timesteps', 'timestep_grid', 'fixed_noise', 'held_out', 'by_
 
 # %% ../../nbs/training/05_validation.ipynb #b1b31943
 from pathlib import Path
+
 import torch
 from torch import Tensor
-from ..data.batches import Split, chance, JUDGE, FIRST
+
+from ..data.batches import FIRST, JUDGE, Split, chance
 from flowerdiff.models.diffusion import (
     add_noise,
     alpha_bar,
