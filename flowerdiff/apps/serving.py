@@ -11,7 +11,7 @@ import asyncio
 import json
 import os
 import resource
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.resources import files
 from ipaddress import ip_address, ip_network
 from pathlib import Path

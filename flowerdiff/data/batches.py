@@ -9,6 +9,7 @@ __all__ = ['ORDER', 'DRAW', 'JUDGE', 'FIRST', 'WINDOW', 'chance', 'epoch_order',
 
 # %% ../../nbs/data/10_batches.ipynb #2eeaf238
 import bisect
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -9,6 +9,7 @@ __all__ = ['GENERIC', 'OFFICIAL', 'walk', 'Metadata', 'each_row', 'given_caption
 
 # %% ../../nbs/data/02_image_folder.ipynb #9224a2c7
 import hashlib
+import itertools
 import json
 import os
 import stat

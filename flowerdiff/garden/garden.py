@@ -152,7 +152,7 @@ def place(
         return [(0.5 + rng.uniform(-wander, wander), max(radius + 0.03, 0.45 + rng.uniform(-0.1, 0.1)))]
     flip = rng.random() < 0.5
     return [
-        (1 - x if flip else x, y, *rng.uniform(-0.035, 0.035, 2)) for x, y in SPOTS[rng.integers(len(SPOTS))]
+        (1 - x if flip else x, y) + rng.uniform(-0.035, 0.035, 2) for x, y in SPOTS[rng.integers(len(SPOTS))]
     ]
 
 # %% ../../nbs/garden/02_garden.ipynb #6ecf1c9f
