@@ -25,8 +25,8 @@ def main():
     from flowerdiff.data.encoding import encode_captions, encode_pictures, read_pictures
     from flowerdiff.garden.garden import caption, draw, sample_attributes
     from flowerdiff.models.components import (
+        bf16_is_fast,
         encode_moments,
-        fast_bf16,
         load_autoencoder,
         load_text,
         pil_to_tensor,
@@ -57,7 +57,7 @@ def main():
 
     def bare_pictures():
         n = a.pictures // a.batch
-        with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=fast_bf16()):
+        with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=bf16_is_fast()):
             for _ in range(n):
                 encode_moments(vae, batch), encode_moments(vae, batch.flip(-1))
         return n * a.batch
@@ -75,7 +75,7 @@ def main():
         return n / (time.perf_counter() - start)
 
     print(
-        f'| {torch.get_num_threads()} threads, {"bf16" if fast_bf16() else "fp32"} | ours, a second | bare, a second | share |\n|---|---|---|---|'
+        f'| {torch.get_num_threads()} threads, {"bf16" if bf16_is_fast() else "fp32"} | ours, a second | bare, a second | share |\n|---|---|---|---|'
     )
     seconds = 0.0
     for what, ours, bare, full in (

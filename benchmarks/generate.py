@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from flowerdiff.core.workspace import write_json
-from flowerdiff.inference.backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_not
+from flowerdiff.inference.backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_unavailable
 from flowerdiff.inference.benchmark import network_parts, overhead
 from flowerdiff.inference.generator import Generator
 from flowerdiff.models.components import TextEncoder, save_components, save_pipeline
@@ -119,10 +119,13 @@ def main():
     ours = {
         k: Generator(open_backend(k, onnx if reads_onnx(k) else model))
         for k in BACKENDS
-        if (onnx or not reads_onnx(k)) and not why_not(k, onnx)
+        if (onnx or not reads_onnx(k)) and not why_unavailable(k, onnx)
     }
     size = ours['torch'].backend.size
-    calls = {k: lambda prompt, g=g: g(prompt, steps=args.steps, guidance=4.0) for k, g in ours.items()}
+    calls = {
+        k: lambda prompt, g=g: g(prompt, num_inference_steps=args.steps, guidance_scale=4.0)
+        for k, g in ours.items()
+    }
     calls['StableDiffusionPipeline'] = lambda prompt: stock(
         prompt, num_inference_steps=args.steps, guidance_scale=4.0, height=size, width=size
     )
@@ -159,10 +162,10 @@ def main():
 
             def new():
                 n[0] += 1
-                g(f'{n[0]}: {PROMPT}', steps=args.steps, guidance=4.0)
+                g(f'{n[0]}: {PROMPT}', num_inference_steps=args.steps, guidance_scale=4.0)
 
             parts = network_parts(g.backend) | dict(
-                new=new, known=lambda: g(PROMPT, steps=args.steps, guidance=4.0)
+                new=new, known=lambda: g(PROMPT, num_inference_steps=args.steps, guidance_scale=4.0)
             )
             own = {name: 1000 * fastest_of(f) for name, f in parts.items()}
             line += f' {own["unet"]:.1f} ms | {own["decode"]:.1f} ms | {overhead(own["new"], args.steps, own):.1%} | {overhead(own["known"], args.steps, own):.1%} |'

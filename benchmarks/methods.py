@@ -21,7 +21,7 @@ import torch
 from flowerdiff.core.profiles import load_profile
 from flowerdiff.core.workspace import open_workspace
 from flowerdiff.data.batches import load_split
-from flowerdiff.evaluation.eval_prompts import draw_all, questions
+from flowerdiff.evaluation.eval_prompts import eval_prompts, generate_images
 from flowerdiff.services.processes import ROOMY
 from flowerdiff.stages import evaluate, train
 
@@ -94,10 +94,14 @@ def measure(folder: Path, name: str, choice: dict, epochs: float) -> dict:
         [sys.executable, '-m', 'flowerdiff.stages.train', str(folder)], check=True, env=ROOMY | os.environ
     )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    generator, asks = evaluate.Generator.from_pretrained(ws.candidate, batch=50), questions(ws, 200)
+    generator, asks = evaluate.Generator.from_pretrained(ws.candidate, batch=50), eval_prompts(ws, 200)
     numbers = evaluate.attribute_numbers(
-        draw_all(
-            generator, asks, 50, steps=ws.settings.evaluate.steps, guidance=ws.settings.evaluate.guidance
+        generate_images(
+            generator,
+            asks,
+            50,
+            num_inference_steps=ws.settings.evaluate.steps,
+            guidance_scale=ws.settings.evaluate.guidance,
         ),
         asks,
     )['adherence']

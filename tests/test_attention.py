@@ -40,7 +40,9 @@ def made_to_read(generator, prompt, word):
 @pytest.mark.parametrize('guidance', [1.0, 4.0])
 def test_the_word_that_is_read_has_the_map(generator, guidance):
     "And no other; the half without a prompt has no such word."
-    seen = attention_maps(made_to_read(generator, PROMPT, 'rose'), PROMPT, steps=3, guidance=guidance)
+    seen = attention_maps(
+        made_to_read(generator, PROMPT, 'rose'), PROMPT, num_inference_steps=3, guidance_scale=guidance
+    )
     for word, share in zip(seen.words, seen.maps):
         assert share.min() > 0.99 if word == 'rose' else share.abs().max() < 0.01, (word, share.mean())
 
@@ -56,12 +58,12 @@ def test_a_map_lies_as_the_picture_does(generator):
         m for m in made_to_read(generator, PROMPT, 'rose').backend.unet.modules() if hasattr(m, 'attn2')
     ):
         block.norm2.register_forward_hook(halves)
-    share = attention_maps(generator, PROMPT, steps=1, size=(48, 32)).maps[2]
+    share = attention_maps(generator, PROMPT, num_inference_steps=1, size=(48, 32)).maps[2]
     assert share[:, :12].min() > 0.99 and share[:, 12:].abs().max() < 0.01
 
 
 def test_tokens_of_a_word_are_one_map(generator):
-    prompt, how = 'a poppy, red', dict(seed=3, steps=3)
+    prompt, how = 'a poppy, red', dict(seed=3, num_inference_steps=3)
     assert [(w, len(i)) for w, i in words_of(generator.backend.tokenizer, prompt)] == [
         ('a', 1),
         ('poppy', 5),
@@ -75,7 +77,7 @@ def test_tokens_of_a_word_are_one_map(generator):
 
 @pytest.mark.parametrize('size', [None, (48, 32)])
 def test_shares_sum_to_one_and_the_picture_stays(generator, size):
-    how = dict(seed=5, steps=4, guidance=3.0, size=size)
+    how = dict(seed=5, num_inference_steps=4, guidance_scale=3.0, size=size)
     usual, old = generator(PROMPT, **how)[0], generator.backend.unet.attn_processors
     h, w = usual.height // 2, usual.width // 2
     seen, tokens = attention_maps(generator, PROMPT, **how), shares(generator, PROMPT, (h, w), **how)
@@ -96,7 +98,7 @@ def test_a_drawing_that_fails_leaves_the_processors(generator, monkeypatch):
 
     monkeypatch.setattr(generator.backend, 'decode', broken)
     with pytest.raises(ZeroDivisionError):
-        attention_maps(generator, PROMPT, steps=2)
+        attention_maps(generator, PROMPT, num_inference_steps=2)
     assert generator.backend.unet.attn_processors == old
 
 

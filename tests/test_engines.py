@@ -23,7 +23,7 @@ from flowerdiff.inference import tensorrt as engines
 from flowerdiff.inference import tensorrt_build as builder
 from flowerdiff.inference.backends import load_backend
 from flowerdiff.inference.generator import Generator
-from flowerdiff.inference.sampling_loop import SCHEDULERS, generators, make_scheduler, sample
+from flowerdiff.inference.sampling_loop import SCHEDULERS, generators, load_scheduler, sample
 from flowerdiff.inference.tensorrt_build import (
     build_engine,
     half_file,
@@ -529,7 +529,7 @@ def test_other_weights_are_put_in_and_again(ws, machine):
         assert len(files(ws.tensorrt / 'Fake_GPU-tensorrt-11.4')) == 5  # four engines and the times
         assert same(
             *(
-                Generator(backends.open_backend(b, ws.onnx))('a red rose', steps=4)
+                Generator(backends.open_backend(b, ws.onnx))('a red rose', num_inference_steps=4)
                 for b in ('tensorrt', 'onnx-fp16')
             )
         )
@@ -623,7 +623,7 @@ def test_engines_are_used_only_where_they_fit(ws, machine, monkeypatch):
         left = (
             bench.bench(ws.root, steps=[1], rounds=1, names=['onnx', 'tensorrt'])['left_out']
             if match == 'no engines of this model'
-            else {'tensorrt': backends.why_not('tensorrt', ws.onnx)}
+            else {'tensorrt': backends.why_unavailable('tensorrt', ws.onnx)}
         )
         assert left['tensorrt'] in str(e.value)
 
@@ -656,7 +656,7 @@ def test_engines_are_used_only_where_they_fit(ws, machine, monkeypatch):
     with pytest.raises(UserError, match='cannot open this engine'):
         load_backend(ws.root, 'tensorrt')
     change(ws, 'unet')
-    assert 'of other weights' in backends.why_not('tensorrt', ws.onnx)
+    assert 'of other weights' in backends.why_unavailable('tensorrt', ws.onnx)
 
 
 def test_engines_made_ahead_run_on_their_architecture(ws, machine):
@@ -670,7 +670,7 @@ def test_engines_made_ahead_run_on_their_architecture(ws, machine):
     machine(trt, 'A', 'SM86')
     assert load_backend(ws.root).name == 'tensorrt'
     machine(trt, 'A', 'SM89')
-    assert 'for SM86, here is A (SM89)' in backends.why_not('tensorrt', ws.onnx)
+    assert 'for SM86, here is A (SM89)' in backends.why_unavailable('tensorrt', ws.onnx)
     machine(stand_in(), 'A')
     with pytest.raises(
         UserError,
@@ -726,5 +726,5 @@ def test_the_loop_reads_nothing_back(exported, name):
         read_json(exported.model / 'scheduler' / 'scheduler_config.json')
         | dict(_class_name='DPMSolverMultistepScheduler'),
     )
-    out = sample(Meta(), text, text, generators(0, 2), make_scheduler(config, name), 4, 4.0)
+    out = sample(Meta(), text, text, generators(0, 2), load_scheduler(config, name), 4, 4.0)
     assert out.device.type == 'meta' and len(seen) >= 4 and set(seen) == {('meta', 'meta')}

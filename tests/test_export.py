@@ -93,7 +93,11 @@ def test_a_student_is_drawn_as_one_by_every_backend(copy, monkeypatch):
 def test_any_batch_and_size_draws_the_same(ws, n, size, name):
     both = [
         Generator.from_pretrained(ws.root, backend=b)(
-            ['a red rose', 'the sky'], n=n, size=size, steps=4, negative='blue'
+            ['a red rose', 'the sky'],
+            num_images_per_prompt=n,
+            size=size,
+            num_inference_steps=4,
+            negative_prompt='blue',
         )
         for b in ('torch', name)
     ]
@@ -105,13 +109,13 @@ def test_openvino_multiplies_the_text_once_and_keeps_few_shapes(ws):
     b, asked = g.backend, []
     products = b.products
     b.products = lambda feed: asked.append(len(feed['encoder_hidden_states'])) or products(feed)
-    first = g('a red rose', steps=5)
+    first = g('a red rose', num_inference_steps=5)
     assert asked == [2] and len(
         products({'encoder_hidden_states': np.zeros((1, 16, 32), np.float32)})
     ) == 2 * sum('attn2.to_k' in k for k, _ in TorchBackend(ws.model, 'cpu').unet.named_parameters())
     for size in (16, 24, 40, 48):
-        g('a red rose', steps=1, size=size)
-    assert len(b.unet.made) == 3 and same(first, g('a red rose', steps=5))
+        g('a red rose', num_inference_steps=1, size=size)
+    assert len(b.unet.made) == 3 and same(first, g('a red rose', num_inference_steps=5))
 
 
 @pytest.mark.parametrize('variant', ['', 'fp16', 'int8'])
@@ -140,7 +144,7 @@ def test_onnx_multiplies_the_text_once_and_bit_for_bit(ws, variant):
         assert np.array_equal(b.denoise(z, torch.tensor(t), b.condition(text[:n])).numpy(), want)
     g, condition = Generator(b), b.condition
     b.condition = lambda text: asked.append(len(text)) or condition(text)
-    g('a red rose', steps=5)
+    g('a red rose', num_inference_steps=5)
     assert asked == [2]
 
 
@@ -148,7 +152,7 @@ def test_onnx_with_its_weights_beside_it_and_a_graph_within_the_graph(copy):
     "A file above two gigabytes keeps its weights outside; a graph that cannot be cut runs as it is."
     import onnx
 
-    before = Generator.from_pretrained(copy.root, backend='onnx')('a red rose', steps=3)
+    before = Generator.from_pretrained(copy.root, backend='onnx')('a red rose', num_inference_steps=3)
     unet = copy.onnx / 'unet' / 'model.onnx'
     model = onnx.load(unet)
     onnx.save(
@@ -158,7 +162,7 @@ def test_onnx_with_its_weights_beside_it_and_a_graph_within_the_graph(copy):
     assert (
         (unet.parent / 'model.onnx_data').stat().st_size > unet.stat().st_size
         and g.backend.products
-        and same(before, g('a red rose', steps=3))
+        and same(before, g('a red rose', num_inference_steps=3))
     )
     branch = onnx.helper.make_graph(
         [onnx.helper.make_node('Identity', ['sample'], ['chosen'])],
@@ -175,7 +179,7 @@ def test_onnx_with_its_weights_beside_it_and_a_graph_within_the_graph(copy):
     assert (
         g.backend.products is None
         and 'encoder_hidden_states' in g.backend.inputs
-        and same(before, g('a red rose', steps=3))
+        and same(before, g('a red rose', num_inference_steps=3))
     )
 
 
@@ -197,7 +201,9 @@ def test_a_unet_that_does_not_read_its_text_is_exported_and_drawn_by_all(tmp_pat
     ).save_pretrained(ws.model / 'unet')
     export.run(str(ws.root))
     drawn = [
-        Generator.from_pretrained(ws.root, backend=b)('a red rose', n=2, steps=4)
+        Generator.from_pretrained(ws.root, backend=b)(
+            'a red rose', num_images_per_prompt=2, num_inference_steps=4
+        )
         for b in ('torch', 'onnx', 'openvino')
     ]
     assert same(drawn[0], drawn[1]) and same(drawn[0], drawn[2]) and not same(drawn[0][:1], drawn[0][1:])
@@ -205,10 +211,10 @@ def test_a_unet_that_does_not_read_its_text_is_exported_and_drawn_by_all(tmp_pat
 
 def test_openvino_in_threads(ws):
     g = Generator.from_pretrained(ws.root, backend='openvino')
-    alone, seen = [g('a red rose', seed=i, steps=4) for i in range(3)], {}
+    alone, seen = [g('a red rose', seed=i, num_inference_steps=4) for i in range(3)], {}
 
     def visit(i):
-        seen[i] = g('a red rose', seed=i, steps=4)
+        seen[i] = g('a red rose', seed=i, num_inference_steps=4)
 
     threads = [threading.Thread(target=visit, args=(i,)) for i in range(3)]
     for t in threads:
@@ -220,10 +226,11 @@ def test_openvino_in_threads(ws):
 
 @pytest.mark.parametrize('name, least', [('onnx-fp16', 45), ('onnx-int8', 30), ('openvino-bf16', 30)])
 def test_what_saves_bits_draws_nearly_the_same(ws, name, least):
-    if reason := backends.why_not(name):
+    if reason := backends.why_unavailable(name):
         pytest.skip(reason)
     full, small = (
-        Generator(open_backend(k, ws.onnx))(['a red rose', 'the sky'], steps=4) for k in ('onnx', name)
+        Generator(open_backend(k, ws.onnx))(['a red rose', 'the sky'], num_inference_steps=4)
+        for k in ('onnx', name)
     )
     d = export.picture_difference(full, small)
     assert least < d['psnr'] < 100, d
@@ -236,7 +243,9 @@ def test_an_autoencoder_tiny_is_exported_too(tmp_path):
     ]
     assert same(
         *[
-            Generator.from_pretrained(ws.root, backend=b)('a red rose', n=2, steps=4)
+            Generator.from_pretrained(ws.root, backend=b)(
+                'a red rose', num_images_per_prompt=2, num_inference_steps=4
+            )
             for b in ('torch', 'onnx')
         ]
     )
@@ -248,7 +257,7 @@ def test_parity_is_written_and_auto_takes_the_fastest_that_is_good(copy, monkeyp
     assert (
         parity['passed']
         and all(p['difference'] < 1e-3 for p in parity['parts'].values())
-        and set(b) == {k for k in BACKENDS if k != 'torch-compile' and not backends.why_not(k)}
+        and set(b) == {k for k in BACKENDS if k != 'torch-compile' and not backends.why_unavailable(k)}
     )
     assert (
         all(b[k]['keeps'] and b[k]['within_1'] >= 0.999 for k in ('torch', 'onnx', 'openvino'))
@@ -383,7 +392,9 @@ def test_diffusers_with_transformers_4_and_optimum_draw_the_same(ws, tmp_path):
         ],
         check=True,
     )
-    ours = Generator.from_pretrained(ws.root, 'torch')('a red rose', n=2, seed=3, steps=4)
+    ours = Generator.from_pretrained(ws.root, 'torch')(
+        'a red rose', num_images_per_prompt=2, seed=3, num_inference_steps=4
+    )
     assert not same(ours[:1], ours[1:])
     for name in ('torch', 'onnx'):
         assert same([Image.open(tmp_path / f'{name}{i}.png') for i in (0, 1)], ours), name

@@ -227,7 +227,7 @@ def loud(ws, picture, factor=3000):
 
 
 def test_a_spike_is_left_out_and_told_and_the_run_resumes_across_it(toy):
-    from flowerdiff.data.batches import batch_pictures
+    from flowerdiff.data.batches import batch_indices
 
     one, two = (toy(name, **DENSE) for name in ('one', 'two'))
     for ws in (one, two):
@@ -237,7 +237,7 @@ def test_a_spike_is_left_out_and_told_and_the_run_resumes_across_it(toy):
     assert p.exitcode == 0
     spikes = [e for e in events(one) if e['event'] == 'spike']
     due = [
-        s + 1 for s in range(12, 24) if 5 in batch_pictures(s, 8, 64, 0)
+        s + 1 for s in range(12, 24) if 5 in batch_indices(s, 8, 64, 0)
     ]  # two of warm-up, ten to know what is usual
     assert (
         due
@@ -258,10 +258,10 @@ def test_a_spike_is_left_out_and_told_and_the_run_resumes_across_it(toy):
 
 
 def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(toy):
-    from flowerdiff.data.batches import batch_pictures
+    from flowerdiff.data.batches import batch_indices
 
     ws = toy(**DENSE)
-    first = next(s for s in range(24) if 5 in batch_pictures(s, 8, 64, 0))
+    first = next(s for s in range(24) if 5 in batch_indices(s, 8, 64, 0))
     loud(ws, 5, float('nan'))
     p = start(ws.root)
     p.join()

@@ -21,8 +21,14 @@ from tiny import tiny_florence
 
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import open_workspace, read_json, read_jsonl, write_json, write_jsonl
-from flowerdiff.data.caption_cleanup import mention, sentence
-from flowerdiff.data.captioning import describe_share, describe_together, largest_first, read_journals, work
+from flowerdiff.data.caption_cleanup import clean_caption, mention
+from flowerdiff.data.captioning import (
+    describe_share,
+    describe_together,
+    largest_first,
+    read_journals,
+    run_worker,
+)
 from flowerdiff.models.florence import Florence, open_florence
 from flowerdiff.services.launcher import Journal
 from flowerdiff.stages.caption import run
@@ -335,10 +341,12 @@ def test_a_process_leaves_when_the_stage_is_gone(mini, whole, tmp_path, monkeypa
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('WORLD_SIZE', '2')
     threads = torch.get_num_threads()
-    assert work(str(ws.root), str(tmp_path)) == 0 and len(read_journals(tmp_path)) == 4, 'after one batch'
+    assert run_worker(str(ws.root), str(tmp_path)) == 0 and len(read_journals(tmp_path)) == 4, (
+        'after one batch'
+    )
     monkeypatch.setattr(Florence, 'answers', lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        work(str(ws.root), str(tmp_path))
+        run_worker(str(ws.root), str(tmp_path))
     assert json.loads((tmp_path / '1-2.jsonl').read_text())['kind'] == 'ZeroDivisionError', (
         'what it died of is in its journal'
     )
@@ -513,14 +521,17 @@ def test_a_picture_that_is_gone(mini, tmp_path):
     ],
 )
 def test_sentences(answer, name, caption):
-    assert sentence(answer, name) == caption
+    assert clean_caption(answer, name) == caption
 
 
 def test_a_paragraph_is_kept_up_to_its_last_whole_sentence():
     answer = (
         'The image is a close-up of a white flower. The flower has five petals. In the background there is'
     )
-    assert sentence(answer, 'iris', whole=True) == 'a close-up of a white iris. the flower has five petals'
     assert (
-        sentence(answer, 'iris') == 'a close-up of a white iris' and sentence('A flower', 'iris') == 'an iris'
+        clean_caption(answer, 'iris', whole=True) == 'a close-up of a white iris. the flower has five petals'
+    )
+    assert (
+        clean_caption(answer, 'iris') == 'a close-up of a white iris'
+        and clean_caption('A flower', 'iris') == 'an iris'
     )

@@ -97,7 +97,7 @@ def stock(models):
 def test_draws_what_diffusers_draws(models, stock, kind, guidance):
     prompts = ['a red rose', 'the sky', 'a white daisy in the meadow']
     ours = Generator.from_pretrained(models[kind])(
-        prompts, seed=5, steps=6, guidance=guidance, negative='blue'
+        prompts, seed=5, num_inference_steps=6, guidance_scale=guidance, negative_prompt='blue'
     )
     theirs = stock(
         kind, prompts, 5, num_inference_steps=6, guidance_scale=guidance, negative_prompt=['blue'] * 3
@@ -107,7 +107,7 @@ def test_draws_what_diffusers_draws(models, stock, kind, guidance):
 
 @pytest.mark.parametrize('name', ['ddim', 'ddpm', 'unipc', 'euler', 'dpm', 'lcm'])
 def test_every_scheduler_draws_what_diffusers_draws(generator, stock, name):
-    ours = generator(['a red rose', 'the sky'], steps=5, scheduler=name, guidance=3.0)
+    ours = generator(['a red rose', 'the sky'], num_inference_steps=5, scheduler=name, guidance_scale=3.0)
     assert same(
         ours,
         stock(
@@ -135,22 +135,30 @@ def test_the_bound_notices_a_wrong_formula(models, stock, monkeypatch, mutation)
             sampler, 'generators', lambda s, n: [torch.Generator().manual_seed(s) for _ in range(n)]
         )
     assert not same(
-        g(['a red rose', 'the sky'], steps=6, guidance=4.0),
+        g(['a red rose', 'the sky'], num_inference_steps=6, guidance_scale=4.0),
         stock('tiny', ['a red rose', 'the sky'], num_inference_steps=6, guidance_scale=4.0),
     )
 
 
 def test_a_picture_does_not_depend_on_its_company(generator, models):
-    many = generator(['a red rose', 'the sky'], n=3, seed=10, steps=4)
+    many = generator(['a red rose', 'the sky'], num_images_per_prompt=3, seed=10, num_inference_steps=4)
     for i, prompt in ((0, 'a red rose'), (2, 'a red rose'), (4, 'the sky')):
-        assert same([many[i]], generator(prompt, seed=10 + i, steps=4))
-    assert same(many, Generator(generator.backend, batch=4)(['a red rose', 'the sky'], n=3, seed=10, steps=4))
+        assert same([many[i]], generator(prompt, seed=10 + i, num_inference_steps=4))
+    assert same(
+        many,
+        Generator(generator.backend, batch=4)(
+            ['a red rose', 'the sky'], num_images_per_prompt=3, seed=10, num_inference_steps=4
+        ),
+    )
 
 
 @pytest.mark.parametrize('name', list(sampling.SCHEDULERS))
 def test_a_scheduler_goes_on_to_the_next_batch_as_if_new(generator, name):
     one, two = (
-        Generator(generator.backend, batch=b)('a red rose', n=2, steps=5, scheduler=name) for b in (1, 2)
+        Generator(generator.backend, batch=b)(
+            'a red rose', num_images_per_prompt=2, num_inference_steps=5, scheduler=name
+        )
+        for b in (1, 2)
     )
     assert same(one, two) and not same(one[:1], one[1:])
 
@@ -162,11 +170,12 @@ def test_threads_do_not_disturb_each_other(generator):
         ('a white daisy', 5, 'unipc'),
         ('an iris', 6, None),
     ]
-    alone, together = [generator(p, steps=s, scheduler=k, seed=3) for p, s, k in wishes], {}
+    alone, together = [generator(p, num_inference_steps=s, scheduler=k, seed=3) for p, s, k in wishes], {}
 
     def visit(i):
         together[i] = [
-            generator(wishes[i][0], steps=wishes[i][1], scheduler=wishes[i][2], seed=3) for _ in range(2)
+            generator(wishes[i][0], num_inference_steps=wishes[i][1], scheduler=wishes[i][2], seed=3)
+            for _ in range(2)
         ]
 
     threads = [threading.Thread(target=visit, args=(i,)) for i in range(4)]
@@ -189,13 +198,13 @@ def test_one_text_pass_two_halves_a_step_one_decode(generator):
                 return value
             return lambda x, *a: (calls.append((name, len(x))), value(x, *a))[1]
 
-    Generator(Counting())(['a red rose', 'the sky'], n=2, steps=3)
+    Generator(Counting())(['a red rose', 'the sky'], num_images_per_prompt=2, num_inference_steps=3)
     assert calls == [('encode', 3)] + [('denoise', 8)] * 3 + [('decode', 4)]
     calls.clear()
-    Generator(Counting())('the sky', steps=3, guidance=1.0)
+    Generator(Counting())('the sky', num_inference_steps=3, guidance_scale=1.0)
     assert [c for c in calls if c[0] == 'denoise'] == [('denoise', 1)] * 3
     calls.clear()
-    Generator(Counting())('the sky', steps=4, interval=(0.25, 0.75))
+    Generator(Counting())('the sky', num_inference_steps=4, guidance_interval=(0.25, 0.75))
     assert [n for c, n in calls if c == 'denoise'] == [1, 2, 2, 1]
 
 
@@ -204,9 +213,9 @@ def test_a_text_is_read_once_and_few_are_kept(models):
     text = b.text
     b.text = lambda ids: read.append(len(ids)) or text(ids)
     g = Generator(b)
-    g('a red rose', steps=1)
-    g('a red rose', steps=1)
-    g(['an iris', 'a red rose'], steps=1, negative='blue')
+    g('a red rose', num_inference_steps=1)
+    g('a red rose', num_inference_steps=1)
+    g(['an iris', 'a red rose'], num_inference_steps=1, negative_prompt='blue')
     assert read == [2, 2]  # with '', then the iris and 'blue'
     assert (
         torch.equal(b.encode(['a red rose']), torch.stack([b.known['a red rose'][0]]))
@@ -252,7 +261,7 @@ def products_asked(unet, draw):  # how often `draw` multiplies the text with a m
 
 def test_keys_and_values_of_the_text_are_made_once_a_drawing(generator, models):
     b = generator.backend
-    _, asked, there = products_asked(b.unet, lambda: generator('a red rose', steps=6))
+    _, asked, there = products_asked(b.unet, lambda: generator('a red rose', num_inference_steps=6))
     assert asked == there == 2 * len(b.readers) > 0
     text, z, t = b.encode(['a red rose', '', 'the sky']), torch.randn(3, 4, 16, 16), torch.tensor(321)
     made, told = b.denoise(z, t, text), b.denoise(z, t, b.condition(text))
@@ -298,7 +307,7 @@ def test_a_unet_that_reads_its_text_otherwise_or_not_at_all(models, tmp_path, ki
     pipe.set_progress_bar_config(disable=True)
     assert not readers(ours.backend.unet)
     assert same(
-        ours('a red rose', steps=3, guidance=3.0),
+        ours('a red rose', num_inference_steps=3, guidance_scale=3.0),
         pipe(
             'a red rose',
             num_inference_steps=3,
@@ -328,27 +337,32 @@ def eager(monkeypatch):
 def test_compiled_for_each_shape_and_the_same(models, generator, eager):
     g = Generator.from_pretrained(models['kl'], backend='torch-compile')
     assert g.backend.name == 'torch-compile' and not eager
-    first = g('a red rose', steps=4)
+    first = g('a red rose', num_inference_steps=4)
     once = len(eager)
-    assert once == 2 and same(first, generator('a red rose', steps=4))  # the UNet whole, and the decoder
-    g('a white daisy', steps=6, seed=4)
+    assert once == 2 and same(
+        first, generator('a red rose', num_inference_steps=4)
+    )  # the UNet whole, and the decoder
+    g('a white daisy', num_inference_steps=6, seed=4)
     assert len(eager) == once
     assert (
-        same(g('a red rose', n=2, size=48, steps=3), generator('a red rose', n=2, size=48, steps=3))
+        same(
+            g('a red rose', num_images_per_prompt=2, size=48, num_inference_steps=3),
+            generator('a red rose', num_images_per_prompt=2, size=48, num_inference_steps=3),
+        )
         and len(eager) == 2 * once
     )
-    _, asked, there = products_asked(g.backend.unet, lambda: g('an iris', steps=5))
+    _, asked, there = products_asked(g.backend.unet, lambda: g('an iris', num_inference_steps=5))
     assert asked in (0, there)  # none in the steps
     seen = {}
     threads = [
-        threading.Thread(target=lambda i=i: seen.update({i: g('a red rose', seed=i, steps=4)}))
+        threading.Thread(target=lambda i=i: seen.update({i: g('a red rose', seed=i, num_inference_steps=4)}))
         for i in range(3)
     ]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert all(same(seen[i], generator('a red rose', seed=i, steps=4)) for i in range(3))
+    assert all(same(seen[i], generator('a red rose', seed=i, num_inference_steps=4)) for i in range(3))
 
 
 @pytest.mark.skipif(bool(why_not_compile()), reason='no C++ compiler')
@@ -373,7 +387,7 @@ def test_no_compiler_or_a_broken_one_is_said(models, monkeypatch):
 
     monkeypatch.setattr(torch, 'compile', lambda f, **how: real(f, backend=broken, **how))
     with pytest.raises(UserError, match='the compiler failed .*cannot execute.*use the backend torch') as e:
-        Generator.from_pretrained(models['kl'], backend='torch-compile')('a rose', steps=1)
+        Generator.from_pretrained(models['kl'], backend='torch-compile')('a rose', num_inference_steps=1)
     assert '\n' not in str(e.value)
 
 
@@ -384,11 +398,11 @@ from flowerdiff.inference.generator import Generator
 from flowerdiff.core.workspace import UserError
 import torch; torch.backends.mkldnn.enabled = False  # which fails in its own way once it failed
 g = Generator(open_backend(sys.argv[1], sys.argv[2]), batch=64)
-small = g('a rose', n=2, steps=1)
+small = g('a rose', num_images_per_prompt=2, num_inference_steps=1)
 suffer('memory', int(sys.argv[3]))
 try: g('a rose', n=64, steps=1, size=256); print('it fitted')
 except UserError as e: print(e)
-assert [p.tobytes() for p in g('a rose', n=2, steps=1)] == [p.tobytes() for p in small]"""
+assert [p.tobytes() for p in g('a rose', num_images_per_prompt=2, num_inference_steps=1)] == [p.tobytes() for p in small]"""
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='limits the address space')
@@ -401,7 +415,7 @@ def test_a_batch_beyond_memory_is_said_and_the_next_is_drawn(models):
     )
     assert (
         (done.stdout.splitlines() or [''])[-1]
-        == '64 pictures of 256 x 256 pixels at once do not fit into memory; draw fewer at once (batch or n below 64) or a smaller size'
+        == '64 pictures of 256 x 256 pixels at once do not fit into memory; draw fewer at once (batch or num_images_per_prompt below 64) or a smaller size'
         and not done.returncode
     ), done.stdout + done.stderr
 
@@ -431,12 +445,12 @@ def test_every_way_to_say_that_memory_is_out(generator, raised, where):
     with pytest.raises(
         UserError, match='^3 pictures of 32 x 32 pixels at once do not fit into memory; draw fewer'
     ) as e:
-        Generator(Full())('a rose', n=3, steps=1)
+        Generator(Full())('a rose', num_images_per_prompt=3, num_inference_steps=1)
     assert '\n' not in str(e.value)
     with pytest.raises(
         UserError, match='^1 picture of 32 x 32 pixels at once does not fit into memory; draw a smaller size$'
     ):
-        Generator(Full())('a rose', steps=1)
+        Generator(Full())('a rose', num_inference_steps=1)
 
 
 def test_another_error_is_not_memory(generator):
@@ -445,32 +459,35 @@ def test_another_error_is_not_memory(generator):
             return getattr(generator.backend, name) if name != 'decode' else lambda *_: 1 / 0
 
     with pytest.raises(ZeroDivisionError):
-        Generator(Wrong())('a rose', steps=1)
+        Generator(Wrong())('a rose', num_inference_steps=1)
 
 
 def test_steps_are_told_previews_shown_and_false_stops(generator):
     seen = []
     generator(
         'a rose',
-        n=3,
-        steps=4,
+        num_images_per_prompt=3,
+        num_inference_steps=4,
         callback=lambda s: seen.append((s.step, s.steps, [p.size for p in s.preview(48)])),
     )
     assert [s[:2] for s in seen] == [(i, 4) for i in (1, 2, 3, 4)] and seen[0][2] == [(48, 48)] * 3
     count = []
     with pytest.raises(Cancelled):
-        generator('a rose', steps=9, callback=lambda s: count.append(s) or s.step < 2)
+        generator('a rose', num_inference_steps=9, callback=lambda s: count.append(s) or s.step < 2)
     assert len(count) == 2
     batches = []
     Generator(generator.backend, batch=2)(
-        'a rose', n=3, steps=2, callback=lambda s: batches.append((s.step, s.steps, len(s.latents)))
+        'a rose',
+        num_images_per_prompt=3,
+        num_inference_steps=2,
+        callback=lambda s: batches.append((s.step, s.steps, len(s.latents))),
     )
     assert batches == [(1, 4, 2), (2, 4, 2), (3, 4, 1), (4, 4, 1)]
 
 
 def test_the_last_preview_is_the_picture_made_small(generator):
     last = []
-    picture = generator('a red rose', steps=12, callback=lambda s: last.append(s.latents))[0]
+    picture = generator('a red rose', num_inference_steps=12, callback=lambda s: last.append(s.latents))[0]
     exact = pixels(sampling.to_pil(generator.backend.decode(last[-1])))
     assert np.abs(exact - pixels([picture])).max() <= 4
 
@@ -478,43 +495,44 @@ def test_the_last_preview_is_the_picture_made_small(generator):
 def test_what_is_cut_from_a_prompt_is_said(generator):
     with pytest.warns(UserWarning, match='longer than 16 tokens; not read: .*meadow'):
         long = generator(
-            'a red rose under the sky in the white yellow blue iris daisy sky sky meadow', steps=1
+            'a red rose under the sky in the white yellow blue iris daisy sky sky meadow',
+            num_inference_steps=1,
         )
     with warnings.catch_warnings():
         warnings.filterwarnings('error', 'prompt')
-        generator('a red rose', steps=1)
+        generator('a red rose', num_inference_steps=1)
     assert long[0].size == (32, 32)
 
 
 def test_other_sizes(generator):
-    assert generator('a rose', steps=1, size=(48, 16))[0].size == (48, 16)
+    assert generator('a rose', num_inference_steps=1, size=(48, 16))[0].size == (48, 16)
 
 
 @pytest.mark.parametrize(
     'wish, line',
     [
-        (dict(steps=0), 'steps: 0 is not'),
-        (dict(steps=10**9), 'steps: '),
-        (dict(steps='many'), 'steps: many'),
-        (dict(steps=10**400), 'steps: 1'),
+        (dict(num_inference_steps=0), 'num_inference_steps: 0 is not'),
+        (dict(num_inference_steps=10**9), 'num_inference_steps: '),
+        (dict(num_inference_steps='many'), 'num_inference_steps: many'),
+        (dict(num_inference_steps=10**400), 'num_inference_steps: 1'),
         (dict(size=(1, 2, 3)), 'size: (1, 2, 3) is not'),
         (dict(size='big'), 'width: big'),
-        (dict(negative=None), 'negative: must be text'),
-        (dict(negative='\x00PNG'), 'negative: holds bytes'),
-        (dict(negative='no ' * 10**5), 'negative: has 300,000'),
-        (dict(n=0), 'n: 0'),
-        (dict(n=10**7), 'n: '),
+        (dict(negative_prompt=None), 'negative_prompt: must be text'),
+        (dict(negative_prompt='\x00PNG'), 'negative_prompt: holds bytes'),
+        (dict(negative_prompt='no ' * 10**5), 'negative_prompt: has 300,000'),
+        (dict(num_images_per_prompt=0), 'num_images_per_prompt: 0'),
+        (dict(num_images_per_prompt=10**7), 'num_images_per_prompt: '),
         (dict(seed=-1), 'seed: -1'),
         (dict(seed=1.5), 'seed: 1.5'),
-        (dict(guidance=-1), 'guidance: -1'),
-        (dict(guidance=float('nan')), 'guidance: nan'),
+        (dict(guidance_scale=-1), 'guidance_scale: -1'),
+        (dict(guidance_scale=float('nan')), 'guidance_scale: nan'),
         (dict(size=33), 'width: 33 is not a multiple of 4'),
         (dict(size=10**6), 'width: '),
         (dict(size=(32, 0)), 'height: 0'),
         (dict(scheduler='magic'), 'scheduler: '),
-        (dict(scheduler='lcm', steps=60), 'scheduler: lcm does not do 60 steps'),
-        (dict(interval=(0, 2)), 'interval: 2'),
-        (dict(interval='all'), 'interval: all is not two shares'),
+        (dict(scheduler='lcm', num_inference_steps=60), 'scheduler: lcm does not do 60 steps'),
+        (dict(guidance_interval=(0, 2)), 'guidance_interval: 2'),
+        (dict(guidance_interval='all'), 'guidance_interval: all is not two shares'),
         (dict(prompt=[]), 'prompt: the list is empty'),
         (dict(prompt=' '), 'prompt: is empty'),
         (dict(prompt=None), 'prompt: '),

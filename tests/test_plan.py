@@ -127,7 +127,7 @@ def test_a_budget_of_hours_is_honoured(quick, tmp_path):
 def test_someone_elses_network_is_counted(quick, tmp_path):
     from tiny import tiny_model
 
-    from flowerdiff.models.finetune import add_lora, base_unet
+    from flowerdiff.models.finetune import add_lora, load_base_unet
 
     base = tiny_model(tmp_path / 'base')
     use = {
@@ -138,7 +138,7 @@ def test_someone_elses_network_is_counted(quick, tmp_path):
         **SMALL,
     }
     got, lines = told(tmp_path / 'w', overrides=use | {'train.lora_rank': 2})
-    net = add_lora(base_unet(base, 4, 32), 2, 8.0)
+    net = add_lora(load_base_unet(base, 4, 32), 2, 8.0)
     assert got['latent'] == (4, 16, 16) and got['text'] == (16, 32) and 'those of' in lines['network']
     assert (got['weights'], got['trained']) == (
         sum(p.numel() for p in net.parameters()),
@@ -228,13 +228,13 @@ def test_given_captions_and_other_files_are_seen(photos):
     )
     (photos / 'text.jpg').write_text('x')
     Image.new('RGB', (30, 300)).save(photos / 'tall.png')
-    seen = S.survey(photos, 1000)
+    seen = S.survey_folder(photos, 1000)
     assert (
         (seen.pictures, seen.files, seen.side, seen.exact) == (41, 42, 100, True)
         and seen.said['metadata.jsonl'] == pytest.approx(20 / 41)
         and seen.jpeg == pytest.approx(40 / 41)
     )
-    few = S.survey(photos, 1000, sample=8)
+    few = S.survey_folder(photos, 1000, sample=8)
     assert not few.exact and few.files == 42 and 30 <= few.pictures <= 42
 
 
@@ -311,7 +311,9 @@ def test_a_small_disk_is_told_before(quick, photos, tmp_path, capsys, monkeypatc
     with pytest.raises(
         UserError, match=r'has 4.0 MB free and the first three stages need about \d+ MB \(pictures .*latents'
     ):
-        S.begin(tmp_path / 'w', 'folder', {'prepare.source': str(photos), 'prepare.resolution': 1024})
+        S.suggested_settings(
+            tmp_path / 'w', 'folder', {'prepare.source': str(photos), 'prepare.resolution': 1024}
+        )
     assert (
         main(['run', str(tmp_path / 'w'), '--pictures', str(photos), '--set', 'prepare.resolution=1024']) == 2
     )
@@ -322,7 +324,7 @@ def test_a_small_disk_is_told_before(quick, photos, tmp_path, capsys, monkeypatc
     got, lines = told(tmp_path / 'w', overrides=SMALL)
     assert got['lacking'] > 0 and 'the disk is too small by' in lines['WARNING']
     room(10**12)
-    assert 'WARNING' not in told(tmp_path / 'w', overrides=SMALL)[1] and S.begin(
+    assert 'WARNING' not in told(tmp_path / 'w', overrides=SMALL)[1] and S.suggested_settings(
         tmp_path / 'w', 'garden', {}
     ) == ({}, '')
 

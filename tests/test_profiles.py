@@ -21,7 +21,7 @@ from tiny import tiny_clip, tiny_florence, tiny_stable_diffusion, tiny_vae
 from flowerdiff import Generator
 from flowerdiff.core.profiles import load_profile
 from flowerdiff.core.workspace import STAGES, open_workspace, read_json, read_jsonl
-from flowerdiff.data.caption_cleanup import mention, sentence
+from flowerdiff.data.caption_cleanup import clean_caption, mention
 from flowerdiff.data.datasets import CELEBA, FLOWERS
 from flowerdiff.data.shards import Shards
 from flowerdiff.garden.flower_shapes import COLORS, PETALS
@@ -170,7 +170,11 @@ def check_report(ws, kind, steps=None):  # None: as many as the profile's
     e, m = load_profile(kind).evaluate, read_json(ws.report / 'metrics.json')
     steps = steps or e.steps
     by, page = dict(flowers102='ddim', celeba='ddpm').get(kind), (ws.report / 'index.html').read_text()
-    assert (m['protocol']['steps'], m['protocol']['guidance'], m['protocol'].get('scheduler')) == (
+    assert (
+        m['protocol']['num_inference_steps'],
+        m['protocol']['guidance_scale'],
+        m['protocol'].get('scheduler'),
+    ) == (
         steps,
         e.guidance,
         by,
@@ -200,7 +204,9 @@ def check_published(ws, steps=4):  # stock Diffusers opens it, and it draws what
     theirs = pipe(
         caption, num_inference_steps=steps, guidance_scale=5.0, generator=torch.Generator().manual_seed(3)
     ).images[0]
-    ours = Generator.from_pretrained(ws.root, backend='torch')(caption, seed=3, steps=steps, guidance=5.0)[0]
+    ours = Generator.from_pretrained(ws.root, backend='torch')(
+        caption, seed=3, num_inference_steps=steps, guidance_scale=5.0
+    )[0]
     assert (
         ours.size == theirs.size == (ws.settings.prepare.resolution,) * 2
         and np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
@@ -314,7 +320,7 @@ def test_flowers_are_described_by_florence_under_their_names(flowers):
         [Image.open(ws.pictures / f) for f in seen], '<DETAILED_CAPTION>'
     )
     assert (
-        captions == {f: [sentence(a, r['label'])] for (f, r), a in zip(seen.items(), answers)}
+        captions == {f: [clean_caption(a, r['label'])] for (f, r), a in zip(seen.items(), answers)}
         and len(set(answers)) > 12
     )
     assert (

@@ -214,7 +214,7 @@ def test_a_mistake_in_the_container_is_one_line(amazon, tmp_path):
         return files
 
     with patch.object(sagemaker, 'send_data', send), patch.object(jobs, 'start_follower'):
-        assert jobs.attend(str(ws.root), str(folder_of(ws)), poll=0.2) == 2
+        assert jobs.run_job(str(ws.root), str(folder_of(ws)), poll=0.2) == 2
     last = read_events(folder_of(ws) / 'events.jsonl')[0][-1]
     assert (
         last['mistake']
@@ -316,7 +316,7 @@ def test_a_person_is_asked_before_a_job_is_stopped(amazon, tmp_path):
     amazon.container = 'sleep 600'
 
     def attend():
-        return jobs.attend(str(ws.root), str(folder_of(ws)), 0.2)
+        return jobs.run_job(str(ws.root), str(folder_of(ws)), 0.2)
 
     with patch.object(jobs, 'start_follower'), patch.object(jobs, 'can_ask', return_value=True):
         thread = threading.Thread(target=attend, daemon=True)
@@ -324,17 +324,15 @@ def test_a_person_is_asked_before_a_job_is_stopped(amazon, tmp_path):
         until(lambda: any('SageMaker: training' in n for n in notes(ws)), 60)
         name = jobs.job_of(ws)[1]['TrainingJobName']
         before = len(amazon.jobs)
+        assert 'goes on' in jobs.ask_to_stop(ws, lambda question: 'n') and not amazon.jobs[name].asked_to_stop
         assert (
-            'goes on' in jobs.offer_to_stop(ws, lambda question: 'n') and not amazon.jobs[name].asked_to_stop
-        )
-        assert (
-            'is being stopped' in jobs.offer_to_stop(ws, lambda question: 'y')
+            'is being stopped' in jobs.ask_to_stop(ws, lambda question: 'y')
             and amazon.jobs[name].asked_to_stop
         )
         thread.join(60)
         assert not thread.is_alive()
         assert 'it was stopped; run again' in read_events(folder_of(ws) / 'events.jsonl')[0][-1]['message']
-        assert jobs.offer_to_stop(ws, lambda question: 'y') == ''
+        assert jobs.ask_to_stop(ws, lambda question: 'y') == ''
         amazon.container = 'echo "RuntimeError: the flowers wilted"; exit 3'
         assert attend() == 2
     assert len(amazon.jobs) == before + 1

@@ -67,7 +67,7 @@ def readout(page, i):
 def own(
     folder, wish
 ):  # what a Generator draws, with as many threads as the server's: the last bit depends on them
-    code = f'from flowerdiff import Generator; Generator.from_pretrained({str(folder)!r})({wish["prompt"]!r}, seed={wish["seed"]}, steps={wish["steps"]}, guidance={wish["guidance"]})[0].save({str(folder / "own.png")!r})'
+    code = f'from flowerdiff import Generator; Generator.from_pretrained({str(folder)!r})({wish["prompt"]!r}, seed={wish["seed"]}, num_inference_steps={wish["steps"]}, guidance_scale={wish["guidance"]})[0].save({str(folder / "own.png")!r})'
     subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
     return np.array(Image.open(folder / 'own.png'))
 
@@ -86,9 +86,9 @@ def test_the_right_picture(page, workspace):
     )
     shot(page, 'picture')
     if GARDEN:
-        from flowerdiff.models.attribute_classifier import load_judge
+        from flowerdiff.models.attribute_classifier import load_classifier
 
-        seen = load_judge().names([picture] + [draw(page, seed=s) for s in (8, 9, 10)])
+        seen = load_classifier().names([picture] + [draw(page, seed=s) for s in (8, 9, 10)])
         right = [dict(species='rose', color='red', background='blue sky').items() <= s.items() for s in seen]
         assert sum(right) >= 3, seen
     else:

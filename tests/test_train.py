@@ -318,7 +318,7 @@ def alone(toy):
 
 def test_zero2_deals_out_data_and_memory(toy, alone):
     "Each rank sees its half of each batch and holds half of the masters, of Adam's memory and of the average; together they make the steps of one."
-    from flowerdiff.data.batches import batch_pictures
+    from flowerdiff.data.batches import batch_indices
 
     whole, one = alone
     run = Ranks(toy(train__epochs=1))
@@ -327,7 +327,7 @@ def test_zero2_deals_out_data_and_memory(toy, alone):
     for step in range(8):
         a, b = (f['pictures'][step] for f in facts)
         assert (
-            len(a) == len(b) == 4 and not set(a) & set(b) and a + b == batch_pictures(step, 8, 64, 0).tolist()
+            len(a) == len(b) == 4 and not set(a) & set(b) and a + b == batch_indices(step, 8, 64, 0).tolist()
         )
     for f in facts:
         for what in ('masters', 'memory', 'average'):

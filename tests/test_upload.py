@@ -403,7 +403,7 @@ def test_nothing_changed_reads_nothing(kind, tmp_path, request):
         (root / f'{i}').write_bytes(bytes([i]) * 100)
 
     def push():
-        with S.Hashes(root, tmp_path / 'work' / 'hashes.json') as h:
+        with S.HashCache(root, tmp_path / 'work' / 'hashes.json') as h:
             h.now += 2 * S.REST
             return h, S.push(root, place, hashed=h)['sent']
 
@@ -428,9 +428,9 @@ def test_a_file_written_a_moment_ago_is_not_trusted(tmp_path):
     root = tmp_path / 'set'
     root.mkdir()
     (root / 'a').write_text('1')
-    with S.Hashes(root, tmp_path / 'h.json') as h:
+    with S.HashCache(root, tmp_path / 'h.json') as h:
         assert h(root / 'a') and not h.kept
-    with S.Hashes(root, tmp_path / 'h.json') as h:
+    with S.HashCache(root, tmp_path / 'h.json') as h:
         h(root / 'a')
         assert h.read == 1
 

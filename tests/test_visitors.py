@@ -38,9 +38,9 @@ from browser import (
 from protocol_page import ODD, Full, ProtocolPage, answers
 from test_space import health, well
 
-from flowerdiff.apps.generating import Keeper
-from flowerdiff.apps.remote import Cancelled, Line, Place, RemotePainter, Seen
-from flowerdiff.apps.session import Painter, Wish
+from flowerdiff.apps.generating import WorkerSupervisor
+from flowerdiff.apps.remote import Cancelled, Line, QueuePosition, RemoteSession, Seen
+from flowerdiff.apps.session import GenerationRequest, GenerationSession
 from flowerdiff.core.schema import UserError
 
 
@@ -55,8 +55,8 @@ def workspace(tmp_path_factory):
 @pytest.fixture(scope='module')
 def keeper(workspace):
     before, os.environ['OMP_NUM_THREADS'] = os.environ.get('OMP_NUM_THREADS'), '1'
-    keeper = Keeper(workspace)
-    (ready := RemotePainter(workspace, keeper.socket)).ready.wait()
+    keeper = WorkerSupervisor(workspace)
+    (ready := RemoteSession(workspace, keeper.socket)).ready.wait()
     assert not ready.error
     yield keeper
     keeper.close()
@@ -83,7 +83,7 @@ class Visitor(threading.Thread):
     def __init__(self, workspace, keeper, wish, stop=lambda heard: False):
         super().__init__(daemon=True)
         self.painter, self.wish, self.heard, self.pictures, self.said, self.stop = (
-            RemotePainter(workspace, keeper.socket),
+            RemoteSession(workspace, keeper.socket),
             wish,
             [],
             [],
@@ -106,7 +106,7 @@ class Visitor(threading.Thread):
 
     @property
     def places(self):
-        return [x.place for x in self.heard if isinstance(x, Place)]
+        return [x.place for x in self.heard if isinstance(x, QueuePosition)]
 
     def until(self, test):  # something that it hears
         for _ in range(2000):
@@ -116,8 +116,8 @@ class Visitor(threading.Thread):
         raise AssertionError(f'never heard; only {self.heard[-3:]} {self.said}')
 
 
-LONG = Wish('a red rose', steps=100, n=8)
-drawing, waits = lambda x: isinstance(x, Seen), lambda x: isinstance(x, Place) and x.place > 0
+LONG = GenerationRequest('a red rose', steps=100, n=8)
+drawing, waits = lambda x: isinstance(x, Seen), lambda x: isinstance(x, QueuePosition) and x.place > 0
 
 
 def test_thirty_at_once(workspace, keeper):
@@ -125,7 +125,7 @@ def test_thirty_at_once(workspace, keeper):
     # a queue without an end; a queue that is not in order; pictures handed to another job
     words = ['red', 'blue', 'white', 'yellow', 'rose', 'iris', 'daisy', 'sky', 'meadow', 'under']
     busy = Visitor(workspace, keeper, LONG).until(drawing)
-    wishes = [Wish(f'a {words[i % 10]} {words[i % 7]}', seed=i, steps=6) for i in range(30)]
+    wishes = [GenerationRequest(f'a {words[i % 10]} {words[i % 7]}', seed=i, steps=6) for i in range(30)]
     visitors = [Visitor(workspace, keeper, w) for w in wishes]
     for v in [busy, *visitors]:
         v.join(200)
@@ -150,7 +150,7 @@ def test_cancelling_while_waiting_and_while_drawn(workspace, keeper):
     first = Visitor(workspace, keeper, LONG, lambda x: go.is_set()).until(drawing)
     second = Visitor(workspace, keeper, LONG, waits)
     second.join(30)
-    third = Visitor(workspace, keeper, Wish('a rose', steps=2)).until(waits)
+    third = Visitor(workspace, keeper, GenerationRequest('a rose', steps=2)).until(waits)
     assert second.said == 'Cancelled' and third.places[0] == 1
     go.set()
     began = time.monotonic()
@@ -170,13 +170,13 @@ def test_who_vanishes_leaves_a_place(workspace, keeper):
         if i == 0:
             time.sleep(0.3)  # until it is drawn
     with pytest.raises(UserError, match='wishes wait'):
-        RemotePainter(workspace, keeper.socket).paint(LONG)
+        RemoteSession(workspace, keeper.socket).paint(LONG)
     for line in lines:
         line.sock.close()
         line.close()
     del lines, line, answer
     for _ in range(40):
-        (late := Visitor(workspace, keeper, Wish('a rose', steps=2))).join(30)
+        (late := Visitor(workspace, keeper, GenerationRequest('a rose', steps=2))).join(30)
         if late.pictures:
             break
         time.sleep(0.1)  # hanging up takes a moment
@@ -222,8 +222,8 @@ def hostile(i, rng):  # the body of a request
             dict(
                 who=rng.choice([f'w{i}', *wild]),
                 wish={
-                    **vars(Wish('a rose', steps=2)),
-                    rng.choice([*vars(Wish('')), 'size']): rng.choice([*wild, rng.choice(odd)]),
+                    **vars(GenerationRequest('a rose', steps=2)),
+                    rng.choice([*vars(GenerationRequest('')), 'size']): rng.choice([*wild, rng.choice(odd)]),
                 },
             )
         ).encode()
@@ -281,8 +281,8 @@ def test_five_hundred_hostile_requests(workspace, keeper):
     kinds = [s for s, _ in seen]
     assert {0, 200, 400} >= set(kinds) and kinds.count(200) > 50 and kinds.count(400) > 200
     assert np.array_equal(
-        own(workspace, [w := Wish('a red rose', seed=3)])[0],
-        np.array(RemotePainter(workspace, keeper.socket).paint(w)[0]),
+        own(workspace, [w := GenerationRequest('a red rose', seed=3)])[0],
+        np.array(RemoteSession(workspace, keeper.socket).paint(w)[0]),
     )
 
 
@@ -296,7 +296,7 @@ def test_the_socket_is_ours_alone(keeper):
 
 def test_a_generator_that_keeps_dying_is_left_alone(tmp_path):
     # `look` that does not count
-    keeper = Keeper(tmp_path, tries=2)
+    keeper = WorkerSupervisor(tmp_path, tries=2)
     pids = {keeper.process.pid}
     for _ in range(4):
         keeper.process.kill()
@@ -305,7 +305,7 @@ def test_a_generator_that_keeps_dying_is_left_alone(tmp_path):
         pids.add(keeper.process.pid)
     assert keeper.dead and len(pids) == 3
     with pytest.raises(UserError, match='does not answer'):
-        RemotePainter(tmp_path, keeper.socket, patience=0.3).paint(Wish('a rose'))
+        RemoteSession(tmp_path, keeper.socket, patience=0.3).paint(GenerationRequest('a rose'))
     keeper.close()
 
 
@@ -326,8 +326,8 @@ def load(where, name='auto'):
 b.load_backend = load; main({str(workspace)!r}, {str(tmp_path / 's')!r})"""
     with subprocess.Popen([sys.executable, '-c', code], env=ENV, stdin=subprocess.PIPE) as process:
         painter, wish, heard = (
-            RemotePainter(workspace, str(tmp_path / 's')),
-            Wish('a blue iris', seed=5, steps=6, strip=6),
+            RemoteSession(workspace, str(tmp_path / 's')),
+            GenerationRequest('a blue iris', seed=5, steps=6, strip=6),
             [],
         )
         picture = painter.paint(wish, heard.append)[0]
@@ -349,8 +349,8 @@ def test_every_field_of_a_wish(workspace, keeper):
     "Sampler and backend are those asked for; a model that is not here is a line, and the next wish is drawn."
     # a desk whose painter is given only words, seed and steps; an error that ends the process
     painter, wish = (
-        RemotePainter(workspace, keeper.socket),
-        Wish('a red rose', seed=2, steps=6, backend='torch'),
+        RemoteSession(workspace, keeper.socket),
+        GenerationRequest('a red rose', seed=2, steps=6, backend='torch'),
     )
     plain, euler = (np.array(painter.paint(w)[0]) for w in (wish, replace(wish, scheduler='euler')))
     assert np.abs(plain.astype(int) - euler).mean() > 0.5
@@ -359,7 +359,7 @@ def test_every_field_of_a_wish(workspace, keeper):
         painter.paint(replace(wish, model='student'))
     assert (
         np.array_equal(np.array(painter.paint(wish)[0]), plain)
-        and painter.choices() == Painter(workspace).choices()
+        and painter.choices() == GenerationSession(workspace).choices()
     )
 
 
@@ -504,10 +504,10 @@ def test_hostile_messages_through_the_page(public):
 def test_tabs_of_a_page_take_turns(public):
     "What is asked for in two tabs is drawn one after the other: neither is refused because of the other."
     # no `turn`: "a wish of yours waits already"
-    painter = RemotePainter('nowhere', children(public.server)[0].cmdline()[4], patience=5)
+    painter = RemoteSession('nowhere', children(public.server)[0].cmdline()[4], patience=5)
     done = []
     threads = [
-        threading.Thread(target=lambda: done.append(painter.paint(Wish('a rose', steps=20))))
+        threading.Thread(target=lambda: done.append(painter.paint(GenerationRequest('a rose', steps=20))))
         for _ in range(4)
     ]
     for t in threads:
@@ -565,7 +565,7 @@ def test_three_pages_at_once(pages, served, workspace):
     for p in pages:
         p.locator('.fd-card').first.wait_for()
     assert np.array_equal(
-        own(workspace, [Wish('a red rose', seed=40 + i) for i in range(3)]),
+        own(workspace, [GenerationRequest('a red rose', seed=40 + i) for i in range(3)]),
         np.stack([np.array(newest(p)) for p in pages]),
     )
     generator, kernels = children(served[0])

@@ -19,7 +19,7 @@ import flowerdiff.training.checkpoints
 def go(root, folder, fault, env):
     os.environ.update(env)
     suffer(*fault)
-    sys.exit(flowerdiff.stages.train.work(root, folder))
+    sys.exit(flowerdiff.stages.train.run_worker(root, folder))
 
 
 def start(root, folder='', fault=(), **env):

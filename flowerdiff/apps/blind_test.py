@@ -18,8 +18,8 @@ from pathlib import Path
 import ipywidgets as w
 from fastcore.basics import patch
 
-from .session import MODELS, SCHEDULERS, Painter, Wish, to_png
-from .widgets import Easel, classed, data_url, note, row, shot
+from .session import MODELS, SCHEDULERS, GenerationRequest, GenerationSession, to_png
+from .widgets import GenerationPanel, classed, data_url, note, row, shot
 
 # %% ../../nbs/apps/04_blind_test.ipynb #79fafcb9
 def contestants(choices: dict) -> dict:  # from `Painter.choices`; name -> fields of a `Wish`
@@ -154,7 +154,7 @@ class Blind:
 
     def __init__(
         self,
-        painter: Painter,
+        painter: GenerationSession,
         words: list,  # prompts to take
     ):
         self.words, self.file, self.pair, self.lock = (
@@ -166,7 +166,7 @@ class Blind:
         self.rows, self.who, self.easel = (
             read_tally(self.file),
             contestants(painter.choices()),
-            Easel(painter, 'Next pair', quiet=True),
+            GenerationPanel(painter, 'Next pair', quiet=True),
         )
         self.one, self.other, self.prompt = questions(self.who)
         self.choose = {
@@ -229,7 +229,8 @@ def _next(self: Blind, seed: int | None = None):
     chance.shuffle(names)
     self._forget('Two pictures, and no names.')
     self.easel.start(
-        [Wish(prompt, seed=seed, **self.who[x]) for x in names], lambda drawn: self._show(names, drawn)
+        [GenerationRequest(prompt, seed=seed, **self.who[x]) for x in names],
+        lambda drawn: self._show(names, drawn),
     )
 
 

@@ -28,7 +28,7 @@ from .studio import examples
 from ..core.schema import UserError
 from ..core.workspace import atomic_dir, open_workspace, read_json, write_json, write_jsonl
 from ..services.hub_cache import HUB_ID, snapshot
-from ..services.model_repo import hub_name, no_token, publish_hub
+from ..services.model_repo import check_hub_name, check_token, publish_hub
 from ..services.store import list_files
 
 # %% ../../nbs/apps/10_hf_space.ipynb #da5a49c2
@@ -414,12 +414,12 @@ def push_space(
     api=None,  # a `huggingface_hub.HfApi`
 ) -> dict:  # `url`, `changed`, `revision`
     "Make the Space or bring it up to date."
-    hub_name(repo, '--push')
+    check_hub_name(repo, '--push')
     if not Path(workspace).is_dir():
         raise UserError(
             f'{workspace}: no workspace remembers what was pushed; push with: hf upload {repo} {folder} . --repo-type space'
         )
-    if not api and (why := no_token(repo)):
+    if not api and (why := check_token(repo)):
         raise UserError(why)
     return publish_hub(
         folder,

@@ -27,9 +27,9 @@ from voila.shutdown_kernel_handler import VoilaShutdownKernelHandler
 from voila.tornado.handler import TornadoVoilaHandler
 from voila.tornado.kernel_websocket_handler import VoilaKernelWebsocketHandler
 
-from .generating import Keeper
+from .generating import WorkerSupervisor
 from .remote import SOCKET, VISITOR, about
-from .session import find_model
+from .session import open_session_model
 from .studio import ENV
 from .widgets import note, style
 from ..core.schema import UserError
@@ -218,7 +218,7 @@ class Health(RequestHandler):
         kernels, workspace = self.settings['kernel_manager'], Path(os.environ[ENV])
         model = (
             await asyncio.to_thread(about, os.environ[SOCKET], 5)
-            if find_model(workspace)
+            if open_session_model(workspace)
             else dict(state='missing', line=f'no model in {workspace.name}')
         )
         self.set_header('Content-Type', 'text/plain; charset=utf-8')
@@ -311,7 +311,7 @@ def serve(
     "Serve the studio until it is stopped (Ctrl-C)."
     free_port(ip, port)
     os.environ[ENV] = str(Path(workspace).expanduser().absolute())
-    keeper = Keeper(os.environ[ENV], models=models, rate=rate)
+    keeper = WorkerSupervisor(os.environ[ENV], models=models, rate=rate)
     os.environ[SOCKET] = keeper.socket
     try:
         _serve(keeper, configured(port, ip, open_browser, idle_minutes, visitors, frames, proxied))
@@ -319,7 +319,7 @@ def serve(
         keeper.close()
 
 
-def _serve(keeper: Keeper, config: Config):
+def _serve(keeper: WorkerSupervisor, config: Config):
     assets = str(files('flowerdiff') / 'assets' / 'studio')
     os.environ['JUPYTER_PATH'] = os.pathsep.join([assets, *filter(None, [os.environ.get('JUPYTER_PATH')])])
     app = Server.instance(config=config, log_level='ERROR')

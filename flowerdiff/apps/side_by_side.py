@@ -13,10 +13,10 @@ from dataclasses import asdict
 import ipywidgets as w
 from fastcore.basics import patch
 
-from .session import Painter, Wish, to_png
+from .session import GenerationRequest, GenerationSession, to_png
 from flowerdiff.apps.widgets import (
-    Dials,
-    Easel,
+    Controls,
+    GenerationPanel,
     ask_for,
     asked,
     classed,
@@ -28,7 +28,7 @@ from flowerdiff.apps.widgets import (
 )
 
 # %% ../../nbs/apps/03_side_by_side.ipynb #c8446105
-def differences(left: Wish, right: Wish) -> str:
+def differences(left: GenerationRequest, right: GenerationRequest) -> str:
     "What is not the same in two wishes, left first."
     said = {
         k: (getattr(left, k), getattr(right, k))
@@ -51,13 +51,13 @@ class Sides:
 
     def __init__(
         self,
-        painter: Painter,
+        painter: GenerationSession,
         words: list,  # examples
     ):
         choices = painter.choices()
         self.easel, self.dials, self.c = (
-            Easel(painter, 'Draw both'),
-            [Dials(choices) for _ in range(2)],
+            GenerationPanel(painter, 'Draw both'),
+            [Controls(choices) for _ in range(2)],
             ask_for(random.choice(words)),
         )
         self.dials[1].values = dict(steps=max(1, self.dials[0].values['steps'] // 2))
@@ -95,7 +95,7 @@ class Sides:
 
     @property
     def wishes(self) -> list:
-        return [Wish(**asked(self.c), **d.values, strip=6) for d in self.dials]
+        return [GenerationRequest(**asked(self.c), **d.values, strip=6) for d in self.dials]
 
 # %% ../../nbs/apps/03_side_by_side.ipynb #92e232e9
 @patch
@@ -117,7 +117,7 @@ def _add(self: Sides, drawn: list):  # newest first
 
 
 @patch
-def _card(self: Sides, wish: Wish, picture, strip: list) -> w.Widget:
+def _card(self: Sides, wish: GenerationRequest, picture, strip: list) -> w.Widget:
     png = to_png(picture, wish)
     return w.HTML(
         f'<div class="fd-card">{figure(wish, png, picture.size, picture.info.get("note", ""), strip)}<div class="fd-acts">{download_link(wish, png)}</div></div>'
@@ -125,7 +125,7 @@ def _card(self: Sides, wish: Wish, picture, strip: list) -> w.Widget:
 
 
 @patch
-def _reuse(self: Sides, left: Wish, right: Wish):
+def _reuse(self: Sides, left: GenerationRequest, right: GenerationRequest):
     for dials, wish in zip(self.dials, (left, right)):
         dials.values = asdict(wish)
     for name in ('prompt', 'negative', 'seed'):

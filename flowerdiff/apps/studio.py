@@ -19,12 +19,12 @@ from fastcore.basics import patch
 
 from .blind_test import Blind
 from .run_browser import Explore
-from .session import LIMITS, Painter, Wish, find_model, to_png
+from .session import LIMITS, GenerationRequest, GenerationSession, open_session_model, to_png
 from .side_by_side import Sides
 from flowerdiff.apps.widgets import (
     SLIDE,
-    Dials,
-    Easel,
+    Controls,
+    GenerationPanel,
     Pick,
     ask_for,
     asked,
@@ -97,7 +97,7 @@ def model_size(model: Path | None) -> int:  # pixels of a side, 0 when it cannot
 
 
 def head(workspace: Path) -> str:  # HTML: the name, and what is known of the model
-    size = model_size(find_model(workspace))
+    size = model_size(open_session_model(workspace))
     about = ' · '.join([workspace.resolve().name, *([f'{size} × {size} pixels'] if size else [])])
     return f'<div class="fd-head"><h1>flower<i>diff</i> studio</h1><p>{html.escape(about)}</p></div>'
 
@@ -114,12 +114,12 @@ class Studio:
 
     shown = 48  # pictures that the gallery keeps
 
-    def __init__(self, painter: Painter):
+    def __init__(self, painter: GenerationSession):
         self.painter, self.words, self.easel, self.dials = (
             painter,
             examples(painter.workspace),
-            Easel(painter),
-            Dials(painter.choices()),
+            GenerationPanel(painter),
+            Controls(painter.choices()),
         )
         e = self.easel
         self.c = c = (
@@ -172,9 +172,11 @@ def _loaded(self: Studio):  # says when the model is there, or why it is not
 
 # %% ../../nbs/apps/08_studio.ipynb #875da18f
 @patch(as_prop=True)
-def wish(self: Studio) -> Wish:
+def wish(self: Studio) -> GenerationRequest:
     "What the controls say now; an empty prompt is its placeholder."
-    return Wish(**asked(self.c), **self.dials.values, n=self.c['n'].value, strip=6 * self.c['strip'].value)
+    return GenerationRequest(
+        **asked(self.c), **self.dials.values, n=self.c['n'].value, strip=6 * self.c['strip'].value
+    )
 
 
 @patch
@@ -205,7 +207,7 @@ def _add(self: Studio, drawn: list):  # newest first
 
 
 @patch
-def _card(self: Studio, wish: Wish, picture, strip: list) -> w.Widget:
+def _card(self: Studio, wish: GenerationRequest, picture, strip: list) -> w.Widget:
     png, again = (
         to_png(picture, wish),
         w.Button(description='Use again', tooltip='put these settings into the panel'),
@@ -223,7 +225,7 @@ def _card(self: Studio, wish: Wish, picture, strip: list) -> w.Widget:
 
 
 @patch
-def _reuse(self: Studio, wish: Wish):
+def _reuse(self: Studio, wish: GenerationRequest):
     self.dials.values = asdict(wish)
     for name in ('prompt', 'negative', 'seed', 'n'):
         self.c[name].value = getattr(wish, name)
@@ -236,7 +238,7 @@ TABS = dict(studio='Studio', sides='Compare', blind='Blind test', explore='Explo
 class Tabs:
     "The whole page: `Tabs(painter).page` is the widget to show."
 
-    def __init__(self, painter: Painter):
+    def __init__(self, painter: GenerationSession):
         self.painter, self.made, self.top = painter, {}, w.HTML(style() + head(painter.workspace))
         self.pick = Pick('', [(k, label, '') for k, label in TABS.items()], self._turn)
         self.page = classed(w.VBox([]), 'fd')
@@ -280,7 +282,7 @@ def show(
     "The studio, as a widget."
     where = workspace or os.environ.get(ENV, 'garden')
     if workspace or not os.environ.get('FLOWERDIFF_SOCKET'):
-        return Tabs(Painter(where)).page
-    from flowerdiff.apps.remote import RemotePainter
+        return Tabs(GenerationSession(where)).page
+    from flowerdiff.apps.remote import RemoteSession
 
-    return Tabs(RemotePainter(where)).page
+    return Tabs(RemoteSession(where)).page

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOWER', 'SLIDE', 'data_url', 'shot', 'figure', 'download_link', 'jpeg', 'preview_html', 'strip_html', 'style',
-           'note', 'classed', 'row', 'close', 'Pick', 'Dials', 'Easel', 'ask_for', 'asked']
+           'note', 'classed', 'row', 'close', 'Pick', 'Controls', 'GenerationPanel', 'ask_for', 'asked']
 
 # %% ../../nbs/apps/02_widgets.ipynb #1973a577
 import base64
@@ -19,7 +19,14 @@ from importlib.resources import files
 import ipywidgets as w
 from fastcore.basics import patch
 
-from .session import Painter, Wish, file_name, friendly, strip_steps, to_png
+from flowerdiff.apps.session import (
+    GenerationRequest,
+    GenerationSession,
+    file_name,
+    friendly,
+    strip_steps,
+    to_png,
+)
 
 # %% ../../nbs/apps/02_widgets.ipynb #b449944d
 def data_url(data: bytes, kind: str = 'image/png') -> str:
@@ -37,7 +44,7 @@ def shot(
 
 
 def figure(
-    wish: Wish,  # of this very picture: its own seed
+    wish: GenerationRequest,  # of this very picture: its own seed
     png: bytes,
     size: tuple,  # width and height
     note: str = '',
@@ -49,7 +56,7 @@ def figure(
     return f'<figure>{shot(data_url(png), wish.prompt, size)}{strip_html(strip)}<figcaption>{html.escape(wish.prompt, quote=True)}{lines}</figcaption></figure>'
 
 
-def download_link(wish: Wish, png: bytes) -> str:  # HTML
+def download_link(wish: GenerationRequest, png: bytes) -> str:  # HTML
     return f'<a download="{file_name(wish)}" href="{data_url(png)}" aria-label="Download {html.escape(file_name(wish))}">Download</a>'
 
 # %% ../../nbs/apps/02_widgets.ipynb #f873aba0
@@ -171,7 +178,7 @@ class Pick:
 SLIDE = dict(continuous_update=False, layout=w.Layout(width='100%'))
 
 
-class Dials:
+class Controls:
     "How to draw: `widgets` to show, `values` for a `Wish`."
 
     def __init__(self, choices: dict):  # from `Painter.choices`
@@ -211,12 +218,12 @@ class Dials:
         self.backend.value = wanted.get('backend', self.backend.value)
 
 # %% ../../nbs/apps/02_widgets.ipynb #cfff029c
-class Easel:
+class GenerationPanel:
     "Draws wishes, one after the other, in a thread."
 
     def __init__(
         self,
-        painter: Painter,
+        painter: GenerationSession,
         label: str = 'Draw',
         quiet: bool = False,  # neither steps nor previews
     ):
@@ -241,7 +248,7 @@ class Easel:
 # %% ../../nbs/apps/02_widgets.ipynb #bdb7d5ce
 @patch
 def _step(
-    self: Easel, step, wish: Wish, before: int, total: int
+    self: GenerationPanel, step, wish: GenerationRequest, before: int, total: int
 ) -> bool:  # steps of the wishes before this one, and of all; False: stop
     if hasattr(step, 'place'):
         return self._waiting(step)
@@ -264,7 +271,9 @@ def _step(
 
 
 @patch
-def _tell(self: Easel, done: int, total: int, pace: float, small: list):  # seconds a step; pictures to show
+def _tell(
+    self: GenerationPanel, done: int, total: int, pace: float, small: list
+):  # seconds a step; pictures to show
     self.bar.value, left = done / total, pace * (total - done)
     self.say(
         'Drawing …'
@@ -276,7 +285,7 @@ def _tell(self: Easel, done: int, total: int, pace: float, small: list):  # seco
 
 
 @patch
-def _waiting(self: Easel, at) -> bool:  # a `flowerdiff.apps.remote.Place`; False: stop
+def _waiting(self: GenerationPanel, at) -> bool:  # a `flowerdiff.apps.remote.QueuePosition`; False: stop
     if at.place:
         self.say(f'{at.place} before you' + f', about {at.seconds:.0f} s' * (at.seconds >= 1) + ' …')
     return not self.stop.is_set()
@@ -284,7 +293,7 @@ def _waiting(self: Easel, at) -> bool:  # a `flowerdiff.apps.remote.Place`; Fals
 # %% ../../nbs/apps/02_widgets.ipynb #16f69dfe
 @patch
 def start(
-    self: Easel,
+    self: GenerationPanel,
     wishes: list,  # of `Wish`
     done: Callable,  # called in the thread with a list of (wish, picture, strip) of each wish
 ):
@@ -302,7 +311,7 @@ def start(
 
 
 @patch
-def _work(self: Easel, wishes: list, done: Callable):  # in the thread
+def _work(self: GenerationPanel, wishes: list, done: Callable):  # in the thread
     began = time.monotonic()
     self.say('Drawing …' if self.painter.ready.is_set() else 'Loading the model …')
     try:
@@ -319,7 +328,7 @@ def _work(self: Easel, wishes: list, done: Callable):  # in the thread
 
 
 @patch
-def _drawn(self: Easel, wishes: list) -> list:  # of (wish, picture, strip) of each wish
+def _drawn(self: GenerationPanel, wishes: list) -> list:  # of (wish, picture, strip) of each wish
     out, before, total = [], 0, sum(wish.steps for wish in wishes)
     for wish in wishes:
         self.strip, self.told = [], 0
@@ -335,7 +344,7 @@ def _drawn(self: Easel, wishes: list) -> list:  # of (wish, picture, strip) of e
 
 
 @patch
-def _summary(self: Easel, pictures: list, seconds: float) -> str:
+def _summary(self: GenerationPanel, pictures: list, seconds: float) -> str:
     n, notes = len(pictures), {p.info.get('note', '') for p in pictures} - {''}
     return f'{n} picture{"s" * (n > 1)} in {seconds:.1f} s.' + ''.join(
         f' {x}.' for x in notes if not self.quiet

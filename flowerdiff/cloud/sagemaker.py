@@ -20,13 +20,13 @@ from ..core.fingerprints import fingerprint
 from ..core.profiles import write_params
 from ..core.schema import UserError
 from ..core.workspace import Workspace, write_json
-from ..services.s3 import ADVICE, NoCredentials, S3Store, allow, plain_errors, policy
-from ..services.store import Hashes, object_key, open_store, push
+from ..services.s3 import ERROR_ADVICE, NoCredentials, S3Store, iam_statement, policy, s3_errors
+from ..services.store import HashCache, object_key, open_store, push
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #22b43013
 _UNKNOWN = 'the credentials are not valid; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY'
 _ADVICE = dict(
-    {c: ADVICE[c] for c in ('ExpiredToken', 'ExpiredTokenException')},
+    {c: ERROR_ADVICE[c] for c in ('ExpiredToken', 'ExpiredTokenException')},
     UnrecognizedClientException=_UNKNOWN,
     InvalidClientTokenId=_UNKNOWN,
     InvalidSignatureException=_UNKNOWN,
@@ -60,7 +60,7 @@ def explain(
 
 def amazon_errors(region: str):  # a context manager
     "What boto3 and the SDK raise inside comes out as one line."
-    return plain_errors(partial(explain, region))
+    return s3_errors(partial(explain, region))
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #ab9d0750
 _NO_SDK = "train.where: sagemaker needs Amazon's SDK; pip install 'flowerdiff[sagemaker]'"
@@ -103,23 +103,23 @@ def person_policy(
         rights,
         Statement=[
             *rights['Statement'],
-            allow('s3', 'DeleteObject', f'{objects}/jobs/*'),
-            allow(
+            iam_statement('s3', 'DeleteObject', f'{objects}/jobs/*'),
+            iam_statement(
                 'sagemaker',
                 'CreateTrainingJob DescribeTrainingJob StopTrainingJob',
                 'arn:aws:sagemaker:*:*:training-job/flowerdiff-*',
             ),
-            allow('sagemaker', 'ListTrainingJobs'),
+            iam_statement('sagemaker', 'ListTrainingJobs'),
             dict(
-                allow('iam', 'PassRole', role),
+                iam_statement('iam', 'PassRole', role),
                 Condition=dict(StringEquals={'iam:PassedToService': 'sagemaker.amazonaws.com'}),
             ),
-            allow(
+            iam_statement(
                 'logs',
                 'DescribeLogStreams GetLogEvents',
                 'arn:aws:logs:*:*:log-group:/aws/sagemaker/TrainingJobs*',
             ),
-            allow('pricing', 'GetProducts'),
+            iam_statement('pricing', 'GetProducts'),
         ],
     )
 
@@ -138,16 +138,16 @@ def role_policies(
     return trust, dict(
         Version='2012-10-17',
         Statement=[
-            allow('s3', 'ListBucket', f'arn:aws:s3:::{bucket}'),
-            allow('s3', 'GetObject PutObject', f'arn:aws:s3:::{bucket}/{prefix and prefix + "/"}*'),
-            allow(
+            iam_statement('s3', 'ListBucket', f'arn:aws:s3:::{bucket}'),
+            iam_statement('s3', 'GetObject PutObject', f'arn:aws:s3:::{bucket}/{prefix and prefix + "/"}*'),
+            iam_statement(
                 'logs',
                 'CreateLogGroup CreateLogStream PutLogEvents DescribeLogStreams',
                 'arn:aws:logs:*:*:log-group:/aws/sagemaker/TrainingJobs*',
             ),
-            allow('cloudwatch', 'PutMetricData'),
-            allow('ecr', 'GetAuthorizationToken'),
-            allow(
+            iam_statement('cloudwatch', 'PutMetricData'),
+            iam_statement('ecr', 'GetAuthorizationToken'),
+            iam_statement(
                 'ecr',
                 'BatchCheckLayerAvailability BatchGetImage GetDownloadUrlForLayer',
                 'arn:aws:ecr:*:*:repository/*',
@@ -232,7 +232,7 @@ def send_data(
 ) -> list[dict]:  # path, size and sha256 of each file that the job gets
     "Bring the bucket up to date with what the run reads, and write the list for SageMaker."
     t, base = ws.settings.train, ws.root / Path(ws.settings.train.init).expanduser()
-    with Hashes(ws.root, ws.work / 'hashes.json') as hashes:
+    with HashCache(ws.root, ws.work / 'hashes.json') as hashes:
         files = push(
             ws.root,
             store,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'DEMO', 'atomic_write', 'atomic_dir', 'write_json', 'read_json', 'write_jsonl', 'read_jsonl', 'Workspace',
-           'open_workspace', 'disk_errors', 'free_bytes', 'bytes_text', 'out_of_memory', 'progress', 'stage', 'record',
-           'demo_workspace']
+           'open_workspace', 'disk_errors', 'free_bytes', 'format_bytes', 'is_out_of_memory', 'progress', 'stage',
+           'record', 'demo_workspace']
 
 # %% ../../nbs/core/07_workspace.ipynb #cf0e4a5b
 import contextlib
@@ -246,7 +246,7 @@ def free_bytes(
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
-def bytes_text(n: float) -> str:
+def format_bytes(n: float) -> str:
     "A number of bytes as people say it."
     return next(
         f'{n / size:,.{0 if n / size >= 10 else 1}f} {unit}'
@@ -269,7 +269,7 @@ _MEMORY = (
 )
 
 
-def out_of_memory(
+def is_out_of_memory(
     e: BaseException,
 ) -> bool:
     "Was it memory that an error is about?"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURE', 'SEE', 'OPENING', 'GENERAL', 'COMPOUND', 'ELSEWHERE', 'is_plural', 'article', 'plural', 'mention',
-           'beginning', 'general_word', 'renamed', 'named', 'sentence']
+           'beginning', 'general_word', 'renamed', 'named', 'clean_caption']
 
 # %% ../../nbs/data/05_caption_cleanup.ipynb #962b2201
 import re
@@ -122,7 +122,7 @@ def named(
     return renamed(text, m, name) if m else f'{article(name)}, {text}'
 
 # %% ../../nbs/data/05_caption_cleanup.ipynb #ec151f08
-def sentence(
+def clean_caption(
     answer: str,  # of the model
     name: str = '',  # of the picture's class
     whole: bool = False,  # a paragraph was asked for

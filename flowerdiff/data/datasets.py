@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOWERS', 'CELEBA', 'VGG', 'DATASETS', 'Dataset', 'oxford102_rows', 'attribute_rows', 'celeba_rows', 'cache_folder',
-           'find_files', 'lay_out']
+           'find_files', 'prepare_dataset']
 
 # %% ../../nbs/data/03_datasets.ipynb #1697781b
 import json
@@ -273,7 +273,7 @@ def _place_pictures(d: Dataset, folder: Path, work: Path):  # into work/d.pictur
         )
 
 
-def lay_out(
+def prepare_dataset(
     name: str,  # one of DATASETS
     work: Path,  # a folder; a run that was killed goes on in it
     given: Path | None = None,  # settings.prepare.files as a path; None: the cache, or the network

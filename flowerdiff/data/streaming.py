@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.schema import UserError
-from .batches import ORDER, WINDOW, Split, batch_pictures, chance
+from .batches import ORDER_STREAM, WINDOW_STREAM, Split, batch_indices, make_rng
 from .shards import Shards, shard_path
 
 # %% ../../nbs/data/11_streaming.ipynb #30477cd4
@@ -29,7 +29,7 @@ def windows(
     size: int,  # shards in a window
 ) -> list[np.ndarray]:  # numbers of the shards, window by window
     "Which shards an epoch reads together."
-    order = chance(seed, epoch, ORDER).permutation(shards)
+    order = make_rng(seed, epoch, ORDER_STREAM).permutation(shards)
     return [order[i : i + size] for i in range(0, shards, size)]
 
 # %% ../../nbs/data/11_streaming.ipynb #d6444faf
@@ -41,7 +41,7 @@ def windowed_order(
     size: int,  # shards in a window
 ) -> np.ndarray:  # [n] a permutation
     "The order in which an epoch visits the pictures of windows of shards."
-    start, rng = np.concatenate([[0], np.cumsum(sizes)]), chance(seed, epoch, WINDOW)
+    start, rng = np.concatenate([[0], np.cumsum(sizes)]), make_rng(seed, epoch, WINDOW_STREAM)
     return np.concatenate(
         [
             rng.permutation(np.concatenate([np.arange(start[s], start[s + 1]) for s in part]))
@@ -129,7 +129,7 @@ def pictures(
 ) -> np.ndarray:  # [batch] their numbers
     "The pictures of a step; from here on their shards are read."
     order = lambda seed, epoch: windowed_order(self.sizes, seed, epoch, self.window)
-    found = batch_pictures(step, batch, len(self), seed, order)
+    found = batch_indices(step, batch, len(self), seed, order)
     shards, epoch = found // self.shards.per_shard, ((step + 1) * batch - 1) // len(self)
     wanted = dict.fromkeys(
         [*map(int, shards), *window_and_next(shards[-1], len(self.sizes), seed, epoch, self.window)]

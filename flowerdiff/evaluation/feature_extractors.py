@@ -18,7 +18,7 @@ from ..core.schema import UserError
 from ..core.workspace import read_json
 from .metrics import directions
 from ..models.components import component_fingerprint
-from ..models.model_folder import load_part, readable
+from ..models.model_folder import load_part, model_errors
 from ..models.perceptual import SqueezeNet
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #55c84f8a
@@ -41,7 +41,7 @@ class ClipFeatures:
 
         self.fingerprint = component_fingerprint(folder)[:12]
         self.model = load_part(CLIPModel, Path(folder))
-        with readable(Path(folder)):
+        with model_errors(Path(folder)):
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         how = (
             read_json(Path(folder) / 'preprocessor_config.json')
@@ -110,7 +110,7 @@ class ScriptFeatures:
 
     def __init__(self, path: str | Path):
         self.fingerprint = file_sha256(path)[:12]
-        with readable(path):
+        with model_errors(path):
             self.net = torch.jit.load(str(path)).eval()
 
     @torch.inference_mode()

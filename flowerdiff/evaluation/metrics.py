@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Estimate', 'bootstrap', 'share', 'cubic', 'mmd2', 'by_halves', 'mmd', 'kid', 'unit', 'gaussian', 'cmmd', 'frechet',
-           'fid', 'within', 'inception_score', 'psnr', 'clip_scores', 'shuffled', 'directions', 'adherence',
-           'confusion', 'nearest', 'copies']
+           'fid', 'neighborhood_share', 'inception_score', 'psnr', 'clip_scores', 'derangement', 'directions',
+           'adherence', 'confusion', 'nearest', 'near_copies']
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #a3d8fa37
 import math
@@ -156,7 +156,7 @@ def fid(x, y, subsets: int = 20, seed: int = 0) -> Estimate:  # [n, d] and [m, d
     return by_halves(lambda i, j: frechet(x[i], y[j]), len(x), len(y), subsets, seed)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #49f255db
-def within(
+def neighborhood_share(
     x: np.ndarray,  # [n, d]
     among: np.ndarray,  # [m, d]
     k: int = 3,
@@ -200,7 +200,7 @@ def clip_scores(
     return 100 * np.maximum((unit(pictures) * unit(texts)).sum(1), 0)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #72fcd6b6
-def shuffled(
+def derangement(
     n: int,
     seed: int = 0,
 ) -> np.ndarray:  # [n]
@@ -251,7 +251,7 @@ def nearest(
     return similarity.argmax(1), 1 - similarity.max(1)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #5ef86423
-def copies(
+def near_copies(
     drawn: np.ndarray,  # [n] distances of drawn pictures to their nearest training picture
     test: np.ndarray,  # [m] of test pictures to theirs
 ) -> Estimate:  # share of drawn ones nearer than nearly all test pictures

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 from ..core.workspace import Workspace, read_json
-from .eval_prompts import shown_how
-from .metric_table import numbers, written
+from .eval_prompts import display_settings
+from .metric_table import format_value, measured_values
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #9fcf241a
 def on_the_hub(spec: str) -> str:  # its id there without the commit, '' when it is none
@@ -149,7 +149,7 @@ CARD_USE = """# {{ name }}
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{{ repo }}")
-pipe("{{ prompt }}", num_inference_steps={{ steps }}, guidance_scale={{ guidance }}, height={{ size }}, width={{ size }}).images[0]
+pipe("{{ prompt }}", num_inference_steps={{ num_inference_steps }}, guidance_scale={{ guidance_scale }}, height={{ size }}, width={{ size }}).images[0]
 ```
 
 or with `pip install flowerdiff`:
@@ -158,7 +158,7 @@ or with `pip install flowerdiff`:
 from flowerdiff import Generator
 
 draw = Generator.from_pretrained("{{ repo }}")
-draw("{{ prompt }}", n=4, seed=7)[0].save("picture.png")
+draw("{{ prompt }}", num_images_per_prompt=4, seed=7)[0].save("picture.png")
 ```
 {% if lora %}
 What this run learned lies by itself in `lora/`, for the model that it began with, `{{ lora }}`: `pipe.load_lora_weights("{{ repo }}", subfolder="lora")`.
@@ -285,7 +285,7 @@ def make_card(
 
     metrics = read_json(ws.report / 'metrics.json') if (ws.report / 'metrics.json').exists() else {}
     found, e, network = (
-        numbers(metrics),
+        measured_values(metrics),
         ws.settings.evaluate,
         (metrics.get('protocol') or {}).get('features', '').replace('none', ''),
     )
@@ -300,14 +300,14 @@ def make_card(
         lora=without_folder(ws.settings.train.init) if (ws.model / 'lora').is_dir() else '',
         prompt=samples[0]['prompt'].replace('"', "'") if samples else 'a red rose',
         size=ws.settings.prepare.resolution,
-        results={k: written(v, k) for k, v in found.items()},
+        results={k: format_value(v, k) for k, v in found.items()},
         made=how_made(ws),
         engines=[
             f'{e["gpu"] or ", ".join(e["targets"])} ({e["package"]} {e["version"]}, {e["precision"]})'
             for e in engines.values()
         ],
         controls=sorted({f'`{c[1:]}`' for c in CONTROLS for k in found if k.endswith(c)}),
-        **shown_how(e, student_steps(ws.model)),
+        **display_settings(e, student_steps(ws.model)),
         **card_words(ws),
     )
     return f'{str(card).strip()}\n'

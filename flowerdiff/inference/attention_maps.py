@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.schema import UserError
 from .generator import Generator, check_prompts, latent_shape
-from .torch_backend import Backend, left_out
+from .torch_backend import Backend, truncated_text
 
 # %% ../../nbs/inference/08_attention_maps.ipynb #38be9bdc
 MARKS = re.escape(string.punctuation + '…–—“”„‘’«»¿¡')
@@ -157,7 +157,7 @@ def attention_maps(
     prompt: str,
     seed: int = 0,
     size=None,  # as of `Generator`
-    **how,  # steps, guidance, scheduler: likewise
+    **how,  # num_inference_steps, guidance_scale, scheduler: likewise
 ) -> Attention:
     "Draw a picture and see where it reads each word, Tang et al. 2022 (arXiv 2210.04885); a word's tokens are added."
     backend, [prompt] = generator.backend, check_prompts([prompt])
@@ -169,7 +169,7 @@ def attention_maps(
         raise UserError(
             f"{backend.folder}: its UNet does not read the text by Stable Diffusion's cross-attention; it has no maps"
         )
-    if rest := left_out(backend.tokenizer, prompt):
+    if rest := truncated_text(backend.tokenizer, prompt):
         raise UserError(
             f'prompt: is longer than {backend.tokenizer.model_max_length} tokens, and "{rest[:80]}" is not read; shorten it'
         )

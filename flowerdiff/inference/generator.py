@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.schema import UserError
-from ..core.workspace import out_of_memory
-from .sampling_loop import Step, fit_preview, generators, make_scheduler, sample, to_pil
+from ..core.workspace import is_out_of_memory
+from .sampling_loop import Step, fit_preview, generators, load_scheduler, sample, to_pil
 
 # %% ../../nbs/inference/07_generator.ipynb #6bac3ae2
 MAX_PIXELS, MAX_PROMPT, MAX_PICTURES = 2048, 20_000, 10_000
@@ -126,26 +126,36 @@ def rgb(self: Generator) -> Tensor:  # [C+1, 3] from `fit_preview`
 # %% ../../nbs/inference/07_generator.ipynb #eaa85868
 @patch
 def _settled(
-    self: Generator, prompts, n, seed, steps, guidance, size, scheduler, interval
+    self: Generator,
+    prompts,
+    num_images_per_prompt,
+    seed,
+    num_inference_steps,
+    guidance_scale,
+    size,
+    scheduler,
+    guidance_interval,
 ) -> tuple:  # see `__call__` -> (steps, guidance, shape of latents, a scheduler of this call)
     steps, guidance = (
-        self.backend.steps if steps is None else steps,
-        self.backend.guidance if guidance is None else guidance,
+        self.backend.steps if num_inference_steps is None else num_inference_steps,
+        self.backend.guidance if guidance_scale is None else guidance_scale,
     )
     for name, value, low, high in (
         ('batch', self.batch, 1, MAX_PICTURES),
-        ('n', n, 1, MAX_PICTURES // len(prompts)),
+        ('num_images_per_prompt', num_images_per_prompt, 1, MAX_PICTURES // len(prompts)),
         ('seed', seed, 0, 2**63 - MAX_PICTURES),
-        ('steps', steps, 1, 1000),
+        ('num_inference_steps', steps, 1, 1000),
     ):
         check_number(name, value, low, high)
-    check_number('guidance', guidance, 0, 100, whole=False)
-    if not (isinstance(interval, (tuple, list)) and len(interval) == 2):
-        raise UserError(f'interval: {interval} is not two shares of the steps, such as (0, 0.8)')
-    check_number('interval', interval[0], 0, 1, whole=False)
-    check_number('interval', interval[1], interval[0], 1, whole=False)
+    check_number('guidance_scale', guidance, 0, 100, whole=False)
+    if not (isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2):
+        raise UserError(
+            f'guidance_interval: {guidance_interval} is not two shares of the steps, such as (0, 0.8)'
+        )
+    check_number('guidance_interval', guidance_interval[0], 0, 1, whole=False)
+    check_number('guidance_interval', guidance_interval[1], guidance_interval[0], 1, whole=False)
     shape = latent_shape(size, self.backend)
-    own = make_scheduler(self.backend.scheduler_config, scheduler)
+    own = load_scheduler(self.backend.scheduler_config, scheduler)
     try:
         own.set_timesteps(int(steps))
     except ValueError as e:
@@ -165,12 +175,12 @@ def fitting(
     try:
         yield
     except Exception as e:
-        if not out_of_memory(e):
+        if not is_out_of_memory(e):
             raise
         raise UserError(
             f'{n} picture{"s" if n > 1 else ""} of {shape[2] * scale} x {shape[1] * scale} pixels at once {"do" if n > 1 else "does"} not fit into memory; '
             + (
-                f'draw fewer at once (batch or n below {n}) or a smaller size'
+                f'draw fewer at once (batch or num_images_per_prompt below {n}) or a smaller size'
                 if n > 1
                 else 'draw a smaller size'
             )
@@ -181,24 +191,37 @@ def fitting(
 def __call__(
     self: Generator,
     prompt: str | list,  # what to draw; of a list, each
-    n: int = 1,  # pictures of each prompt
+    num_images_per_prompt: int = 1,  # pictures of each prompt
     seed: int = 0,  # picture i is drawn from seed + i
-    steps: int | None = None,  # None: 20, or as many as the model was distilled for
-    guidance: float
+    num_inference_steps: int | None = None,  # None: 20, or as many as the model was distilled for
+    guidance_scale: float
     | None = None,  # how strongly to follow the prompt; 1 is not at all stronger; None: 4, or 1 for a distilled model
-    negative: str = '',  # what to stay away from
+    negative_prompt: str = '',  # what to stay away from
     callback: Callable | None = None,  # called with a `Step`; returning False cancels
     scheduler: str | None = None,  # one of `SCHEDULERS`; None is the model's own
-    interval: tuple = (
+    guidance_interval: tuple = (
         0.0,
         1.0,
     ),  # the part of the steps that is guided, the first is 0; the others cost half, Kynkäänniemi et al. 2024 (arXiv 2404.07724)
     size=None,  # pixels, or (width, height); None is the model's own
 ) -> list:  # of PIL.Image, all of the first prompt first
-    "Draw `n` pictures of each prompt. Raises `Cancelled` if the callback returns False."
-    prompts, [negative], backend = check_prompts(prompt), check_prompts([negative], 'negative'), self.backend
-    steps, guidance, shape, own = self._settled(prompts, n, seed, steps, guidance, size, scheduler, interval)
-    todo, done, pictures = [p for p in prompts for _ in range(int(n))], 0, []
+    "Draw pictures of each prompt. Raises `Cancelled` if the callback returns False."
+    prompts, [negative], backend = (
+        check_prompts(prompt),
+        check_prompts([negative_prompt], 'negative_prompt'),
+        self.backend,
+    )
+    steps, guidance, shape, own = self._settled(
+        prompts,
+        num_images_per_prompt,
+        seed,
+        num_inference_steps,
+        guidance_scale,
+        size,
+        scheduler,
+        guidance_interval,
+    )
+    todo, done, pictures = [p for p in prompts for _ in range(int(num_images_per_prompt))], 0, []
     total = steps * math.ceil(len(todo) / self.batch)
     for start in range(0, len(todo), self.batch):
         some = todo[start : start + self.batch]
@@ -217,7 +240,7 @@ def __call__(
                 own,
                 steps,
                 guidance,
-                interval,
+                guidance_interval,
                 shape,
                 on_step if callback else None,
             )

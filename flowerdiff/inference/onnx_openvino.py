@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.schema import UserError
 from .torch_backend import Backend
-from ..models.model_folder import readable
+from ..models.model_folder import model_errors
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #010290b0
 def onnx_session(
@@ -42,7 +42,7 @@ def onnx_session(
         options.add_session_config_entry(
             'session.model_external_initializers_file_folder_path', str(path.parent.absolute())
         )
-    with readable(path):
+    with model_errors(path):
         return ort.InferenceSession(
             part.SerializeToString() if part else path, options, providers=_providers()
         )
@@ -152,7 +152,7 @@ def unet_sessions(
     "A UNet in two sessions. On a GPU in one: its products would have to go there at every step, which takes longer than to make them."
     if not path.is_file() or _providers()[0] != 'CPUExecutionProvider':
         return None, onnx_session(path)
-    with readable(path):
+    with model_errors(path):
         model, weights = read_graph(path)
         products = split_onnx(model)
     return (
@@ -318,7 +318,7 @@ class OpenVinoBackend(Backend):
             path = self.folder / part / 'model.onnx'
             if not path.is_file():
                 raise UserError(f'{path}: this part of the model is missing; run the stage `onnx` again')
-            with readable(path):
+            with model_errors(path):
                 if path.open('rb').read(1) != b'\x08':
                     raise ValueError('not an ONNX file')  # OpenVINO would try it as many other kinds, aloud
                 return core.read_model(path)

@@ -21,8 +21,8 @@ import torch
 from ..core.fingerprints import file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import progress, read_json
-from .tensorrt import Engine, engine_difference, trt_log, trt_words
-from ..models.model_folder import readable
+from .tensorrt import TensorRTEngine, engine_difference, trt_log, trt_words
+from ..models.model_folder import model_errors
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #5d64319f
 def why_not_build(
@@ -91,7 +91,7 @@ def to_brain(
     from onnx import TensorProto, numpy_helper
 
     half, brain = TensorProto.FLOAT16, TensorProto.BFLOAT16
-    with readable(source):
+    with model_errors(source):
         model = onnx.load(source)
     nodes, values = model.graph.node, (*model.graph.value_info, *model.graph.input, *model.graph.output)
     for t in (*model.graph.initializer, *(a.t for n in nodes for a in n.attribute if a.type == a.TENSOR)):
@@ -196,7 +196,7 @@ def graph_fingerprint(
     "What a network computes, whatever its weights are."
     import onnx
 
-    with readable(path):
+    with model_errors(path):
         model = onnx.load(path, load_external_data=False)
     for t in model.graph.initializer:
         if t.data_type in (t.FLOAT, t.FLOAT16, t.BFLOAT16) and np.prod(t.dims) > 1:
@@ -311,7 +311,9 @@ def make_engines(
     with tempfile.TemporaryDirectory() as scratch:
         for part, shapes in progress(profile_shapes(onnx, s.max_batch).items(), label='engines'):
             check = lambda path: (
-                engine_difference(Engine(trt, path, device), onnx / part / 'model.onnx') if device else None
+                engine_difference(TensorRTEngine(trt, path, device), onnx / part / 'model.onnx')
+                if device
+                else None
             )
             made[part] = m = make_part(
                 trt,

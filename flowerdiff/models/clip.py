@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .components import fast_bf16
+from .components import bf16_is_fast
 from .tokenizer import sentences, tokenize, train_tokenizer
 
 # %% ../../nbs/models/04_clip.ipynb #63499cbf
@@ -272,7 +272,7 @@ def train_clip(
     heads = attribute_heads(width, values).to(device)
     params = [*model.parameters(), *heads.parameters()]
     opt = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    bf16, start, mean = fast_bf16(device), time.time(), None
+    bf16, start, mean = bf16_is_fast(device), time.time(), None
     for step, part in enumerate(watch(parts(minutes, steps))):
         for g in opt.param_groups:
             g['lr'] = _cosine_rate(lr, step, part)

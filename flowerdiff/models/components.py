@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FILES', 'UNSAFE', 'PINNED', 'ORIGIN', 'PASSING', 'AUTOENCODERS', 'from_hub', 'part_folder', 'weights',
-           'find_component', 'component_fingerprint', 'save_part', 'opening', 'pil_to_tensor', 'tensor_to_pil',
+           'find_component', 'component_fingerprint', 'save_part', 'component_errors', 'pil_to_tensor', 'tensor_to_pil',
            'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'load_text', 'save_text',
-           'save_tokenizer', 'save_components', 'fast_bf16', 'why_not_compile', 'build_denoiser', 'save_pipeline']
+           'save_tokenizer', 'save_components', 'bf16_is_fast', 'why_not_compile', 'build_denoiser', 'save_pipeline']
 
 # %% ../../nbs/models/01_components.ipynb #ee23b767
 import contextlib
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..core.fingerprints import file_sha256, fingerprint
 from ..core.schema import UserError
-from ..core.workspace import out_of_memory, read_json, write_json
-from ..services.hub_cache import GARDEN, HUB_ID, INSIDE, snapshot
+from ..core.workspace import is_out_of_memory, read_json, write_json
+from ..services.hub_cache import BUNDLED, BUNDLED_PARTS, HUB_ID, snapshot
 
 # %% ../../nbs/models/01_components.ipynb #e15652bd
 FILES = dict(
@@ -80,8 +80,8 @@ def find_component(
 ) -> Path:  # folder with config.json and safetensors
     "The folder that a setting means. Raises `UserError` for what is not there, not pinned, or not safe."
     folder = Path(base) / Path(spec).expanduser()
-    if spec == 'garden' and part in GARDEN:
-        folder = INSIDE / GARDEN[part]
+    if spec == 'garden' and part in BUNDLED_PARTS:
+        folder = BUNDLED / BUNDLED_PARTS[part]
     elif not folder.is_dir() and PINNED.fullmatch(spec):
         folder = from_hub(spec, part)
     elif not folder.is_dir():
@@ -146,7 +146,7 @@ def save_part(
 
 # %% ../../nbs/models/01_components.ipynb #b831652f
 @contextlib.contextmanager
-def opening(
+def component_errors(
     folder: Path,
 ):  # whatever a library raises while it reads a folder becomes one line; its bars and reports stay out
     from diffusers.utils import logging as d
@@ -161,7 +161,7 @@ def opening(
     except UserError:
         raise
     except Exception as e:
-        if out_of_memory(e):
+        if is_out_of_memory(e):
             raise UserError(f'{folder}: does not fit into memory') from e
         raise UserError(
             f'{folder}: can not be opened ({type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:150]}); copy it again'
@@ -233,7 +233,7 @@ def load_autoencoder(
         raise UserError(
             f'{folder}: is a {kind}; only {" and ".join(AUTOENCODERS)} fit a Stable Diffusion pipeline'
         )
-    with opening(folder):
+    with component_errors(folder):
         return _whole(
             folder,
             getattr(diffusers, kind).from_pretrained(
@@ -325,7 +325,7 @@ def load_text(
         raise UserError(
             f'{folder}: has no tokenizer beside it (tokenizer.json, or vocab.json and merges.txt); copy it there'
         )
-    with opening(folder):
+    with component_errors(folder):
         model = _whole(
             folder,
             (CLIPModel if kind == 'clip' else CLIPTextModel).from_pretrained(
@@ -401,12 +401,12 @@ def save_components(
     save_text(text.model, folder / 'text_encoder')
     save_tokenizer(text.tokenizer, folder / 'tokenizer')
     if text.clip is not None:
-        with opening(folder):
+        with component_errors(folder):
             save_part(text.clip, folder / 'clip')
         save_tokenizer(text.tokenizer, folder / 'clip')
 
 # %% ../../nbs/models/01_components.ipynb #b0f16a02
-def fast_bf16(device='cpu') -> bool:
+def bf16_is_fast(device='cpu') -> bool:
     "Whether bfloat16 saves time here."
     return (
         torch.cuda.is_bf16_supported()

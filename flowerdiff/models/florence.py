@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.schema import UserError
 from ..core.workspace import read_json
-from .components import _whole, find_component, opening
+from .components import _whole, component_errors, find_component
 
 # %% ../../nbs/models/09_florence.ipynb #c5d152d0
 @dataclass
@@ -77,7 +77,7 @@ def open_florence(
         raise UserError(
             f'{folder}: is Florence-2 in its first format, which brings code to run; take florence-community/Florence-2-large, which has the same weights and none'
         )
-    with opening(folder):
+    with component_errors(folder):
         model = _whole(
             folder,
             Florence2ForConditionalGeneration.from_pretrained(

@@ -153,9 +153,9 @@ def _ask_about_job(root: Path):  # after Ctrl-C
         or (ws := open_workspace(root)).settings.train.where != 'sagemaker'
     ):
         return  # stopped before there was anything
-    from flowerdiff.cloud.jobs import offer_to_stop
+    from flowerdiff.cloud.jobs import ask_to_stop
 
-    if said := offer_to_stop(ws):
+    if said := ask_to_stop(ws):
         print(said)
 
 
@@ -200,10 +200,10 @@ def _init(a) -> int:
 # %% ../../nbs/pipeline/10_cli.ipynb #4a210d3f
 def _download(a) -> int:
     "Bring a set that the stage upload sent into a workspace, new or not. Each file is checked, only what differs travels; nothing is deleted, and a workspace keeps its params.yaml."
-    from flowerdiff.pipeline.download import download, told
+    from flowerdiff.pipeline.download import download, download_text
 
     root = _here(a.workspace, a.url.rstrip('/').rpartition('/')[2])
-    print(told(download(a.url, root, a.only, a.force), _shown(Path(root).absolute())))
+    print(download_text(download(a.url, root, a.only, a.force), _shown(Path(root).absolute())))
     return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #b827b673
@@ -230,9 +230,9 @@ def _doctor(a) -> int:
 # %% ../../nbs/pipeline/10_cli.ipynb #70b2dab4
 def _compare(a) -> int:
     "What two runs did differently, which is better, and what their curves say."
-    from flowerdiff.pipeline.compare_runs import told
+    from flowerdiff.pipeline.compare_runs import comparison_text
 
-    print(told(a.first, a.second))
+    print(comparison_text(a.first, a.second))
     return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #2a70e035
@@ -282,7 +282,12 @@ def _generate(a) -> int:
     from flowerdiff.inference.generator import Generator
 
     pictures = Generator.from_pretrained(model, backend=a.backend)(
-        a.prompt, n=a.n, seed=a.seed, steps=a.steps, guidance=a.guidance, negative=a.negative
+        a.prompt,
+        num_images_per_prompt=a.n,
+        seed=a.seed,
+        num_inference_steps=a.steps,
+        guidance_scale=a.guidance,
+        negative_prompt=a.negative,
     )
     for i, p in enumerate(pictures):
         path = out if a.n == 1 else out.with_stem(f'{out.stem}-{i + 1}')
@@ -294,10 +299,10 @@ def _generate(a) -> int:
 # %% ../../nbs/pipeline/10_cli.ipynb #a1f0eac5
 def _bench(a) -> int:
     "Measure a picture's milliseconds and memory with each backend that runs here; a table, and bench/ in the workspace."
-    from flowerdiff.inference.benchmark import bench_to
+    from flowerdiff.inference.benchmark import run_benchmark
 
     workspace = Path(_here(a.workspace, 'garden'))
-    print(bench_to(workspace, workspace / 'bench', steps=a.steps, rounds=a.rounds, names=a.backend))
+    print(run_benchmark(workspace, workspace / 'bench', steps=a.steps, rounds=a.rounds, names=a.backend))
     return 0
 
 # %% ../../nbs/pipeline/10_cli.ipynb #0f17f799

@@ -17,20 +17,28 @@ import torch
 
 from ..core.profiles import load_profile, load_settings
 from ..core.schema import UserError
-from ..core.workspace import bytes_text, free_bytes, read_json
+from ..core.workspace import format_bytes, free_bytes, read_json
 from ..data.batches import Split
 from ..data.encoding import encode_batch
-from ..inference.benchmark import peak_so_far
+from ..inference.benchmark import peak_memory_so_far
 from ..models.components import build_denoiser, load_autoencoder
 from ..models.finetune import add_lora, check_fit
 from ..models.vae import kl_autoencoder
 from .execute import duration
-from .pipeline import asked
-from .suggest import first_sizes, gpu_gb, look_at, shapes, split_sizes, suggest, text_count
+from .pipeline import requested_settings
+from flowerdiff.pipeline.suggest import (
+    first_sizes,
+    gpu_gb,
+    inspect_source,
+    shapes,
+    split_sizes,
+    suggest,
+    text_count,
+)
 from ..services.hardware import cores, memory_gb
-from ..services.hub_cache import at_hand
+from ..services.hub_cache import locate_part
 from ..training.accelerator import Engine, choose_precision
-from ..training.trainer import Trainer, steps_within, total_steps
+from ..training.trainer import Trainer, steps_in_hours, total_steps
 
 # %% ../../nbs/pipeline/05_plan.ipynb #ef44fbaa
 def planned(
@@ -44,7 +52,7 @@ def planned(
         raise UserError(f'{root}: is a workspace of the profile {has}, not {profile}; leave --profile out')
     start = str(params) if params.exists() else profile
     settings = load_profile(start, overrides)
-    seen = look_at(settings, root)
+    seen = inspect_source(settings, root)
     if seen.pictures < 3:
         raise UserError(
             f'{settings.prepare.source}: has {seen.pictures} {"picture" if seen.pictures == 1 else "pictures"} that can be used, a run needs at least 3; add pictures'
@@ -65,7 +73,7 @@ def make_network(
     t = settings.train
     if not t.init:
         return build_denoiser(settings, latent[0], width, latent[1])
-    if not (folder := at_hand(t.init, 'unet', base)):
+    if not (folder := locate_part(t.init, 'unet', base)):
         raise UserError(f'{t.init} is not on this machine; the run would download it')
     net = UNet2DConditionModel.from_config(read_json(folder / 'config.json'))
     check_fit(net, latent[0], width, t.init)
@@ -146,7 +154,7 @@ def time_training(
         torch.set_num_threads(threads)
     return rate * (
         t.num_processes if cuda else 1
-    ), torch.cuda.max_memory_allocated() if cuda else peak_so_far() * 2**20
+    ), torch.cuda.max_memory_allocated() if cuda else peak_memory_so_far() * 2**20
 
 # %% ../../nbs/pipeline/05_plan.ipynb #8b051733
 def time_encoding(
@@ -159,7 +167,7 @@ def time_encoding(
     vae = (
         kl_autoencoder(settings.encode.vae_factor).eval()
         if spec == 'train'
-        else load_autoencoder(str(at_hand(spec, 'vae', base)))
+        else load_autoencoder(str(locate_part(spec, 'vae', base)))
     )
     vae.to('cuda' if torch.cuda.is_available() else 'cpu', memory_format=torch.channels_last)
     x = np.random.default_rng(0).integers(0, 256, (settings.encode.batch_size, side, side, 3), dtype=np.uint8)
@@ -229,7 +237,7 @@ def _encoded(
 ) -> str:  # part: key of settings.components; own: what the run makes itself
     if not shape:
         return f'not known: components.{part} {spec} is not on this machine; the run would download it'
-    return f'{"x".join(map(str, shape))} of {of}, {bytes_text(size)}' + (
+    return f'{"x".join(map(str, shape))} of {of}, {format_bytes(size)}' + (
         f', by {own}' if spec == 'train' else ''
     )
 
@@ -316,7 +324,7 @@ def _allowed(
 ):  # settings.train, steps wanted, seconds a step -> (steps that there is time for, what to say of it)
     if not t.max_hours:
         return steps, ''
-    fit = min(steps, steps_within(t.max_hours, step))
+    fit = min(steps, steps_in_hours(t.max_hours, step))
     return fit, f'; train.max_hours: {t.max_hours:g} h allow ' + (
         'all' if fit == steps else f'{fit:,}'
     ) + f' of {steps:,} steps'
@@ -328,7 +336,7 @@ def _training(s, got, base):  # how fast, in how much memory
     free = gpu_gb() * 1e9 or memory_gb() * 2**30
     if got['kept'] > free:
         raise UserError(
-            f'not measured: {bytes_text(got["kept"])} do not fit into the {bytes_text(free)} of memory that are free'
+            f'not measured: {format_bytes(got["kept"])} do not fit into the {format_bytes(free)} of memory that are free'
         )
     busy = (
         '; other programs keep this machine busy, without them it would be faster'
@@ -350,10 +358,10 @@ def _memory(s, got, base):  # its line
         raise UserError('not known: there is no network to count')
     data = 0 if s.train.stream else got['first']['latents'] + got['first']['texts']
     measured = (
-        f'; {bytes_text(got["memory"])} at the highest while it was measured' if 'memory' in got else ''
+        f'; {format_bytes(got["memory"])} at the highest while it was measured' if 'memory' in got else ''
     )
     return (
-        f'{bytes_text(got["kept"])} of weights, gradient, optimiser and average; {bytes_text(data)} of data{measured}',
+        f'{format_bytes(got["kept"])} of weights, gradient, optimiser and average; {format_bytes(data)} of data{measured}',
         {},
     )
 
@@ -364,9 +372,9 @@ def _disk(s, got, base):  # its line
         free_bytes(base),
         on_disk(base),
     )
-    total, there = sum(needs.values()), f', of which {bytes_text(has)} are there' if has else ''
-    stages = ', '.join(f'{k} {bytes_text(v)}' for k, v in needs.items() if v >= 5e4)
-    return f'{stages}: {bytes_text(total)}{there}; {bytes_text(free)} free', dict(
+    total, there = sum(needs.values()), f', of which {format_bytes(has)} are there' if has else ''
+    stages = ', '.join(f'{k} {format_bytes(v)}' for k, v in needs.items() if v >= 5e4)
+    return f'{stages}: {format_bytes(total)}{there}; {format_bytes(free)} free', dict(
         disk=needs, free=free, lacking=max(0, total - has - free)
     )
 
@@ -385,7 +393,7 @@ def plan(
     tell=print,  # is given each line
 ) -> dict:  # the numbers in the lines
     "Tell what `run` with the same arguments would do. Writes nothing. Raises `UserError` for what would stop the run at once."
-    root, profile, overrides = asked(workspace, profile, overrides, pictures)
+    root, profile, overrides = requested_settings(workspace, profile, overrides, pictures)
     s, seen, reasons = planned(root, profile, overrides)
     got, line = {}, lambda name, text: tell(f'{name:<12}{text}')
     for name, text, numbers in _counts(s, seen, root):
@@ -408,7 +416,7 @@ def plan(
     if got['lacking']:
         line(
             'WARNING',
-            f'the disk is too small by {bytes_text(got["lacking"])}; make room, or give a workspace elsewhere',
+            f'the disk is too small by {format_bytes(got["lacking"])}; make room, or give a workspace elsewhere',
         )
     if reasons:
         tell('\nwhat a new workspace gets for these pictures, unless --set says otherwise')

@@ -20,7 +20,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from ..core.schema import UserError
-from ..core.workspace import bytes_text, free_bytes, progress
+from ..core.workspace import format_bytes, free_bytes, progress
 
 # %% ../../nbs/services/05_downloads.ipynb #7f41287d
 class File(NamedTuple):
@@ -40,7 +40,7 @@ def check_room(
     "Raises `UserError` with both numbers when the disk is too small."
     if (free := free_bytes(folder)) < need:
         raise UserError(
-            f'{folder}: {what} needs {bytes_text(need)} there and {bytes_text(free)} are free; make room, or choose another disk'
+            f'{folder}: {what} needs {format_bytes(need)} there and {format_bytes(free)} are free; make room, or choose another disk'
         )
 
 # %% ../../nbs/services/05_downloads.ipynb #6183aba9

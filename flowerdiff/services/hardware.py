@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core.workspace import bytes_text, free_bytes
+from ..core.workspace import format_bytes, free_bytes
 
 # %% ../../nbs/services/01_hardware.ipynb #66bd04cb
 def gpus() -> list:  # names
@@ -141,7 +141,7 @@ def doctor(
         torch=package_version('torch') or 'not installed',
         cores=cores(),
         memory=f'{memory_gb():.1f} GB free',
-        disk=f'{bytes_text(free_bytes(folder))} free',
+        disk=f'{format_bytes(free_bytes(folder))} free',
         GPU=', '.join(gpus()) or 'none',
     )
     lines = [f'{k:<11}{v}' for k, v in head.items()] + ['']

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADVICE', 'BORN', 'check_ours', 'publish_folder', 'git_sha', 'hub_changes', 'wait_asked', 'patient_client',
-           'hub_error', 'no_token', 'hub_name', 'hub_repository', 'publish_hub']
+           'hub_error', 'check_token', 'check_hub_name', 'hub_repository', 'publish_hub']
 
 # %% ../../nbs/services/09_model_repo.ipynb #6ab8b511
 import hashlib
@@ -170,7 +170,7 @@ def hub_error(
     )
 
 # %% ../../nbs/services/09_model_repo.ipynb #736bec1b
-def no_token(
+def check_token(
     repo: str,  # 'owner/name', for the message
 ) -> str:  # why nothing can be sent there; '' when there is a token
     from huggingface_hub import get_token
@@ -178,7 +178,7 @@ def no_token(
     return '' if get_token() else f'{repo}: no token for the Hub; {_TOKEN}'
 
 
-def hub_name(
+def check_hub_name(
     name: str,
     where: str,  # the setting or option that has it
 ) -> str:  # the same, when the Hub would take it

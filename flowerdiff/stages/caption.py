@@ -19,9 +19,9 @@ import numpy as np
 
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, progress, read_json, stage, write_json
-from ..data.caption_cleanup import article, sentence
+from ..data.caption_cleanup import article, clean_caption
 from ..data.celeba_captions import describe_face, is_celeba
-from ..data.image_folder import each_row
+from ..data.image_folder import read_rows
 from ..garden.garden import describe
 
 # %% ../../nbs/stages/02_caption.ipynb #e9319a8d
@@ -108,7 +108,7 @@ def labels(row: dict, rng, n: int) -> list:
 def florence(row: dict, rng, n: int) -> list:
     "What Florence-2 said of the picture, a sentence for each prompt; of a paragraph all of it."
     said = [
-        sentence(a, row.get('label', ''), task == '<MORE_DETAILED_CAPTION>')
+        clean_caption(a, row.get('label', ''), task == '<MORE_DETAILED_CAPTION>')
         for task, a in row.get('answers', {}).items()
     ]
     return list(dict.fromkeys(filter(None, said)))
@@ -252,7 +252,7 @@ class Captioned:
 def rows_of(folder: Path):  # -> (split, row)
     "Rows of all splits of `pictures/`, one at a time."
     for split in ('train', 'val', 'test'):
-        yield from ((split, row) for row in each_row(folder / split / 'metadata.jsonl'))
+        yield from ((split, row) for row in read_rows(folder / split / 'metadata.jsonl'))
 
 
 def looked_at(ws: Workspace) -> tuple:  # file -> {task: answer}; pictures/s
@@ -329,10 +329,12 @@ def sheet(
     import matplotlib.pyplot as plt
     from PIL import Image
 
-    total = max(sum(r['file_name'].startswith('train/') for r in each_row(captions / 'metadata.jsonl')), 1)
+    total = max(sum(r['file_name'].startswith('train/') for r in read_rows(captions / 'metadata.jsonl')), 1)
     wanted = {i * total // n for i in range(n)}  # train comes first
     rows = [
-        r for i, r in enumerate(itertools.islice(each_row(captions / 'metadata.jsonl'), total)) if i in wanted
+        r
+        for i, r in enumerate(itertools.islice(read_rows(captions / 'metadata.jsonl'), total))
+        if i in wanted
     ]
     fig, axes = plt.subplots(-(-len(rows) // 2), 2, figsize=(8, 1.05 * -(-len(rows) // 2)), squeeze=False)
     for ax in axes.flat:

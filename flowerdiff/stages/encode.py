@@ -24,16 +24,16 @@ import torch
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import Workspace, progress, read_json, read_jsonl, stage, write_json
-from ..data.distributed_encoding import encode_together
+from ..data.distributed_encoding import encode_distributed
 from flowerdiff.data.encoding import (
     encode_captions,
     encode_pictures,
     latent_statistics,
-    number_captions,
     psnr,
     read_pictures,
+    unique_captions,
 )
-from ..data.shards import Shards, all_sets, set_name
+from ..data.shards import Shards, open_shard_sets, shard_set_name
 from flowerdiff.models.components import (
     component_fingerprint,
     decode,
@@ -88,7 +88,8 @@ def read_inputs(
     out = {}
     for s in SPLITS:
         rows = sorted(
-            read_jsonl(ws.pictures / s / 'metadata.jsonl'), key=lambda r: set_name('latents', r.get('bucket'))
+            read_jsonl(ws.pictures / s / 'metadata.jsonl'),
+            key=lambda r: shard_set_name('latents', r.get('bucket')),
         )
         if missing := next((r['file_name'] for r in rows if f'{s}/{r["file_name"]}' not in said), None):
             raise UserError(
@@ -203,7 +204,7 @@ def own_autoencoder(
     pictures: str,  # their fingerprint
 ) -> Path:  # folder of an AutoencoderKL
     "Train an autoencoder on the training split, or find the one that was trained for the same data and settings."
-    from flowerdiff.models.vae import squeeze_features, train_vae
+    from flowerdiff.models.vae import squeezenet_features, train_vae
 
     files, e, side = splits['train'].files, ws.settings.encode, ws.settings.prepare.resolution
     eyes = (
@@ -231,7 +232,7 @@ def own_autoencoder(
     )
     if not (work / 'done.json').exists():
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        look = squeeze_features(eyes, device) if eyes else None
+        look = squeezenet_features(eyes, device) if eyes else None
         train_vae(
             small_pictures(ws, files, side, work / 'pictures.npy', 'pictures for the autoencoder'),
             work / 'vae',
@@ -296,7 +297,7 @@ def manifest(
     )
     buckets = {
         s.name: dict(shape=s.fields['mean'][0], records=len(s), shards=s.shards)
-        for s in all_sets(new / 'train', 'latents')[1:]
+        for s in open_shard_sets(new / 'train', 'latents')[1:]
     }
     shapes = {k: read['train']['fields'][k][0] for k in ('mean', 'std')} | dict(
         embedding=read['text']['fields']['embedding'][0]
@@ -324,7 +325,9 @@ def up_to_date(
     try:
         m = read_json(encoded / 'manifest.json')
         sets = [
-            s for n in (*SPLITS, 'text') for s in all_sets(encoded / n, 'text' if n == 'text' else 'latents')
+            s
+            for n in (*SPLITS, 'text')
+            for s in open_shard_sets(encoded / n, 'text' if n == 'text' else 'latents')
         ]
         for s in sets:
             s.verify()
@@ -350,7 +353,7 @@ class Result:
         "Pictures beside what their latents become again, and the latents' statistics."
         m, vae = read_json(self.folder / 'manifest.json'), load_autoencoder(self.folder / 'components')
         split = 'val' if m['records']['val'] >= n else 'train'
-        sets = all_sets(self.folder / split, 'latents')
+        sets = open_shard_sets(self.folder / split, 'latents')
         most = max(sets, key=len)
         first = sum(len(s) for s in sets[: sets.index(most)])
         files, (h, w) = (
@@ -387,7 +390,7 @@ def run(ws: Workspace) -> Result:
         scaling_factor=vae.config.scaling_factor,
     )
     key = fingerprint([facts, e.shard_records, code_fingerprint('flowerdiff.stages.encode')])
-    texts, numbers = number_captions([c for x in splits.values() for c in x.captions])
+    texts, numbers = unique_captions([c for x in splits.values() for c in x.captions])
     total = sum(len(x.files) for x in splits.values())
     made = f'{total:,} pictures, {len(texts) - 1:,} captions'
     if ws.encoded.exists() and read_key(ws) == key and up_to_date(ws.encoded, facts):
@@ -406,7 +409,7 @@ def run(ws: Workspace) -> Result:
         for s, b, files in sets
     )
     for _ in progress(
-        alone if e.num_processes == 1 else encode_together(ws, vae, sets, new), total, 'pictures'
+        alone if e.num_processes == 1 else encode_distributed(ws, vae, sets, new), total, 'pictures'
     ):
         done += 1
     for left in new.glob('*/rank-*'):
@@ -420,7 +423,7 @@ def run(ws: Workspace) -> Result:
     for left in new.rglob('.*.tmp-*'):
         left.unlink()  # of a killed run
     save_components(new / 'components', vae.to('cpu', memory_format=torch.contiguous_format), text)
-    mean, std = latent_statistics(max(all_sets(new / 'train', 'latents'), key=len))
+    mean, std = latent_statistics(max(open_shard_sets(new / 'train', 'latents'), key=len))
     cut = len(text.too_long(texts))
     write_json(
         new / 'manifest.json',

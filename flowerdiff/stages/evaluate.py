@@ -19,18 +19,24 @@ from PIL import Image
 
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, read_json, read_jsonl, stage, write_json
-from ..evaluation.eval_prompts import ENOUGH, draw_all, drawn_how, questions, shown_how
+from flowerdiff.evaluation.eval_prompts import (
+    MAX_DISPLAY_STEPS,
+    display_settings,
+    eval_prompts,
+    generate_images,
+    sampling_settings,
+)
 from ..evaluation.feature_extractors import ClipFeatures, open_features, own_clip
 from flowerdiff.evaluation.image_rows import (
-    agreement_strip,
-    attention_strip,
-    dial_strips,
-    nearest_strip,
+    agreement_row,
+    attention_row,
+    nearest_row,
     read_pictures,
-    real_strip,
+    real_row,
     reconstruct,
+    setting_rows,
 )
-from ..evaluation.metric_table import beside, former
+from ..evaluation.metric_table import compare_metrics, previous_metrics
 from flowerdiff.evaluation.metrics import (
     Estimate,
     adherence,
@@ -38,21 +44,21 @@ from flowerdiff.evaluation.metrics import (
     clip_scores,
     cmmd,
     confusion,
-    copies,
+    derangement,
     directions,
     fid,
     inception_score,
     kid,
+    near_copies,
     nearest,
+    neighborhood_share,
     psnr,
-    shuffled,
-    within,
 )
 from ..evaluation.report import adherence_section, by_timestep, curves, headlines, percent, render
 from ..inference.backends import BACKENDS
-from ..inference.benchmark import open_all, race_pictures
+from ..inference.benchmark import open_backends, time_backends
 from ..inference.generator import Generator, montage
-from ..inference.torch_backend import TorchBackend, left_out
+from ..inference.torch_backend import TorchBackend, truncated_text
 from ..models.model_folder import student_steps, weights_fingerprint
 
 # %% ../../nbs/stages/07_evaluate.ipynb #dc18b8b2
@@ -90,7 +96,10 @@ def crowd_numbers(
     n = min(len(drawn), len(rebuilt))
     both = lambda f, n=None: dict(drawn=f(drawn[:n], real), autoencoder=f(rebuilt[:n], real))
     return dict(
-        kid=both(kid), fid=both(fid, n), precision=both(within), recall=both(lambda x, y: within(y, x), n)
+        kid=both(kid),
+        fid=both(fid, n),
+        precision=both(neighborhood_share),
+        recall=both(lambda x, y: neighborhood_share(y, x), n),
     )
 
 # %% ../../nbs/stages/07_evaluate.ipynb #74af7369
@@ -108,10 +117,10 @@ def word_numbers(
         clip_score=dict(
             drawn=bootstrap(scores),
             real=bootstrap(clip_scores(real, texts)),
-            shuffled=bootstrap(clip_scores(real, texts[shuffled(len(texts))])),
+            shuffled=bootstrap(clip_scores(real, texts[derangement(len(texts))])),
         ),
         cmmd=dict(drawn=cmmd(x, held), autoencoder=cmmd(a, held)),
-        copies=copies(distance, usual),
+        copies=near_copies(distance, usual),
         nearest=[(int(i), int(near[i]), float(distance[i])) for i in np.argsort(distance)[:8]],
         order=np.argsort(scores).tolist(),
     )
@@ -122,9 +131,9 @@ def attribute_numbers(
     asks: list,  # what they were asked to be
 ) -> dict:
     "Adherence by the judge: a share for each attribute, for combinations that training never saw, and who was taken for whom; how sure and how various it finds the species (Inception Score)."
-    from flowerdiff.models.attribute_classifier import load_judge
+    from flowerdiff.models.attribute_classifier import load_classifier
 
-    judge = load_judge()
+    judge = load_classifier()
     seen = judge.names(drawn)
     out = adherence([a.wanted for a in asks], seen)
     new = [i for i, a in enumerate(asks) if a.new]
@@ -304,9 +313,9 @@ def beside_baseline(
     def draw(g):
         return g(
             prompts,
-            n=PICTURES // len(prompts),
+            num_images_per_prompt=PICTURES // len(prompts),
             seed=s.seed,
-            **{} if student_steps(g.backend.folder) else drawn_how(s.evaluate),
+            **{} if student_steps(g.backend.folder) else sampling_settings(s.evaluate),
         )
 
     real = see(read_pictures(ws.pictures / 'test', s.evaluate.kid_pictures))
@@ -322,7 +331,7 @@ def beside_baseline(
 # %% ../../nbs/stages/07_evaluate.ipynb #9c48024b
 def tables(metrics: dict) -> list:  # of `flowerdiff.evaluation.report.render`
     "The champion before, the baseline, and the time of a picture."
-    out, b, l = beside(metrics, metrics['former']), metrics.get('baseline'), metrics['latency']
+    out, b, l = compare_metrics(metrics, metrics['former']), metrics.get('baseline'), metrics['latency']
     if b:
         out.append(
             dict(
@@ -342,7 +351,7 @@ def tables(metrics: dict) -> list:  # of `flowerdiff.evaluation.report.render`
         *out,
         dict(
             title='Time',
-            note=f"One picture, {min(metrics['protocol']['steps'], ENOUGH)} steps of the model's own scheduler, {torch.get_num_threads()} threads ({torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}).",
+            note=f"One picture, {min(metrics['protocol']['num_inference_steps'], MAX_DISPLAY_STEPS)} steps of the model's own scheduler, {torch.get_num_threads()} threads ({torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}).",
             columns=['backend', 'milliseconds'],
             rows=[[k, f'{v:.0f}'] for k, v in sorted(l.items(), key=lambda kv: kv[1])],
         ),
@@ -357,13 +366,15 @@ def looks(
     **how,  # of `drawn_how`
 ) -> tuple:  # (strips, what was skipped -> why)
     "Where the words of the grid's prompts were read."
-    fit = {p: seed + 4 * i for i, p in enumerate(prompts) if not left_out(generator.backend.tokenizer, p)}
+    fit = {
+        p: seed + 4 * i for i, p in enumerate(prompts) if not truncated_text(generator.backend.tokenizer, p)
+    }
     if not n:
         return [], {}
     if not fit:
         return [], {'attention maps': 'no prompt of the grid fits into the text encoder'}
     try:
-        return [attention_strip(generator, dict(list(fit.items())[:n]), **how)], {}
+        return [attention_row(generator, dict(list(fit.items())[:n]), **how)], {}
     except UserError as e:
         return [], {'attention maps': str(e)}
 
@@ -373,13 +384,13 @@ def strips(
 ) -> list:  # of strips
     "The rows of pictures under the grid."
     s, k = ws.settings, len(real)
-    out = [real_strip(real, rebuilt, drawn[:k])]
+    out = [real_row(real, rebuilt, drawn[:k])]
     if 'order' in numbers:
-        out.append(agreement_strip(numbers['order'], drawn, asks))
+        out.append(agreement_row(numbers['order'], drawn, asks))
     if not student_steps(ws.model):
-        out += dial_strips(generator, grid_prompts(asks, 2), s.seed, **shown_how(s.evaluate))
+        out += setting_rows(generator, grid_prompts(asks, 2), s.seed, **display_settings(s.evaluate))
     return out + (
-        [nearest_strip(numbers['nearest'], drawn, ws.pictures / 'train')] if 'nearest' in numbers else []
+        [nearest_row(numbers['nearest'], drawn, ws.pictures / 'train')] if 'nearest' in numbers else []
     )
 
 
@@ -393,18 +404,22 @@ def run(ws: Workspace) -> Result:
             backend.guidance,
             'auto',
         )  # a student has its own, and no others
-    how, model, clip = drawn_how(e), weights_fingerprint(ws.model), own_clip(ws.encoded / 'components')
+    how, model, clip = (
+        sampling_settings(e),
+        weights_fingerprint(ws.model),
+        own_clip(ws.encoded / 'components'),
+    )
     if e.scheduler == 'ddpm' and e.steps < s.train.timesteps:
         print(
             f'evaluate: {e.steps} steps are few for ddpm, which was made for {s.train.timesteps}; set evaluate.steps, or evaluate.scheduler to auto'
         )
     see = open_features(e.features, clip, ws.root)
-    generator, asks = Generator(backend, batch=e.batch_size), questions(ws, e.prompts)
+    generator, asks = Generator(backend, batch=e.batch_size), eval_prompts(ws, e.prompts)
     drawn, prompts = (
-        draw_all(generator, asks, e.batch_size, s.seed, **how),
+        generate_images(generator, asks, e.batch_size, s.seed, **how),
         grid_prompts(asks, e.grid, e.grid_prompts),
     )
-    grid = generator(prompts, n=4, seed=s.seed, **how)
+    grid = generator(prompts, num_images_per_prompt=4, seed=s.seed, **how)
     numbers, skipped = measure(ws, asks, drawn, backend, clip, see)
     looked, unseen = looks(generator, prompts, e.attention, s.seed, **how)
     skipped |= unseen
@@ -432,17 +447,17 @@ def run(ws: Workspace) -> Result:
         }
     ) | dict(
         psnr=psnr(real, rebuilt),
-        latency=race_pictures(
-            open_all(ws.model, [k for k in BACKENDS if k != 'torch-compile'])[0],
+        latency=time_backends(
+            open_backends(ws.model, [k for k in BACKENDS if k != 'torch-compile'])[0],
             prompts[0],
             rounds=2,
             row=1,
-            **shown_how(e),
+            **display_settings(e),
         ),
         model=model,
         protocol=protocol,
         skipped=skipped,
-        former=former(ws.report, model, protocol),
+        former=previous_metrics(ws.report, model, protocol),
     )
     rows, train, seconds = (
         looked + strips(ws, numbers, asks, drawn, generator, real, rebuilt),

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, stage, write_json
-from ..evaluation.eval_prompts import shown_how
+from ..evaluation.eval_prompts import display_settings
 from ..evaluation.metrics import psnr
-from ..inference.backends import BACKENDS, EXACT, open_backend, reads_onnx, why_not
-from ..inference.benchmark import race_pictures
+from ..inference.backends import BACKENDS, EXACT_BACKENDS, open_backend, reads_onnx, why_unavailable
+from ..inference.benchmark import time_backends
 from ..inference.generator import Generator, montage
 from ..inference.onnx_openvino import onnx_session
 from ..inference.torch_backend import TorchBackend
@@ -293,7 +293,7 @@ def compare_backends(
     torch_backend: TorchBackend,
     folder: Path,  # of the export
     prompts: list,
-    how: dict,  # seed, steps, guidance
+    how: dict,  # seed, num_inference_steps, guidance_scale
 ) -> (
     tuple
 ):  # name -> milliseconds, MB and `picture_difference`, and whether it `keeps` quality; name -> pictures
@@ -301,14 +301,16 @@ def compare_backends(
     generators = {'torch': Generator(torch_backend)} | {
         name: Generator(open_backend(name, folder))
         for name in BACKENDS
-        if reads_onnx(name) and not why_not(name, folder)
+        if reads_onnx(name) and not why_unavailable(name, folder)
     }
     drawn = {k: g(prompts, **how) for k, g in generators.items()}
-    ms, out = race_pictures(generators, prompts[0], **how), {}
+    ms, out = time_backends(generators, prompts[0], **how), {}
     for k, pictures in drawn.items():
         d = picture_difference(drawn['torch'], pictures)
         out[k] = dict(
-            milliseconds=round(ms[k], 1), **d, keeps=same_picture(d) if k in EXACT else d['psnr'] >= GOOD
+            milliseconds=round(ms[k], 1),
+            **d,
+            keeps=same_picture(d) if k in EXACT_BACKENDS else d['psnr'] >= GOOD,
         )
     return out, drawn
 
@@ -379,7 +381,7 @@ PROMPTS = (
 def run(ws: Workspace) -> Result:
     "Export `model/` to `onnx/`; raises a UserError, and leaves the old folder, when the pictures differ."
     s, backend = ws.settings, TorchBackend(ws.model, 'cpu')
-    prompts, how = list(PROMPTS), dict(seed=s.seed, **shown_how(s.evaluate, student_steps(ws.model)))
+    prompts, how = list(PROMPTS), dict(seed=s.seed, **display_settings(s.evaluate, student_steps(ws.model)))
     with atomic_dir(ws.onnx) as folder:
         report = {}
         for name, part in parts_of(backend).items():

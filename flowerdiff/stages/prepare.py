@@ -32,17 +32,17 @@ from flowerdiff.core.workspace import (
     write_json,
     write_jsonl,
 )
-from ..data.datasets import DATASETS, lay_out
+from ..data.datasets import DATASETS, prepare_dataset
 from flowerdiff.data.image_folder import (
-    choose,
-    each_row,
-    given_captions,
-    held_out_squares,
-    label_of,
-    look_through,
-    make_squares,
+    crop_held_out,
+    crop_pictures,
+    picture_label,
+    read_rows,
+    row_captions,
+    scan_folder,
+    select_pictures,
 )
-from ..data.images import in_order, pixel_sha256, shown
+from ..data.images import map_in_order, pixel_sha256, printable
 from ..garden.flower_shapes import COLORS, SPECIES
 from ..garden.garden import BACKGROUNDS, draw, sample_attributes
 
@@ -148,7 +148,7 @@ def grow(
         for k, x in enumerate(sow(s, n[s], seed))
     )
     drawn = itertools.chain.from_iterable(
-        in_order(draw_pictures, batches(jobs, 32), 1 if p.count < 200 else None)
+        map_in_order(draw_pictures, batches(jobs, 32), 1 if p.count < 200 else None)
     )
     made = write_rows(new, progress(drawn, p.count, 'flowers'))
     return dict(kind='garden', source='garden', **made, left_out=0, held_out=sorted(held_out(seed)))
@@ -160,7 +160,7 @@ def source_folder(
     "The folder that `prepare.source` names, or one of a known data set. Raises `UserError` when it is none."
     given, files = ws.settings.prepare.source, ws.settings.prepare.files
     if given in DATASETS:
-        return lay_out(
+        return prepare_dataset(
             given,
             ws.work_dir('prepare-official', fingerprint([given, files])),
             _there(ws, files) or Path(files) if files else None,
@@ -228,11 +228,11 @@ def picture_row(
     }
     row = dict(
         bucket=facts.get('bucket'),
-        source=shown(name),
+        source=printable(name),
         sha256=facts['sha256'],
         note=facts['note'],
-        label=label_of(name, told),
-        captions=given_captions(told),
+        label=picture_label(name, told),
+        captions=row_captions(told),
         attributes=attributes,
     )
     return dict(width=facts['width'], height=facts['height']) | {k: v for k, v in row.items() if v}
@@ -267,13 +267,13 @@ def gather(
 ) -> dict:  # for `info.json`
     "Pictures of a folder in splits: squares, or in training what their buckets hold."
     p, source = ws.settings.prepare, source_folder(ws)
-    names, told, left = look_through(source, p.count, [ws.root])
+    names, told, left = scan_folder(source, p.count, [ws.root])
     work = ws.work_dir(
         'prepare',
         fingerprint([str(source), p.resolution, p.crop, code_fingerprint('flowerdiff.data.images')]),
     )
-    make_squares(source, names, p.resolution, work, p.crop)
-    rows, twins, more = choose(work, names, told, p)
+    crop_pictures(source, names, p.resolution, work, p.crop)
+    rows, twins, more = select_pictures(work, names, told, p)
     left += more
     if len(rows) < 3:
         raise UserError(
@@ -282,7 +282,7 @@ def gather(
         )
     for s in SPLITS:
         (new / s).mkdir()
-    squares = held_out_squares(source, rows, p.resolution, work / 'held') if p.crop == 'buckets' else {}
+    squares = crop_held_out(source, rows, p.resolution, work / 'held') if p.crop == 'buckets' else {}
     made = write_rows(new, place(new, work, rows, told, squares))
     write_jsonl(new / 'quarantine.jsonl', (dict(file=f, reason=why) for f, why in left))
     return dict(kind='folder', source=p.source, **made, left_out=len(left), near_copies=twins)
@@ -343,7 +343,7 @@ def montage(
     import matplotlib.pyplot as plt
     from PIL import Image
 
-    rows = sorted((r.get('label', ''), r['file_name']) for r in each_row(folder / split / 'metadata.jsonl'))
+    rows = sorted((r.get('label', ''), r['file_name']) for r in read_rows(folder / split / 'metadata.jsonl'))
     rows = [rows[i * len(rows) // n] for i in range(n)] if len(rows) > n else rows
     fig, axes = plt.subplots(
         -(-len(rows) // wide), wide, figsize=(wide * 0.95, -(-len(rows) // wide) * 1.1), dpi=80, squeeze=False
@@ -363,7 +363,7 @@ def tally(
     "What the rows of all splits say, counted."
     out = dict(sizes=Counter(), words=Counter())
     for s in SPLITS:
-        for r in each_row(folder / s / 'metadata.jsonl'):
+        for r in read_rows(folder / s / 'metadata.jsonl'):
             out['sizes'][min(r['width'], r['height'])] += 1
             out['words'].update(len(c.split()) for c in r.get('captions', []))
             for k in ('label', 'color', 'background'):
@@ -406,7 +406,7 @@ def near_copies(
     wanted = {x for p in pairs for x in p}
     files = {
         r['source']: folder / 'train' / r['file_name']
-        for r in each_row(folder / 'train' / 'metadata.jsonl')
+        for r in read_rows(folder / 'train' / 'metadata.jsonl')
         if r['source'] in wanted
     }
     fig, axes = plt.subplots(1, 2 * len(pairs), figsize=(2 * len(pairs), 1.2), squeeze=False)

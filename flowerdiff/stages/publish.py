@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ..core.schema import UserError
 from ..core.workspace import Workspace, read_json, read_jsonl, stage, write_json
-from ..evaluation.eval_prompts import shown_how
+from ..evaluation.eval_prompts import display_settings
 from ..evaluation.model_card import make_card
-from ..services.model_repo import hub_name, no_token, publish_folder, publish_hub
+from ..services.model_repo import check_hub_name, check_token, publish_folder, publish_hub
 from ..services.store import list_files, make_manifest
 
 # %% ../../nbs/stages/10_publish.ipynb #254365a5
@@ -50,7 +50,7 @@ def draw_samples(
     draw, prompts, how = (
         Generator.from_pretrained(ws.model, 'torch'),
         sample_prompts(ws),
-        shown_how(ws.settings.evaluate, student_steps(ws.model)),
+        display_settings(ws.settings.evaluate, student_steps(ws.model)),
     )
     folder.mkdir(parents=True, exist_ok=True)
     samples = [dict(prompt=p, file=f'{folder.name}/{i}.png') for i, p in enumerate(prompts)]
@@ -126,7 +126,7 @@ def repo_name(
                 f"publish.repo_name: '{p.repo_name}' leads out of {p.destination}; give a plain name"
             )
         return 'folder', p.repo_name or ws.root.name
-    return 'hub', hub_name(name or p.repo_name, 'publish.repo_name')
+    return 'hub', check_hub_name(name or p.repo_name, 'publish.repo_name')
 
 # %% ../../nbs/stages/10_publish.ipynb #75bbdd0e
 @dataclass
@@ -156,7 +156,7 @@ class Result:
 def run(ws: Workspace) -> Result:
     "Publish `model/` with its card to `publish.destination`; writes `published.json`."
     p, (kind, name) = ws.settings.publish, repo_name(ws)
-    if kind == 'hub' and (why := no_token(name)):
+    if kind == 'hub' and (why := check_token(name)):
         write_json(ws.root / 'published.json', dict(repository=name, skipped=why, files=[]))
         return Result('not published', skipped=why)
     target = ws.root / Path(p.destination).expanduser() / name

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, read_json, stage, write_json
-from ..inference.tensorrt import cuda_device, gpu, package
+from ..inference.tensorrt import cuda_device, find_gpu, find_tensorrt
 from ..inference.tensorrt_build import engine_key, make_engines, why_not_build
 
 # %% ../../nbs/stages/09_tensorrt.ipynb #873fe0da
@@ -37,7 +37,7 @@ class Result:
 def run(ws: Workspace) -> Result:
     "Make engines of `onnx/` in `tensorrt/`, or write down why not."
     s, model = ws.settings.tensorrt, read_json(ws.onnx / 'parity.json')['model']
-    trt, (name, architecture) = package(s.flavour, bool(s.targets)), gpu()
+    trt, (name, architecture) = find_tensorrt(s.flavour, bool(s.targets)), find_gpu()
     reason = why_not_build(trt, name, s.targets)
     try:
         earlier = read_json(ws.tensorrt / 'status.json').get('sets', {})

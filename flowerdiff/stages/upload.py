@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from ..core.workspace import Workspace, progress, stage, write_json
 from ..services.s3 import NoCredentials
-from ..services.store import Hashes, Store, object_key, open_store, push
+from ..services.store import HashCache, Store, object_key, open_store, push
 
 # %% ../../nbs/stages/04_upload.ipynb #8416b041
 PARTS = ('pictures', 'captions', 'encoded', 'params.yaml')  # of the workspace
@@ -21,7 +21,7 @@ def send(
     store: Store,  # where to
 ) -> dict:  # what `upload.json` holds
     "Bring the store up to date with the workspace's data."
-    with Hashes(ws.root, ws.work / 'hashes.json') as hashes:
+    with HashCache(ws.root, ws.work / 'hashes.json') as hashes:
         sent = push(ws.root, store, PARTS, progress, hashed=hashes)
     files = [dict(f, key=object_key(f['sha256'])) for f in sent.pop('files')]
     return dict(sent, manifest='manifest.json', files=files)

@@ -11,14 +11,14 @@ from torch import Tensor
 from ..data.batches import Split
 from flowerdiff.models.diffusion import (
     add_noise,
-    at,
+    extract,
     loss_per_sample,
     min_snr_weight,
+    model_input,
     noise_levels,
+    prediction_target,
     sampling_scheduler,
-    shown,
     snr,
-    target,
 )
 from .validation import timestep_grid, validation_losses
 
@@ -47,11 +47,11 @@ class Denoising:
         batch,  # a `Batch`
     ) -> Tensor:  # [b] squared errors, weighed
         "What training makes small."
-        a, kind = at(self.abar, batch.timesteps, batch.latents), self.train.prediction_type
+        a, kind = extract(self.abar, batch.timesteps, batch.latents), self.train.prediction_type
         noisy = add_noise(batch.latents, batch.noise, a)
-        answer = model(shown(noisy, a, kind), batch.timesteps, encoder_hidden_states=batch.text).sample
+        answer = model(model_input(noisy, a, kind), batch.timesteps, encoder_hidden_states=batch.text).sample
         weight = min_snr_weight(snr(a.flatten()), self.train.min_snr_gamma, kind)
-        return weight * loss_per_sample(answer, target(batch.latents, batch.noise, a, kind))
+        return weight * loss_per_sample(answer, prediction_target(batch.latents, batch.noise, a, kind))
 
     @property
     def grid(self) -> Tensor:
