@@ -17,9 +17,9 @@ from tiny import tiny_model
 import flowerdiff.inference.generator as sampler
 import flowerdiff.inference.sampling_loop as sampling
 from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import Cancelled
 from flowerdiff.inference.backends import load_backend
 from flowerdiff.inference.generator import Generator
-from flowerdiff.inference.sampling_loop import Cancelled
 from flowerdiff.inference.torch_backend import TorchBackend, readers
 from flowerdiff.models.components import why_not_compile
 

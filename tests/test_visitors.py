@@ -39,9 +39,10 @@ from protocol_page import ODD, Full, ProtocolPage, answers
 from test_space import health, well
 
 from flowerdiff.apps.generating import WorkerSupervisor
-from flowerdiff.apps.remote import Cancelled, Line, QueuePosition, RemoteSession, Seen
+from flowerdiff.apps.remote import Line, QueuePosition, RemoteSession, Seen
 from flowerdiff.apps.session import GenerationRequest, GenerationSession
 from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import Cancelled
 
 
 @pytest.fixture(scope='module')

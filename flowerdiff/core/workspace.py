@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'DEMO', 'atomic_write', 'atomic_dir', 'write_json', 'read_json', 'write_jsonl', 'read_jsonl', 'Workspace',
-           'open_workspace', 'disk_errors', 'free_bytes', 'format_bytes', 'is_out_of_memory', 'progress', 'stage',
-           'record', 'demo_workspace']
+           'open_workspace', 'disk_errors', 'free_bytes', 'format_bytes', 'is_out_of_memory', 'Cancelled', 'progress',
+           'stage', 'record', 'demo_workspace']
 
 # %% ../../nbs/core/07_workspace.ipynb #cf0e4a5b
 import contextlib
@@ -276,6 +276,10 @@ def is_out_of_memory(
     return not isinstance(e, UserError) and (
         isinstance(e, MemoryError) or any(s in str(e).lower() for s in _MEMORY)
     )
+
+# %% ../../nbs/core/07_workspace.ipynb #3c29a255
+class Cancelled(Exception):
+    "The callback asked to stop."
 
 # %% ../../nbs/core/07_workspace.ipynb #345de029
 def progress(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'FLOWING', 'generators', 'starting_noise', 'load_scheduler', 'guide', 'clean_guess', 'fit_preview',
-           'preview', 'to_pil', 'Cancelled', 'Step', 'sample']
+           'preview', 'to_pil', 'Step', 'sample']
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #ff061eb2
 import inspect
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.schema import UserError
+from ..core.workspace import Cancelled
 from ..models.diffusion import noise_levels
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #179fbc47
@@ -131,10 +132,6 @@ def to_pil(
     return [Image.fromarray(p) for p in x]
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #d4c4e01f
-class Cancelled(Exception):
-    "The callback asked to stop."
-
-
 @dataclass
 class Step:
     "One step of the loop, as a callback sees it."

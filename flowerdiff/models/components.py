@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FILES', 'UNSAFE', 'PINNED', 'ORIGIN', 'PASSING', 'AUTOENCODERS', 'from_hub', 'part_folder', 'weights',
            'find_component', 'component_fingerprint', 'save_part', 'component_errors', 'pil_to_tensor', 'tensor_to_pil',
-           'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'load_text', 'save_text',
-           'save_tokenizer', 'save_components', 'bf16_is_fast', 'why_not_compile', 'build_denoiser', 'save_pipeline']
+           'psnr', 'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'load_text',
+           'save_text', 'save_tokenizer', 'save_components', 'bf16_is_fast', 'why_not_compile', 'build_denoiser',
+           'save_pipeline']
 
 # %% ../../nbs/models/01_components.ipynb #ee23b767
 import contextlib
@@ -215,6 +216,15 @@ def tensor_to_pil(
         .numpy()
     )
     return [Image.fromarray(p) for p in a]
+
+# %% ../../nbs/models/01_components.ipynb #6d3bbca0
+def psnr(
+    x: Tensor,  # [B, 3, H, W] from -1 to 1
+    y: Tensor,  # [B, 3, H, W], to compare with
+) -> Tensor:  # [B] decibels
+    "Peak signal-to-noise ratio of each image."
+    error = (x - y).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 # %% ../../nbs/models/01_components.ipynb #d8ae6dd8
 AUTOENCODERS = ('AutoencoderKL', 'AutoencoderTiny')
