@@ -234,7 +234,7 @@ def count_code(folders: list[str]) -> Code:
     code = Code()
     for name, path in modules().items():
         if name.split('.')[0] in folders or not folders:
-            text = re.sub(r'\A.*?(?=^# %% )', '', path.read_text(encoding='utf-8'), flags=re.S | re.M)
+            text = re.sub(r'\A.*?(?=^# %% \.\.)', '', path.read_text(encoding='utf-8'), flags=re.S | re.M)
             text = '\n'.join(line for line in text.splitlines() if not line.startswith('# %%'))
             code.add(text, name)
             if len(text.splitlines()) > MAX_MODULE:
