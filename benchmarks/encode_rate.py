@@ -23,7 +23,8 @@ def main():
     import numpy as np
 
     from flowerdiff.data.encoding import encode_captions, encode_pictures, read_pictures
-    from flowerdiff.garden.garden import caption, draw, sample_attributes
+    from flowerdiff.garden.captions import caption
+    from flowerdiff.garden.garden import draw, sample_attributes
     from flowerdiff.models.components import (
         bf16_is_fast,
         encode_moments,

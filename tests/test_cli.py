@@ -206,14 +206,14 @@ def test_profiles_spell_out_every_setting():
     from ruamel.yaml import YAML
 
     from flowerdiff.core.profiles import load_profile, profiles
-    from flowerdiff.core.setting_errors import _keys
+    from flowerdiff.core.setting_errors import setting_fields
 
     for name, path in profiles().items():
         data = YAML(typ='safe').load(path)
         assert {f'{s}.{k}' for s, v in data.items() if isinstance(v, dict) for k in v} | {
             'profile',
             'seed',
-        } == set(_keys()), name
+        } == set(setting_fields()), name
         assert load_profile(name).profile == name
 
 

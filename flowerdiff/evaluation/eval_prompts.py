@@ -32,7 +32,7 @@ def garden_prompt(
     rng,  # numpy Generator
 ) -> str:
     "A sentence about a picture that names its species, colour and background."
-    from flowerdiff.garden.garden import caption
+    from flowerdiff.garden.captions import caption
 
     while True:
         text, facts = caption(attributes, rng)

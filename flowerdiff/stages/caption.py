@@ -22,7 +22,7 @@ from ..core.workspace import Workspace, atomic_dir, progress, read_json, stage, 
 from ..data.caption_cleanup import article, clean_caption
 from ..data.celeba_captions import describe_face, is_celeba
 from ..data.image_folder import read_rows
-from ..garden.garden import describe
+from ..garden.captions import describe
 
 # %% ../../nbs/stages/02_caption.ipynb #e9319a8d
 def given(
