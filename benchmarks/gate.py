@@ -41,7 +41,7 @@ def trained(folder: Path, seed: int, overrides: list) -> dict:  # train.json of 
                     check=True,
                 )
         ws = open_workspace(folder, overrides=[*overrides, f'seed={seed}'])
-        subprocess.run([sys.executable, '-m', 'flowerdiff.stages.train', str(folder)], check=True)
+        subprocess.run([sys.executable, '-m', 'flowerdiff.training.worker', str(folder)], check=True)
         kept.parent.mkdir(exist_ok=True)
         shutil.copy(ws.root / 'train.json', kept)
     return json.loads(kept.read_text())

@@ -91,7 +91,7 @@ def measure(folder: Path, name: str, choice: dict, epochs: float) -> dict:
     }
     ws = open_workspace(folder, overrides=overrides)
     subprocess.run(
-        [sys.executable, '-m', 'flowerdiff.stages.train', str(folder)], check=True, env=ROOMY | os.environ
+        [sys.executable, '-m', 'flowerdiff.training.worker', str(folder)], check=True, env=ROOMY | os.environ
     )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     generator, asks = evaluate.Generator.from_pretrained(ws.candidate, batch=50), eval_prompts(ws, 200)

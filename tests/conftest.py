@@ -107,7 +107,7 @@ def run(ws):
     return SimpleNamespace(summary=f'{NAME} is done', skipped='no GPU here' if NAME == 'tensorrt' else '')
 
 def train(ws, epochs):
-    subprocess.run([sys.executable, '-m', 'flowerdiff.stages.train', str(ws.root), str(int(epochs))], check=True)
+    subprocess.run([sys.executable, '-m', 'flowerdiff.training.worker', str(ws.root), str(int(epochs))], check=True)
 
 def child(root, steps):
     folder = Path(root)/'work'/'train-toy'; folder.mkdir(parents=True, exist_ok=True)
@@ -176,6 +176,12 @@ def toy(tmp_path_factory):
             ),
             package / 'notebooks' / f'{i:02d}_{s}.ipynb',
         )
+
+    (package / 'training').mkdir()
+    (package / 'training' / '__init__.py').write_text('')
+    (package / 'training' / 'worker.py').write_text(
+        'import sys\nfrom flowerdiff.stages.train import child\nchild(sys.argv[1], int(sys.argv[2]))\n'
+    )
 
     def call(*args, popen=False, **kwargs):
         env = {**os.environ, 'PYTHONPATH': str(site), 'PYTHONDONTWRITEBYTECODE': '1'}

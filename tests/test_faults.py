@@ -21,7 +21,7 @@ DENSE = dict(
 
 
 def run_folder(ws):
-    from flowerdiff.stages.train import run_fingerprint
+    from flowerdiff.training.worker import run_fingerprint
 
     return ws.work_dir('train', run_fingerprint(ws))
 

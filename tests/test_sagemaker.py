@@ -17,7 +17,8 @@ from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import demo_workspace, open_workspace, read_json
 from flowerdiff.services.store import open_store
 from flowerdiff.services.tracking import read_events
-from flowerdiff.stages.train import run, run_fingerprint
+from flowerdiff.stages.train import run
+from flowerdiff.training.worker import run_fingerprint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from amazon import ROLE, Amazon, can_contain

@@ -304,7 +304,7 @@ def test_a_port_in_use_is_one_line(cli, tmp_path):
 
 
 def test_the_studio_needs_nothing_of_training():
-    code = "import sys, flowerdiff.apps.studio; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'diffusers', 'accelerate', 'mlflow', 'voila') or m in ('flowerdiff.training.accelerator', 'flowerdiff.stages.train')])"
+    code = "import sys, flowerdiff.apps.studio; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'diffusers', 'accelerate', 'mlflow', 'voila') or m in ('flowerdiff.training.accelerator', 'flowerdiff.training.worker')])"
     assert (
         subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV).stdout.strip()
         == '[]'

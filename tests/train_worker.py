@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 import flowerdiff.models.components
-import flowerdiff.stages.train
 import flowerdiff.training.checkpoints
+import flowerdiff.training.worker
 
 
 def go(root, folder, fault, env):
     os.environ.update(env)
     suffer(*fault)
-    sys.exit(flowerdiff.stages.train.run_worker(root, folder))
+    sys.exit(flowerdiff.training.worker.run_worker(root, folder))
 
 
 def start(root, folder='', fault=(), **env):
@@ -50,7 +50,7 @@ def some_steps(root, folder, upto, env):
 
     trainer.make_batch = seen
     ws = open_workspace(root)
-    run, _ = flowerdiff.stages.train.start_run(ws, load_split(ws.encoded, 'train'))
+    run, _ = flowerdiff.training.worker.start_run(ws, load_split(ws.encoded, 'train'))
     begun, losses = trainer.load_run(run, Path(folder)), []
     while run.step < upto:
         run.one()
@@ -114,7 +114,7 @@ def suffer(kind='', *numbers):
     stop n: asked to stop after n steps."""
     if kind == 'stop':
         asked = iter([False] * (numbers[0] - 1) + [True])
-        flowerdiff.stages.train.Stop.__call__ = lambda self: next(asked)
+        flowerdiff.training.worker.StopSignal.__call__ = lambda self: next(asked)
     if kind in ('kill', 'full'):
         Changes(kind, *numbers).watch()
     if kind == 'size':

@@ -111,9 +111,9 @@ def fail(
 # %% ../../nbs/cloud/02_container.ipynb #f5139c6d
 def main(
     ml: Path = Path('/opt/ml'),
-) -> int:  # exit code, see `flowerdiff.stages.train.run_worker`
+) -> int:  # exit code, see `flowerdiff.training.worker.run_worker`
     "What each of torchrun's processes does in the container."
-    from flowerdiff.stages.train import run_worker
+    from flowerdiff.training.worker import run_worker
 
     job, first = read_json(ml / 'input/data/code/job.json'), os.environ['RANK'] == '0'
     folder = ml / 'checkpoints' / job['run']

@@ -362,7 +362,7 @@ def run_job(
     folder: str,  # of the run
     poll: float = 5.0,  # seconds between looks
 ) -> int:  # exit code: 0 done, 2 a person's mistake
-    "Train at SageMaker, as `flowerdiff.stages.train.run_worker` trains here."
+    "Train at SageMaker, as `flowerdiff.training.worker.run_worker` trains here."
     ws, folder = open_workspace(root), Path(folder)
     events = folder / 'events.jsonl'
 
@@ -394,7 +394,7 @@ def run_job(
 def job_of(
     ws: Workspace,
 ) -> tuple:  # a boto3.Session; the newest job for these settings as DescribeTrainingJob tells it, None: there was never one
-    from flowerdiff.stages.train import run_fingerprint
+    from flowerdiff.training.worker import run_fingerprint
 
     session, run = aws_session(), ws.work_dir('train', run_fingerprint(ws)).name
     return session, find_job(session, job_tag(run, open_store(ws.settings.upload.destination, ws.root).url))

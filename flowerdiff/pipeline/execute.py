@@ -133,7 +133,7 @@ def stop_tree(
             for p in {*tree, *(psutil.process_iter() if root else [])}
             if _runs(p, module, root if p not in tree else None)
         ]
-        for module in ('flowerdiff.stages.train', 'flowerdiff.services.tracking')
+        for module in ('flowerdiff.training.worker', 'flowerdiff.services.tracking')
     )
     with contextlib.suppress(psutil.NoSuchProcess):
         _end(
