@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.schema import UserError
 from ..core.workspace import read_json, write_json
-from .clip import parts
+from .clip import fraction_done
 from .components import bf16_is_fast, decode, encode_moments, load_autoencoder
 from .perceptual import SqueezeNet
 from .tiny_autoencoder import save_autoencoder, to_tensor
@@ -154,7 +154,7 @@ def train_vae(
     ema, bf16, some = copy.deepcopy(model).requires_grad_(False), bf16_is_fast(device), pictures[:256]
     opt = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-3)
     left, saved, before = max(minutes - spent, 1e-9), 0.0, spent / minutes
-    for step, part in enumerate(watch(parts(left, steps))):
+    for step, part in enumerate(watch(fraction_done(left, steps))):
         for g in opt.param_groups:
             g['lr'] = _falling(lr, step, part, before)
         x = _drawn(pictures, rng, batch_size, mirrored=step % 2).to(device)
