@@ -214,8 +214,8 @@ def load_strict(
     wrong = sorted(str(name) for name in wrong if not str(name).endswith('position_ids'))
     if wrong:
         raise UserError(
-            f'{folder}: its weights do not fit its config.json ({len(wrong)} are missing, such as {wrong[0]}); '
-            'copy both from the same place'
+            f'{folder}: its weights do not fit its config.json '
+            f'({len(wrong)} are missing, such as {wrong[0]}); copy both from the same place'
         )
     return model.eval().requires_grad_(False)
 
@@ -370,9 +370,9 @@ def bf16_is_fast(device='cpu') -> bool:
 
 
 def why_not_compile() -> str:
-    "Explain why `torch.compile` cannot work here; '' if it can. TorchInductor needs a C++ compiler, Triton a C compiler."
+    "Explain why `torch.compile` cannot work here; '' if it can."
     gpu = torch.cuda.is_available()
-    language, variable = ('C', 'CC') if gpu else ('C++', 'CXX')
+    language, variable = ('C', 'CC') if gpu else ('C++', 'CXX')  # of Triton, and of TorchInductor
     if variable in os.environ:
         compilers = [os.environ[variable]]
     elif gpu:
