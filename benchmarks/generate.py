@@ -21,8 +21,9 @@ from flowerdiff.core.workspace import write_json
 from flowerdiff.inference.backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_unavailable
 from flowerdiff.inference.benchmark import network_parts, overhead
 from flowerdiff.inference.generator import Generator
-from flowerdiff.models.components import TextEncoder, save_components, save_pipeline
+from flowerdiff.models.components import TextEncoder
 from flowerdiff.models.model_folder import find_model, weights_fingerprint
+from flowerdiff.models.saving import save_components, save_pipeline
 from flowerdiff.stages import onnx as export
 
 PROMPT = '{} red roses under a blue sky'  # another in every round: a text that was drawn before is remembered

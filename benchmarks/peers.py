@@ -237,7 +237,8 @@ def write_parts(folder, unet, a):
     from PIL import Image
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from flowerdiff.models.components import load_text, save_tokenizer
+    from flowerdiff.models.components import load_text
+    from flowerdiff.models.saving import save_tokenizer
 
     torch.manual_seed(0)
     rng = np.random.default_rng(0)

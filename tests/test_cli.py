@@ -185,7 +185,7 @@ def test_full_disk(cli, tmp_path):
         (['generate', 'a rose', '-m', 'nowhere'], 'not there'),
         (
             ['generate', 'a rose', '-m', 'no-such-org/no-such-model'],
-            'neither a folder here nor a model that the hub gives',
+            'cannot be downloaded',
         ),
         (['status', 'nowhere'], 'is not a workspace'),
     ],

@@ -23,8 +23,8 @@ from flowerdiff.models.components import (
     component_fingerprint,
     load_autoencoder,
     load_text,
-    save_components,
 )
+from flowerdiff.models.saving import save_components
 
 
 def tiny_vae(folder, **config):
@@ -302,7 +302,7 @@ def test_other_latents_of_the_same_pictures_with_another_autoencoder(parts, enco
             ),
             'convert it to safetensors',
         ),
-        (lambda ws, d: next((d / 'vae').glob('*.safetensors')).write_bytes(b'12'), 'can not be opened'),
+        (lambda ws, d: next((d / 'vae').glob('*.safetensors')).write_bytes(b'12'), 'cannot be opened'),
         (
             lambda ws, d: write_json(d / 'vae' / 'config.json', dict(_class_name='VQModel')),
             'only AutoencoderKL and AutoencoderTiny',

@@ -414,8 +414,8 @@ def broken(mini, folder, how):
             'in its first format',
         ),
         (lambda f: (f / 'model.safetensors').rename(f / 'pytorch_model.bin'), 'convert it to safetensors'),
-        (lambda f: (f / 'model.safetensors').write_bytes(b'12'), 'can not be opened'),
-        (lambda f: (f / 'processor_config.json').unlink(), 'can not be opened'),
+        (lambda f: (f / 'model.safetensors').write_bytes(b'12'), 'cannot be opened'),
+        (lambda f: (f / 'processor_config.json').unlink(), 'cannot be opened'),
         (lambda f: (f / 'tokenizer.json').unlink(), 'its tokenizer is missing'),
         (
             lambda f: write_json(
@@ -444,7 +444,7 @@ def test_the_hub_off_line(mini, tmp_path, monkeypatch):
     ws = make(tmp_path / 'ws', f'someone/florence@{commit}')
     run(ws.root)
     with pytest.raises(
-        UserError, match="someone/other@.* is not in this machine's cache and can not be downloaded"
+        UserError, match="someone/other@.* is not in this machine's cache and cannot be downloaded"
     ) as e:
         run(change(ws, model=f'someone/other@{commit}').root)
     assert '\n' not in str(e.value) and len(said(ws)) == 25, 'what was there stays'

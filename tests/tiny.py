@@ -49,7 +49,8 @@ def tiny_model(folder, size=32):
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from flowerdiff.models.components import TextEncoder, save_components, save_pipeline
+    from flowerdiff.models.components import TextEncoder
+    from flowerdiff.models.saving import save_components, save_pipeline
 
     torch.manual_seed(0)
     tok = tiny_tokenizer()

@@ -41,10 +41,10 @@ from flowerdiff.models.components import (
     load_autoencoder,
     load_text,
     pil_to_tensor,
-    save_components,
     scale_factor,
     tensor_to_pil,
 )
+from ..models.saving import save_components
 
 # %% ../../nbs/stages/03_encode.ipynb #91e198e6
 def show_latents(
