@@ -142,7 +142,7 @@ def write_result(
     facts: dict,  # about the run, for train.json
 ):
     "Write `candidate/` and then `train.json`."
-    from flowerdiff.models.components import save_pipeline
+    from flowerdiff.models.saving import save_pipeline
 
     if not math.isfinite(validation['loss']):
         raise UserError('train: the validation loss is not a number; lower train.lr and run again')
