@@ -175,10 +175,26 @@ def read_rows(
         yield from map(json.loads, f)
 
 # %% ../../nbs/data/02_image_folder.ipynb #98c98e81
-GENERIC_FOLDERS = (
-    'train training val valid validation test images image imgs img pictures pics photos '
-    'data dataset jpg jpeg png'
-)
+GENERIC_FOLDERS = {
+    'train',
+    'training',
+    'val',
+    'valid',
+    'validation',
+    'test',
+    'images',
+    'image',
+    'imgs',
+    'img',
+    'pictures',
+    'pics',
+    'photos',
+    'data',
+    'dataset',
+    'jpg',
+    'jpeg',
+    'png',
+}  # they say that there are pictures, not which
 
 
 def row_captions(
@@ -199,7 +215,7 @@ def picture_label(
         if isinstance(row.get(key), str | int) and str(row[key]).strip():
             return str(row[key]).strip()
     parent = os.path.basename(os.path.dirname(name))
-    if parent.lower() in GENERIC_FOLDERS.split():
+    if parent.lower() in GENERIC_FOLDERS:
         return ''
     return ' '.join(printable(parent).replace('_', ' ').replace('-', ' ').split())
 
