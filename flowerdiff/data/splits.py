@@ -175,7 +175,8 @@ def find_near_copies(
     "Find pairs of pictures that look the same."
     pairs = []
     for i, j in hash_pairs([picture.hash for picture in pictures]):
-        a, b = pictures[i], pictures[j]
+        a = pictures[i]
+        b = pictures[j]
         least = 0.65 if a.in_bucket or b.in_bucket else 0.95
         if are_near_copies(work / a.file, work / b.file, least):
             pairs.append((a, b))
