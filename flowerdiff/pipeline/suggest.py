@@ -20,15 +20,9 @@ from ..core.profiles import load_profile
 from ..core.schema import UserError
 from ..core.workspace import format_bytes, free_bytes, read_json
 from ..data.datasets import DATASETS
-from flowerdiff.data.image_folder import (
-    assign_splits,
-    evenly_spaced,
-    official_split,
-    picture_label,
-    row_captions,
-    scan_folder,
-)
-from ..data.images import MAX_PIXELS, _formats
+from ..data.image_folder import picture_label, row_captions, scan_folder
+from ..data.images import MAX_PIXELS, picture_formats
+from ..data.splits import assign_splits, evenly_spaced, official_split
 from ..services.hardware import cores, gpus, package_version
 from ..services.hub_cache import locate_part
 
@@ -40,7 +34,7 @@ def header(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            with Image.open(path, formats=_formats()) as im:
+            with Image.open(path, formats=picture_formats()) as im:
                 return (
                     (min(im.size), im.format in ('JPEG', 'MPO'))
                     if im.width * im.height <= MAX_PIXELS
