@@ -55,16 +55,16 @@ def main():
     if os.environ.get('CHOICE'):
         print(measure(a.steps, a.batch))
         return
-    from flowerdiff.services.processes import ROOMY
+    from flowerdiff.services.processes import MALLOC_ENV
 
     rates = {k: [] for k in CHOICES}
     for i in range(a.rounds):
         for name in list(CHOICES)[i % len(CHOICES) :] + list(CHOICES)[: i % len(CHOICES)]:
             env = (
-                {k: v for k, v in os.environ.items() if k not in ROOMY}
+                {k: v for k, v in os.environ.items() if k not in MALLOC_ENV}
                 | dict(CHOICE=name)
                 | CHOICES[name]
-                | ({} if name == 'malloc' else ROOMY)
+                | ({} if name == 'malloc' else MALLOC_ENV)
             )
             rates[name].append(
                 float(

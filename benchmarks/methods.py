@@ -22,7 +22,7 @@ from flowerdiff.core.profiles import load_profile
 from flowerdiff.core.workspace import open_workspace
 from flowerdiff.data.batches import load_split
 from flowerdiff.evaluation.eval_prompts import eval_prompts, generate_images
-from flowerdiff.services.processes import ROOMY
+from flowerdiff.services.processes import MALLOC_ENV
 from flowerdiff.stages import evaluate, train
 
 CHOICES = {
@@ -91,7 +91,7 @@ def measure(folder: Path, name: str, choice: dict, epochs: float) -> dict:
     }
     ws = open_workspace(folder, overrides=overrides)
     subprocess.run(
-        [sys.executable, '-m', 'flowerdiff.training.worker', str(folder)], check=True, env=ROOMY | os.environ
+        [sys.executable, '-m', 'flowerdiff.training.worker', str(folder)], check=True, env=MALLOC_ENV | os.environ
     )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     generator, asks = evaluate.Generator.from_pretrained(ws.candidate, batch=50), eval_prompts(ws, 200)

@@ -23,7 +23,7 @@ import json, sys
 from pathlib import Path
 from flowerdiff.services import store as S
 root, url = Path(sys.argv[1]), sys.argv[2]
-with S.Hashes(root/'set', root/'work'/'hashes.json') as hashes: r = S.push(root/'set', S.open_store(url), hashed=hashes)
+with S.HashCache(root/'set', root/'work'/'hashes.json') as hashes: r = S.push(root/'set', S.open_store(url), hashed=hashes)
 print(json.dumps(dict(sent=r['sent'], push=r['seconds'], read=hashes.read)))
 """
 

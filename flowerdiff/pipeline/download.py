@@ -79,7 +79,7 @@ def download(
     root.mkdir(parents=True, exist_ok=True)
     with lock(Workspace(root, theirs)):
         with HashCache(root, root / 'work' / 'hashes.json') as hashes:
-            got = pull(store, root, only or PARTS[:3], progress, hashed=hashes)
+            got = pull(store, root, only or PARTS[:3], progress=progress, hashed=hashes)
         if new:
             atomic_write(root / 'params.yaml', text)
         elif changes:
