@@ -627,7 +627,7 @@ def test_engines_are_used_only_where_they_fit(ws, machine, monkeypatch):
         )
         assert left['tensorrt'] in str(e.value)
 
-    fast = backends.fastest(ws.onnx)
+    fast = backends.fastest_backend(ws.onnx)
     monkeypatch.setattr(bench, 'peak_memory', lambda *a: 0.0)
     trt = machine(stand_in(), 'A', 'SM86')
     asked('no engines of this model')
@@ -646,7 +646,7 @@ def test_engines_are_used_only_where_they_fit(ws, machine, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(ort, 'get_available_providers', lambda: ['CUDAExecutionProvider', 'CPUExecutionProvider'])
-        assert backends.automatic(ws.onnx) == 'onnx'
+        assert backends.choose_backend(ws.onnx) == 'onnx'
     machine(None, 'A')
     asked('the package tensorrt is not installed')
     machine(trt, '')

@@ -354,11 +354,11 @@ def test_big_weights_travel_in_one_file(ws, tmp_path):
         onnx.load(path), path, save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=64
     )
     assert len(list(path.parent.iterdir())) > 3
-    export.keep_whole(path, limit=0)
+    export.gather_weights(path, limit=0)
     assert sorted(p.name for p in path.parent.iterdir()) == ['model.onnx', 'model.onnx_data']
     shutil.move(path.parent, tmp_path / 'moved')
     assert export.part_difference(part, tmp_path / 'moved' / 'model.onnx') < 1e-3
-    export.keep_whole(tmp_path / 'moved' / 'model.onnx')
+    export.gather_weights(tmp_path / 'moved' / 'model.onnx')
     assert [p.name for p in (tmp_path / 'moved').iterdir()] == ['model.onnx'] and export.part_difference(
         part, tmp_path / 'moved' / 'model.onnx'
     ) < 1e-3

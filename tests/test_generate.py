@@ -20,7 +20,7 @@ from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import Cancelled
 from flowerdiff.inference.backends import load_backend
 from flowerdiff.inference.generator import Generator
-from flowerdiff.inference.torch_backend import TorchBackend, readers
+from flowerdiff.inference.torch_backend import TorchBackend, cross_attentions
 from flowerdiff.models.components import why_not_compile
 
 
@@ -305,7 +305,7 @@ def test_a_unet_that_reads_its_text_otherwise_or_not_at_all(models, tmp_path, ki
         StableDiffusionPipeline.from_pretrained(folder),
     )
     pipe.set_progress_bar_config(disable=True)
-    assert not readers(ours.backend.unet)
+    assert not cross_attentions(ours.backend.unet)
     assert same(
         ours('a red rose', num_inference_steps=3, guidance_scale=3.0),
         pipe(

@@ -215,7 +215,7 @@ def test_engines_go_along_by_choice(ws):
     ) == ['new']
     assert (
         'SM86 (tensorrt_rtx 1.7.1, fp16)' in done.card
-        and 'new: the engines ' in find_engines(folder / 'onnx')[2]
+        and 'new: the engines ' in find_engines(folder / 'onnx').reason
     )
 
 

@@ -66,7 +66,7 @@ def keeper(workspace):
 
 def own(workspace, wishes):  # the Generator's pictures of them, in a process with as many threads
     code = f"""import json, numpy as np; from flowerdiff import Generator; g = Generator.from_pretrained({str(workspace)!r}, 'torch')
-np.save({str(workspace / 'own.npy')!r}, np.stack([np.array(g(w['prompt'], seed=w['seed'], steps=w['steps'], guidance=w['guidance'])[0]) for w in json.loads({json.dumps([vars(w) for w in wishes])!r})]))"""
+np.save({str(workspace / 'own.npy')!r}, np.stack([np.array(g(w['prompt'], seed=w['seed'], num_inference_steps=w['steps'], guidance_scale=w['guidance'])[0]) for w in json.loads({json.dumps([vars(w) for w in wishes])!r})]))"""
     subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
     return np.load(workspace / 'own.npy')
 

@@ -16,8 +16,8 @@ from PIL import Image
 from ..core.workspace import read_jsonl
 from ..inference.attention_maps import attention_maps
 from ..inference.generator import Generator
-from ..inference.sampling_loop import to_pil
 from ..inference.torch_backend import TorchBackend
+from ..models.components import tensor_to_pil
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #1b524c46
 def read_pictures(
@@ -46,7 +46,7 @@ def reconstruct(
             - 1
         )
         z = backend.vae.encode(x.to(backend.device))
-        out += to_pil(
+        out += tensor_to_pil(
             backend.vae.decode(z.latent_dist.mode() if hasattr(z, 'latent_dist') else z.latents).sample
         )
     return out

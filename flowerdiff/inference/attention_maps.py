@@ -53,7 +53,7 @@ class Recorder:
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         query, key = (
             attn.to_q(hidden_states[-1:]),
-            encoder_hidden_states[self.plain.i][0][-1:],
+            encoder_hidden_states[self.plain.index][0][-1:],
         )  # of the prompt's half; keys are made before the first step
         shares = attn.get_attention_scores(*map(attn.head_to_batch_dim, (query, key)))  # [heads, places, L]
         self.total, self.calls = self.total + shares.mean(0).T, self.calls + 1  # [L, places]
@@ -65,7 +65,7 @@ def recording(
     backend: Backend,  # of PyTorch
 ):  # of Recorder, one an attention to the text
     "While it lasts, the shares are added up; then the processors are as they were."
-    old, told = backend.unet.attn_processors, {m.processor for m in backend.readers}
+    old, told = backend.unet.attn_processors, {m.processor for m in backend.cross_attentions}
     new = {k: Recorder(p) if p in told else p for k, p in old.items()}
     backend.unet.set_attn_processor(dict(new))
     try:
@@ -165,7 +165,7 @@ def attention_maps(
         raise UserError(
             f'attention maps: the backend {backend.name} does not show its attention; open the model with the backend torch'
         )
-    if not backend.readers:
+    if not backend.cross_attentions:
         raise UserError(
             f"{backend.folder}: its UNet does not read the text by Stable Diffusion's cross-attention; it has no maps"
         )
