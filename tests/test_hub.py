@@ -428,8 +428,8 @@ def test_the_card_is_what_the_hub_reads(hub, publish, ws):
             'meadow',
             'someone/meadow',
             [dict(prompt='a "rose": red', file='samples/0.png')],
-            True,
-            {},
+            onnx=True,
+            engines={},
         )
         assert hub.validate(card) == ([], []), (profile, hub.validate(card))
     one_line(

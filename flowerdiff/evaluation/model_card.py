@@ -275,6 +275,7 @@ def make_card(
     name: str,  # of the model
     repo: str,  # what a reader gives to `from_pretrained`
     samples: list,  # from `draw_samples`
+    *,
     onnx: bool,  # are the ONNX files there?
     engines: dict,  # engines of TensorRT beside them: name -> gpu, targets, package, version, precision
 ) -> str:  # README.md

@@ -52,13 +52,13 @@ from flowerdiff.evaluation.metrics import (
     near_copies,
     nearest,
     neighborhood_share,
-    psnr,
 )
 from ..evaluation.report import adherence_section, by_timestep, curves, headlines, percent, render
 from ..inference.backends import BACKENDS
 from ..inference.benchmark import open_backends, time_backends
 from ..inference.generator import Generator, montage
 from ..inference.torch_backend import TorchBackend, truncated_text
+from ..models.components import pil_to_tensor, psnr
 from ..models.model_folder import student_steps, weights_fingerprint
 
 # %% ../../nbs/stages/07_evaluate.ipynb #dc18b8b2
@@ -446,7 +446,7 @@ def run(ws: Workspace) -> Result:
             if k not in ('seen', 'confusion', 'nearest', 'order', 'real', 'features')
         }
     ) | dict(
-        psnr=psnr(real, rebuilt),
+        psnr=float(psnr(pil_to_tensor(real), pil_to_tensor(rebuilt)).mean()),
         latency=time_backends(
             open_backends(ws.model, [k for k in BACKENDS if k != 'torch-compile'])[0],
             prompts[0],

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, stage, write_json
 from ..evaluation.eval_prompts import display_settings
-from ..evaluation.metrics import psnr
 from ..inference.backends import BACKENDS, EXACT_BACKENDS, open_backend, reads_onnx, why_unavailable
 from ..inference.benchmark import time_backends
 from ..inference.generator import Generator, montage
 from ..inference.onnx_openvino import onnx_session
 from ..inference.torch_backend import TorchBackend
+from ..models.components import pil_to_tensor, psnr
 from ..models.model_folder import copy_student_steps, student_steps, weights_fingerprint
 
 # %% ../../nbs/stages/08_onnx.ipynb #cc6cfd6e
@@ -256,7 +256,7 @@ def picture_difference(
 ) -> dict:  # within_1: share of pixel values; worst: of 255; psnr: decibels, at most 100
     "How far two drawings of the same pictures are apart."
     d = np.abs(np.stack([np.asarray(p, int) for p in a]) - np.stack([np.asarray(p, int) for p in b]))
-    return dict(within_1=float((d <= 1).mean()), worst=int(d.max()), psnr=round(min(100.0, psnr(a, b)), 1))
+    return dict(within_1=float((d <= 1).mean()), worst=int(d.max()), psnr=round(min(100.0, float(psnr(pil_to_tensor(a), pil_to_tensor(b)).mean())), 1))
 
 # %% ../../nbs/stages/08_onnx.ipynb #fe9e2b93
 def same_pictures(d: dict) -> bool:

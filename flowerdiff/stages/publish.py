@@ -110,7 +110,7 @@ def assemble(
     if (ws.report / 'grid.png').exists():
         shutil.copyfile(ws.report / 'grid.png', folder / 'samples/grid.png')
     (folder / 'README.md').write_text(
-        make_card(ws, name, repo, samples, bool(onnx), engines), encoding='utf-8'
+        make_card(ws, name, repo, samples, onnx=bool(onnx), engines=engines), encoding='utf-8'
     )
 
 # %% ../../nbs/stages/10_publish.ipynb #0254c253
