@@ -62,11 +62,7 @@ class GenerationRequest:
 
     def caption(self) -> str:
         "Return the settings in one line, for the text below a picture."
-        parts = [
-            f'seed {self.seed}',
-            f'{self.num_inference_steps} steps',
-            f'guidance {self.guidance_scale:g}',
-        ]
+        parts = [f'seed {self.seed} · {self.num_inference_steps} steps · guidance {self.guidance_scale:g}']
         for name, labels in OPTIONS.items():
             value = getattr(self, name)
             if value != getattr(GenerationRequest, name):
