@@ -80,8 +80,8 @@ def make(model: Path, folder: Path) -> Path:  # the Space's folder
 def draw(page):  # four pictures
     n = page.locator('.fd-card').count()
     page.get_by_role('button', name='Draw', exact=True).click()
-    page.locator('.fd-card').nth(n + 3).or_(page.locator('.fd-say.bad')).first.wait_for()
-    assert not page.locator('.fd-say.bad').count(), page.locator('.fd-say').inner_text()
+    page.locator('.fd-card').nth(n + 3).or_(page.locator('.fd-status.bad')).first.wait_for()
+    assert not page.locator('.fd-status.bad').count(), page.locator('.fd-status').inner_text()
     page.get_by_text(re.compile(r'4 pictures in')).wait_for()
 
 
@@ -89,9 +89,9 @@ def arrive(page):
     page.goto(f'http://127.0.0.1:{PORT}')
     page.get_by_text('Ready.').wait_for()
     while (
-        page.locator('.fd-dials .widget-readout').first.inner_text() != '4'
+        page.locator('.fd-controls .widget-readout').first.inner_text() != '4'
     ):  # a page that is just being built may miss a key
-        page.locator('.fd-dials').get_by_role('slider').first.focus()
+        page.locator('.fd-controls').get_by_role('slider').first.focus()
         page.keyboard.press('ArrowRight')
         page.wait_for_timeout(300)
     draw(page)

@@ -182,8 +182,8 @@ def draw(page, prompt=None, seed=None):
     if seed is not None:
         fill(page, 'Seed', seed)
     page.get_by_role('button', name='Draw', exact=True).click()
-    page.locator('.fd-card').nth(n).or_(page.locator('.fd-say.bad')).first.wait_for()
-    assert not page.locator('.fd-say.bad').count(), page.locator('.fd-say').inner_text()
+    page.locator('.fd-card').nth(n).or_(page.locator('.fd-status.bad')).first.wait_for()
+    assert not page.locator('.fd-status.bad').count(), page.locator('.fd-status').inner_text()
     page.get_by_text(re.compile(r'pictures? in [\d.]+ s')).wait_for()
     return newest(page)
 

@@ -147,13 +147,13 @@ class ProtocolPage:
         ]  # what is shown as HTML
 
     def line_of(self):
-        return next((v for v in self.values() if v.startswith('<div class="fd-say')), '')
+        return next((v for v in self.values() if v.startswith('<div class="fd-status')), '')
 
     def said(self):
         return plain(self.line_of())
 
     def bad(self):
-        return 'fd-say bad' in self.line_of()
+        return 'fd-status bad' in self.line_of()
 
     def cards(self):
         return [v for v in self.values() if v.startswith('<figure')]

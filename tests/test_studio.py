@@ -61,7 +61,7 @@ def page(browser, url):
 
 
 def readout(page, i):
-    return page.locator('.fd-dials .widget-readout').nth(i)  # what the slider says
+    return page.locator('.fd-controls .widget-readout').nth(i)  # what the slider says
 
 
 def own(
@@ -147,7 +147,7 @@ def test_no_words_are_the_example(page):
 
 @browser_only
 def test_several_pictures_and_their_seeds(page):
-    slider = page.locator('.fd-dials').get_by_role('slider').first
+    slider = page.locator('.fd-controls').get_by_role('slider').first
     slider.focus()
     page.keyboard.press(
         'PageUp'
@@ -165,7 +165,7 @@ def test_several_pictures_and_their_seeds(page):
 
 @browser_only
 def test_cancel(page, studio):
-    steps = page.locator('.fd-dials').get_by_role('slider').nth(1)
+    steps = page.locator('.fd-controls').get_by_role('slider').nth(1)
     steps.focus()
     page.keyboard.press('End')
     n, drawing = page.locator('.fd-card').count(), generator(studio[0])
@@ -176,7 +176,7 @@ def test_cancel(page, studio):
     finally:
         drawing.resume()
     page.get_by_text('Cancelled.').wait_for()
-    assert page.locator('.fd-card').count() == n and page.locator('.fd-now').count() == 0
+    assert page.locator('.fd-card').count() == n and page.locator('.fd-preview').count() == 0
     page.get_by_role('button', name='Draw', exact=True).and_(page.locator(':enabled')).wait_for()
     page.locator('.fd-card').first.get_by_role('button', name='Use again').click()  # the steps, too
     readout(page, 1).get_by_text('20', exact=True).wait_for()
@@ -224,11 +224,11 @@ def test_an_example_fills_the_field_and_enter_enlarges(page):
     words = chip.inner_text()
     chip.click()
     says(page.locator('.fd-prompt textarea'), words)
-    picture = page.locator('.fd-shot').first
+    picture = page.locator('.fd-image').first
     small = picture.locator('img').bounding_box()['width']
     picture.focus()
     page.wait_for_function(
-        'small => document.querySelector(".fd-shot img").getBoundingClientRect().width > 2*small', arg=small
+        'small => document.querySelector(".fd-image img").getBoundingClientRect().width > 2*small', arg=small
     )
     page.get_by_label('Seed', exact=True).focus()
 
@@ -240,7 +240,7 @@ def test_a_phone_in_the_dark(browser, url):
     draw(page, 'a red rose')
     wide = page.evaluate('document.querySelector(".fd").scrollWidth')
     dark = page.evaluate('getComputedStyle(document.querySelector(".fd")).backgroundColor')
-    ask, card, dials = (page.locator(x).first.bounding_box() for x in ('.fd-ask', '.fd-card', '.fd-dials'))
+    ask, card, dials = (page.locator(x).first.bounding_box() for x in ('.fd-request', '.fd-card', '.fd-controls'))
     shot(page, 'phone-dark')
     assert wide <= 390 and sum(map(int, re.findall(r'\d+', dark)[:3])) < 150
     assert (
@@ -252,8 +252,8 @@ def test_a_phone_in_the_dark(browser, url):
 
 
 def one_line(page, words):  # in red, and nothing else
-    page.locator('.fd-say.bad').get_by_text(words).wait_for()
-    assert '\n' not in page.locator('.fd-say.bad').inner_text() and 'Traceback' not in page.content()
+    page.locator('.fd-status.bad').get_by_text(words).wait_for()
+    assert '\n' not in page.locator('.fd-status.bad').inner_text() and 'Traceback' not in page.content()
 
 
 @browser_only
@@ -277,7 +277,7 @@ def test_a_model_appears_damaged_and_is_replaced(browser, tmp_path):
         one_line(page, 'The champion, unet: cannot be opened; copy it again')
         shot(page, 'damaged')
         page.get_by_role('button', name='Draw', exact=True).click()
-        page.locator('.fd-say:not(.bad)').or_(page.locator('.fd-say.bad')).first.wait_for()
+        page.locator('.fd-status:not(.bad)').or_(page.locator('.fd-status.bad')).first.wait_for()
         one_line(page, 'The champion, unet: cannot be opened; copy it again')
         page.get_by_label('Model', exact=True).select_option(label='The previous champion')
         page.get_by_role('button', name='Draw', exact=True).click()

@@ -28,9 +28,9 @@ from browser import (
 from PIL import Image
 
 TABS = {
-    'Studio': '.fd-ask .fd-chips',
+    'Studio': '.fd-request .fd-chips',
     'Compare': '.fd-three',
-    'Blind test': '.fd-choose',
+    'Blind test': '.fd-votes',
     'Explore': '.fd-explore .fd-card',
 }  # what only that tab has
 
@@ -61,7 +61,7 @@ def tab(page, name):
 
 
 def pick(page, name):
-    page.locator('.fd-dials .fd-pick').get_by_role('button', name=name, exact=True).click()
+    page.locator('.fd-controls .fd-options').get_by_role('button', name=name, exact=True).click()
 
 
 def own(workspace, **how):  # what a Generator draws
@@ -80,14 +80,14 @@ far = lambda a, b: np.abs(
 def test_backend_and_sampler(page, workspace):
     "Breaks when the painter passes no scheduler on, opens another backend than asked, or the page forgets what cannot run."
     tab(page, 'Studio')
-    trt = page.locator('.fd-dials').get_by_role('button', name='TensorRT', exact=True)
+    trt = page.locator('.fd-controls').get_by_role('button', name='TensorRT', exact=True)
     if not Path('/dev/nvidia0').exists():
-        assert trt.is_disabled() and 'TensorRT: no NVIDIA GPU here' in page.locator('.fd-why').inner_text()
+        assert trt.is_disabled() and 'TensorRT: no NVIDIA GPU here' in page.locator('.fd-reasons').inner_text()
     pick(page, 'ONNX Runtime')
     page.get_by_label('Sampler', exact=True).select_option(label='Euler')
     drawn = draw(page, 'a red rose', 5)
     line = page.locator('.fd-card small').first.inner_text()
-    assert 'Euler' in line and 'ONNX Runtime' in line and not page.locator('.fd-card .fd-warn').count()
+    assert 'Euler' in line and 'ONNX Runtime' in line and not page.locator('.fd-card .fd-warning').count()
     how = dict(seed=5, steps=20, guidance=4.0)
     right, wrong = (
         own(workspace, backend='onnx', scheduler='euler', **how),
@@ -104,7 +104,7 @@ def test_strip_of_the_denoising(page):
     "Breaks when steps are kept from the wrong end, or not as many as asked."
     tab(page, 'Studio')
     drawn = draw(page, 'a red rose', 5)
-    strip = [picture(i) for i in page.locator('.fd-card').first.locator('.fd-strip img').all()]
+    strip = [picture(i) for i in page.locator('.fd-card').first.locator('.fd-denoising img').all()]
     assert len(strip) == 6
     errors = [far(s, drawn) for s in strip]
     assert errors[-1] < errors[0] and far(strip[0], strip[-1]) > 1, errors
@@ -124,7 +124,7 @@ def test_two_settings_side_by_side(page):
         and said[1].startswith('seed 3 · 10 steps')
         and 'steps 20 and 10' in page.locator('.fd-pair').inner_text()
     )
-    srcs = [i.get_attribute('src') for i in page.locator('.fd-pair .fd-shot img').all()]
+    srcs = [i.get_attribute('src') for i in page.locator('.fd-pair .fd-image img').all()]
     assert len(srcs) == 2 and srcs[0] != srcs[1]
     shot(page, 'compare')
     # `_reuse` that gives both sides the left dials, or leaves the words
@@ -156,7 +156,7 @@ def test_blind_test_keeps_its_tally(page, workspace):
     before = len(file.read_text().splitlines()) if file.exists() else 0
     press(page.get_by_role('button', name='Right is better'))
     page.locator('.fd-right').get_by_text('★').wait_for()
-    page.locator('.fd-tally').get_by_text('was better in').wait_for()
+    page.locator('.fd-result').get_by_text('was better in').wait_for()
     last = json.loads(file.read_text().splitlines()[-1])
     assert (
         len(file.read_text().splitlines()) == before + 1
@@ -164,7 +164,7 @@ def test_blind_test_keeps_its_tally(page, workspace):
         and {last['left'], last['right']} == {'The champion', 'The champion, 5 steps'}
     )
     assert page.locator('.fd-card figcaption').nth(1).inner_text().startswith('★ ' + last['right'])
-    assert re.search(r'was better in \d of \d.*95% confidence', page.locator('.fd-tally').inner_text())
+    assert re.search(r'was better in \d of \d.*95% confidence', page.locator('.fd-result').inner_text())
     page.wait_for_function(
         "[...document.querySelectorAll('button')].some(b => b.innerText == 'Right is better' && b.disabled)"
     )

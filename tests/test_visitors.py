@@ -580,7 +580,7 @@ def test_a_page_is_told_its_place(pages):
     # `_waiting` that says nothing
     for p, steps in zip(pages, ('End', 'End', None)):
         if steps:
-            slider = p.locator('.fd-dials').get_by_role('slider')
+            slider = p.locator('.fd-controls').get_by_role('slider')
             slider.nth(0).focus()
             p.keyboard.press('End')
             slider.nth(1).focus()
@@ -600,11 +600,11 @@ def test_a_generator_that_is_killed(pages, served):
     # no `look`; a page that shows the error of its connection
     page, (generator, _) = pages[0], children(served[0])
     page.get_by_role('button', name='Draw', exact=True).click()
-    page.locator('.fd-say').get_by_text('Step').wait_for()
+    page.locator('.fd-status').get_by_text('Step').wait_for()
     generator.kill()
     page.get_by_text('being started again').wait_for()
     shot(page, 'killed')
-    assert page.locator('.fd-say.bad').inner_text().count('\n') == 0
+    assert page.locator('.fd-status.bad').inner_text().count('\n') == 0
     draw(pages[2], 'a blue iris', 3)  # waits until the model is there again
     assert children(served[0])[0].pid != generator.pid and 'of 20 visitors' in well(served[1])
 
