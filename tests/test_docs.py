@@ -18,9 +18,18 @@ NOTEBOOKS = sorted(
     for p in (ROOT / 'nbs').rglob('*.ipynb')
     if '.ipynb_checkpoints' not in p.parts
 )
-cells = lambda path: json.loads(path.read_text())['cells']
-source = lambda c: ''.join(c['source'])
-kind = lambda c, *names: re.search(rf'^#\s*\|\s*({"|".join(names)})\b', source(c), re.M)
+
+
+def cells(path):
+    return json.loads(path.read_text())['cells']
+
+
+def source(c):
+    return ''.join(c['source'])
+
+
+def kind(c, *names):
+    return re.search(rf'^#\s*\|\s*({"|".join(names)})\b', source(c), re.M)
 
 
 @pytest.fixture(scope='session')

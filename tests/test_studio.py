@@ -240,7 +240,9 @@ def test_a_phone_in_the_dark(browser, url):
     draw(page, 'a red rose')
     wide = page.evaluate('document.querySelector(".fd").scrollWidth')
     dark = page.evaluate('getComputedStyle(document.querySelector(".fd")).backgroundColor')
-    ask, card, dials = (page.locator(x).first.bounding_box() for x in ('.fd-request', '.fd-card', '.fd-controls'))
+    ask, card, dials = (
+        page.locator(x).first.bounding_box() for x in ('.fd-request', '.fd-card', '.fd-controls')
+    )
     shot(page, 'phone-dark')
     assert wide <= 390 and sum(map(int, re.findall(r'\d+', dark)[:3])) < 150
     assert (
