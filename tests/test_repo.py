@@ -470,7 +470,7 @@ def test_broken_links_are_seen():
 
 def test_readme_commands_are_there():
     commands = re.findall(r'^bash (\S+)', (ROOT / 'README.md').read_text(), re.M)
-    assert commands == ['.ci/garden', '.ci/test']
+    assert commands == ['.ci/garden', '.ci/test', '.ci/fix']
     for c in [*commands, '.ci/run', '.ci/setup']:
         subprocess.run(['bash', '-n', c], cwd=ROOT, check=True)
 
