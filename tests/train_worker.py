@@ -1,7 +1,7 @@
 """The training process for tests.
 
-It is forked from a server that has imported the heavy modules, so it starts in a tenth of a second. It can be made to
-fail: see `inject_fault`.
+It is forked from a server that has imported the heavy modules, so it starts in a tenth of a second.
+It can be made to fail: see `inject_fault`.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ def run_in_process(root, folder, fault, env):
 def start(root, folder='', fault=(), **env):
     """Start a process that trains in a workspace.
 
-    `folder` is that of the run; '' derives it from the settings. The process has `pid`, `kill()` and `exitcode`.
+    `folder` is that of the run; '' derives it from the settings. The process has `pid`, `kill()`, `exitcode`.
     """
     here = str(Path(__file__).parent)  # where the server finds this module
     os.environ['PYTHONPATH'] = os.pathsep.join([here, *filter(None, [os.environ.get('PYTHONPATH')])])
@@ -76,7 +76,7 @@ def some_steps(root, folder, upto, env):
 
 
 def memory_facts(trainer):
-    "What a rank holds: the kind of its engine, and how many master weights, values of Adam's average and of the EMA."
+    "What a rank holds: the kind of its engine, and the sizes of master weights, optimizer state and EMA."
     engine = trainer.engine
     has_shards = hasattr(engine, 'masters')
     masters = engine.masters() if has_shards else dict(engine.net.named_parameters())
