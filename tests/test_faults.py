@@ -9,16 +9,27 @@ import random
 import shutil
 import signal
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from test_train import events, last_checkpoint, parts, same_result, send_signal, toy, trained  # noqa: F401
 from train_worker import start
 
+from flowerdiff.core.workspace import Workspace
+
 KILLS = int(os.environ.get('FLOWERDIFF_KILLS', 50))
 DENSE = dict(
     train__checkpoint_minutes=1e-5, train__keep_checkpoints=2
 )  # a checkpoint as soon as the one before is written
+
+
+class Undisturbed(NamedTuple):
+    "A run without faults."
+
+    ws: Workspace
+    folder_name: str
+    seconds: float  # of training
 
 
 def run_folder(ws):
@@ -29,21 +40,21 @@ def run_folder(ws):
 
 @pytest.fixture(scope='module')
 def whole(toy):
-    "An undisturbed run, the name of its folder, and the seconds that it trains."
+    "Train a run without faults."
     ws = toy('whole', **DENSE)
     folder = run_folder(ws)
     p = start(ws.root, folder)
     p.join()
     assert p.exitcode == 0
     times = {e['event']: e['time'] for e in events(ws)}
-    return ws, folder.name, times['done'] - times['start']
+    return Undisturbed(ws, folder.name, times['done'] - times['start'])
 
 
 def steps(ws):
     return [(e['step'], e['loss'], e['lr'], e['grad_norm']) for e in events(ws) if e['event'] == 'step']
 
 
-def acknowledged(ws):
+def last_reported(ws):
     return max((e['step'] for e in events(ws) if e['event'] == 'checkpoint'), default=0)
 
 
@@ -51,16 +62,18 @@ def starts(ws):
     return [e['resumed_from'] for e in events(ws) if e['event'] == 'start']
 
 
-class Life:
+class FaultyRun:
     "Runs of one workspace, one after the other. None may go back behind a checkpoint that was reported."
 
     def __init__(self, toy, whole, **settings):
-        self.whole, self.ws = whole[0], toy('life', **DENSE | settings)
-        self.folder = self.ws.work / whole[1]
+        self.whole = whole.ws
+        self.ws = toy('run', **DENSE | settings)
+        self.folder = self.ws.work / whole.folder_name
         self.folder.mkdir(parents=True)
 
     def begin(self, *fault):
-        self.known, self.begun = acknowledged(self.ws), len(starts(self.ws))
+        self.known = last_reported(self.ws)  # the newest checkpoint before this start
+        self.begun = len(starts(self.ws))
         return start(self.ws.root, self.folder, fault)
 
     def end(self, p, timeout=120):
@@ -77,28 +90,28 @@ class Life:
         assert set(steps(self.ws)) == set(steps(self.whole))  # a step that was made twice was the same twice
 
 
-def killed_at_random(life, rng, seconds):
+def killed_at_random(run, rng, seconds):
     "Kill one process at a random moment. Return False if it was done before."
-    p = life.begin()
+    p = run.begin()
     if rng.random() < 0.8:  # while it trains, rather than while it starts
-        while len(starts(life.ws)) == life.begun and p.is_alive():
+        while len(starts(run.ws)) == run.begun and p.is_alive():
             time.sleep(0.005)
     p.join(rng.uniform(0, seconds))
     alive = p.is_alive()
     if alive:
         p.kill()
-    return life.end(p) == -signal.SIGKILL
+    return run.end(p) == -signal.SIGKILL
 
 
 def test_killed_at_random_moments(toy, whole):
     rng, kills = random.Random(KILLS), 0
     while kills < KILLS:
-        life = Life(toy, whole)
-        while kills < KILLS and killed_at_random(life, rng, whole[2]):
+        run = FaultyRun(toy, whole)
+        while kills < KILLS and killed_at_random(run, rng, whole.seconds):
             kills += 1
-        assert life.end(life.begin()) == 0
-        life.same()
-        shutil.rmtree(life.ws.root)
+        assert run.end(run.begin()) == 0
+        run.same()
+        shutil.rmtree(run.ws.root)
 
 
 def test_killed_at_every_change_of_the_disk(toy, whole):
@@ -106,66 +119,68 @@ def test_killed_at_every_change_of_the_disk(toy, whole):
 
     Sixty operations are the first checkpoint that a process writes and a good part of the second.
     """
-    life = Life(toy, whole, train__keep_checkpoints=1)
+    run = FaultyRun(toy, whole, train__keep_checkpoints=1)
     for k in range(1, 61):
-        while (code := life.end(life.begin('kill', k))) == 0:
-            life.same()
-            shutil.rmtree(life.ws.root)
-            life = Life(toy, whole, train__keep_checkpoints=1)
+        while (code := run.end(run.begin('kill', k))) == 0:
+            run.same()
+            shutil.rmtree(run.ws.root)
+            run = FaultyRun(toy, whole, train__keep_checkpoints=1)
         assert code == -signal.SIGKILL
-    assert life.end(life.begin()) == 0
-    life.same()
+    assert run.end(run.begin()) == 0
+    run.same()
 
 
 def test_killed_within_a_file_of_tensors(toy, whole):
-    life = Life(toy, whole)
+    run = FaultyRun(toy, whole)
     files = {
-        f.stem: f.stat().st_size for f in (whole[0].work / whole[1] / 'checkpoints').glob('*24/*.safetensors')
+        f.stem: f.stat().st_size
+        for f in (whole.ws.work / whole.folder_name / 'checkpoints').glob('*24/*.safetensors')
     }
     for size in (files['weights'] // 2, files['weights'] - 1, files['weights'] + 1, files['optimizer'] - 1):
-        assert life.end(life.begin('size', size)) == -signal.SIGXFSZ
-    assert acknowledged(life.ws) == 0 and life.end(life.begin()) == 0
-    life.same()
+        assert run.end(run.begin('size', size)) == -signal.SIGXFSZ
+    assert last_reported(run.ws) == 0 and run.end(run.begin()) == 0
+    run.same()
 
 
 def test_the_disk_is_full_now_and_then(toy, whole):
     "A checkpoint that does not fit on the disk becomes a note. Training continues."
-    life = Life(toy, whole)
-    assert life.end(life.begin('full', 37)) == 0
-    notes = [e['text'] for e in events(life.ws) if e['event'] == 'note']
+    run = FaultyRun(toy, whole)
+    assert run.end(run.begin('full', 37)) == 0
+    notes = [e['text'] for e in events(run.ws) if e['event'] == 'note']
     assert (
         notes
         and all('was not written' in n and 'No space left on device' in n for n in notes)
-        and acknowledged(life.ws) > 0
+        and last_reported(run.ws) > 0
     )
-    assert trained(life.ws)['validation'] == trained(whole[0])['validation']
-    assert life.end(life.begin()) == 0
-    life.same()
+    assert trained(run.ws)['validation'] == trained(whole.ws)['validation']
+    assert run.end(run.begin()) == 0
+    run.same()
 
 
 def test_sigterm_on_a_full_disk(toy, whole):
     "If nothing can be saved, the run records it and exits. The next start continues where it can."
-    life = Life(toy, whole)
-    p = life.begin('full', 1)
-    while not steps(life.ws):
+    run = FaultyRun(toy, whole)
+    p = run.begin('full', 1)
+    while not steps(run.ws):
         time.sleep(0.01)
-    assert send_signal(p, signal.SIGTERM) == 75 and acknowledged(life.ws) == 0
-    assert not list((life.folder / 'checkpoints').glob('*')) and [e['event'] for e in events(life.ws)][
-        -2:
-    ] == ['note', 'stopped']
-    assert life.end(life.begin()) == 0
-    life.same()
+    assert send_signal(p, signal.SIGTERM) == 75 and last_reported(run.ws) == 0
+    assert not list((run.folder / 'checkpoints').glob('*')) and [e['event'] for e in events(run.ws)][-2:] == [
+        'note',
+        'stopped',
+    ]
+    assert run.end(run.begin()) == 0
+    run.same()
 
 
 @pytest.fixture(scope='module')
 def halfway(toy, whole):
-    life = Life(toy, whole)
-    p = life.begin()
-    while acknowledged(life.ws) < 8:
+    run = FaultyRun(toy, whole)
+    p = run.begin()
+    while last_reported(run.ws) < 8:
         time.sleep(0.005)
     p.kill()
-    life.end(p)
-    return life
+    run.end(p)
+    return run
 
 
 def flip(f):
@@ -187,30 +202,30 @@ def test_damaged(toy, whole, halfway, name):
     from flowerdiff.training.checkpoints import checkpoints, load_checkpoint
 
     random.seed(name)
-    life = Life(toy, whole)
+    run = FaultyRun(toy, whole)
     messages = []
     newest, before = (int(p.name) for p in checkpoints(halfway.folder / 'checkpoints')[:2])
     for harm in (*[flip] * 20, *[cut] * 5, os.unlink):
-        shutil.rmtree(life.folder / 'checkpoints', ignore_errors=True)
-        shutil.copytree(halfway.folder / 'checkpoints', life.folder / 'checkpoints')
-        harm(life.folder / 'checkpoints' / f'{newest:08d}' / name)
-        assert load_checkpoint(life.folder / 'checkpoints', messages.append).state['step'] == before
+        shutil.rmtree(run.folder / 'checkpoints', ignore_errors=True)
+        shutil.copytree(halfway.folder / 'checkpoints', run.folder / 'checkpoints')
+        harm(run.folder / 'checkpoints' / f'{newest:08d}' / name)
+        assert load_checkpoint(run.folder / 'checkpoints', messages.append).state['step'] == before
         assert name in messages[-1] and f'{newest:08d}' in messages[-1]
-    assert life.end(life.begin()) == 0 and starts(life.ws) == [before]
-    assert any(name in e['text'] for e in events(life.ws) if e['event'] == 'note')
-    same_result(life.ws, whole[0])
+    assert run.end(run.begin()) == 0 and starts(run.ws) == [before]
+    assert any(name in e['text'] for e in events(run.ws) if e['event'] == 'note')
+    same_result(run.ws, whole.ws)
 
 
 def test_stopped_on_the_step_of_a_validation(toy, whole):
     "The stop comes first. The validation that was due is done by the next start."
-    life = Life(toy, whole, train__checkpoint_minutes=60.0)
-    assert [life.end(life.begin('stop', 6)) for _ in range(4)] == [75, 75, 75, 0] and starts(life.ws) == [
+    run = FaultyRun(toy, whole, train__checkpoint_minutes=60.0)
+    assert [run.end(run.begin('stop', 6)) for _ in range(4)] == [75, 75, 75, 0] and starts(run.ws) == [
         0,
         6,
         12,
         18,
     ]
-    life.same()
+    run.same()
 
 
 # ---- guards
@@ -251,7 +266,7 @@ def test_a_spike_is_skipped_and_reported_and_the_run_resumes_across_it(toy):
     assert last_checkpoint(one)[1]['updates'] == 24 - len(due)
     for upto in (due[0], due[-1]):
         p = start(two.root)
-        while acknowledged(two) < upto and p.is_alive():
+        while last_reported(two) < upto and p.is_alive():
             time.sleep(0.002)
         p.kill()
         p.join()
@@ -275,7 +290,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(toy):
         failed['event'] == 'failed'
         and f'not a number at step {first + 1} (pictures train/000005.png)' in failed['message']
     )
-    assert acknowledged(ws) <= first and (not first or last_checkpoint(ws)[1]['step'] == acknowledged(ws))
+    assert last_reported(ws) <= first and (not first or last_checkpoint(ws)[1]['step'] == last_reported(ws))
 
 
 def test_suggested_settings_fit_into_memory(toy):
