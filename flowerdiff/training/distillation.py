@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.workspace import Workspace, read_json
@@ -118,70 +119,80 @@ class Teacher:
         unconditional, conditional = velocities.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 
-    @torch.no_grad()
-    def rollout(self, x: Tensor, index: Tensor, text: Tensor) -> Tensor:  # [B, C, H, W]
-        "Return the latents that the teacher reaches with `stride` guided steps."
-        for i in range(self.stride):
-            a = extract(self.abar, index + i, x)
-            b = extract(self.abar, index + i + 1, x)
-            x = ddim_step(x, self.guided_velocity(x, index + i, text), a, b)
-        return x
+# %% ../../nbs/training/07_distillation.ipynb #af536e71
+@patch
+@torch.no_grad()
+def rollout(self: Teacher, x: Tensor, index: Tensor, text: Tensor) -> Tensor:  # [B, C, H, W]
+    "Return the latents that the teacher reaches with `stride` guided steps."
+    for i in range(self.stride):
+        a = extract(self.abar, index + i, x)
+        b = extract(self.abar, index + i + 1, x)
+        x = ddim_step(x, self.guided_velocity(x, index + i, text), a, b)
+    return x
 
-    def error(
-        self,
-        unet,  # the student
-        latents: Tensor,  # [B, C, H, W] clean
-        noise: Tensor,  # [B, C, H, W]
-        index: Tensor,  # [B] into `timesteps`
-        text: Tensor,  # [B, L, D]
-    ) -> Tensor:  # [B]
-        "Return the squared distance between the results of the student's step and the teacher's rollout."
-        a = extract(self.abar, index, latents)
-        b = extract(self.abar, index + self.stride, latents)
-        is_first = index.view(-1, 1, 1, 1) == 0
-        x = torch.where(is_first, noise, add_noise(latents, noise, a))
-        student = ddim_step(x, self.velocity(unet, x, index, text), a, b)
-        return loss_per_sample(student, self.rollout(x, index, text))
 
-    def loss(
-        self,
-        model,  # the student
-        batch,  # a `Batch`
-    ) -> Tensor:  # [b] squared errors
-        "Return the training loss of each sample."
-        step = self.steps - 1 - batch.timesteps * self.steps // self.config['num_train_timesteps']
-        return self.error(model, batch.latents, batch.noise, step * self.stride, batch.text)
+@patch
+def error(
+    self: Teacher,
+    unet,  # the student
+    latents: Tensor,  # [B, C, H, W] clean
+    noise: Tensor,  # [B, C, H, W]
+    index: Tensor,  # [B] into `timesteps`
+    text: Tensor,  # [B, L, D]
+) -> Tensor:  # [B]
+    "Return the squared distance between the results of the student's step and the teacher's rollout."
+    a = extract(self.abar, index, latents)
+    b = extract(self.abar, index + self.stride, latents)
+    is_first = index.view(-1, 1, 1, 1) == 0
+    x = torch.where(is_first, noise, add_noise(latents, noise, a))
+    student = ddim_step(x, self.velocity(unet, x, index, text), a, b)
+    return loss_per_sample(student, self.rollout(x, index, text))
 
-    @property
-    def validation_timesteps(self) -> Tensor:  # [steps]
-        "The timesteps at which `validation_losses` measures: those of the student."
-        return self.timesteps[:: self.stride].cpu()
+# %% ../../nbs/training/07_distillation.ipynb #c1758093
+@patch
+def loss(
+    self: Teacher,
+    model,  # the student
+    batch,  # a `Batch`
+) -> Tensor:  # [b] squared errors
+    "Return the training loss of each sample."
+    step = self.steps - 1 - batch.timesteps * self.steps // self.config['num_train_timesteps']
+    return self.error(model, batch.latents, batch.noise, step * self.stride, batch.text)
 
-    def validation_losses(
-        self,
-        unet,  # the student, with the weights to measure
-        val: Split,  # the validation pictures
-        pictures=None,  # their numbers; None: all
-        batch: int = 64,  # evaluations at a time
-    ) -> Tensor:  # [N, steps] squared errors, float64
-        "Return the error of each validation picture, with fixed noise, at each step of the student."
-        indices = torch.arange(self.steps, device=self.device) * self.stride
 
-        def error(latents, noise, text):
-            return self.error(unet, latents, noise, indices.repeat(len(latents) // self.steps), text)
+@patch(as_prop=True)
+def validation_timesteps(self: Teacher) -> Tensor:  # [steps]
+    "The timesteps at which `validation_losses` measures: those of the student."
+    return self.timesteps[:: self.stride].cpu()
 
-        return per_picture_loss(
-            unet, val, self.steps, error, pictures=pictures, batch=batch, device=self.device
-        )
 
-    def sampler(self):
-        "Return a fresh scheduler for sampling with the student."
-        return few_steps(self.config)
+@patch
+def validation_losses(
+    self: Teacher,
+    unet,  # the student, with the weights to measure
+    val: Split,  # the validation pictures
+    pictures=None,  # their numbers; None: all
+    batch: int = 64,  # evaluations at a time
+) -> Tensor:  # [N, steps] squared errors, float64
+    "Return the error of each validation picture, with fixed noise, at each step of the student."
+    indices = torch.arange(self.steps, device=self.device) * self.stride
 
-    @property
-    def sampling_options(self) -> dict:
-        "Options of sample images."
-        return dict(steps=self.steps, guidance=1.0)
+    def error(latents, noise, text):
+        return self.error(unet, latents, noise, indices.repeat(len(latents) // self.steps), text)
+
+    return per_picture_loss(unet, val, self.steps, error, pictures=pictures, batch=batch, device=self.device)
+
+
+@patch
+def sampler(self: Teacher):
+    "Return a fresh scheduler for sampling with the student."
+    return few_steps(self.config)
+
+
+@patch(as_prop=True)
+def sampling_options(self: Teacher) -> dict:
+    "Options of sample images."
+    return dict(steps=self.steps, guidance=1.0)
 
 # %% ../../nbs/training/07_distillation.ipynb #3fba8847
 def student_settings(
