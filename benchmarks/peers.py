@@ -294,11 +294,11 @@ def ours(s, make, size, folder):
 
     split = toy_split(512, kinds=64, size=size, width=WIDTH)
     split.texts = split.texts[:, :1].expand(-1, LENGTH, -1).contiguous()
-    run = Trainer(s.train, 0, split, make, Engine('fp32'))
+    run = Trainer(s.train, 0, split, make, engine=Engine('fp32'))
 
     def step():
-        start, numbers = time.process_time(), run.one()
-        log_event(folder / 'events.jsonl', 'step', step=run.step, **run.tell(force=True), **numbers)
+        start, numbers = time.process_time(), run.train_step()
+        log_event(folder / 'events.jsonl', 'step', step=run.step, **run.pop_losses(force=True), **numbers)
         return dict(cpu=time.process_time() - start)
 
     return step

@@ -47,13 +47,13 @@ def main():
     split.texts = split.texts[:, :1].expand(-1, length, -1).contiguous()
     make = lambda: build_denoiser(s, 4, width, a.size)
 
-    run = Trainer(s.train, 0, split, make, Engine('fp32'))
+    run = Trainer(s.train, 0, split, make, engine=Engine('fp32'))
     folder = Path(tempfile.mkdtemp())
 
     def ours():
         start = time.perf_counter()
         for _ in range(a.steps):
-            log_event(folder / 'events.jsonl', 'step', step=run.step, **run.tell(force=True), **run.one())
+            log_event(folder / 'events.jsonl', 'step', step=run.step, **run.pop_losses(force=True), **run.train_step())
         return (time.perf_counter() - start) / a.steps
 
     torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""Training under faults: whatever happens to a run, started again it becomes the run to which nothing happened, bit for bit.
+# ruff: noqa: F811 (fixtures are imported)
+"""Training under faults: a run that failed and was started again gives the result of an undisturbed run.
 
 FLOWERDIFF_KILLS: how many kills at random moments (50).
 """
@@ -8,16 +9,27 @@ import random
 import shutil
 import signal
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from test_train import events, last_checkpoint, parts, same_result, tell, toy, trained  # noqa: F401 (fixtures among them)
+from test_train import events, last_checkpoint, parts, same_result, send_signal, toy, trained  # noqa: F401
 from train_worker import start
+
+from flowerdiff.core.workspace import Workspace
 
 KILLS = int(os.environ.get('FLOWERDIFF_KILLS', 50))
 DENSE = dict(
     train__checkpoint_minutes=1e-5, train__keep_checkpoints=2
 )  # a checkpoint as soon as the one before is written
+
+
+class Undisturbed(NamedTuple):
+    "A run without faults."
+
+    ws: Workspace
+    folder_name: str
+    seconds: float  # of training
 
 
 def run_folder(ws):
@@ -28,21 +40,21 @@ def run_folder(ws):
 
 @pytest.fixture(scope='module')
 def whole(toy):
-    "The run to which nothing happens, and how long its training takes."
+    "Train a run without faults."
     ws = toy('whole', **DENSE)
     folder = run_folder(ws)
     p = start(ws.root, folder)
     p.join()
     assert p.exitcode == 0
     times = {e['event']: e['time'] for e in events(ws)}
-    return ws, folder.name, times['done'] - times['start']
+    return Undisturbed(ws, folder.name, times['done'] - times['start'])
 
 
 def steps(ws):
     return [(e['step'], e['loss'], e['lr'], e['grad_norm']) for e in events(ws) if e['event'] == 'step']
 
 
-def acknowledged(ws):
+def last_reported(ws):
     return max((e['step'] for e in events(ws) if e['event'] == 'checkpoint'), default=0)
 
 
@@ -50,118 +62,125 @@ def starts(ws):
     return [e['resumed_from'] for e in events(ws) if e['event'] == 'start']
 
 
-class Life:
-    "Runs of one workspace, one after the other, each held to what the ones before it acknowledged."
+class FaultyRun:
+    "Runs of one workspace, one after the other. None may go back behind a checkpoint that was reported."
 
     def __init__(self, toy, whole, **settings):
-        self.whole, self.ws = whole[0], toy('life', **DENSE | settings)
-        self.folder = self.ws.work / whole[1]
+        self.whole = whole.ws
+        self.ws = toy('run', **DENSE | settings)
+        self.folder = self.ws.work / whole.folder_name
         self.folder.mkdir(parents=True)
 
     def begin(self, *fault):
-        self.known, self.begun = acknowledged(self.ws), len(starts(self.ws))
+        self.known = last_reported(self.ws)  # the newest checkpoint before this start
+        self.begun = len(starts(self.ws))
         return start(self.ws.root, self.folder, fault)
 
     def end(self, p, timeout=120):
-        "Its exit code."
+        "Wait for the process and return its exit code."
         p.join(timeout)
         assert p.exitcode is not None
         for at in starts(self.ws)[self.begun :]:
-            assert at >= self.known, f'went back to step {at}, behind {self.known}, which it had acknowledged'
+            assert at >= self.known, f'went back to step {at}, behind the reported {self.known}'
         return p.exitcode
 
     def same(self):
-        "Is it finished, and the same?"
+        "Assert that the run is finished and equals the undisturbed one."
         same_result(self.ws, self.whole)
         assert set(steps(self.ws)) == set(steps(self.whole))  # a step that was made twice was the same twice
 
 
-def killed_at_random(life, luck, seconds):
-    "One process, killed at a random moment; False when it was done before."
-    p = life.begin()
-    if luck.random() < 0.8:  # while it trains, rather than while it starts
-        while len(starts(life.ws)) == life.begun and p.is_alive():
+def killed_at_random(run, rng, seconds):
+    "Kill one process at a random moment. Return False if it was done before."
+    p = run.begin()
+    if rng.random() < 0.8:  # while it trains, rather than while it starts
+        while len(starts(run.ws)) == run.begun and p.is_alive():
             time.sleep(0.005)
-    p.join(luck.uniform(0, seconds))
+    p.join(rng.uniform(0, seconds))
     alive = p.is_alive()
     if alive:
         p.kill()
-    return life.end(p) == -signal.SIGKILL
+    return run.end(p) == -signal.SIGKILL
 
 
 def test_killed_at_random_moments(toy, whole):
-    luck, kills = random.Random(KILLS), 0
+    rng, kills = random.Random(KILLS), 0
     while kills < KILLS:
-        life = Life(toy, whole)
-        while kills < KILLS and killed_at_random(life, luck, whole[2]):
+        run = FaultyRun(toy, whole)
+        while kills < KILLS and killed_at_random(run, rng, whole.seconds):
             kills += 1
-        assert life.end(life.begin()) == 0
-        life.same()
-        shutil.rmtree(life.ws.root)
+        assert run.end(run.begin()) == 0
+        run.same()
+        shutil.rmtree(run.ws.root)
 
 
 def test_killed_at_every_change_of_the_disk(toy, whole):
-    "Before and after every mkdir, fsync, rename and removal, within writes, of the first checkpoint that a process writes and a good part of the second."
-    life = Life(toy, whole, train__keep_checkpoints=1)
+    """Kill before, after and within every disk operation of a checkpoint.
+
+    Sixty operations are the first checkpoint that a process writes and a good part of the second.
+    """
+    run = FaultyRun(toy, whole, train__keep_checkpoints=1)
     for k in range(1, 61):
-        while (code := life.end(life.begin('kill', k))) == 0:
-            life.same()
-            shutil.rmtree(life.ws.root)
-            life = Life(toy, whole, train__keep_checkpoints=1)
+        while (code := run.end(run.begin('kill', k))) == 0:
+            run.same()
+            shutil.rmtree(run.ws.root)
+            run = FaultyRun(toy, whole, train__keep_checkpoints=1)
         assert code == -signal.SIGKILL
-    assert life.end(life.begin()) == 0
-    life.same()
+    assert run.end(run.begin()) == 0
+    run.same()
 
 
 def test_killed_within_a_file_of_tensors(toy, whole):
-    life = Life(toy, whole)
+    run = FaultyRun(toy, whole)
     files = {
-        f.stem: f.stat().st_size for f in (whole[0].work / whole[1] / 'checkpoints').glob('*24/*.safetensors')
+        f.stem: f.stat().st_size
+        for f in (whole.ws.work / whole.folder_name / 'checkpoints').glob('*24/*.safetensors')
     }
     for size in (files['weights'] // 2, files['weights'] - 1, files['weights'] + 1, files['optimizer'] - 1):
-        assert life.end(life.begin('size', size)) == -signal.SIGXFSZ
-    assert acknowledged(life.ws) == 0 and life.end(life.begin()) == 0
-    life.same()
+        assert run.end(run.begin('size', size)) == -signal.SIGXFSZ
+    assert last_reported(run.ws) == 0 and run.end(run.begin()) == 0
+    run.same()
 
 
 def test_the_disk_is_full_now_and_then(toy, whole):
-    "A checkpoint that finds no room is told and left out; what was saved stays, training goes on."
-    life = Life(toy, whole)
-    assert life.end(life.begin('full', 37)) == 0
-    notes = [e['text'] for e in events(life.ws) if e['event'] == 'note']
+    "A checkpoint that does not fit on the disk becomes a note. Training continues."
+    run = FaultyRun(toy, whole)
+    assert run.end(run.begin('full', 37)) == 0
+    notes = [e['text'] for e in events(run.ws) if e['event'] == 'note']
     assert (
         notes
         and all('was not written' in n and 'No space left on device' in n for n in notes)
-        and acknowledged(life.ws) > 0
+        and last_reported(run.ws) > 0
     )
-    assert trained(life.ws)['validation'] == trained(whole[0])['validation']
-    assert life.end(life.begin()) == 0
-    life.same()
+    assert trained(run.ws)['validation'] == trained(whole.ws)['validation']
+    assert run.end(run.begin()) == 0
+    run.same()
 
 
 def test_sigterm_on_a_full_disk(toy, whole):
-    "Nothing can be saved: it says so, leaves in order, and the next start is from where the last one was."
-    life = Life(toy, whole)
-    p = life.begin('full', 1)
-    while not steps(life.ws):
+    "If nothing can be saved, the run records it and exits. The next start continues where it can."
+    run = FaultyRun(toy, whole)
+    p = run.begin('full', 1)
+    while not steps(run.ws):
         time.sleep(0.01)
-    assert tell(p, signal.SIGTERM) == 75 and acknowledged(life.ws) == 0
-    assert not list((life.folder / 'checkpoints').glob('*')) and [e['event'] for e in events(life.ws)][
-        -2:
-    ] == ['note', 'stopped']
-    assert life.end(life.begin()) == 0
-    life.same()
+    assert send_signal(p, signal.SIGTERM) == 75 and last_reported(run.ws) == 0
+    assert not list((run.folder / 'checkpoints').glob('*')) and [e['event'] for e in events(run.ws)][-2:] == [
+        'note',
+        'stopped',
+    ]
+    assert run.end(run.begin()) == 0
+    run.same()
 
 
 @pytest.fixture(scope='module')
 def halfway(toy, whole):
-    life = Life(toy, whole)
-    p = life.begin()
-    while acknowledged(life.ws) < 8:
+    run = FaultyRun(toy, whole)
+    p = run.begin()
+    while last_reported(run.ws) < 8:
         time.sleep(0.005)
     p.kill()
-    life.end(p)
-    return life
+    run.end(p)
+    return run
 
 
 def flip(f):
@@ -179,41 +198,41 @@ def cut(f):
     'name', ['weights.safetensors', 'ema.safetensors', 'optimizer.safetensors', 'state.json']
 )
 def test_damaged(toy, whole, halfway, name):
-    "A bit flipped, an end cut off, a file gone: told in a line, and the run goes on from the checkpoint before."
+    "A damaged or missing file is reported, and the run continues from the checkpoint before."
     from flowerdiff.training.checkpoints import checkpoints, load_checkpoint
 
     random.seed(name)
-    life = Life(toy, whole)
-    said = []
+    run = FaultyRun(toy, whole)
+    messages = []
     newest, before = (int(p.name) for p in checkpoints(halfway.folder / 'checkpoints')[:2])
     for harm in (*[flip] * 20, *[cut] * 5, os.unlink):
-        shutil.rmtree(life.folder / 'checkpoints', ignore_errors=True)
-        shutil.copytree(halfway.folder / 'checkpoints', life.folder / 'checkpoints')
-        harm(life.folder / 'checkpoints' / f'{newest:08d}' / name)
-        assert load_checkpoint(life.folder / 'checkpoints', said.append)[1]['step'] == before
-        assert name in said[-1] and f'{newest:08d}' in said[-1]
-    assert life.end(life.begin()) == 0 and starts(life.ws) == [before]
-    assert any(name in e['text'] for e in events(life.ws) if e['event'] == 'note')
-    same_result(life.ws, whole[0])
+        shutil.rmtree(run.folder / 'checkpoints', ignore_errors=True)
+        shutil.copytree(halfway.folder / 'checkpoints', run.folder / 'checkpoints')
+        harm(run.folder / 'checkpoints' / f'{newest:08d}' / name)
+        assert load_checkpoint(run.folder / 'checkpoints', messages.append).state['step'] == before
+        assert name in messages[-1] and f'{newest:08d}' in messages[-1]
+    assert run.end(run.begin()) == 0 and starts(run.ws) == [before]
+    assert any(name in e['text'] for e in events(run.ws) if e['event'] == 'note')
+    same_result(run.ws, whole.ws)
 
 
-def test_stopped_on_the_step_of_a_look(toy, whole):
-    "The stop comes first; the validation that it was time for is made by the next start."
-    life = Life(toy, whole, train__checkpoint_minutes=60.0)
-    assert [life.end(life.begin('stop', 6)) for _ in range(4)] == [75, 75, 75, 0] and starts(life.ws) == [
+def test_stopped_on_the_step_of_a_validation(toy, whole):
+    "The stop comes first. The validation that was due is done by the next start."
+    run = FaultyRun(toy, whole, train__checkpoint_minutes=60.0)
+    assert [run.end(run.begin('stop', 6)) for _ in range(4)] == [75, 75, 75, 0] and starts(run.ws) == [
         0,
         6,
         12,
         18,
     ]
-    life.same()
+    run.same()
 
 
 # ---- guards
 
 
-def loud(ws, picture, factor=3000):
-    "Make a picture far too strong."
+def amplify(ws, picture, factor=3000):
+    "Multiply the latents of a picture."
     from flowerdiff.data.shards import Shards, ShardWriter
 
     latents = {k: np.array(v) for k, v in Shards(ws.encoded / 'train', 'latents').load().items()}
@@ -226,12 +245,12 @@ def loud(ws, picture, factor=3000):
         w.append(**latents)
 
 
-def test_a_spike_is_left_out_and_told_and_the_run_resumes_across_it(toy):
+def test_a_spike_is_skipped_and_reported_and_the_run_resumes_across_it(toy):
     from flowerdiff.data.batches import batch_indices
 
     one, two = (toy(name, **DENSE) for name in ('one', 'two'))
     for ws in (one, two):
-        loud(ws, 5)
+        amplify(ws, 5)
     p = start(one.root)
     p.join()
     assert p.exitcode == 0
@@ -247,7 +266,7 @@ def test_a_spike_is_left_out_and_told_and_the_run_resumes_across_it(toy):
     assert last_checkpoint(one)[1]['updates'] == 24 - len(due)
     for upto in (due[0], due[-1]):
         p = start(two.root)
-        while acknowledged(two) < upto and p.is_alive():
+        while last_reported(two) < upto and p.is_alive():
             time.sleep(0.002)
         p.kill()
         p.join()
@@ -262,7 +281,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(toy):
 
     ws = toy(**DENSE)
     first = next(s for s in range(24) if 5 in batch_indices(s, 8, 64, 0))
-    loud(ws, 5, float('nan'))
+    amplify(ws, 5, float('nan'))
     p = start(ws.root)
     p.join()
     assert p.exitcode == 2
@@ -271,10 +290,10 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(toy):
         failed['event'] == 'failed'
         and f'not a number at step {first + 1} (pictures train/000005.png)' in failed['message']
     )
-    assert acknowledged(ws) <= first and (not first or last_checkpoint(ws)[1]['step'] == acknowledged(ws))
+    assert last_reported(ws) <= first and (not first or last_checkpoint(ws)[1]['step'] == last_reported(ws))
 
 
-def test_what_is_said_to_fit_into_memory_does(toy):
+def test_suggested_settings_fit_into_memory(toy):
     from flowerdiff.core.workspace import open_workspace
 
     def attempt(mb):
@@ -284,13 +303,13 @@ def test_what_is_said_to_fit_into_memory_does(toy):
 
     ws = toy(train__batch_size=2048, train__epochs=0.01)
     assert attempt(800) == 2 and attempt(350) == 2
-    said = events(ws)[-1]['message']
-    print(said)
+    message = events(ws)[-1]['message']
+    print(message)
     assert (
-        'not enough memory at step 1 with train.batch_size: 2048; train.batch_size: ' in said
-        and said.endswith('would fit')
+        'not enough memory at step 1 with train.batch_size: 2048; train.batch_size: ' in message
+        and message.endswith('would fit')
     )
-    fits = int(said.split('; train.batch_size: ')[1].split()[0])
+    fits = int(message.split('; train.batch_size: ')[1].split()[0])
     assert 64 <= fits < 2048
     ws = open_workspace(ws.root, overrides={'train.batch_size': fits})
     assert attempt(800) == 0  # a thread reserves addresses, which this limit counts, though no memory

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import events, last_checkpoint, parts, same_result, tell, toy, trained, worker  # noqa: F401 (fixtures among them)
+from test_train import events, last_checkpoint, parts, same_result, send_signal, toy, trained, worker  # noqa: F401 (fixtures among them)
 
 
 def unet(folder):
@@ -78,7 +78,7 @@ def test_lora_killed_and_started_again_is_the_same_run(toy, tuned):
         train__checkpoint_minutes=1e-4,
     )
     p = worker(ws, wait=lambda es: any(e['event'] == 'checkpoint' and e['step'] >= 4 for e in es))
-    tell(p, signal.SIGKILL)
+    send_signal(p, signal.SIGKILL)
     assert worker(ws).exitcode == 0 and trained(ws)['resumed_from'] >= 4
     same_result(ws, tuned[1]['lora'])
 

@@ -392,14 +392,14 @@ def test_no_compiler_or_a_broken_one_is_said(models, monkeypatch):
 
 
 ROOM = """import sys; sys.path[:0] = sys.argv[4:]
-from train_worker import suffer
+from train_worker import inject_fault
 from flowerdiff.inference.backends import open_backend
 from flowerdiff.inference.generator import Generator
 from flowerdiff.core.workspace import UserError
 import torch; torch.backends.mkldnn.enabled = False  # which fails in its own way once it failed
 g = Generator(open_backend(sys.argv[1], sys.argv[2]), batch=64)
 small = g('a rose', num_images_per_prompt=2, num_inference_steps=1)
-suffer('memory', int(sys.argv[3]))
+inject_fault('memory', int(sys.argv[3]))
 try: g('a rose', n=64, steps=1, size=256); print('it fitted')
 except UserError as e: print(e)
 assert [p.tobytes() for p in g('a rose', num_images_per_prompt=2, num_inference_steps=1)] == [p.tobytes() for p in small]"""

@@ -1,4 +1,4 @@
-"A Stable Diffusion pipeline and its parts, and a Florence-2, of random weights, as small as they get: for tests that need a model and not a good one."
+"Very small models with random weights, for tests that need a model but not a good one."
 
 import gzip
 import json
@@ -6,16 +6,29 @@ import sys
 from pathlib import Path
 
 
-def byte_letters():  # the letter that byte-level BPE has for each byte
+def byte_letters():
+    "Return the letter that byte-level BPE uses for each byte."
     own = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(c) for c in own] + [chr(256 + i) for i in range(256 - len(own))]
 
 
+def add_word(letters, vocab, merges):
+    "Add the merges that turn letters into a word, and their tokens."
+    while len(letters) > 1:
+        merge = tuple(letters[:2])
+        if merge not in merges:
+            merges.append(merge)
+            vocab.append(''.join(merge))
+        letters = [''.join(merge), *letters[2:]]
+
+
 def tiny_tokenizer(length=16):
+    "Return a CLIP tokenizer that knows a few words."
     from transformers import CLIPTokenizer
 
     letters = byte_letters()
-    vocab, merges = letters + [c + '</w>' for c in letters], []
+    vocab = letters + [c + '</w>' for c in letters]
+    merges = []
     for word in [
         'red',
         'blue',
@@ -31,18 +44,13 @@ def tiny_tokenizer(length=16):
         'the',
         'in',
     ]:
-        parts = [*word[:-1], word[-1] + '</w>']
-        while len(parts) > 1:
-            if (m := tuple(parts[:2])) not in merges:
-                merges.append(m)
-                vocab.append(''.join(m))
-            parts = [''.join(m), *parts[2:]]
+        add_word([*word[:-1], word[-1] + '</w>'], vocab, merges)
     vocab = [*dict.fromkeys(vocab), '<|startoftext|>', '<|endoftext|>']
     return CLIPTokenizer(vocab={v: i for i, v in enumerate(vocab)}, merges=merges, model_max_length=length)
 
 
 def tiny_model(folder, size=32):
-    "Write a pipeline that draws `size` pixels; different words give different pictures."
+    "Write a pipeline for images of `size` pixels. Different words give different images."
     import tempfile
 
     import torch
@@ -101,15 +109,15 @@ VOCABULARY = Path(__file__).parents[2] / 'shared' / 'data' / 'clip' / 'bpe_simpl
 
 
 def clip_tokenizer():
-    "CLIP's own, 77 positions; where its vocabulary is not at hand, the tiny one."
+    "Return CLIP's tokenizer with 77 positions, or a tiny one if the vocabulary is not available."
     from transformers import CLIPTokenizer
 
     if not VOCABULARY.exists():
         return tiny_tokenizer(77)
-    letters, merges = (
-        byte_letters(),
-        [tuple(l.split()) for l in gzip.open(VOCABULARY, 'rt').read().splitlines()[1:48895]],
-    )
+    letters = byte_letters()
+    with gzip.open(VOCABULARY, 'rt') as f:
+        lines = f.read().splitlines()[1:48895]
+    merges = [tuple(line.split()) for line in lines]
     vocab = [
         *letters,
         *(c + '</w>' for c in letters),
@@ -121,7 +129,7 @@ def clip_tokenizer():
 
 
 def tiny_clip(folder, seed=0, halves=2):
-    "Write a CLIP as OpenAI's repositories have it: the whole model, or the half that reads, with the tokenizer beside it."
+    "Write a CLIP as in OpenAI's repositories: the whole model, or its text half, with the tokenizer."
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 
@@ -152,7 +160,7 @@ def tiny_clip(folder, seed=0, halves=2):
 
 
 def tiny_vae(folder=None, factor=8, seed=0):
-    "An AutoencoderKL as many times smaller a side as Stable Diffusion's, and its scaling factor."
+    "Return an AutoencoderKL with this downsampling factor, and write it to a folder if there is one."
     import torch
     from diffusers import AutoencoderKL
 
@@ -172,7 +180,7 @@ def tiny_vae(folder=None, factor=8, seed=0):
 
 
 def tiny_stable_diffusion(folder, clip, size=64):
-    "Write a pipeline in the layout of Stable Diffusion 1.4, whose text encoder is half of a CLIP in the folder `clip`."
+    "Write a pipeline as Stable Diffusion 1.4 has it, with the text half of the CLIP in the folder `clip`."
     import torch
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -208,7 +216,7 @@ def tiny_stable_diffusion(folder, clip, size=64):
     config = json.loads(file.read_text())
     file.write_text(
         json.dumps({k: v for k, v in config.items() if k not in ('prediction_type', 'timestep_spacing')})
-    )  # which the first version did not know
+    )  # which its first version did not have
     return Path(folder)
 
 
@@ -240,7 +248,7 @@ WORDS = [
 
 
 def tiny_florence(folder, side=64, seed=0):
-    "Write a Florence-2 that says words, other ones of other pictures, in the official layout: its classes, its processor, BART's kind of tokenizer."
+    "Write a Florence-2 in the official layout. It answers with words that depend on the picture."
     import torch
     from transformers import (
         BartTokenizer,
@@ -250,14 +258,10 @@ def tiny_florence(folder, side=64, seed=0):
         Florence2Processor,
     )
 
-    letters, vocab, merges = byte_letters(), [], []
+    letters = byte_letters()
+    vocab, merges = [], []
     for word in WORDS:
-        parts = ['\u0120', *word]
-        while len(parts) > 1:
-            if (m := tuple(parts[:2])) not in merges:
-                merges.append(m)
-                vocab.append(''.join(m))
-            parts = [''.join(m), *parts[2:]]
+        add_word(['\u0120', *word], vocab, merges)
     names = list(dict.fromkeys(['<s>', '<pad>', '</s>', '<unk>', *letters, *vocab, '<mask>']))
     tok = BartTokenizer(
         vocab={v: i for i, v in enumerate(names)},
@@ -301,7 +305,7 @@ def tiny_florence(folder, side=64, seed=0):
         suppress_tokens=[i for i in range(len(tok)) if i not in words | {2}],
         no_repeat_ngram_size=2,
         exponential_decay_length_penalty=(1, 1.15),
-    )  # words only, and answers of several lengths
+    )  # words only, and outputs of several lengths
     images = CLIPImageProcessorPil(size=dict(height=side, width=side), do_center_crop=False)
     images.image_seq_length = (side // 32) ** 2 + 1
     kinds = (

@@ -1,4 +1,8 @@
-"The training process for tests, forked from a server that has the heavy imports behind it: a start takes a tenth of a second. It can be made to suffer: see `suffer`."
+"""The training process for tests.
+
+It is forked from a server that has imported the heavy modules, so it starts in a tenth of a second.
+It can be made to fail: see `inject_fault`.
+"""
 
 import ctypes
 import errno
@@ -16,156 +20,177 @@ import flowerdiff.training.checkpoints
 import flowerdiff.training.worker
 
 
-def go(root, folder, fault, env):
+def run_in_process(root, folder, fault, env):
     os.environ.update(env)
-    suffer(*fault)
+    inject_fault(*fault)
     sys.exit(flowerdiff.training.worker.run_worker(root, folder))
 
 
 def start(root, folder='', fault=(), **env):
-    "A process that trains in a workspace: `.pid`, `.kill()`, `.exitcode`. `folder` is the run's, '' to have it worked out."
-    os.environ['PYTHONPATH'] = os.pathsep.join(
-        [str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])]
-    )  # where the server finds this module
+    """Start a process that trains in a workspace.
+
+    `folder` is that of the run; '' derives it from the settings. The process has `pid`, `kill()`, `exitcode`.
+    """
+    here = str(Path(__file__).parent)  # where the server finds this module
+    os.environ['PYTHONPATH'] = os.pathsep.join([here, *filter(None, [os.environ.get('PYTHONPATH')])])
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['train_worker'])
-    p = context.Process(target=go, args=(str(root), str(folder), fault, env))
-    p.start()
-    return p
+    process = context.Process(target=run_in_process, args=(str(root), str(folder), fault, env))
+    process.start()
+    return process
 
 
 def some_steps(root, folder, upto, env):
     "Train to a step as one of the ranks, save a checkpoint, and write down what this rank saw and held."
     os.environ.update(env)
-    import flowerdiff.training.trainer as trainer
+    import flowerdiff.training.trainer as trainer_module
     from flowerdiff.core.workspace import open_workspace
     from flowerdiff.data.batches import load_split
+    from flowerdiff.training.checkpoints import Saver, load_run, save_run
 
-    make, pictures = trainer.make_batch, []
+    make_batch = trainer_module.make_batch
+    pictures = []
 
-    def seen(*args):
-        batch = make(*args)
+    def recording_make_batch(*args, **kwargs):
+        batch = make_batch(*args, **kwargs)
         pictures.append(batch.pictures.tolist())
         return batch
 
-    trainer.make_batch = seen
+    trainer_module.make_batch = recording_make_batch
     ws = open_workspace(root)
-    run, _ = flowerdiff.training.worker.start_run(ws, load_split(ws.encoded, 'train'))
-    begun, losses = trainer.load_run(run, Path(folder)), []
-    while run.step < upto:
-        run.one()
-        sums, n = run.engine.mean(run.sums).tolist()
-        losses.append(sum(sums) / sum(n))
-    saver = flowerdiff.training.checkpoints.Saver(Path(folder))
-    trainer.save_run(run, saver)
+    trainer, _ = flowerdiff.training.worker.start_run(ws, load_split(ws.encoded, 'train'))
+    first_step = load_run(trainer, Path(folder))
+    losses = []
+    while trainer.step < upto:
+        trainer.try_step()
+        sums, counts = trainer.engine.mean(trainer.loss_meter.sums).tolist()
+        losses.append(sum(sums) / sum(counts))
+    saver = Saver(Path(folder))
+    save_run(trainer, saver)
     saver.finish(wait=True)
-    run.engine.wait()
-    held = run.engine.masters() if hasattr(run.engine, 'masters') else dict(run.engine.net.named_parameters())
-    memory = [v for s in run.engine.optimizer.state.values() for k, v in s.items() if k == 'exp_avg']
-    facts = dict(
-        begun=begun,
-        losses=losses,
-        pictures=pictures,
-        kind=type(run.engine).__name__,
-        masters=sum(p.numel() for p in held.values()),
-        memory=sum(v.numel() for v in memory),
-        average=sum(v.numel() for v in run.ema.mean),
+    trainer.engine.wait()
+    facts = dict(first_step=first_step, losses=losses, pictures=pictures, **memory_facts(trainer))
+    Path(f'{folder}-{upto}-{trainer.engine.rank}.json').write_text(json.dumps(facts))
+    trainer.engine.wait()
+    trainer.engine.close()
+
+
+def memory_facts(trainer):
+    "What a rank holds: the kind of its engine, and the sizes of master weights, optimizer state and EMA."
+    engine = trainer.engine
+    has_shards = hasattr(engine, 'masters')
+    masters = engine.masters() if has_shards else dict(engine.net.named_parameters())
+    averages = [state['exp_avg'] for state in engine.optimizer.state.values() if 'exp_avg' in state]
+    return dict(
+        kind=type(engine).__name__,
+        masters=sum(p.numel() for p in masters.values()),
+        optimizer=sum(v.numel() for v in averages),
+        ema=sum(v.numel() for v in trainer.ema.mean),
     )
-    Path(f'{folder}-{upto}-{run.engine.rank}.json').write_text(json.dumps(facts))
-    run.engine.wait()
-    run.engine.close()
 
 
 def ranks(target, *args, n=1, timeout=400):
-    "Run `target(*args, env)` in n processes with torchrun's variables; each must end well."
+    "Run `target(*args, env)` in n processes with the variables of torchrun. All must exit with 0."
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['train_worker'])
-    env = lambda i: dict(
-        OMP_NUM_THREADS='1',
-        RANK=str(i),
-        LOCAL_RANK=str(i),
-        WORLD_SIZE=str(n),
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port),
-    )
-    ps = [context.Process(target=target, args=(*args, env(i))) for i in range(n)]
-    for p in ps:
-        p.start()
-    for p in ps:
-        p.join(timeout)
-    codes = [p.exitcode for p in ps]
-    for p in ps:
-        p.kill()
+    processes = []
+    for rank in range(n):
+        env = dict(
+            OMP_NUM_THREADS='1',
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(n),
+            MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=str(port),
+        )
+        processes.append(context.Process(target=target, args=(*args, env)))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
     assert codes == [0] * n, codes
 
 
 # ---- faults
 
 
-def suffer(kind='', *numbers):
+def inject_fault(kind='', *numbers):
     """Make this process fail while it writes checkpoints.
-    kill k: SIGKILL at the k-th change of the disk: before or after it, or in the middle of a write.
-    full k: every k-th change finds the disk full.
-    size n: the system kills the process in the write that makes a file longer than n bytes (in the middle of a file of tensors).
-    memory mb: so much more than now and no more.
-    stop n: asked to stop after n steps."""
+
+    kill k: SIGKILL at the k-th operation on the disk: before it, after it, or in the middle of a write.
+    full k: every k-th operation finds the disk full.
+    size n: SIGXFSZ in the write that makes a file longer than n bytes, in the middle of a file of tensors.
+    memory mb: limit the address space to this much more than now.
+    stop n: ask to stop after n steps.
+    """
     if kind == 'stop':
-        asked = iter([False] * (numbers[0] - 1) + [True])
-        flowerdiff.training.worker.StopSignal.__call__ = lambda self: next(asked)
+        answers = iter([False] * (numbers[0] - 1) + [True])
+        flowerdiff.training.worker.StopSignal.__call__ = lambda self: next(answers)
     if kind in ('kill', 'full'):
-        Changes(kind, *numbers).watch()
+        DiskOperations(kind, *numbers).watch()
     if kind == 'size':
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, numbers * 2)
     if kind == 'memory':
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(
-            -3, 1 << 16
-        )  # M_MMAP_THRESHOLD: what is freed goes back, so that the limit is on what is in use
-        mallopt(-8, 1)  # M_ARENA_MAX: no thread reserves addresses of its own
-        now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + (numbers[0] << 20),) * 2)
+        limit_memory(numbers[0])
 
 
-class Changes:
-    "Counts what is done to the files of checkpoints, and fails there."
+def limit_memory(megabytes):
+    "Limit the address space to this much more than now."
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: freed memory is returned, so that the limit is on memory in use
+    mallopt(-8, 1)  # M_ARENA_MAX: no thread reserves addresses of its own
+    pages = int(Path('/proc/self/statm').read_text().split()[0])
+    limit = pages * resource.getpagesize() + (megabytes << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+class DiskOperations:
+    "Counts the operations on checkpoint files, and fails at one of them."
 
     def __init__(self, kind, k):
-        self.kind, self.k, self.seen = kind, k, 0
+        self.kind = kind
+        self.k = k
+        self.count = 0
 
-    def at(self, what, path):
-        "One more moment at which to fail, if it is in a checkpoint."
+    def at(self, moment, path):
+        "Count a moment, and fail if it is the one."
         if isinstance(path, int):
             path = os.readlink(f'/proc/self/fd/{path}')
         if 'checkpoints' not in Path(os.fsdecode(path)).parts:
             return
-        self.seen += 1
-        if self.kind == 'kill' and self.seen == self.k:
+        self.count += 1
+        if self.kind == 'kill' and self.count == self.k:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.kind == 'full' and not self.seen % self.k and what.startswith('before'):
+        if self.kind == 'full' and not self.count % self.k and moment.startswith('before'):
             raise OSError(errno.ENOSPC, 'No space left on device', str(path))
 
     def around(self, module, name, which=0):
-        "Two moments: before a function and after it."
-        real = getattr(module, name)
+        "Count two moments: before a function and after it."
+        function = getattr(module, name)
 
-        def call(*args, **kwargs):
+        def counted(*args, **kwargs):
             path = args[which]
             if kwargs.get('dir_fd') is not None:
                 path = os.path.join(os.readlink(f'/proc/self/fd/{kwargs["dir_fd"]}'), path)
-            told = os.readlink(f'/proc/self/fd/{path}') if isinstance(path, int) else path
-            self.at(f'before {name}', told)
-            out = real(*args, **kwargs)
-            self.at(f'after {name}', told)
-            return out
+            if isinstance(path, int):
+                path = os.readlink(f'/proc/self/fd/{path}')
+            self.at(f'before {name}', path)
+            result = function(*args, **kwargs)
+            self.at(f'after {name}', path)
+            return result
 
-        setattr(module, name, call)
+        setattr(module, name, counted)
 
     def watch(self):
+        "Count every operation of this process."
         import safetensors.torch
 
         for name in ('fsync', 'replace', 'mkdir', 'unlink', 'rmdir'):

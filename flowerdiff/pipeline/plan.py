@@ -147,9 +147,9 @@ def time_training(
             settings.seed,
             noise_split(part, latent, text).to_gpu(),
             lambda: make_network(settings, latent, text[1], base),
-            Engine(choose_precision(t.precision)),
+            engine=Engine(choose_precision(t.precision)),
         )
-        rate = part / pace(run.one, seconds)
+        rate = part / pace(run.try_step, seconds)
     finally:
         torch.set_num_threads(threads)
     return rate * (
