@@ -335,7 +335,7 @@ def test_an_interrupted_stage_ends_its_processes(mini, tmp_path, monkeypatch):
         started.append(subprocess.Popen(['sleep', '100'], start_new_session=True))
         return started[0]
 
-    monkeypatch.setattr('flowerdiff.services.launcher.launch', launch)
+    monkeypatch.setattr('flowerdiff.services.launcher.launch_torchrun', launch)
     events = describe_together(ws, tmp_path, [])
     assert next(events)['text'] == 'first'
     assert started[0].poll() is None
