@@ -1,4 +1,4 @@
-"Captions by Florence-2, through the stage, with a miniature of its classes: batches, kills, processes, memory, other models."
+"Captioning with a miniature Florence-2: batches, interrupted runs, several processes, memory, other models."
 
 import json
 import multiprocessing
@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
-from PIL import Image
-
-torch = pytest.importorskip('torch')
 import psutil
+import pytest
+import torch
+from PIL import Image
 from tiny import tiny_florence
 
 from flowerdiff.core.schema import UserError
@@ -34,7 +33,9 @@ from flowerdiff.services.launcher import Journal
 from flowerdiff.stages.caption import run
 
 LABELS = 'oxeye daisy', 'iris', 'canterbury bells', ''
-answers, inputs = Florence.answers, Florence.inputs
+COUNTS = dict(train=20, val=3, test=2)
+real_answers = Florence.answers
+real_inputs = Florence.inputs
 
 
 @pytest.fixture(scope='module')
@@ -42,281 +43,292 @@ def mini(tmp_path_factory):
     return tiny_florence(tmp_path_factory.mktemp('mini') / 'florence')
 
 
+def random_picture(rng, scale):
+    pixels = rng.integers(0, 255, (4, 4, 3), np.uint8)
+    return Image.fromarray(np.kron(pixels, np.ones((8 * scale, 8 * scale, 1), np.uint8)))
+
+
 def make(root, mini, **settings):
-    "25 pictures of three sizes as the stage prepare leaves them; every fourth has no label, the first of each split has a caption of its own."
-    ws = open_workspace(
-        root,
-        'folder',
-        {
-            f'caption.{k}': v
-            for k, v in dict(
-                captioner='florence',
-                model=str(mini),
-                batch_size=4,
-                num_beams=1,
-                max_new_tokens=16,
-                **settings,
-            ).items()
-        },
+    """A workspace with 25 images of three sizes, as the stage prepare leaves them.
+
+    Every fourth image has no label, and the first of each split has a given caption.
+    """
+    settings = dict(
+        captioner='florence', model=str(mini), batch_size=4, num_beams=1, max_new_tokens=16, **settings
     )
-    rng, counts = np.random.default_rng(0), dict(train=20, val=3, test=2)
-    for split, k in counts.items():
-        (ws.pictures / split).mkdir(parents=True)
-        for i in range(k):
-            Image.fromarray(
-                np.kron(
-                    rng.integers(0, 255, (4, 4, 3), np.uint8),
-                    np.ones((8 * (1 + i % 3),) * 2 + (1,), np.uint8),
-                )
-            ).save(ws.pictures / split / f'{i:06}.png')
-        write_jsonl(
-            ws.pictures / split / 'metadata.jsonl',
-            [
-                dict(file_name=f'{i:06}.png', sha256=f'{split}{i}', label=LABELS[i % 4])
-                | (dict(captions=['its own']) if not i else {})
-                for i in range(k)
-            ],
-        )
-    write_json(ws.pictures / 'info.json', dict(counts=counts))
+    ws = open_workspace(root, 'folder', {f'caption.{key}': value for key, value in settings.items()})
+    rng = np.random.default_rng(0)
+    for split, count in COUNTS.items():
+        folder = ws.pictures / split
+        folder.mkdir(parents=True)
+        rows = []
+        for i in range(count):
+            random_picture(rng, 1 + i % 3).save(folder / f'{i:06}.png')
+            rows.append(dict(file_name=f'{i:06}.png', sha256=f'{split}{i}', label=LABELS[i % 4]))
+        rows[0]['captions'] = ['its own']
+        write_jsonl(folder / 'metadata.jsonl', rows)
+    write_json(ws.pictures / 'info.json', dict(counts=COUNTS))
     return ws
 
 
 def change(ws, **settings):
-    return open_workspace(ws.root, None, {f'caption.{k}': v for k, v in settings.items()})
+    return open_workspace(ws.root, None, {f'caption.{key}': value for key, value in settings.items()})
 
 
-def said(ws):
-    return {
-        r['file_name']: (r['captions'], r['captioner']) for r in read_jsonl(ws.captions / 'metadata.jsonl')
-    }
+def captions_of(ws):
+    "File -> (captions, captioner)."
+    rows = read_jsonl(ws.captions / 'metadata.jsonl')
+    return {row['file_name']: (row['captions'], row['captioner']) for row in rows}
 
 
 def label(file):
     return LABELS[int(Path(file).stem) % 4]
 
 
-def batches(folder):
+def batch_events(folder):
+    "The batches in the journals of a folder, as (journal, keys)."
     return [
-        list(e['answers'])
-        for p in sorted(folder.glob('caption-*/*-*.jsonl'))
-        for l in p.read_text().split('\n')[:-1]
-        if (e := json.loads(l))['event'] == 'batch'
+        (journal, list(event['answers']))
+        for journal in sorted(folder.glob('*-*.jsonl'))
+        for event in map(json.loads, journal.read_text().split('\n')[:-1])
+        if event['event'] == 'batch'
     ]
 
 
+def batches(folder):
+    return [keys for journal in sorted(folder.glob('caption-*')) for _, keys in batch_events(journal)]
+
+
 @pytest.fixture
-def asked(monkeypatch):  # how many pictures were asked about, a number each time
+def asked(monkeypatch):
+    "The batch size of each call of the model."
     sizes = []
-    monkeypatch.setattr(
-        Florence,
-        'answers',
-        lambda self, x, task: sizes.append(len(x['pixel_values'])) or answers(self, x, task),
-    )
+
+    def answers(self, inputs, task):
+        sizes.append(len(inputs['pixel_values']))
+        return real_answers(self, inputs, task)
+
+    monkeypatch.setattr(Florence, 'answers', answers)
     return sizes
 
 
 @pytest.fixture(scope='module')
 def whole(mini, tmp_path_factory):
+    "A workspace that was captioned without interruption."
     ws = make(tmp_path_factory.mktemp('whole') / 'ws', mini)
     (ws.root.parent / 'summary.txt').write_text(run(ws.root).summary)
     return ws
 
 
-# ---- what is said
+# ---- captions
 
 
 def test_every_picture_is_described_under_its_name(whole):
-    captions = said(whole)
-    assert len(captions) == 25 and {c for _, c in captions.values()} == {'florence'}
-    for f, ([text], _) in captions.items():
-        assert (
-            text == text.strip(' .') and '<' not in text and (not label(f) or mention(label(f)).search(text))
-        ), text
-    assert len({t for [t], _ in captions.values()}) > 15, 'pictures differ and so do their captions'
-    raw = {k: a for (_, k), a in read_journals(next(whole.work.glob('caption-*'))).items()}
-    assert len(raw) == 25 and not any(mention('oxeye daisy').search(a) for a in raw.values()), (
-        'the journal keeps what the model said'
+    captions = captions_of(whole)
+    assert len(captions) == 25
+    assert {captioner for _, captioner in captions.values()} == {'florence'}
+    for file, ([text], _) in captions.items():
+        assert text == text.strip(' .')
+        assert '<' not in text
+        assert not label(file) or mention(label(file)).search(text), text
+    assert len({text for [text], _ in captions.values()}) > 15, 'different images have different captions'
+    answers = read_journals(next(whole.work.glob('caption-*')))
+    raw = {key: answer for (_, key), answer in answers.items()}
+    assert len(raw) == 25
+    assert not any(mention('oxeye daisy').search(answer) for answer in raw.values()), (
+        'the journal keeps the output of the model'
     )
-    assert 'florence' in (s := (whole.root.parent / 'summary.txt').read_text()) and 'pictures/s' in s
+    summary = (whole.root.parent / 'summary.txt').read_text()
+    assert 'florence' in summary and 'pictures/s' in summary
 
 
 def test_largest_pictures_first(whole):
-    pictures, _keys = largest_first(whole.pictures, list(said(whole)))
-    assert [k for b in batches(whole.work) for k in b] == [k for k, _ in pictures]
-    sides = [Image.open(whole.pictures / f).width for _, f in pictures]
-    assert sides == sorted(sides, reverse=True) and len(set(sides)) == 3
+    pictures, _keys = largest_first(whole.pictures, list(captions_of(whole)))
+    assert [key for batch in batches(whole.work) for key in batch] == [key for key, _ in pictures]
+    sides = [Image.open(whole.pictures / file).width for _, file in pictures]
+    assert sides == sorted(sides, reverse=True)
+    assert len(set(sides)) == 3
 
 
 @pytest.mark.parametrize('beams', [1, 3])
 def test_alone_as_in_a_batch(mini, whole, beams):
     florence = open_florence(mini, num_beams=beams, max_new_tokens=16)
-    pictures = [Image.open(whole.pictures / f) for f in said(whole)]
+    pictures = [Image.open(whole.pictures / file) for file in captions_of(whole)]
     for task in ('<CAPTION>', '<DETAILED_CAPTION>'):
         together = florence.describe(pictures, task)
-        assert together == [florence.describe([p], task)[0] for p in pictures] and not any(
-            '<' in t for t in together
-        )
-        assert len({len(t.split()) for t in together}) > 1, (
-            'the miniature says long and short ones, and the short are padded in a batch'
+        assert together == [florence.describe([picture], task)[0] for picture in pictures]
+        assert not any('<' in text for text in together)
+        assert len({len(text.split()) for text in together}) > 1, (
+            'captions of different lengths, so that the short ones are padded in a batch'
         )
         if beams > 1:
-            assert together != open_florence(mini, num_beams=1, max_new_tokens=16).describe(pictures, task)
+            greedy = open_florence(mini, num_beams=1, max_new_tokens=16)
+            assert together != greedy.describe(pictures, task)
 
 
 def test_several_prompts_and_a_grown_collection_ask_for_what_is_new(mini, tmp_path, asked):
     ws = make(tmp_path / 'ws', mini)
     run(ws.root)
-    first = said(ws)
+    first = captions_of(ws)
     assert sum(asked) == 25
     run(change(ws, prompts=['<CAPTION>', '<DETAILED_CAPTION>']).root)
-    assert sum(asked) == 50 and all(
-        t[0][-1] == first[f][0][0] and len(t[0]) == 2 for f, t in said(ws).items()
-    )
-    shutil.copy(
-        ws.pictures / 'val' / '000000.png', ws.pictures / 'train' / '000020.png'
-    )  # known under another name
-    Image.new('RGB', (16, 16), 'red').save(ws.pictures / 'train' / '000021.png')
-    write_jsonl(
-        ws.pictures / 'train' / 'metadata.jsonl',
-        read_jsonl(ws.pictures / 'train' / 'metadata.jsonl')
-        + [dict(file_name=f'{i:06}.png', label='') for i in (20, 21)],
-    )
+    assert sum(asked) == 50
+    for file, (texts, _) in captions_of(ws).items():
+        assert len(texts) == 2
+        assert texts[-1] == first[file][0][0]
+    train = ws.pictures / 'train'
+    shutil.copy(ws.pictures / 'val' / '000000.png', train / '000020.png')  # a known image, another name
+    Image.new('RGB', (16, 16), 'red').save(train / '000021.png')
+    rows = read_jsonl(train / 'metadata.jsonl')
+    rows += [dict(file_name=f'{i:06}.png', label='') for i in (20, 21)]
+    write_jsonl(train / 'metadata.jsonl', rows)
     run(ws.root)
-    assert sum(asked) == 52 and len(said(ws)) == 27
+    assert sum(asked) == 52 and len(captions_of(ws)) == 27
     assert 'pictures/s' not in run(ws.root).summary and sum(asked) == 52
     run(change(ws, prompts=['<CAPTION>'], max_new_tokens=5).root)
-    assert sum(asked) == 52 + 26, 'other settings, other answers'
+    assert sum(asked) == 52 + 26, 'other settings give other captions'
 
 
 def test_given_captions_win_unless_florence_is_asked_for(mini, whole, tmp_path):
     ws = make(tmp_path / 'ws', tmp_path / 'no model here')
     run(change(ws, captioner='auto').root)
-    captions = said(ws)
-    assert (
-        captions['train/000000.png'] == (['its own'], 'given') and captions['train/000001.png'][1] == 'labels'
-    )
-    assert said(whole)['train/000000.png'][1] == 'florence'
+    captions = captions_of(ws)
+    assert captions['train/000000.png'] == (['its own'], 'given')
+    assert captions['train/000001.png'][1] == 'labels'
+    assert captions_of(whole)['train/000000.png'][1] == 'florence'
 
 
 def test_no_answer_leaves_the_picture_to_the_next_captioner(mini, tmp_path, monkeypatch):
+    def no_answers(self, inputs, task):
+        return ['</s>'] * len(inputs['pixel_values'])
+
+    def first_answer_only(self, inputs, task):
+        return ['A flower.'] + [''] * (len(inputs['pixel_values']) - 1)
+
     ws = make(tmp_path / 'ws', mini)
-    monkeypatch.setattr(Florence, 'answers', lambda self, x, task: ['</s>'] * len(x['pixel_values']))
+    monkeypatch.setattr(Florence, 'answers', no_answers)
     with pytest.raises(UserError, match='is florence, but no picture has'):
         run(ws.root)
     assert not ws.captions.exists()
-    monkeypatch.setattr(
-        Florence, 'answers', lambda self, x, task: ['A flower.'] + [''] * (len(x['pixel_values']) - 1)
-    )
+    monkeypatch.setattr(Florence, 'answers', first_answer_only)
     summary = run(change(ws, max_new_tokens=9).root).summary
-    by = {f: c for f, (_, c) in said(ws).items()}
-    assert set(by.values()) == {'florence', 'given', 'labels', 'nothing'} and 'florence 7' in summary
-    assert all(
-        by[f] in ('florence', 'given' if f.endswith('000000.png') else 'labels' if label(f) else 'nothing')
-        for f in by
-    )
+    captioners = {file: captioner for file, (_, captioner) in captions_of(ws).items()}
+    assert set(captioners.values()) == {'florence', 'given', 'labels', 'nothing'}
+    assert 'florence 7' in summary
+    for file, captioner in captioners.items():
+        fallback = 'labels' if label(file) else 'nothing'
+        if file.endswith('000000.png'):
+            fallback = 'given'
+        assert captioner in ('florence', fallback)
 
 
-# ---- killed, and several at once
+# ---- interrupted runs and several processes
 
 
 def slow_run(root, calls):
-    "The stage, telling of every batch before it is asked about."
+    "Run the stage slowly, and log the size of each batch before the model sees it."
 
-    def slow(self, x, task):
-        with open(calls, 'a') as f:
-            f.write(f'{len(x["pixel_values"])}\n')
+    def slow(self, inputs, task):
+        with open(calls, 'a') as file:
+            file.write(f'{len(inputs["pixel_values"])}\n')
         time.sleep(0.04)
-        return answers(self, x, task)
+        return real_answers(self, inputs, task)
 
     Florence.answers = slow
     run(root)
 
 
 def start(root, calls):
-    os.environ['PYTHONPATH'] = os.pathsep.join(
-        [str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])]
-    )
+    search_path = [str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])]
+    os.environ['PYTHONPATH'] = os.pathsep.join(search_path)
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['test_florence'])
-    p = context.Process(target=slow_run, args=(str(root), str(calls)))
-    p.start()
-    return p
+    process = context.Process(target=slow_run, args=(str(root), str(calls)))
+    process.start()
+    return process
 
 
 def test_killed_at_random_points_it_redoes_a_batch_at_most(mini, whole, tmp_path):
-    ws, calls, luck, kills = make(tmp_path / 'ws', mini), tmp_path / 'calls', random.Random(0), 3
+    ws = make(tmp_path / 'ws', mini)
+    rng = random.Random(0)
+    kills = 3
+    calls = tmp_path / 'calls'
     calls.write_text('')
-    told = lambda: list(map(int, calls.read_text().split()))
+
+    def batch_sizes():
+        return list(map(int, calls.read_text().split()))
+
     for _ in range(kills):
-        p, before, wait = start(ws.root, calls), len(told()), luck.randint(1, 2)
+        process = start(ws.root, calls)
+        wanted = len(batch_sizes()) + rng.randint(1, 2)
         end = time.time() + 100
-        while len(told()) < before + wait and p.exitcode is None and time.time() < end:
+        while len(batch_sizes()) < wanted and process.exitcode is None and time.time() < end:
             time.sleep(0.005)
-        time.sleep(luck.uniform(0, 0.05))
-        p.kill()
-        p.join()
-        assert p.exitcode == -signal.SIGKILL and not ws.captions.exists()
-    with open(sorted(ws.work.glob('caption-*/*-*.jsonl'))[-1], 'a') as f:
-        f.write('{"event": "batch", "task": "<DETAILED_CAPTION>", "answ')  # a line that a kill cut
-    p = start(ws.root, calls)
-    p.join()
-    assert p.exitcode == 0 and said(ws) == said(whole)
-    assert 25 <= sum(told()) <= 25 + 4 * kills, 'at most one batch a kill is asked about again'
-    keys = [k for b in batches(ws.work) for k in b]
-    assert len(set(keys)) == 25 <= len(keys) == 25, 'none is written twice'
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not ws.captions.exists()
+    with open(sorted(ws.work.glob('caption-*/*-*.jsonl'))[-1], 'a') as file:
+        file.write('{"event": "batch", "task": "<DETAILED_CAPTION>", "answ')  # a truncated line
+    process = start(ws.root, calls)
+    process.join()
+    assert process.exitcode == 0
+    assert captions_of(ws) == captions_of(whole)
+    assert 25 <= sum(batch_sizes()) <= 25 + 4 * kills, 'at most one batch per kill is repeated'
+    keys = [key for batch in batches(ws.work) for key in batch]
+    assert len(set(keys)) == 25 <= len(keys) == 25, 'no caption is written twice'
 
 
-def kill_rank(rank, done):  # as soon as it is there
+def kill_rank(rank, done):
+    "Kill a worker process as soon as it exists."
     while not done.is_set():
-        for p in psutil.Process().children(recursive=True):
+        for process in psutil.Process().children(recursive=True):
             try:
-                if (
-                    'flowerdiff.data.captioning' in p.cmdline()
-                    and 'torch.distributed.run' not in p.cmdline()
-                    and p.environ().get('RANK') == rank
-                ):
-                    p.kill()
+                command = process.cmdline()
+                is_worker = 'flowerdiff.data.captioning' in command and 'torch.distributed.run' not in command
+                if is_worker and process.environ().get('RANK') == rank:
+                    process.kill()
                     return
             except psutil.Error:
                 pass
         time.sleep(0.02)
 
 
-def test_two_processes_say_what_one_says_and_a_dead_one_is_told_of(mini, whole, tmp_path, asked):
+def test_two_processes_give_the_same_captions_and_a_killed_one_is_reported(mini, whole, tmp_path, asked):
     ws = make(tmp_path / 'ws', mini, num_processes=2)
     folder = ws.work / next(whole.work.glob('caption-*')).name
     folder.mkdir(parents=True)
-    (folder / '0-0.jsonl').write_text(
-        ''.join(open(next(whole.work.glob('caption-*/0-0.jsonl'))).readlines()[:2])
-    )  # two batches of an earlier run
+    journal = next(whole.work.glob('caption-*/0-0.jsonl')).read_text().splitlines(keepends=True)
+    (folder / '0-0.jsonl').write_text(''.join(journal[:2]))  # two batches of an earlier run
     done = threading.Event()
     killer = threading.Thread(target=kill_rank, args=('1', done))
     killer.start()
     try:
-        with pytest.raises(UserError, match='a process was killed.*run again to go on') as e:
+        with pytest.raises(UserError, match=r'a process was killed.*run again to go on') as e:
             run(ws.root)
     finally:
         done.set()
         killer.join()
-    assert '\n' not in str(e.value) and not ws.captions.exists() and len(read_journals(folder)) >= 8
-    known = {k for _, k in read_journals(folder)}
+    assert '\n' not in str(e.value)
+    assert not ws.captions.exists()
+    assert len(read_journals(folder)) >= 8
+
+    known = {key for _, key in read_journals(folder)}
     summary = run(ws.root).summary
-    assert said(ws) == said(whole) and 'pictures/s' in summary and not asked, 'the stage itself asks nothing'
+    assert captions_of(ws) == captions_of(whole)
+    assert 'pictures/s' in summary
+    assert not asked, 'the model runs in the worker processes only'
     after = [
-        (p.name[0], k)
-        for p in folder.glob('*-*.jsonl')
-        for l in p.read_text().splitlines()
-        if (e := json.loads(l))['event'] == 'batch'
-        for k in e['answers']
-        if k not in known
+        (journal.name[0], key) for journal, keys in batch_events(folder) for key in keys if key not in known
     ]
-    assert {r for r, _ in after} == {'0', '1'} and len({k for _, k in after}) == len(after) == 25 - len(
-        known
-    ), 'each did its share and none twice'
+    assert {rank for rank, _ in after} == {'0', '1'}
+    assert len({key for _, key in after}) == len(after) == 25 - len(known), 'each did its share, none twice'
 
 
 def test_an_interrupted_stage_ends_its_processes(mini, tmp_path, monkeypatch):
-    ws, started = make(tmp_path / 'ws', mini, num_processes=2), []
+    ws = make(tmp_path / 'ws', mini, num_processes=2)
+    started = []
 
     def launch(*args):
         Journal(tmp_path, 0).write('note', text='first')
@@ -325,9 +337,14 @@ def test_an_interrupted_stage_ends_its_processes(mini, tmp_path, monkeypatch):
 
     monkeypatch.setattr('flowerdiff.services.launcher.launch_torchrun', launch)
     events = describe_together(ws, tmp_path, [])
-    assert next(events)['text'] == 'first' and started[0].poll() is None
+    assert next(events)['text'] == 'first'
+    assert started[0].poll() is None
     events.close()
     assert started[0].poll() == -signal.SIGTERM
+
+
+def fail(*args):
+    raise ZeroDivisionError
 
 
 def test_a_process_leaves_when_the_stage_is_gone(mini, whole, tmp_path, monkeypatch):
@@ -335,21 +352,18 @@ def test_a_process_leaves_when_the_stage_is_gone(mini, whole, tmp_path, monkeypa
     dead = multiprocessing.get_context('fork').Process(target=int)
     dead.start()
     dead.join()
-    write_json(
-        tmp_path / 'job.json', dict(pid=dead.pid, pictures=largest_first(ws.pictures, list(said(whole)))[0])
-    )
+    pictures = largest_first(ws.pictures, list(captions_of(whole)))[0]
+    write_json(tmp_path / 'job.json', dict(pid=dead.pid, pictures=pictures))
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('WORLD_SIZE', '2')
     threads = torch.get_num_threads()
-    assert run_worker(str(ws.root), str(tmp_path)) == 0 and len(read_journals(tmp_path)) == 4, (
-        'after one batch'
-    )
-    monkeypatch.setattr(Florence, 'answers', lambda *_: 1 / 0)
+    assert run_worker(str(ws.root), str(tmp_path)) == 0
+    assert len(read_journals(tmp_path)) == 4, 'after one batch'
+    monkeypatch.setattr(Florence, 'answers', fail)
     with pytest.raises(ZeroDivisionError):
         run_worker(str(ws.root), str(tmp_path))
-    assert json.loads((tmp_path / '1-2.jsonl').read_text())['kind'] == 'ZeroDivisionError', (
-        'what it died of is in its journal'
-    )
+    error = json.loads((tmp_path / '1-2.jsonl').read_text())
+    assert error['kind'] == 'ZeroDivisionError', 'the journal records the error'
     torch.set_num_threads(threads)
 
 
@@ -357,105 +371,128 @@ def test_a_process_leaves_when_the_stage_is_gone(mini, whole, tmp_path, monkeypa
 
 
 def test_batches_are_halved_until_they_fit(mini, whole, tmp_path, monkeypatch, capsys):
-    ws, seen = make(tmp_path / 'ws', mini), []
+    ws = make(tmp_path / 'ws', mini)
     change(ws, batch_size=16)
+    sizes = []
 
-    def small(self, x, task):
-        seen.append(len(x['pixel_values']))
-        if seen[-1] > 3:
+    def small(self, inputs, task):
+        sizes.append(len(inputs['pixel_values']))
+        if sizes[-1] > 3:
             raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
-        return answers(self, x, task)
+        return real_answers(self, inputs, task)
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory')
 
     monkeypatch.setattr(Florence, 'answers', small)
     run(ws.root)
-    assert said(ws) == said(whole) and [s for s in seen if s > 2] == [16, 8, 4]
-    assert [l for l in capsys.readouterr().out.splitlines() if 'memory' in l] == [
+    assert captions_of(ws) == captions_of(whole)
+    assert [size for size in sizes if size > 2] == [16, 8, 4]
+    assert [line for line in capsys.readouterr().out.splitlines() if 'memory' in line] == [
         'caption: 16 pictures at a time do not fit into memory, going on with 2'
     ]
-    monkeypatch.setattr(
-        Florence, 'answers', lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError('CUDA out of memory'))
-    )
+    monkeypatch.setattr(Florence, 'answers', out_of_memory)
     with pytest.raises(UserError, match='one picture alone does not fit'):
         run(change(ws, max_new_tokens=7).root)
-    monkeypatch.setattr(Florence, 'answers', lambda *_: 1 / 0)
+    monkeypatch.setattr(Florence, 'answers', fail)
     with pytest.raises(ZeroDivisionError):
-        run(ws.root)  # another error is not memory's
+        run(ws.root)  # any other error is not about memory
 
 
 def test_memory_holds_two_batches(mini, whole, tmp_path, monkeypatch):
-    ws, alive = make(tmp_path / 'ws', mini), []
-    monkeypatch.setattr(
-        Florence, 'inputs', lambda self, p, task: alive.append(len(p)) or inputs(self, p, task)
-    )
-    most = []
-    for i, e in enumerate(describe_share(ws, tmp_path, largest_first(ws.pictures, list(said(whole)))[0])):
-        most.append(len(alive) - i)
-    assert len(most) == 7 and max(most) <= 2
+    ws = make(tmp_path / 'ws', mini)
+    prepared = []
+
+    def inputs(self, pictures, task):
+        prepared.append(len(pictures))
+        return real_inputs(self, pictures, task)
+
+    monkeypatch.setattr(Florence, 'inputs', inputs)
+    pictures = largest_first(ws.pictures, list(captions_of(whole)))[0]
+    in_memory = [len(prepared) - i for i, _ in enumerate(describe_share(ws, tmp_path, pictures))]
+    assert len(in_memory) == 7
+    assert max(in_memory) <= 2
 
 
-# ---- what can not be used
+# ---- models that cannot be used
 
 
-def broken(mini, folder, how):
-    shutil.copytree(mini, folder)
-    how(folder)
-    return folder
+def update_config(folder, **changes):
+    write_json(folder / 'config.json', read_json(folder / 'config.json') | changes)
+
+
+def another_model(folder):
+    write_json(folder / 'config.json', dict(model_type='blip'))
+
+
+def first_format(folder):
+    update_config(folder, auto_map={})
+
+
+def pickled(folder):
+    (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+
+
+def truncated(folder):
+    (folder / 'model.safetensors').write_bytes(b'12')
+
+
+def without_processor(folder):
+    (folder / 'processor_config.json').unlink()
+
+
+def without_tokenizer(folder):
+    (folder / 'tokenizer.json').unlink()
+
+
+def another_shape(folder):
+    text_config = read_json(folder / 'config.json')['text_config']
+    update_config(folder, text_config=text_config | dict(decoder_layers=2))
 
 
 @pytest.mark.parametrize(
-    'how,line',
+    'damage,line',
     [
-        (
-            lambda f: write_json(f / 'config.json', dict(model_type='blip')),
-            'is a blip; caption.model wants a Florence-2',
-        ),
-        (
-            lambda f: write_json(f / 'config.json', read_json(f / 'config.json') | dict(auto_map={})),
-            'in its first format',
-        ),
-        (lambda f: (f / 'model.safetensors').rename(f / 'pytorch_model.bin'), 'convert it to safetensors'),
-        (lambda f: (f / 'model.safetensors').write_bytes(b'12'), 'cannot be opened'),
-        (lambda f: (f / 'processor_config.json').unlink(), 'cannot be opened'),
-        (lambda f: (f / 'tokenizer.json').unlink(), 'its tokenizer is missing'),
-        (
-            lambda f: write_json(
-                f / 'config.json',
-                (c := read_json(f / 'config.json'))
-                | dict(text_config=c['text_config'] | dict(decoder_layers=2)),
-            ),
-            'do not fit its config.json',
-        ),
+        (another_model, 'is a blip; caption.model wants a Florence-2'),
+        (first_format, 'in its first format'),
+        (pickled, 'convert it to safetensors'),
+        (truncated, 'cannot be opened'),
+        (without_processor, 'cannot be opened'),
+        (without_tokenizer, 'its tokenizer is missing'),
+        (another_shape, 'do not fit its config.json'),
         (shutil.rmtree, 'no such folder'),
     ],
-    ids=['kind', 'first format', 'pickle', 'cut', 'no processor', 'no tokenizer', 'misfit', 'gone'],
 )
-def test_other_models_are_refused_in_a_line(mini, tmp_path, how, line):
-    ws = make(tmp_path / 'ws', broken(mini, tmp_path / 'model', how))
+def test_other_models_are_refused_in_a_line(mini, tmp_path, damage, line):
+    model = Path(shutil.copytree(mini, tmp_path / 'model'))
+    damage(model)
+    ws = make(tmp_path / 'ws', model)
     with pytest.raises(UserError, match=line) as e:
         run(ws.root)
-    assert '\n' not in str(e.value) and not ws.captions.exists()
+    assert '\n' not in str(e.value)
+    assert not ws.captions.exists()
 
 
-def test_the_hub_off_line(mini, tmp_path, monkeypatch):
+def test_the_hub_offline(mini, tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub'))
     commit = '0123456789abcdef0123456789abcdef01234567'
     shutil.copytree(mini, tmp_path / 'hub' / 'models--someone--florence' / 'snapshots' / commit)
     ws = make(tmp_path / 'ws', f'someone/florence@{commit}')
     run(ws.root)
-    with pytest.raises(
-        UserError, match="someone/other@.* is not in this machine's cache and cannot be downloaded"
-    ) as e:
+    message = r"someone/other@.* is not in this machine's cache and cannot be downloaded"
+    with pytest.raises(UserError, match=message) as e:
         run(change(ws, model=f'someone/other@{commit}').root)
-    assert '\n' not in str(e.value) and len(said(ws)) == 25, 'what was there stays'
-    with pytest.raises(UserError, match='caption.model .*pinned to a commit'):
+    assert '\n' not in str(e.value)
+    assert len(captions_of(ws)) == 25, 'the earlier captions are kept'
+    with pytest.raises(UserError, match=r'caption.model .*pinned to a commit'):
         change(ws, model='someone/florence')
 
 
-def test_a_picture_that_is_gone(mini, tmp_path):
+def test_a_missing_picture(mini, tmp_path):
     ws = make(tmp_path / 'ws', mini)
     (ws.pictures / 'val' / '000001.png').unlink()
-    with pytest.raises(UserError, match='val/000001.png: is not there'):
+    with pytest.raises(UserError, match=r'val/000001.png: is not there'):
         run(ws.root)
 
 
@@ -477,17 +514,21 @@ def test_a_picture_that_is_gone(mini, tmp_path):
         ),
         ('A yellow flower with green leaves on it.', '', 'a yellow flower with green leaves on it'),
         (
-            'In this image we can see two cars on the road. In the background, we can also see water, hills and the sky.',
+            'In this image we can see two cars on the road. In the background, we can also see '
+            'water, hills and the sky.',
             '',
             'two cars on the road',
         ),
         (
-            'The image shows a blue Volkswagen Beetle parked in front of a yellow building with two brown doors, surrounded by trees and a clear blue sky.',
+            'The image shows a blue Volkswagen Beetle parked in front of a yellow building with two brown '
+            'doors, surrounded by trees and a clear blue sky.',
             '',
-            'a blue Volkswagen Beetle parked in front of a yellow building with two brown doors, surrounded by trees and a clear blue sky',
+            'a blue Volkswagen Beetle parked in front of a yellow building with two brown doors, '
+            'surrounded by trees and a clear blue sky',
         ),
         (
-            'The image shows a close up of a tree branch with green leaves against a blurred background. The leaves are a vibrant green color.',
+            'The image shows a close up of a tree branch with green leaves against a blurred background. '
+            'The leaves are a vibrant green color.',
             'magnolia',
             'a magnolia, a close up of a tree branch with green leaves against a blurred background',
         ),

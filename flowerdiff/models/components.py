@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FILES', 'UNSAFE', 'HUB_FILES', 'PINNED', 'ORIGIN', 'VOLATILE', 'AUTOENCODERS', 'part_folder', 'weights',
            'cached_part', 'from_hub', 'component_folder', 'find_component', 'component_fingerprint', 'save_part',
-           'quiet_libraries', 'component_errors', 'load_strict', 'pil_to_tensor', 'tensor_to_pil', 'psnr',
-           'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'load_text', 'bf16_is_fast',
-           'why_not_compile', 'build_denoiser']
+           'quiet_libraries', 'one_line_errors', 'component_errors', 'load_strict', 'pil_to_tensor', 'tensor_to_pil',
+           'psnr', 'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'load_text',
+           'bf16_is_fast', 'why_not_compile', 'build_denoiser']
 
 # %% ../../nbs/models/01_components.ipynb #ee23b767
 import contextlib
@@ -56,7 +56,7 @@ def weights(folder: Path) -> list:
     "Return the safetensors files in a folder."
     return sorted(folder.glob('*.safetensors'))
 
-
+# %% ../../nbs/models/01_components.ipynb #6e2770dd
 def cached_part(
     spec: str,  # org/name@commit
     part: str,  # one of FILES
@@ -186,22 +186,32 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def component_errors(
-    folder: Path,  # that the block reads
+def one_line_errors(
+    path: Path,  # the file or folder that the block reads
+    problem: str = 'cannot be opened',
+    advice: str = 'copy it again',
 ) -> Iterator[None]:
-    "Turn any error raised while a library reads a folder into a one-line `UserError`."
+    "Turn any error raised while a library reads `path` into a one-line `UserError`."
     try:
-        with quiet_libraries():
-            yield
+        yield
     except UserError:
         raise
     except Exception as e:
         if is_out_of_memory(e):
-            raise UserError(f'{folder}: does not fit into memory') from e
+            raise UserError(f'{path}: does not fit into memory') from e
         reason = (str(e).strip().splitlines() or [''])[0][:150]
-        raise UserError(f'{folder}: cannot be opened ({type(e).__name__}: {reason}); copy it again') from e
+        raise UserError(f'{path}: {problem} ({type(e).__name__}: {reason}); {advice}') from e
 
 
+@contextlib.contextmanager
+def component_errors(
+    folder: Path,  # that the block reads
+) -> Iterator[None]:
+    "Silence the libraries while they read a folder, and turn their errors into a one-line `UserError`."
+    with quiet_libraries(), one_line_errors(folder):
+        yield
+
+# %% ../../nbs/models/01_components.ipynb #e10b53f4
 def load_strict(
     cls,  # a model class of Diffusers or transformers
     folder: Path,  # with config.json and safetensors

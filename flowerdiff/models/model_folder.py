@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..core.schema import UserError
-from ..core.workspace import is_out_of_memory, read_json, write_json
-from .components import from_hub, load_strict
+from ..core.workspace import read_json, write_json
+from .components import from_hub, load_strict, one_line_errors
 from ..services.hub_cache import HUB_ID
 
 # %% ../../nbs/models/02_model_folder.ipynb #1763af04
@@ -50,17 +50,8 @@ def model_errors(
     path: Path,  # the file or folder that the block reads
 ) -> Iterator[None]:
     "Turn any error raised while a library reads `path` into a one-line `UserError`."
-    try:
+    with one_line_errors(path, 'cannot be read', 'copy or make the model again'):
         yield
-    except UserError:
-        raise
-    except Exception as e:
-        if is_out_of_memory(e):
-            raise UserError(f'{path}: does not fit into memory') from e
-        reason = (str(e).splitlines() or [''])[0][:120]
-        raise UserError(
-            f'{path}: cannot be read ({type(e).__name__}: {reason}); copy or make the model again'
-        ) from e
 
 # %% ../../nbs/models/02_model_folder.ipynb #4934e418
 def read_config(
