@@ -203,11 +203,11 @@ def test_real_oxford(tmp_path):
             },
         )
     )
-    told = {Path(x['file_name']).name: x for x in read_jsonl(SHARED / 'flowers' / 'metadata.jsonl')}
+    official = {Path(x['file_name']).name: x for x in read_jsonl(SHARED / 'flowers' / 'metadata.jsonl')}
     near = sum(
-        x['split'] != told[k]['official_split'].replace('valid', 'val') for k, x in r.items()
+        x['split'] != official[k]['official_split'].replace('valid', 'val') for k, x in r.items()
     )  # near copies stay in training
-    assert len(r) > 390 and all(x['label'] == told[k]['class_name'] for k, x in r.items()) and near <= 4
+    assert len(r) > 390 and all(x['label'] == official[k]['class_name'] for k, x in r.items()) and near <= 4
 
 
 # ---- the network
