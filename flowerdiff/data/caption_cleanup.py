@@ -76,7 +76,8 @@ def remove_opening(text: str) -> str:
 # %% ../../nbs/data/05_caption_cleanup.ipynb #7a99e22e
 GENERAL = ('flower', 'blossom', 'bloom')
 COMPOUND = re.compile(
-    r'\s+(?:pots?|beds?|buds?|gardens?|petals?|heads?|stems?|arrangements?|vases?|fields?|plants?|shops?|markets?)\b',
+    r'\s+(?:pots?|beds?|buds?|gardens?|petals?|heads?|stems?|arrangements?|vases?|fields?|plants?|shops?'
+    r'|markets?)\b',
     re.I,
 )
 ELSEWHERE = re.compile(
