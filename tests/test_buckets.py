@@ -193,5 +193,5 @@ def test_shown_without_a_square_among_them(tmp_path):
 
 
 def test_streaming_is_refused_at_once():
-    with pytest.raises(UserError, match='train.stream reads latents of one shape'):
+    with pytest.raises(UserError, match=r'train\.stream reads latents of one shape'):
         load_profile('folder', {'prepare.crop': 'buckets', 'train.stream': 2})

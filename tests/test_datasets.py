@@ -1,4 +1,4 @@
-"Oxford 102 and CelebA: their official files, whole and broken, from the disk and from a server, become pictures, splits and captions."
+"Oxford 102 and CelebA: official files, complete and broken, from a disk and from a server."
 
 import hashlib
 import http.server
@@ -203,11 +203,11 @@ def test_real_oxford(tmp_path):
             },
         )
     )
-    told = {Path(x['file_name']).name: x for x in read_jsonl(SHARED / 'flowers' / 'metadata.jsonl')}
+    official = {Path(x['file_name']).name: x for x in read_jsonl(SHARED / 'flowers' / 'metadata.jsonl')}
     near = sum(
-        x['split'] != told[k]['official_split'].replace('valid', 'val') for k, x in r.items()
+        x['split'] != official[k]['official_split'].replace('valid', 'val') for k, x in r.items()
     )  # near copies stay in training
-    assert len(r) > 390 and all(x['label'] == told[k]['class_name'] for k, x in r.items()) and near <= 4
+    assert len(r) > 390 and all(x['label'] == official[k]['class_name'] for k, x in r.items()) and near <= 4
 
 
 # ---- the network
@@ -250,11 +250,11 @@ class Server:
 def server(tmp_path, monkeypatch):
     d = oxford(tmp_path / 'served')
     s = Server({f'/{f.name}': f.read_bytes() for f in d.iterdir()})
-    here = lambda f: f._replace(
-        url=f'{s.url}/{f.name}',
-        size=len(s.files[f'/{f.name}']),
-        md5=hashlib.md5(s.files[f'/{f.name}']).hexdigest(),
-    )
+
+    def here(file):
+        data = s.files[f'/{file.name}']
+        return file._replace(url=f'{s.url}/{file.name}', size=len(data), md5=hashlib.md5(data).hexdigest())
+
     old = DATASETS['oxford102']
     monkeypatch.setitem(
         datasets.DATASETS,
@@ -292,7 +292,7 @@ def test_a_dead_network_keeps_what_came(server, tmp_path):
         prepared(tmp_path, 'flowers102')
     one_line(
         e,
-        'can not be downloaded now',
+        'cannot be downloaded now',
         '102flowers.tgz, imagelabels.mat and setid.mat',
         str(cache),
         'prepare.files',
@@ -339,7 +339,7 @@ def test_gone_from_the_server(server, tmp_path):
     assert server.asked.count('/imagelabels.mat') == 1  # an answer, not a failure to try again
 
 
-def test_too_small_a_disk_is_told_before(server, tmp_path, monkeypatch):
+def test_too_small_a_disk_is_reported_first(server, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=2000)
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: free)
     with pytest.raises(UserError) as e:
@@ -377,7 +377,8 @@ def extract(self, m, *a, **k):
     n += 1
     real(self, m, *a, **k)
     if n == 5: # half of the fifth file is written
-        os.truncate(os.path.join(a[0], getattr(m, 'name', None) or m.filename), 300); os.kill(os.getpid(), signal.SIGKILL)
+        os.truncate(os.path.join(a[0], getattr(m, 'name', None) or m.filename), 300)
+        os.kill(os.getpid(), signal.SIGKILL)
 kind.extract = extract
 from flowerdiff.stages import prepare
 prepare.run(sys.argv[2], sys.argv[3], {'prepare.files': sys.argv[4], 'prepare.resolution': 32})
@@ -405,7 +406,7 @@ def test_killed_while_unpacking(tmp_path, monkeypatch, name, make, kind):
     assert result.info['fingerprint'] == prepared(tmp_path / 'other', profile, files).info['fingerprint']
 
 
-# ---- official files that are not
+# ---- official files that are missing or broken
 
 
 def lose(d, name):
@@ -460,18 +461,27 @@ def test_pictures_without_a_label_in_a_folder(tmp_path):
 @pytest.mark.parametrize(
     'edit, words',
     [
-        (lambda l: l[1:], ('line 1: is not the number of pictures', '5_o_Clock')),
-        (lambda l: ['12', *l[1:]], ('says 12 pictures', 'has 10')),
-        (lambda l: l[:-3], ('says 10 pictures', 'has 7')),
-        (lambda l: [*l[:4], l[4].replace('-1', '0', 1), *l[5:]], ('line 5', 'is 0, not 1 or -1')),
-        (lambda l: [*l[:4], l[4] + ' 1', *l[5:]], ('line 5: has 41 values', '40 columns')),
-        (lambda l: [l[0], l[1].replace('Bangs', 'Fringe'), *l[2:]], ('line 2: has the column Fringe',)),
-        (lambda l: [l[0], l[1].replace('Bangs ', ''), *l[2:]], ('line 2: has no column Bangs',)),
+        (lambda lines: lines[1:], ('line 1: is not the number of pictures', '5_o_Clock')),
+        (lambda lines: ['12', *lines[1:]], ('says 12 pictures', 'has 10')),
+        (lambda lines: lines[:-3], ('says 10 pictures', 'has 7')),
         (
-            lambda l: ['11', *l[1:], l[-1].replace('000010', '000011')],
+            lambda lines: [*lines[:4], lines[4].replace('-1', '0', 1), *lines[5:]],
+            ('line 5', 'is 0, not 1 or -1'),
+        ),
+        (lambda lines: [*lines[:4], lines[4] + ' 1', *lines[5:]], ('line 5: has 41 values', '40 columns')),
+        (
+            lambda lines: [lines[0], lines[1].replace('Bangs', 'Fringe'), *lines[2:]],
+            ('line 2: has the column Fringe',),
+        ),
+        (
+            lambda lines: [lines[0], lines[1].replace('Bangs ', ''), *lines[2:]],
+            ('line 2: has no column Bangs',),
+        ),
+        (
+            lambda lines: ['11', *lines[1:], lines[-1].replace('000010', '000011')],
             ('does not say in which split 000011.jpg is',),
         ),
-        (lambda l: [], ('line 1: is not the number of pictures (empty)',)),
+        (lambda lines: [], ('line 1: is not the number of pictures (empty)',)),
     ],
 )
 def test_tables_that_will_not_do(tmp_path, edit, words):
@@ -495,8 +505,8 @@ def test_stratified_keeps_shares_in_each_class(tmp_path):
     )
     for s, n in (('train', 11), ('val', 3), ('test', 1)):
         counts = {
-            l: sum(x['label'] == l and x['split'] == s for x in rows(result).values())
-            for l in ('passion flower', 'water lily', 'pink primrose', 'blackberry lily')
+            label: sum(x['label'] == label and x['split'] == s for x in rows(result).values())
+            for label in ('passion flower', 'water lily', 'pink primrose', 'blackberry lily')
         }
         assert all(abs(c - n) <= 1 for c in counts.values()) and min(counts.values()) > 0, (s, counts)
 
@@ -511,7 +521,7 @@ def test_random_crop_is_the_pictures_own(tmp_path):
     assert sum(rows(a)[k]['sha256'] != rows(c)[k]['sha256'] for k in rows(a)) > 8
 
 
-# ---- what is said of a face
+# ---- the sentences about a face
 
 CLAIMS = dict(
     Attractive='attractive',
@@ -556,7 +566,8 @@ CLAIMS = dict(
 )
 CLAIMS['5_o_Clock_Shadow'] = "o'clock shadow"
 WRONG = re.compile(
-    r'  |\b(\w+) \1\b|with and|with wearing| and$|with$|wearing$|,,|,$|\ba [aeiou]|\ban [^aeiou]|\b(?:a|an) (?:a|an)\b|^ | $|noses|\bhair\b.*\bhair\b|eyebrows.*eyebrows'
+    r'  |\b(\w+) \1\b|with and|with wearing| and$|with$|wearing$|,,|,$|\ba [aeiou]|\ban [^aeiou]'
+    r'|\b(?:a|an) (?:a|an)\b|^ | $|noses|\bhair\b.*\bhair\b|eyebrows.*eyebrows'
 )
 WORDS = {
     'a',
@@ -672,7 +683,7 @@ def test_the_head_of_the_real_table():
 
 
 def test_miniature_of_the_celeba_profile_trains(tmp_path):
-    "Every setting of the profile but the sizes: an autoencoder of its own, accumulation, checkpointing, latents in a window."
+    "All settings of the profile but the sizes: own autoencoder, accumulation, checkpointing, streaming."
     prepared(tmp_path, 'celeba', celeba(tmp_path / 'files', 40))
     caption.run(tmp_path / 'ws')
     out = encode.run(

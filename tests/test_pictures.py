@@ -1,4 +1,4 @@
-"Pictures as people really have them: each bad one gets a line, and the run goes on."
+"Real folders of pictures: bad files are listed with a reason, and the run continues."
 
 import errno
 import io
@@ -16,6 +16,7 @@ from PIL import Image
 
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import read_json, read_jsonl
+from flowerdiff.data import image_folder
 from flowerdiff.data.images import MAX_PIXELS, BadPicture, load_picture
 from flowerdiff.stages import caption, prepare
 
@@ -85,7 +86,7 @@ def one_line(e, *words):
     assert '\n' not in text and all(w in text for w in words), text
 
 
-# ---- files that are no use: a line each, and the run goes on
+# ---- files that cannot be used
 
 
 def test_bad_files_go_to_quarantine(photos):
@@ -100,7 +101,7 @@ def test_bad_files_go_to_quarantine(photos):
     (photos / 'notes.txt').write_text('red ones first')
     noise(52, (1, 1)).save(photos / 'dot.png')
     noise(53, (40, 12)).save(photos / 'small.png')
-    noise(54, (20000, 40)).save(photos / 'strip.png')
+    noise(54, (20000, 40)).save(photos / 'long.png')
     (photos / 'huge.png').write_bytes(claims(20000, 20000))
     os.mkfifo(photos / 'pipe.jpg')
     (photos / 'gone.jpg').symlink_to('nowhere.jpg')
@@ -116,10 +117,10 @@ def test_bad_files_go_to_quarantine(photos):
         'notes.txt': 'not a picture',
         'dot.png': '1x1',
         'small.png': '40x12',
-        'strip.png': '20000x40',
+        'long.png': '20000x40',
         'huge.png': 'million pixels',
         'pipe.jpg': 'not a file',
-        'gone.jpg': 'leads nowhere',
+        'gone.jpg': 'broken link',
         'program.eps': 'not a picture',
     }
     assert set(why) == set(expected) and all(w in why[f] for f, w in expected.items()), why
@@ -131,14 +132,15 @@ def test_wide_photo_is_cut_and_too_large_refused(tmp_path):
     art, wide = noise(1, (2500, 2500)), Image.new('RGB', (20000, 2500), 'blue')
     wide.paste(art, (8750, 0))
     wide.save(tmp_path / 'wide.jpg', quality=50)
-    im, facts = load_picture(tmp_path / 'wide.jpg', 64)
-    assert facts['width'] == 20000 and near(im, art.resize((64, 64)), 8)
+    loaded = load_picture(tmp_path / 'wide.jpg', 64)
+    assert loaded.width == 20000
+    assert near(loaded.image, art.resize((64, 64)), 8)
     (tmp_path / 'more.png').write_bytes(claims(MAX_PIXELS // 5000 + 8, 5000))
     with pytest.raises(BadPicture, match='million'):
         load_picture(tmp_path / 'more.png', 64)
 
 
-# ---- pictures that need care: they come out as a person sees them
+# ---- pictures that need care
 
 
 def test_difficult_pictures_come_out_right(photos):
@@ -242,7 +244,7 @@ def test_copies_and_near_copies(photos):
 
 def write_metadata(photos, *lines):
     (photos / 'metadata.jsonl').write_text(
-        '\n'.join(l if isinstance(l, str) else json.dumps(l) for l in lines) + '\n'
+        '\n'.join(line if isinstance(line, str) else json.dumps(line) for line in lines) + '\n'
     )
 
 
@@ -264,7 +266,7 @@ def test_bad_metadata_lines_are_named(photos):
         'metadata.jsonl line 2': 'is not JSON',
         'metadata.jsonl line 3': 'has no file_name',
         'metadata.jsonl line 4': 'has no file_name',
-        'metadata.jsonl line 5': 'describes rose/99.png, which is not there',
+        'metadata.jsonl line 5': 'describes rose/99.png, which does not exist',
         'metadata.jsonl line 7': 'is a second row for rose/0.png; the first one is used',
     }
     assert (
@@ -281,7 +283,7 @@ def test_metadata_that_is_no_jsonl(photos):
     (photos / 'metadata.jsonl').write_text('[{"file_name": "rose/0.png"}]')
     with pytest.raises(UserError) as e:
         prepared(photos)
-    one_line(e, 'metadata.jsonl', 'no line of it can be used', 'one JSON object a line')
+    one_line(e, 'metadata.jsonl', 'no line can be used', 'one JSON object per line')
 
 
 def test_names_from_a_mac(photos):  # ü in two characters in the table, in one on the disk
@@ -302,7 +304,10 @@ def test_split_is_by_content_and_by_class(photos, tmp_path):
         g.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(f, g)
     b = prepared(tmp_path / 'other', 'ws2', val=0.2, test=0.2)
-    where = lambda r: {x['sha256']: x['split'] for x in rows(r).values()}
+
+    def where(result):
+        return {row['sha256']: row['split'] for row in rows(result).values()}
+
     assert where(a) == where(b) and a.info['counts'] == dict(train=36, val=12, test=12)
     for s in ('val', 'test'):
         assert {'rose', 'lily'} == {x['label'] for x in read_jsonl(a.folder / s / 'metadata.jsonl')}
@@ -328,17 +333,17 @@ def test_official_split_only_when_asked(photos):
     one_line(e, 'prepare.split', 'val or test')
 
 
-def test_at_most_so_many(photos):
+def test_at_most_count_pictures(photos):
     assert len(rows(prepared(photos, count=5))) == 5
 
 
-# ---- folders that will not do
+# ---- folders that cannot be used
 
 
 @pytest.mark.parametrize(
     'make, words',
     [
-        (lambda d: None, ('is not there',)),
+        (lambda d: None, ('does not exist',)),
         (lambda d: d.mkdir(), ('0 pictures', 'at least 3')),
         (lambda d: d.write_text('x'), ('is a file',)),
         (lambda d: (d.mkdir(), noise(1).save(d / 'a.png')), ('1 picture that', 'at least 3')),
@@ -348,7 +353,7 @@ def test_at_most_so_many(photos):
         ),
     ],
 )
-def test_folders_that_will_not_do(tmp_path, make, words):
+def test_unusable_folders(tmp_path, make, words):
     make(tmp_path / 'pics')
     with pytest.raises(UserError) as e:
         prepared(tmp_path / 'pics')
@@ -368,28 +373,27 @@ def test_workspace_inside_and_around_the_pictures(photos):
 # ---- stopped, read-only, full
 
 
-def test_goes_on_where_it_was_stopped(photos, monkeypatch):
+def test_continues_after_an_interruption(photos, monkeypatch):
     for i in range(12, 40):
         noise(i).save(photos / f'{i}.png')
-    import flowerdiff.data.image_folder as c
-
-    real, made = c.prepare_picture, []
+    real = image_folder.crop_picture
+    made = []
 
     def die_at(n):
         def f(task):
             if len(made) == n:
                 raise KeyboardInterrupt
-            made.append(task[0])
+            made.append(task.source)
             return real(task)
 
         return f
 
-    monkeypatch.setattr(c, 'prepare_picture', die_at(25))
+    monkeypatch.setattr(image_folder, 'crop_picture', die_at(25))
     with pytest.raises(KeyboardInterrupt):
         prepared(photos)
     assert not (photos.parent / 'ws' / 'pictures').exists()
     made.clear()
-    monkeypatch.setattr(c, 'prepare_picture', die_at(-1))
+    monkeypatch.setattr(image_folder, 'crop_picture', die_at(-1))
     result = prepared(photos)
     assert (
         len(made) == 15
@@ -434,7 +438,7 @@ from flowerdiff.core.workspace import UserError
 settings = {{'prepare.source': {photos!r}, 'prepare.resolution': 32}}
 if {readonly}: subprocess.run(['mount', '-o', 'remount,ro', {disk!r}], check=True)
 try: run({disk!r} + '/ws', 'folder', settings)
-except UserError as e: print('TOLD', e)
+except UserError as e: print('ERROR', e)
 END"""
 
 
@@ -455,13 +459,15 @@ def test_a_real_small_disk(photos, size, readonly, words):
         size=size, disk=str(disk), photos=str(photos), python=sys.executable, readonly=readonly
     )
     p = subprocess.run(['unshare', '-rm', 'bash', '-c', script], capture_output=True, text=True)
-    assert any(l.startswith('TOLD') and words in l for l in p.stdout.splitlines()), p.stdout + p.stderr
+    assert any(line.startswith('ERROR') and words in line for line in p.stdout.splitlines()), (
+        p.stdout + p.stderr
+    )
 
 
 # ---- captions
 
 
-def test_folder_without_anything_to_say(tmp_path):
+def test_folder_without_captions_or_labels(tmp_path):
     (tmp_path / 'IMG').mkdir()
     for i in range(5):
         noise(i).save(tmp_path / 'IMG' / f'{i}.png')
@@ -489,7 +495,7 @@ def test_subfolders_become_labels(photos):
     assert read_jsonl(out.folder / 'metadata.jsonl') == said
 
 
-def test_lint_tells_faults(photos):
+def test_lint_finds_problems(photos):
     write_metadata(
         photos,
         *(
@@ -520,7 +526,7 @@ def test_lint_tells_faults(photos):
 
 def test_garden_is_the_same_with_workers_and_without(tmp_path, monkeypatch):
     a = prepare.run(tmp_path / 'a', 'garden', {'prepare.count': 200})
-    monkeypatch.setattr(prepare, 'in_order', lambda f, items, workers=None: map(f, items))
+    monkeypatch.setattr(prepare, 'map_in_order', lambda function, items, workers=None: map(function, items))
     b = prepare.run(tmp_path / 'b', 'garden', {'prepare.count': 200})
     c = prepare.run(tmp_path / 'c', 'garden', {'prepare.count': 200, 'seed': 1})
     assert a.info['fingerprint'] == b.info['fingerprint'] != c.info['fingerprint']

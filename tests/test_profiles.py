@@ -1,4 +1,7 @@
-"The profiles of the real data, whole: miniatures of the same classes in the official layouts, the official files, all ten stages, and no other settings than sizes."
+"""The profiles of real data, run whole through all ten stages.
+
+The data are miniatures in the official layouts. Only settings of sizes are changed.
+"""
 
 import importlib
 import io
@@ -70,7 +73,8 @@ def pixels(file):
 
 
 def started(ws):
-    return [json.loads(l) for f in ws.work.glob('train-*/events.jsonl') for l in f.read_text().splitlines()]
+    files = ws.work.glob('train-*/events.jsonl')
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def check_latents(ws, vae):  # of picture k, and of its mirror, as Diffusers' own class makes them
@@ -158,8 +162,9 @@ def check_training(
     )
     kept = load_file(sorted(ws.work.glob('train-*/checkpoints/*/optimizer.safetensors'))[-1])
     assert {k.partition('.')[2] for k in kept} == {'step', 'exp_avg', 'exp_avg_sq'}  # AdamW's
-    assert (told := [x for x in e if x['event'] == 'step'])
-    for x in told:  # the curve of the learning rate
+    steps = [x for x in e if x['event'] == 'step']
+    assert steps
+    for x in steps:  # the curve of the learning rate
         i = x['step'] - 1
         falls = dict(cosine=0.5 + 0.5 * np.cos(np.pi * i / done['steps']), constant=1.0)[t.lr_schedule]
         assert x['lr'] == pytest.approx(t.lr * min(1, (i + 1) / t.warmup_steps) * falls)
@@ -299,7 +304,7 @@ def test_flowers_are_split_and_named_as_oxford_says(flowers):
     labels = loadmat(d / 'files' / 'imagelabels.mat')['labels'].ravel()
     seen = {int(r['name'][6:11]): r for r in rows(ws).values()}
     assert {i: r['split'] for i, r in seen.items()} == ids and {i: r['label'] for i, r in seen.items()} == {
-        i + 1: FLOWERS[l - 1] for i, l in enumerate(labels)
+        i + 1: FLOWERS[label - 1] for i, label in enumerate(labels)
     }
     with tarfile.open(d / 'files' / '102flowers.tgz') as t:
         for f, r in rows(ws).items():  # the middle of the photograph, not squashed
@@ -377,7 +382,10 @@ SKIN, HAIR = (
 
 def face(row, i):  # 178 x 218, as CelebA aligns them
     rng = np.random.default_rng(i)
-    color = lambda: tuple(map(int, rng.integers(30, 250, 3)))
+
+    def color():
+        return tuple(map(int, rng.integers(30, 250, 3)))
+
     im = Image.new('RGB', (178, 218), color())
     d = ImageDraw.Draw(im)
     for _ in range(3):
@@ -446,10 +454,11 @@ def people(tmp_path_factory):
 
 def test_faces_are_split_and_described_as_their_tables_say(people):
     ws, _, d = people
-    told = dict(l.split() for l in (d / 'files' / 'list_eval_partition.txt').read_text().splitlines())
+    lines = (d / 'files' / 'list_eval_partition.txt').read_text().splitlines()
+    official = dict(line.split() for line in lines)
     seen, captions = rows(ws), said(ws)
     assert {r['name']: r['split'] for r in seen.values()} == {
-        k: ('train', 'val', 'test')[int(v)] for k, v in told.items()
+        k: ('train', 'val', 'test')[int(v)] for k, v in official.items()
     } and len(seen) == 36
     colors = np.array(list(HAIR.values()))
     for f, r in seen.items():
@@ -510,7 +519,10 @@ def test_faces_are_trained_in_little_memory_and_drawn_by_ddpm(people):
     ddpm = DDPMScheduler.from_pretrained(ws.model / 'scheduler')
     assert torch.allclose(ddpm.alphas_cumprod, (1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0), atol=1e-6)
     draw = Generator.from_pretrained(ws.root, backend='torch')
-    a, b = (draw('a smiling woman with black hair', seed=1, steps=5, scheduler=k)[0] for k in ('ddpm', 'dpm'))
+    a, b = (
+        draw('a smiling woman with black hair', seed=1, num_inference_steps=5, scheduler=k)[0]
+        for k in ('ddpm', 'dpm')
+    )
     assert a.tobytes() != b.tobytes()
     assert 'picture half' in ' '.join(check_report(ws, 'celeba', 4)['skipped'].values())
     check_builds(ws, results)
@@ -634,12 +646,12 @@ def test_lora_is_published_as_diffusers_loads_it(mine):
     folder, pipe = check_published(ws)
     check_builds(ws, results)
     assert 'load_lora_weights' in (folder / 'README.md').read_text()
-    draw = lambda p: np.array(
-        p('number 3, a red rose', num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[
-            0
-        ],
-        int,
-    )
+
+    def draw(pipeline):
+        generator = torch.Generator().manual_seed(0)
+        images = pipeline('number 3, a red rose', num_inference_steps=4, generator=generator).images
+        return np.array(images[0], int)
+
     base = StableDiffusionPipeline.from_pretrained(d / 'base')
     base.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     base.set_progress_bar_config(disable=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOWERS', 'CELEBA', 'VGG', 'DATASETS', 'Dataset', 'read_mat', 'oxford102_rows', 'read_header', 'attribute_rows',
-           'celeba_rows', 'cache_folder', 'find_files', 'prepare_dataset']
+           'celeba_rows', 'cache_folder', 'listed', 'find_files', 'prepare_dataset']
 
 # %% ../../nbs/data/03_datasets.ipynb #1697781b
 import json
@@ -153,7 +153,7 @@ def read_header(
     unknown = [name for name in names if name not in CELEBA]
     if unknown:
         raise UserError(
-            f'{path} line 2: has the column {unknown[0][:40]}, which CelebA does not have; get the table again'
+            f'{path} line 2: has the column {unknown[0][:40]}, which CelebA has not; get the table again'
         )
     missing = [name for name in CELEBA if name not in names]
     if missing:
@@ -243,9 +243,9 @@ def cache_folder(name: str) -> Path:  # of a data set
     return Path(root).expanduser() / name
 
 
-def _listed(files: list) -> str:  # 'a, b and c'
-    names = [file.name for file in files]
-    return ' and '.join([', '.join(names[:-1])] * bool(names[1:]) + names[-1:])
+def listed(words: list) -> str:
+    "Join words as in 'a, b and c'."
+    return ' and '.join(filter(None, (', '.join(words[:-1]), *words[-1:])))
 
 
 def _missing_bytes(file: File, folder: Path) -> int:
@@ -255,7 +255,7 @@ def _missing_bytes(file: File, folder: Path) -> int:
 
 def _download(name: str, files: list, folder: Path):
     by_hand = (
-        f'get {_listed(files)} from {DATASETS[name].page}, '
+        f'get {listed([file.name for file in files])} from {DATASETS[name].page}, '
         f'and put them into {folder} or into a folder that prepare.files names'
     )
     if not all(file.url for file in files):
@@ -287,10 +287,11 @@ def find_files(
         )
     files = [*dataset.tables] if (folder / dataset.pictures).is_dir() else [dataset.archive, *dataset.tables]
     missing = [file for file in files if not (folder / file.name).exists()]
+    tables = [table.name for table in dataset.tables]
     if missing and given:
         raise UserError(
             f'prepare.files: {given} lacks {" and ".join(file.name for file in missing)}; '
-            f'{name} is {dataset.archive.name} (or the folder {dataset.pictures}), {_listed(dataset.tables)}'
+            f'{name} is {dataset.archive.name} (or the folder {dataset.pictures}), {listed(tables)}'
         )
     if missing:
         _download(name, missing, folder)
