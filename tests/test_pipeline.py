@@ -1,4 +1,4 @@
-"What DVC decides, how a run is stopped, and what a killed run leaves. Stages are toys, see `toy` in conftest."
+"What DVC decides, how a run is stopped, and what a killed run leaves. `toy` in conftest makes the stages."
 
 import json
 import os

@@ -101,21 +101,21 @@ def test_the_arithmetic_is_what_a_run_did():
 
 
 def test_numbers_follow_the_settings(quick, tmp_path):
-    ask = lambda **kw: make_plan(
-        tmp_path / 'w', overrides={**SMALL, **{f'train.{k}': v for k, v in kw.items()}}
-    )[0]
-    one, wide, large = ask(), ask(channels=[32, 32, 64]), ask(batch_size=64)
-    assert (
-        3 < wide['weights'] / one['weights'] < 4.1
-        and wide['kept'] == 5 * 4 * wide['weights']
-        and wide['disk']['train'] > 2 * one['disk']['train']
-    )
-    assert (
-        (one['steps'], large['steps']) == (21, 11)
-        and one['train_seconds'] == pytest.approx(21 * 32 / 10)
-        and large['train_seconds'] == pytest.approx(11 * 64 / 10)
-    )
-    assert ask(epochs=24)['train_seconds'] == pytest.approx(41 * 32 / 10) and one['encode_seconds'] == 0.6
+    def numbers(**train):
+        changes = {f'train.{key}': value for key, value in train.items()}
+        return make_plan(tmp_path / 'w', overrides=SMALL | changes)[0]
+
+    one = numbers()
+    wide = numbers(channels=[32, 32, 64])
+    large = numbers(batch_size=64)
+    assert 3 < wide['weights'] / one['weights'] < 4.1
+    assert wide['kept'] == 5 * 4 * wide['weights']
+    assert wide['disk']['train'] > 2 * one['disk']['train']
+    assert (one['steps'], large['steps']) == (21, 11)
+    assert one['train_seconds'] == pytest.approx(21 * 32 / 10)
+    assert large['train_seconds'] == pytest.approx(11 * 64 / 10)
+    assert numbers(epochs=24)['train_seconds'] == pytest.approx(41 * 32 / 10)
+    assert one['encode_seconds'] == 0.6
 
 
 def test_a_limit_of_hours_is_kept(quick, tmp_path):
@@ -263,7 +263,7 @@ def test_a_model_that_was_never_downloaded(quick, tmp_path, capsys, monkeypatch,
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', cache_only)
     monkeypatch.chdir(tmp_path)
     assert main(['plan', 'w', '--set', f'{key}={MISSING}', '--set', 'prepare.count=60']) == 0
-    out = {l.split()[0]: l for l in capsys.readouterr().out.splitlines()}
+    out = {row.split()[0]: row for row in capsys.readouterr().out.splitlines()}
     assert (
         MISSING in out[line]
         and 'is not on this machine' in out[line]
@@ -310,9 +310,10 @@ def test_mistakes_in_settings(tmp_path, capsys):
 
 
 def test_a_small_disk_is_reported_before(quick, photos, tmp_path, capsys, monkeypatch):
-    room = lambda free: monkeypatch.setattr(
-        shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
-    )
+    def room(free):
+        usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+        monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
+
     room(4 * 10**6)
     with pytest.raises(
         UserError, match=r'has 4.0 MB free and the first three stages need about \d+ MB \(pictures .*latents'
