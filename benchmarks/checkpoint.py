@@ -2,10 +2,10 @@
 
     python benchmarks/checkpoint.py [--millions 148] [--rounds 3] [--folder .]
 
-The checkpoint holds 148 million parameters with AdamW's state and their average. A run that is asked to stop writes
-it and waits: this is the time from SIGTERM to the disk, without the step under way. A run that continues waits only
-for a copy. A loop of matrix products stands in for training, and its pace during the write is compared with its pace
-alone.
+The checkpoint holds 148 million parameters with AdamW's state and their average. A run that is asked to
+stop writes it and waits: this is the time from SIGTERM to the disk, without the step under way. A run
+that continues waits only for a copy. A loop of matrix products stands in for training, and its pace
+during the write is compared with its pace alone.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python benchmarks/cpu_choices.py [--rounds 5] [--steps 40] [--batch 32]
 
-Each choice is changed alone, on steps of the garden's UNet. Every measurement is a process of its own, because
-`malloc` reads its settings at the start. A round runs all choices in rotating order. A ratio is the median over the
-rounds of the choice's samples per second, divided by those of the training's own choice.
+Each choice is changed alone, on steps of the garden's UNet. Every measurement is a process of its own,
+because `malloc` reads its settings at the start. A round runs all choices in rotating order. A ratio is
+the median over the rounds of the choice's samples per second, divided by those of the training's own
+choice.
 """
 
 import argparse

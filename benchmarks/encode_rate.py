@@ -2,8 +2,8 @@
 
     python benchmarks/encode_rate.py [--pictures 512] [--side 64] [--batch 64] [--rounds 3] [--threads 0]
 
-Both sides run in one process in turns, and encode each picture and its mirror image in the stage's own precision.
-Times are wall-clock times. On a busy machine read the share, not the rates.
+Both sides run in one process in turns, and encode each picture and its mirror image in the stage's own
+precision. Times are wall-clock times. On a busy machine read the share, not the rates.
 """
 
 import argparse

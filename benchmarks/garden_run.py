@@ -2,9 +2,9 @@
 
     python benchmarks/garden_run.py [FOLDER] [--set train.epochs=3 ...]
 
-Prints one line per stage (seconds), the total time, the peak memory of the command and all its processes, and
-the adherence of 200 held-out prompts, as the attribute classifier measures it. Run it on an idle machine: the claim
-is at most 10 minutes on 2 cores.
+Prints one line per stage (seconds), the total time, the peak memory of the command and all its processes,
+and the adherence of 200 held-out prompts, as the attribute classifier measures it. Run it on an idle
+machine: the claim is at most 10 minutes on 2 cores.
 """
 
 import argparse

@@ -3,15 +3,16 @@
     taskset -c 0 python benchmarks/peers.py --diffusers DIR [--channels 192,384,576] [--resolution 128]
         [--batch 16] [--rounds 3] [--threads 1] [--kept]
 
-All sides use the same batch size, resolution and float32, and take turns after each step. The reference loop does what
-aniketpoojari/Text-To-Image-Diffusion (c3f8ebb) does in each step, on a CPU instead of a GPU: read a JPEG, encode it,
-load its CLIP embedding from a .pt file, drop the captions of the whole batch or not, AdamW with clipping, average the
-weights, read the loss. Stock diffusers is its own training script, unchanged. Each peer is a process of its own that
-waits while the others run. Ours keeps freed memory as `flowerdiff run` does, the peers do with --kept. DIR is a clone
-of huggingface/diffusers, its git directory, or the script. Without it only the first peer runs.
+All sides use the same batch size, resolution and float32, and take turns after each step. The reference
+loop does what aniketpoojari/Text-To-Image-Diffusion (c3f8ebb) does in each step, on a CPU instead of a
+GPU: read a JPEG, encode it, load its CLIP embedding from a .pt file, drop the captions of the whole batch
+or not, AdamW with clipping, average the weights, read the loss. Stock diffusers is its own training
+script, unchanged. Each peer is a process of its own that waits while the others run. Ours keeps freed
+memory as `flowerdiff run` does, the peers do with --kept. DIR is a clone of huggingface/diffusers, its
+git directory, or the script. Without it only the first peer runs.
 
-The autoencoder has the shape of Stable Diffusion's, the text encoder that of CLIP ViT-L/14, both with random weights.
-Nothing is downloaded.
+The autoencoder has the shape of Stable Diffusion's, the text encoder that of CLIP ViT-L/14, both with
+random weights. Nothing is downloaded.
 """
 
 import argparse
@@ -207,7 +208,7 @@ def drive_reference(folder, batch):
 
 
 def fetched(where, folder):
-    "Copy the script: from itself, a clone, or the newest release in a git directory up to the installed diffusers."
+    "Copy the script: from itself, a clone, or the newest fitting release in a git directory."
     from importlib.metadata import version
 
     from packaging.version import Version

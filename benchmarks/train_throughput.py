@@ -3,9 +3,10 @@
     python benchmarks/train_throughput.py [--channels 64,64,96] [--size 16] [--text 24,128]
         [--batch 32] [--steps 4] [--rounds 5] [--threads 0]
 
-The bare loop runs forward, backward and AdamW on one batch in memory. Ours also makes its batch (order, captions,
-dropout, mirror images, noise, timesteps), weighs the loss, clips, averages the weights and logs its events. Both run in
-one process. Each round runs both for some steps, in alternating order. The ratio is the median over the rounds.
+The bare loop runs forward, backward and AdamW on one batch in memory. Ours also makes its batch (order,
+captions, dropout, mirror images, noise, timesteps), weighs the loss, clips, averages the weights and logs
+its events. Both run in one process. Each round runs both for some steps, in alternating order. The ratio
+is the median over the rounds.
 """
 
 import argparse
@@ -92,14 +93,14 @@ def main():
             seen[k].append(a.batch / v)
     weights = sum(p.numel() for p in net.parameters()) / 1e6
     print(
-        f'{"":6s}{"samples/s":>10s}   ({weights:.1f}M weights, channels {a.channels}, {a.size}x{a.size} latents, '
-        f'batch {a.batch}, {torch.get_num_threads()} threads, fp32)'
+        f'{"":6s}{"samples/s":>10s}   ({weights:.1f}M weights, channels {a.channels}, '
+        f'{a.size}x{a.size} latents, batch {a.batch}, {torch.get_num_threads()} threads, fp32)'
     )
     for k, v in seen.items():
         print(f'{k:6s}{statistics.median(v):10.1f}')
     print(
-        f'ours/bare {statistics.median(ratios):.3f} (median of {a.rounds}; {min(ratios):.3f} to {max(ratios):.3f}); '
-        f'CPU time {statistics.median(work):.3f}'
+        f'ours/bare {statistics.median(ratios):.3f} (median of {a.rounds}; '
+        f'{min(ratios):.3f} to {max(ratios):.3f}); CPU time {statistics.median(work):.3f}'
     )
 
 

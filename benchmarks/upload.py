@@ -2,8 +2,9 @@
 
     python benchmarks/upload.py [--files 10000] [--kb 20] [--big 1000] [--folder] [--aws PATH]
 
-`aws s3 sync` is measured too if it is installed. Each push is a process of its own. It talks to moto's server, another
-process, whose own time is part of every first push. `--folder` sends to a folder instead of the bucket.
+`aws s3 sync` is measured too if it is installed. Each push is a process of its own. It talks to moto's
+server, another process, whose own time is part of every first push. `--folder` sends to a folder instead
+of the bucket.
 """
 
 import argparse
