@@ -1,9 +1,11 @@
-"""Saving 148 million parameters with AdamW and their average: how long the loop stands still, and when the checkpoint is on the disk.
+"""Measure how long saving a checkpoint stops training, and when it is on the disk.
 
     python benchmarks/checkpoint.py [--millions 148] [--rounds 3] [--folder .]
 
-A run that is asked to stop writes its state and waits: the seconds from SIGTERM to durable (the step that was under way comes on top). A run that goes on waits for
-a copy only. Meanwhile a loop of matrix products stands in for training: its pace beside the writing thread, as a share of its pace alone.
+The checkpoint holds 148 million parameters with AdamW's state and their average. A run that is asked to
+stop writes it and waits: this is the time from SIGTERM to the disk, without the step under way. A run
+that continues waits only for a copy. A loop of matrix products stands in for training, and its pace
+during the write is compared with its pace alone.
 """
 
 import argparse
@@ -61,17 +63,12 @@ def main():
         copied, durable, share = (
             statistics.median(r[k] for r in rows if r[0] == going_on) for k in (1, 2, 3)
         )
-        print(
-            f'{name}: on the disk after {durable:.1f} s'
-            + (
-                f', the loop stood still for {copied:.2f} s and then ran at {100 * share:.0f} % of its pace meanwhile'
-                if going_on
-                else ''
-            )
-        )
-    print(
-        f'{sum(t.nbytes for g in groups.values() for t in g.values()) / 1e9:.1f} GB, {torch.get_num_threads()} threads'
-    )
+        text = f'{name}: on the disk after {durable:.1f} s'
+        if going_on:
+            text += f', training waited for {copied:.2f} s and then ran at {share:.0%} of its pace'
+        print(text)
+    size = sum(tensor.nbytes for group in groups.values() for tensor in group.values())
+    print(f'{size / 1e9:.1f} GB, {torch.get_num_threads()} threads')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,11 @@
-"""Why training on a CPU is float32, channels last, and keeps its memory: steps of the garden's UNet with each choice changed alone.
+"""Measure why training on a CPU uses float32, channels last and its own malloc settings.
 
     python benchmarks/cpu_choices.py [--rounds 5] [--steps 40] [--batch 32]
 
-Every measurement is a process of its own, because `malloc` takes its settings at the start of one. A round runs all choices in changing order; a ratio is the
-median over the rounds of the choice's samples a second to those of what the training does.
+Each choice is changed alone, on steps of the garden's UNet. Every measurement is a process of its own,
+because `malloc` reads its settings at the start. A round runs all choices in rotating order. A ratio is
+the median over the rounds of the choice's samples per second, divided by those of the training's own
+choice.
 """
 
 import argparse
@@ -32,8 +34,8 @@ def measure(steps: int, batch: int) -> float:  # samples a second of forward, ba
 
     def step():
         with torch.autocast('cpu', torch.bfloat16, enabled=os.environ.get('PRECISION') == 'bf16'):
-            answer = net(x, t, encoder_hidden_states=text).sample
-        (answer.float() - x).square().mean().backward()
+            output = net(x, t, encoder_hidden_states=text).sample
+        (output.float() - x).square().mean().backward()
         opt.step()
         opt.zero_grad()
 
@@ -75,9 +77,9 @@ def main():
             )
     for name, r in rates.items():
         ratios = [x / o for x, o in zip(r, rates['ours'])]
-        print(
-            f'{name:12}{statistics.median(r):8.1f} samples/s   {statistics.median(ratios):.2f} of ours ({min(ratios):.2f} to {max(ratios):.2f})'
-        )
+        spread = f'({min(ratios):.2f} to {max(ratios):.2f})'
+        rate = statistics.median(r)
+        print(f'{name:12}{rate:8.1f} samples/s   {statistics.median(ratios):.2f} of ours {spread}')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
-"""Rate of the encode stage's two loops (files to shards) against the bare networks on a batch in memory, in one process, turn about.
+"""Compare the two loops of the encode stage with the bare networks on a batch in memory.
 
     python benchmarks/encode_rate.py [--pictures 512] [--side 64] [--batch 64] [--rounds 3] [--threads 0]
 
-Both sides encode each picture and its mirror image in the stage's own precision. Seconds are of the clock; on a machine that does other things read the share, not the rates.
+Both sides run in one process in turns, and encode each picture and its mirror image in the stage's own
+precision. Times are wall-clock times. On a busy machine read the share, not the rates.
 """
 
 import argparse
@@ -75,9 +76,9 @@ def main():
         n = f()
         return n / (time.perf_counter() - start)
 
-    print(
-        f'| {torch.get_num_threads()} threads, {"bf16" if bf16_is_fast() else "fp32"} | ours, a second | bare, a second | share |\n|---|---|---|---|'
-    )
+    precision = 'bf16' if bf16_is_fast() else 'fp32'
+    print(f'| {torch.get_num_threads()} threads, {precision} | ours, per second | bare, per second | share |')
+    print('|---|---|---|---|')
     seconds = 0.0
     for what, ours, bare, full in (
         (f'pictures with mirror, {a.side} px', our_pictures, bare_pictures, 6000),

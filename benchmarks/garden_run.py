@@ -1,9 +1,10 @@
-"""The main job measured as a user meets it: `flowerdiff run` on the garden, from command to report.
+"""Measure the main job: `flowerdiff run` on the garden, from the command to the report.
 
     python benchmarks/garden_run.py [FOLDER] [--set train.epochs=3 ...]
 
-Prints one line a stage (seconds), the whole time, the most memory that the command and all its processes held at once, and what the judge
-says of 200 held-out prompts. Run it on an idle machine: the time is the claim (<=10 minutes on 2 cores), and nothing else may take the cores.
+Prints one line per stage (seconds), the total time, the peak memory of the command and all its processes,
+and the adherence of 200 held-out prompts, as the attribute classifier measures it. Run it on an idle
+machine: the claim is at most 10 minutes on 2 cores.
 """
 
 import argparse

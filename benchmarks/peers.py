@@ -1,12 +1,18 @@
-"""Training throughput against two peers that train the same UNet: same batch, same resolution, float32, turn about, step by step.
+"""Compare the training throughput with two peers that train the same UNet.
 
-    taskset -c 0 python benchmarks/peers.py --diffusers DIR [--channels 192,384,576] [--resolution 128] [--batch 16] [--rounds 3] [--threads 1] [--kept]
+    taskset -c 0 python benchmarks/peers.py --diffusers DIR [--channels 192,384,576] [--resolution 128]
+        [--batch 16] [--rounds 3] [--threads 1] [--kept]
 
-The reference loop does what aniketpoojari/Text-To-Image-Diffusion (c3f8ebb) does each step, on a CPU in place of a GPU: picture from JPEG, encode, CLIP embedding from its .pt file,
-one coin for the batch's captions, AdamW with clipping, a shadow copy of the weights moved, loss read. Stock diffusers is its own train script as fetched, unchanged. Each peer is a
-process of its own that waits while the others have their turn; ours keeps freed memory as `flowerdiff run` does, the peers with --kept. DIR is a clone of huggingface/diffusers, its git
-directory, or the script; without it only the first peer runs.
-The autoencoder has Stable Diffusion's shape and the text encoder that of CLIP ViT-L/14, both of random weights. Nothing is downloaded.
+All sides use the same batch size, resolution and float32, and take turns after each step. The reference
+loop does what aniketpoojari/Text-To-Image-Diffusion (c3f8ebb) does in each step, on a CPU instead of a
+GPU: read a JPEG, encode it, load its CLIP embedding from a .pt file, drop the captions of the whole batch
+or not, AdamW with clipping, average the weights, read the loss. Stock diffusers is its own training
+script, unchanged. Each peer is a process of its own that waits while the others run. Ours keeps freed
+memory as `flowerdiff run` does, the peers do with --kept. DIR is a clone of huggingface/diffusers, its
+git directory, or the script. Without it only the first peer runs.
+
+The autoencoder has the shape of Stable Diffusion's, the text encoder that of CLIP ViT-L/14, both with
+random weights. Nothing is downloaded.
 """
 
 import argparse
@@ -31,7 +37,7 @@ MIRRORED, EPOCHS = 2, 75  # encodings a picture of ours; epochs of the reference
 
 
 def transforms():
-    "The part of torchvision.transforms that the script names, on PIL pictures: no torchvision fits CPU torch."
+    "Return what the script uses of torchvision.transforms, for PIL images: no torchvision fits CPU torch."
     import random
 
     import numpy as np
@@ -202,7 +208,7 @@ def drive_reference(folder, batch):
 
 
 def fetched(where, folder):
-    "The script's text: from itself, from a clone, or from the newest release in a git directory that the installed diffusers is not older than."
+    "Copy the script: from itself, a clone, or the newest fitting release in a git directory."
     from importlib.metadata import version
 
     from packaging.version import Version
@@ -211,7 +217,10 @@ def fetched(where, folder):
     if (found := where if where.is_file() else where / SCRIPT).is_file():
         copy.write_text(found.read_text())
         return copy, str(where)
-    git = lambda *a: subprocess.run(['git', f'--git-dir={where}', *a], capture_output=True, text=True).stdout
+
+    def git(*a):
+        return subprocess.run(['git', f'--git-dir={where}', *a], capture_output=True, text=True).stdout
+
     tags = [
         t
         for t in git('tag', '-l', 'v[0-9]*').split()
@@ -220,7 +229,8 @@ def fetched(where, folder):
     tag = max(tags, key=Version, default='HEAD')
     if not (text := git('show', f'{tag}:{SCRIPT}')):
         sys.exit(
-            f'peers: {where} has no {SCRIPT}; fetch https://github.com/huggingface/diffusers and give its folder, or that file'
+            f'peers: {where} has no {SCRIPT}; '
+            'fetch https://github.com/huggingface/diffusers and give its folder, or that file'
         )
     copy.write_text(text)
     return copy, tag
@@ -432,39 +442,61 @@ def main():
             for child in children:
                 child.stdin.close()
                 child.wait()
-    report(
-        rows,
-        a,
-        f"{weights / 1e6:.1f}M weights, channels {channels}, {a.resolution} px, batch {a.batch}, {a.threads} thread{'s' * (a.threads > 1)}, fp32, {a.rounds} rounds, peers' malloc "
-        + ('keeps memory as ours does' if a.kept else 'as it comes')
-        + (f', diffusers {tag}' if tag else ''),
-    )
+    malloc = "peers' malloc " + ('keeps memory as ours does' if a.kept else 'as it comes')
+    what = [
+        f'{weights / 1e6:.1f}M weights',
+        f'channels {channels}',
+        f'{a.resolution} px',
+        f'batch {a.batch}',
+        f'{a.threads} thread{"s" * (a.threads > 1)}',
+        'fp32',
+        f'{a.rounds} rounds',
+        malloc,
+    ]
+    if tag:
+        what.append(f'diffusers {tag}')
+    report(rows, a, ', '.join(what))
+
+
+def median_share(rows, part: str) -> float:
+    "Return the median share of a part of the step."
+    return statistics.median(parts.get(part, 0) / wall for wall, parts in rows)
+
+
+def peer_row(name, mine, rows, batch) -> str:
+    "Return the line of a peer in the table."
+    ratios = [theirs[0] / ours[0] for theirs, ours in zip(rows, mine)]
+    work = [theirs[1]['cpu'] / ours[1]['cpu'] for theirs, ours in zip(rows, mine)]
+    our_rate = batch / statistics.median(wall for wall, _ in mine)
+    rate = batch / statistics.median(wall for wall, _ in rows)
+    cells = [
+        name,
+        f'{our_rate:.2f}',
+        f'{rate:.2f}',
+        f'{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})',
+        f'{statistics.median(work):.2f}',
+        f'{median_share(rows, "autoencoder"):.0%}',
+        f'{median_share(rows, "text"):.0%}',
+    ]
+    return f'| {" | ".join(cells)} |'
 
 
 def report(rows, a, what):
-    median, mine = statistics.median, rows['ours']
-    rate = lambda k: a.batch / median(wall for wall, _ in rows[k])
-    print(
-        f'\n{what}\n\n| peer | ours, samples/s | peer, samples/s | ratio (range) | of processor time | autoencoder | text encoder |\n|---|---|---|---|---|---|---|'
+    mine = rows['ours']
+    headings = (
+        'peer | ours, samples/s | peer, samples/s | ratio (range) | CPU time | autoencoder | text encoder'
     )
-    for k in [*rows][1:]:
-        ratios, work = (
-            [p[0] / o[0] for p, o in zip(rows[k], mine)],
-            [p[1]['cpu'] / o[1]['cpu'] for p, o in zip(rows[k], mine)],
-        )
-        share = lambda part: f'{median(parts.get(part, 0) / wall for wall, parts in rows[k]):.0%}'
-        print(
-            f'| {k} | {rate("ours"):.2f} | {rate(k):.2f} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {median(work):.2f} | {share("autoencoder")} | {share("text")} |'
-        )
-    once = MIRRORED * median(parts['autoencoder'] for _, parts in rows['reference loop']) / EPOCHS
-    together = median(p[0] / (o[0] + once) for p, o in zip(rows['reference loop'], mine))
-    print(
-        f'\nOurs with its encoding, {MIRRORED} a picture, spread over {EPOCHS} epochs: {together:.2f} times the reference loop'
-    )
+    print(f'\n{what}\n\n| {headings} |\n|---|---|---|---|---|---|---|')
+    for name in [*rows][1:]:
+        print(peer_row(name, mine, rows[name], a.batch))
+    reference = rows['reference loop']
+    once = MIRRORED * statistics.median(parts['autoencoder'] for _, parts in reference) / EPOCHS
+    together = statistics.median(theirs[0] / (ours[0] + once) for theirs, ours in zip(reference, mine))
+    print(f'\nOurs with its encoding, {MIRRORED} per picture, spread over {EPOCHS} epochs:', end=' ')
+    print(f'{together:.2f} times the reference loop')
     if len(rows) < 3:
-        print(
-            'Stock diffusers was not run: fetch https://github.com/huggingface/diffusers and give its folder with --diffusers'
-        )
+        print('Stock diffusers was not run: fetch https://github.com/huggingface/diffusers')
+        print('and give its folder with --diffusers')
 
 
 if __name__ == '__main__':

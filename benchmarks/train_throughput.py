@@ -1,9 +1,12 @@
-"""Training throughput against a bare loop of the same UNet: forward, backward, AdamW step on one ready batch in memory, both in one process, turn about.
+"""Compare the training throughput with a bare loop of the same UNet.
 
-    python benchmarks/train_throughput.py [--channels 64,64,96] [--size 16] [--text 24,128] [--batch 32] [--steps 4] [--rounds 5] [--threads 0]
+    python benchmarks/train_throughput.py [--channels 64,64,96] [--size 16] [--text 24,128]
+        [--batch 32] [--steps 4] [--rounds 5] [--threads 0]
 
-Ours makes its batch (order, caption choice, dropout, mirror, noise inside the autoencoder's distribution, timesteps), weighs the loss, clips, averages the weights and logs
-its events. Each round runs both sides for some steps, in changing order; the ratio is the median over the rounds.
+The bare loop runs forward, backward and AdamW on one batch in memory. Ours also makes its batch (order,
+captions, dropout, mirror images, noise, timesteps), weighs the loss, clips, averages the weights and logs
+its events. Both run in one process. Each round runs both for some steps, in alternating order. The ratio
+is the median over the rounds.
 """
 
 import argparse
@@ -45,7 +48,9 @@ def main():
     )
     split = toy_split(512, kinds=64, size=a.size, width=width)
     split.texts = split.texts[:, :1].expand(-1, length, -1).contiguous()
-    make = lambda: build_denoiser(s, 4, width, a.size)
+
+    def make():
+        return build_denoiser(s, 4, width, a.size)
 
     run = Trainer(s.train, 0, split, make, engine=Engine('fp32'))
     folder = Path(tempfile.mkdtemp())
@@ -86,13 +91,16 @@ def main():
         work.append(cpu['bare'] / cpu['ours'])
         for k, v in took.items():
             seen[k].append(a.batch / v)
+    weights = sum(p.numel() for p in net.parameters()) / 1e6
     print(
-        f'{"":6s}{"samples/s":>10s}   ({sum(p.numel() for p in net.parameters()) / 1e6:.1f}M weights, channels {a.channels}, {a.size}x{a.size} latents, batch {a.batch}, {torch.get_num_threads()} threads, fp32)'
+        f'{"":6s}{"samples/s":>10s}   ({weights:.1f}M weights, channels {a.channels}, '
+        f'{a.size}x{a.size} latents, batch {a.batch}, {torch.get_num_threads()} threads, fp32)'
     )
     for k, v in seen.items():
         print(f'{k:6s}{statistics.median(v):10.1f}')
     print(
-        f'ours/bare {statistics.median(ratios):.3f} (median of {a.rounds}; {min(ratios):.3f} to {max(ratios):.3f}); of processor time {statistics.median(work):.3f}'
+        f'ours/bare {statistics.median(ratios):.3f} (median of {a.rounds}; '
+        f'{min(ratios):.3f} to {max(ratios):.3f}); CPU time {statistics.median(work):.3f}'
     )
 
 

@@ -1,9 +1,10 @@
-"""Sending a set to a bucket: the first time, again with nothing changed, and the memory it takes; beside it `aws s3 sync`, where that is installed.
+"""Measure an upload to a bucket: the first, the next without changes, and the memory it takes.
 
     python benchmarks/upload.py [--files 10000] [--kb 20] [--big 1000] [--folder] [--aws PATH]
 
-Each push is a process of its own against moto's server, which is a process of its own too and answers as fast as Python can: its share is in all the times of the first push.
-`--folder`: to a folder instead of the bucket.
+`aws s3 sync` is measured too if it is installed. Each push is a process of its own. It talks to moto's
+server, another process, whose own time is part of every first push. `--folder` sends to a folder instead
+of the bucket.
 """
 
 import argparse
@@ -23,25 +24,24 @@ import json, sys
 from pathlib import Path
 from flowerdiff.services import store as S
 root, url = Path(sys.argv[1]), sys.argv[2]
-with S.HashCache(root/'set', root/'work'/'hashes.json') as hashes: r = S.push(root/'set', S.open_store(url), hashed=hashes)
+with S.HashCache(root/'set', root/'work'/'hashes.json') as hashes:
+    r = S.push(root/'set', S.open_store(url), hashed=hashes)
 print(json.dumps(dict(sent=r['sent'], push=r['seconds'], read=hashes.read)))
 """
 
 
-def timed(command, env):  # ((seconds of the process, of processor, its peak memory in MB), what it printed)
+def timed(command, env):
+    "Run a process. Returns (seconds, CPU seconds, peak memory in MB), and what it printed."
     start = time.perf_counter()
-    out = tempfile.TemporaryFile()
-    p = subprocess.Popen(command, stdout=out, env=env)
-    _, status, used = os.wait4(p.pid, 0)
-    p.returncode = status
-    if status:
-        raise SystemExit(f'{command[0]} ended with {status}')
-    out.seek(0)
-    return (
-        time.perf_counter() - start,
-        used.ru_utime + used.ru_stime,
-        used.ru_maxrss / 1024,
-    ), out.read().decode()
+    with tempfile.TemporaryFile() as out:
+        p = subprocess.Popen(command, stdout=out, env=env)
+        _, status, used = os.wait4(p.pid, 0)
+        p.returncode = status
+        if status:
+            raise SystemExit(f'{command[0]} ended with {status}')
+        seconds = time.perf_counter() - start
+        out.seek(0)
+        return (seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024), out.read().decode()
 
 
 def make(root: Path, files: int, size: int):
@@ -80,7 +80,7 @@ def case(name, root, env, aws, local):
         if not local:
             urllib.request.urlopen(
                 urllib.request.Request(f'{env["AWS_ENDPOINT_URL"]}/{bucket}', method='PUT')
-            ).close()  # moto asks nobody who they are
+            ).close()  # moto checks no credentials
         for turn in ('first', 'again', 'a third time'):  # moto hashes its objects when it first lists them
             if tool == 'ours':
                 used, out = timed([sys.executable, '-c', PUSH, str(root), url], env)
@@ -88,7 +88,7 @@ def case(name, root, env, aws, local):
                 row(
                     f'{name}, {tool}, {turn}',
                     *used,
-                    f'{r["sent"]:,} objects sent, {r["read"]:,} files read, the push itself {r["push"]:.2f} s',
+                    f'{r["sent"]:,} objects sent, {r["read"]:,} files read, the push {r["push"]:.2f} s',
                 )
             else:
                 used, out = timed([aws, 's3', 'sync', '--no-progress', str(root / 'set'), url], env)
@@ -103,7 +103,7 @@ def main():
     p.add_argument('--folder', action='store_true')
     p.add_argument('--aws', default=shutil.which('aws'))
     a = p.parse_args()
-    print('| | time | of it this process | peak memory | |\n|---|---|---|---|---|')
+    print('| | time | CPU time | peak memory | |\n|---|---|---|---|---|')
     base = {k: v for k, v in os.environ.items() if not k.startswith('AWS_')}
     for name, files, size in (
         (f'{a.files:,} files of {a.kb} KB', a.files, a.kb * 1000),

@@ -1,4 +1,4 @@
-"Fixtures: a miniature garden that went through all ten stages once, and a toy flowerdiff whose stages take no time."
+"Fixtures: a miniature garden after all ten stages, and a toy package whose stages take no time."
 
 import json
 import os
@@ -46,7 +46,7 @@ def flowerdiff(*args, cwd=None, env=None, timeout=600, **kwargs):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    "What a page (of `browser.open_page`) showed and said when its test failed."
+    "Add to a failed test what its pages (of `browser.open_page`) showed and logged."
     report = yield
     if report.failed and call.when == 'call':
         for name, value in item.funcargs.items():
@@ -54,10 +54,9 @@ def pytest_runtest_makereport(item, call):
                 if not hasattr(page, 'said'):
                     continue
                 report.sections.append((f'{name}: console', '\n'.join(page.said[-30:])))
-                with suppress(Exception):
-                    report.sections.append(
-                        (f'{name}: page', page.evaluate('document.body.innerText')[:3000])
-                    )  # it may be gone
+                with suppress(Exception):  # the page may be gone
+                    text = page.evaluate('document.body.innerText')[:3000]
+                    report.sections.append((f'{name}: page', text))
     return report
 
 
@@ -68,134 +67,147 @@ def cli():
 
 @pytest.fixture(scope='session')
 def tiny_workspace(tmp_path_factory) -> Path:
-    "48 pictures, a model that trains for twenty steps, all ten stages. Read only: copy it to change it."
+    "All ten stages with 48 pictures and twenty training steps. Read only: copy it to change it."
     from flowerdiff.core.workspace import DEMO
 
     root = tmp_path_factory.mktemp('tiny') / 'garden'
-    p = flowerdiff(
-        'run', root, *[a for k, v in DEMO.items() for a in ('--set', f'{k}={json.dumps(v)}')], timeout=1200
-    )
+    sets = [word for key, value in DEMO.items() for word in ('--set', f'{key}={json.dumps(value)}')]
+    p = flowerdiff('run', root, *sets, timeout=1200)
     assert p.returncode == 0, p.stdout + p.stderr
     (root.parent / 'run.txt').write_text(p.stdout)
     return root
 
 
 TOY = """
-import json, os, signal, subprocess, sys, time
+import json, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from flowerdiff.core.workspace import *
-from flowerdiff.core.workspace import UserError
+
+from flowerdiff.core.schema import UserError
+from flowerdiff.core.workspace import atomic_dir, atomic_write, stage
 from flowerdiff.pipeline.dvc_graph import GRAPH
 from flowerdiff.toolbox import helper
 
-def put(ws, name, text):
-    if name.endswith('.json'): atomic_write(ws.root/name, text); return
-    with atomic_dir(ws.root/name) as new: (new/'data.txt').write_text(text)
+
+def write(ws, name, text):
+    if name.endswith('.json'):
+        atomic_write(ws.root / name, text)
+        return
+    with atomic_dir(ws.root / name) as new:
+        (new / 'data.txt').write_text(text)
+
+
+def fail_or_hang(ws):
+    count = ws.settings.prepare.count
+    if count == 13:
+        raise UserError('prepare.count: 13 is unlucky; take another')
+    if count == 14:
+        raise ZeroDivisionError('a bug')
+    if count == 15:
+        with atomic_dir(ws.pictures) as new:
+            (new / 'half').write_text('half')
+            time.sleep(600)
+
 
 @stage(NAME)
 def run(ws):
     "A toy stage: writes what its settings say."
     section = ws.settings.model_dump()[NAME]
-    if NAME == 'prepare' and ws.settings.prepare.count == 13: raise UserError('prepare.count: 13 is unlucky; take another')
-    if NAME == 'prepare' and ws.settings.prepare.count == 14: raise ZeroDivisionError('a bug')
-    if NAME == 'prepare' and ws.settings.prepare.count == 15:
-        with atomic_dir(ws.pictures) as new: (new/'half').write_text('half'); time.sleep(600)
-    if NAME == 'train': train(ws, section['epochs'])
-    for name in GRAPH[NAME][2]:
-        if name != 'model' or section.get('margin') != 1.: put(ws, name, json.dumps(section if name != 'model' else 'the model'))
+    if NAME == 'prepare':
+        fail_or_hang(ws)
+    if NAME == 'train':
+        worker = [sys.executable, '-m', 'flowerdiff.training.worker']
+        subprocess.run([*worker, str(ws.root), str(int(section['epochs']))], check=True)
+    for name in GRAPH[NAME].writes:
+        if name == 'model' and section['margin'] == 1:  # not better
+            continue
+        write(ws, name, 'the model' if name == 'model' else json.dumps(section))
     return SimpleNamespace(summary=f'{NAME} is done', skipped='no GPU here' if NAME == 'tensorrt' else '')
 
-def train(ws, epochs):
-    subprocess.run([sys.executable, '-m', 'flowerdiff.training.worker', str(ws.root), str(int(epochs))], check=True)
 
 def child(root, steps):
-    folder = Path(root)/'work'/'train-toy'; folder.mkdir(parents=True, exist_ok=True)
-    state = folder/'step'
+    "A toy training process. SIGTERM saves the step."
+    folder = Path(root) / 'work' / 'train-toy'
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / 'step'
     step = int(state.read_text()) if state.exists() else 0
-    def stop(*_):
-        state.write_text(str(step)); print(json.dumps(dict(event='stopped', step=step)), file=f, flush=True); sys.exit(3)
-    with open(folder/'events.jsonl', 'a') as f:
-        signal.signal(signal.SIGTERM, stop)
-        print(json.dumps(dict(kind='start', resumed_from=step)), file=f, flush=True)
-        while step < steps: step += 1; time.sleep(.05); print(json.dumps(dict(step=step, total=steps, samples_per_second=100.)), file=f, flush=True)
 
-if __name__ == '__main__' and '__file__' in globals(): child(sys.argv[1], int(sys.argv[2]))
+    with open(folder / 'events.jsonl', 'a') as events:
+
+        def log(**event):
+            print(json.dumps(event), file=events, flush=True)
+
+        def stop(*_):
+            state.write_text(str(step))
+            log(event='stopped', step=step)
+            sys.exit(3)
+
+        signal.signal(signal.SIGTERM, stop)
+        log(event='start', resumed_from=step)
+        while step < steps:
+            step += 1
+            time.sleep(0.05)
+            log(event='step', step=step, total=steps, samples_per_second=100.0)
 """
+WORKER = """
+import sys
+from flowerdiff.stages.train import child
+child(sys.argv[1], int(sys.argv[2]))
+"""
+RUN_CELL = """#| eval: false
+from flowerdiff.stages.{stage} import run
+result = run(workspace, profile=profile, overrides=overrides)"""
+PARAMETERS_CELL = """workspace = '.'
+profile = 'garden'
+overrides = []"""
+
+
+def write_toy_stage(package: Path, number: int, stage: str):
+    "Write the module of a toy stage and its notebook."
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    source = TOY
+    if stage not in ('encode', 'train'):  # only these two depend on the helper
+        source = source.replace('from flowerdiff.toolbox import helper\n', '')
+    (package / 'stages' / f'{stage}.py').write_text(f'NAME = {stage!r}\n{source}')
+    cells = [
+        new_code_cell(PARAMETERS_CELL, metadata=dict(tags=['parameters'])),
+        new_code_cell(RUN_CELL.format(stage=stage)),
+    ]
+    kernel = dict(display_name='python3', language='python', name='python3')
+    notebook = new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
+    nbformat.write(notebook, package / 'notebooks' / f'{number:02d}_{stage}.ipynb')
 
 
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory):
     "A copy of the package with stages that take no time: a function that runs its command line."
-    import nbformat
-    from nbformat.v4 import new_code_cell, new_notebook
-
     site = tmp_path_factory.mktemp('toy')
     package = site / 'flowerdiff'
-    (package / 'notebooks').mkdir(parents=True)
-    (package / 'stages').mkdir()
-    for name in (
-        '__init__',
-        'section',
-        'recipe',
-        'settings',
-        'wording',
-        'config',
-        'fingerprints',
-        'workspace',
-        'pictures',
-        'collection',
-        'machine',
-        'tracking',
-        'suggest',
-        'execute',
-        'graph',
-        'pipeline',
-        'options',
-        'cli',
-    ):
-        shutil.copy(ROOT / 'flowerdiff' / f'{name}.py', package)
-    shutil.copytree(ROOT / 'flowerdiff' / 'profiles', package / 'profiles')
+    without = shutil.ignore_patterns('stages', 'notebooks', 'assets', '__pycache__')
+    shutil.copytree(ROOT / 'flowerdiff', package, ignore=without)
     (package / 'toolbox.py').write_text('def helper(x):\n    "Doubles."\n    return 2*x\n')
+    (package / 'training' / 'worker.py').write_text(WORKER)
+    (package / 'notebooks').mkdir()
+    (package / 'stages').mkdir()
     (package / 'stages' / '__init__.py').write_text('')
-    for i, s in enumerate(STAGES, 1):
-        uses = TOY if s in ('encode', 'train') else TOY.replace('from flowerdiff.toolbox import helper\n', '')
-        (package / 'stages' / f'{s}.py').write_text(f'NAME = {s!r}\n' + uses)
-        cells = [
-            new_code_cell(
-                "workspace = '.'\nprofile = 'garden'\noverrides = []", metadata=dict(tags=['parameters'])
-            ),
-            new_code_cell(
-                f'#| eval: false\nfrom flowerdiff.stages.{s} import run\nresult = run(workspace, profile=profile, overrides=overrides)'
-            ),
-        ]
-        nbformat.write(
-            new_notebook(
-                cells=cells,
-                metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')),
-            ),
-            package / 'notebooks' / f'{i:02d}_{s}.ipynb',
-        )
-
-    (package / 'training').mkdir()
-    (package / 'training' / '__init__.py').write_text('')
-    (package / 'training' / 'worker.py').write_text(
-        'import sys\nfrom flowerdiff.stages.train import child\nchild(sys.argv[1], int(sys.argv[2]))\n'
-    )
+    for i, stage in enumerate(STAGES, 1):
+        write_toy_stage(package, i, stage)
 
     def call(*args, popen=False, **kwargs):
         env = {**os.environ, 'PYTHONPATH': str(site), 'PYTHONDONTWRITEBYTECODE': '1'}
-        if popen:
-            return subprocess.Popen(
-                [sys.executable, '-P', '-m', 'flowerdiff.pipeline.cli', *map(str, args)],
-                env=env,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                **kwargs,
-            )
-        return flowerdiff(*args, env=env, **kwargs)
+        if not popen:
+            return flowerdiff(*args, env=env, **kwargs)
+        return subprocess.Popen(
+            [sys.executable, '-P', '-m', 'flowerdiff.pipeline.cli', *map(str, args)],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            **kwargs,
+        )
 
     call.package = package
     return call

@@ -1,4 +1,4 @@
-"The command line as a person meets it: how fast it answers, what it says of mistakes."
+"The command line as you use it: how fast it answers, and how it reports errors."
 
 import os
 import re
@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def cpu(*code):  # seconds of processor that a Python process takes, the best of three
+def cpu(*code):
+    "Return the CPU seconds of a Python process, the best of three."
     took = []
     for _ in range(3):
         before = os.times()
@@ -23,7 +24,8 @@ def cpu(*code):  # seconds of processor that a Python process takes, the best of
     return min(took)
 
 
-def one_line(p, status=2):  # a mistake told as it should be
+def one_line(p, status=2):
+    "Check that a process ended with one line about an error. Returns the line."
     assert p.returncode == status, p.stdout + p.stderr
     text = p.stderr.strip()
     assert text and '\n' not in text and 'Traceback' not in text, text
@@ -37,13 +39,19 @@ def test_import_and_help_are_fast():
 
 def test_import_loads_nothing_heavy():
     names = 'torch diffusers transformers mlflow matplotlib pandas numpy pydantic'
-    code = f'import sys, flowerdiff, flowerdiff.pipeline.cli; print([m for m in {names.split()} if m in sys.modules])'
+    heavy = f'[m for m in {names.split()} if m in sys.modules]'
+    code = f'import sys, flowerdiff, flowerdiff.pipeline.cli; print({heavy})'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 
 
 def test_light_modules_stay_light():
     names = 'torch diffusers transformers mlflow matplotlib pandas sklearn datasets torchmetrics'
-    code = f'import sys\nfor m in "config workspace garden pictures pipeline cli store report".split(): __import__("flowerdiff." + m)\nprint([m for m in {names.split()} if m in sys.modules])'
+    light = (
+        'core.profiles core.workspace garden.garden data.images pipeline.pipeline pipeline.cli '
+        'services.store evaluation.report'
+    )
+    imports = '; '.join(f'import flowerdiff.{module}' for module in light.split())
+    code = f'import sys; {imports}; print([m for m in {names.split()} if m in sys.modules])'
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert p.stdout.strip() == '[]', p.stdout + p.stderr
 
@@ -121,7 +129,7 @@ def test_workspace_of_another_profile(cli, tmp_path):
     assert 'gardn is not a profile' in one_line(cli('run', tmp_path / 'v', '--profile', 'gardn'))
 
 
-def test_workspace_that_is_a_file_or_somebody_elses_folder(cli, tmp_path):
+def test_workspace_that_is_a_file_or_a_folder_of_other_things(cli, tmp_path):
     (tmp_path / 'notes').write_text('x')
     assert 'is a file' in one_line(cli('run', tmp_path / 'notes'))
     assert 'no params.yaml' in one_line(cli('run', tmp_path))
@@ -134,7 +142,8 @@ def test_pictures(cli, tmp_path):
     assert 'give --pictures DIR' in one_line(cli('run', tmp_path / 'w', '--profile', 'folder'))
 
 
-def as_anybody():  # root may write anywhere, unless it gives that right up (CAP_DAC_OVERRIDE)
+def give_up_root_rights():
+    "Drop CAP_DAC_OVERRIDE, with which root may write anywhere."
     import ctypes
 
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
@@ -143,7 +152,7 @@ def as_anybody():  # root may write anywhere, unless it gives that right up (CAP
 def test_read_only_workspace(cli, tmp_path):
     assert cli('init', tmp_path / 'w').returncode == 0
     os.chmod(tmp_path / 'w', 0o555)
-    p = cli('run', tmp_path / 'w', preexec_fn=as_anybody)
+    p = cli('run', tmp_path / 'w', preexec_fn=give_up_root_rights)
     assert re.search(r'/w/\S+: may not be written or read; change its permissions', one_line(p))
     assert sorted(p.name for p in (tmp_path / 'w').iterdir()) == ['params.yaml']
 
@@ -156,13 +165,11 @@ def test_full_disk(cli, tmp_path):
     ).returncode:
         pytest.skip('no right to make a small disk here')
     try:
-        assert (
-            '0.0 MB free and the first three stages need about' in one_line(cli('run', disk / 'w'))
-            and not (disk / 'w').exists()
-        )
-        assert cli('init', disk / 'w').returncode == 0 and 'the disk is full' in one_line(
-            cli('run', disk / 'w')
-        )  # an old workspace is not asked again
+        message = one_line(cli('run', disk / 'w'))
+        assert '0.0 MB free and the first three stages need about' in message
+        assert not (disk / 'w').exists()
+        assert cli('init', disk / 'w').returncode == 0
+        assert 'the disk is full' in one_line(cli('run', disk / 'w'))  # an existing workspace is not checked
     finally:
         subprocess.run(['umount', disk])
 
@@ -185,7 +192,7 @@ def test_full_disk(cli, tmp_path):
         (['generate', 'a rose', '-m', 'nowhere'], 'not there'),
         (
             ['generate', 'a rose', '-m', 'no-such-org/no-such-model'],
-            'cannot be downloaded',
+            'neither a folder here nor a model that the hub gives',
         ),
         (['status', 'nowhere'], 'is not a workspace'),
     ],
@@ -210,10 +217,9 @@ def test_profiles_spell_out_every_setting():
 
     for name, path in profiles().items():
         data = YAML(typ='safe').load(path)
-        assert {f'{s}.{k}' for s, v in data.items() if isinstance(v, dict) for k in v} | {
-            'profile',
-            'seed',
-        } == set(setting_fields()), name
+        sections = {section: values for section, values in data.items() if isinstance(values, dict)}
+        keys = {f'{section}.{key}' for section, values in sections.items() for key in values}
+        assert keys | {'profile', 'seed'} == set(setting_fields()), name
         assert load_profile(name).profile == name
 
 

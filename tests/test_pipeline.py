@@ -1,10 +1,12 @@
-"What DVC decides, how a run is stopped, and what is left when it is killed. The stages are toys: see `toy` in conftest."
+"What DVC decides, how a run is stopped, and what a killed run leaves. `toy` in conftest makes the stages."
 
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +14,6 @@ import psutil
 import pytest
 
 LINE = re.compile(r'^(\w+) +(?:\d+ h )?(?:\d+ min )?[\d.]+ (?:s|min) ', re.M)
-ran = lambda p: LINE.findall(p.stdout)
 STAGES = [
     'prepare',
     'caption',
@@ -27,7 +28,13 @@ STAGES = [
 ]
 
 
-def processes(root):  # everything that works for a workspace
+def ran(p):
+    "Return the stages that a process ran."
+    return LINE.findall(p.stdout)
+
+
+def processes(root):
+    "Return all processes that work for a workspace."
     out = []
     for p in psutil.process_iter():
         try:
@@ -73,16 +80,12 @@ def test_first_run_goes_through_all_stages_and_names_what_to_do_next(done):
 
 
 def test_second_run_does_nothing_quickly(toy, done):
-    start = time.process_time(), os.times()
+    before = os.times()
     p = toy('run', done[0])
-    spent = (
-        os.times().children_user
-        + os.times().children_system
-        - start[1].children_user
-        - start[1].children_system
-    )
+    after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
     assert p.returncode == 0 and ran(p) == [] and 'fresh' in p.stdout
-    assert spent < 3  # seconds of processor: the machine may be busy with other things
+    assert spent < 3  # CPU seconds: the machine may be busy
 
 
 def test_changed_setting_reruns_what_depends_on_it(toy, ws):
@@ -94,6 +97,10 @@ def test_changed_setting_reruns_what_depends_on_it(toy, ws):
     )
 
 
+def status_lines(toy, ws):
+    return {line.split()[0]: line for line in toy('status', ws).stdout.splitlines()}
+
+
 def test_status_says_what_is_stale_and_why(toy, ws):
     text = (ws / 'params.yaml').read_text()
     (ws / 'params.yaml').write_text(
@@ -101,13 +108,13 @@ def test_status_says_what_is_stale_and_why(toy, ws):
         if 'lr: 0.0015' in text
         else re.sub(r'  lr: \S+', '  lr: 0.00123', text, count=1)
     )
-    out = {l.split()[0]: l for l in toy('status', ws).stdout.splitlines()}
+    out = status_lines(toy, ws)
     assert 'fresh' in out['prepare'] and 'fresh' in out['upload']
     assert 'stale' in out['train'] and 'train.lr' in out['train']
     assert 'stale' in out['promote'] and 'train is stale' in out['promote']
     shutil.copy(ws / 'params.yaml', ws / 'keep')
     (ws / 'params.yaml').write_text(text)
-    out = {l.split()[0]: l for l in toy('status', ws).stdout.splitlines()}
+    out = status_lines(toy, ws)
     assert 'skipped' in out['tensorrt'] and 'no GPU' in out['tensorrt']
 
 
@@ -121,10 +128,10 @@ def test_comments_do_not_rerun_and_code_does(toy, ws):
     helper = toy.package / 'toolbox.py'
     source = helper.read_text()
     try:
-        helper.write_text(source.replace('"Doubles."', '"Twice as much."') + '# a remark\n')
+        helper.write_text(source.replace('"Doubles."', '"Twice as much."') + '# a comment\n')
         assert ran(toy('run', ws)) == []
         helper.write_text(source.replace('2*x', '3*x'))
-        out = {l.split()[0]: l for l in toy('status', ws).stdout.splitlines()}
+        out = status_lines(toy, ws)
         assert 'the code' in out['encode'] and 'the code' in out['train'] and 'fresh' in out['prepare']
     finally:
         helper.write_text(source)
@@ -171,7 +178,7 @@ def test_ctrl_c_in_training_leaves_nothing_running_and_goes_on(toy, ws, number):
     os.killpg(p.pid, number)
     _out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and time.time() - start < 20
-    step = int(re.fullmatch(r'stopped in train at step (\d+); run the same command to go on\n', err)[1])
+    step = int(re.fullmatch(r'stopped in train at step (\d+); run the same command to continue\n', err)[1])
     assert not processes(ws)
     assert (ws / 'candidate' / 'data.txt').exists()  # the old candidate
     p = toy('run', ws, '--set', f'train.epochs={step + 2}', '--only', 'train')
@@ -201,9 +208,6 @@ def test_two_runs_in_one_workspace(toy, ws):
 
 
 def test_dvc_by_hand(toy, ws):
-    import subprocess
-    import sys
-
     env = {
         **os.environ,
         'PYTHONPATH': str(toy.package.parent),
@@ -226,9 +230,6 @@ def test_the_real_thing(tiny_workspace, cli):
 
 
 def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path):
-    import subprocess
-    import sys
-
     root = shutil.copytree(tiny_workspace, tmp_path / 'garden', symlinks=True)
     command = [
         'run',
@@ -249,27 +250,16 @@ def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path
     )
 
     def step():
-        return max(
-            [
-                0,
-                *(
-                    json.loads(l).get('step', 0)
-                    for f in root.glob('work/train-*/events.jsonl')
-                    for l in f.read_text().splitlines()
-                    if l.endswith('}') and f.stat().st_mtime > begun
-                ),
-            ]
-        )
+        files = [f for f in root.glob('work/train-*/events.jsonl') if f.stat().st_mtime > begun]
+        lines = [line for f in files for line in f.read_text().splitlines() if line.endswith('}')]
+        return max((json.loads(line).get('step', 0) for line in lines), default=0)
 
     begun = time.time()
     wait(lambda: step() > 20, 300)
     os.killpg(p.pid, signal.SIGINT)
     err = p.communicate(timeout=90)[1]
-    stopped = int(
-        re.search(r'^stopped in train at step ([\d,]+); run the same command to go on$', err, re.M)[
-            1
-        ].replace(',', '')
-    )
+    message = r'^stopped in train at step ([\d,]+); run the same command to continue$'
+    stopped = int(re.search(message, err, re.M)[1].replace(',', ''))
     assert p.returncode == 130 and stopped >= 20 and not processes(root)
     p = cli(*command)
     assert ran(p) == ['train'], p.stdout + p.stderr

@@ -1,4 +1,4 @@
-"What a run would do, told before it does it: against what a run then did, and against people's mistakes."
+"The plan of a run: compared with what a run then did, and with errors in your input."
 
 import json
 import shutil
@@ -13,19 +13,23 @@ from flowerdiff.core.workspace import demo_workspace, read_json
 from flowerdiff.pipeline import plan as P
 from flowerdiff.pipeline import suggest as S
 from flowerdiff.pipeline.cli import main
+from flowerdiff.pipeline.estimates import TrainingSpeed
+from flowerdiff.pipeline.survey import Survey, split_sizes, survey_folder
 
-NOBODY = 'nobody/nothing@' + 40 * '0'
+MISSING = 'missing/model@' + 40 * '0'
 SMALL = {'train.channels': [16, 16, 32], 'prepare.count': 60}
 
 
 @pytest.fixture
-def quick(monkeypatch):  # nothing is measured: 100 pictures/s, 10 samples/s
+def quick(monkeypatch):
+    "Measure nothing: 100 pictures/s, 10 samples/s."
     monkeypatch.setattr(P, 'time_encoding', lambda *a: 100.0)
-    monkeypatch.setattr(P, 'time_training', lambda *a: (10.0, 10**8))
+    monkeypatch.setattr(P, 'time_training', lambda *a: TrainingSpeed(10.0, 10**8))
 
 
 @pytest.fixture
-def photos(tmp_path):  # forty, in two folders
+def photos(tmp_path):
+    "Forty pictures in two folders."
     for i in range(40):
         f = tmp_path / 'photos' / ('rose', 'lily')[i % 2] / f'{i}.jpg'
         f.parent.mkdir(parents=True, exist_ok=True)
@@ -37,10 +41,11 @@ def tree(folder):
     return {str(p): (s.st_mtime_ns, s.st_size) for p in [folder, *folder.rglob('*')] for s in [p.stat()]}
 
 
-def told(*args, **kwargs):
+def make_plan(*args, **kwargs):
+    "Return the numbers of a plan, and its lines by their first word."
     lines = []
-    got = P.plan(*map(str, args), **kwargs, tell=lambda l: lines.extend(l.split('\n')))
-    return got, {l.split()[0]: l for l in lines if l}
+    numbers = P.plan(*map(str, args), **kwargs, show=lambda text: lines.extend(text.splitlines()))
+    return numbers, {line.split()[0]: line for line in lines if line}
 
 
 def bytes_of(folder, pattern):
@@ -53,7 +58,7 @@ def bytes_of(folder, pattern):
 def test_the_arithmetic_is_what_a_run_did():
     ws = demo_workspace('train')
     before = tree(ws.root)
-    got, lines = told(ws.root)
+    got, lines = make_plan(ws.root)
     assert tree(ws.root) == before
     done, made = read_json(ws.root / 'train.json'), read_json(ws.encoded / 'manifest.json')
     assert got['steps'] == done['steps'] and (got['weights'], got['trained']) == (
@@ -96,35 +101,36 @@ def test_the_arithmetic_is_what_a_run_did():
 
 
 def test_numbers_follow_the_settings(quick, tmp_path):
-    ask = lambda **kw: told(tmp_path / 'w', overrides={**SMALL, **{f'train.{k}': v for k, v in kw.items()}})[
-        0
-    ]
-    one, wide, large = ask(), ask(channels=[32, 32, 64]), ask(batch_size=64)
-    assert (
-        3 < wide['weights'] / one['weights'] < 4.1
-        and wide['kept'] == 5 * 4 * wide['weights']
-        and wide['disk']['train'] > 2 * one['disk']['train']
-    )
-    assert (
-        (one['steps'], large['steps']) == (21, 11)
-        and one['train_seconds'] == pytest.approx(21 * 32 / 10)
-        and large['train_seconds'] == pytest.approx(11 * 64 / 10)
-    )
-    assert ask(epochs=24)['train_seconds'] == pytest.approx(41 * 32 / 10) and one['encode_seconds'] == 0.6
+    def numbers(**train):
+        changes = {f'train.{key}': value for key, value in train.items()}
+        return make_plan(tmp_path / 'w', overrides=SMALL | changes)[0]
+
+    one = numbers()
+    wide = numbers(channels=[32, 32, 64])
+    large = numbers(batch_size=64)
+    assert 3 < wide['weights'] / one['weights'] < 4.1
+    assert wide['kept'] == 5 * 4 * wide['weights']
+    assert wide['disk']['train'] > 2 * one['disk']['train']
+    assert (one['steps'], large['steps']) == (21, 11)
+    assert one['train_seconds'] == pytest.approx(21 * 32 / 10)
+    assert large['train_seconds'] == pytest.approx(11 * 64 / 10)
+    assert numbers(epochs=24)['train_seconds'] == pytest.approx(41 * 32 / 10)
+    assert one['encode_seconds'] == 0.6
 
 
-def test_a_budget_of_hours_is_honoured(quick, tmp_path):
-    got, lines = told(tmp_path / 'w', overrides=SMALL | {'train.max_hours': 0.01})
+def test_a_limit_of_hours_is_kept(quick, tmp_path):
+    got, lines = make_plan(tmp_path / 'w', overrides=SMALL | {'train.max_hours': 0.01})
     assert (
         got['train_seconds'] == pytest.approx(int(0.95 * 36 / 3.2) * 3.2)
         and '0.01 h allow 10 of 21 steps' in lines['train']
     )
     assert (
-        'allow all of 21 steps' in told(tmp_path / 'w', overrides=SMALL | {'train.max_hours': 9})[1]['train']
+        'allow all of 21 steps'
+        in make_plan(tmp_path / 'w', overrides=SMALL | {'train.max_hours': 9})[1]['train']
     )
 
 
-def test_someone_elses_network_is_counted(quick, tmp_path):
+def test_a_pretrained_network_is_counted(quick, tmp_path):
     from tiny import tiny_model
 
     from flowerdiff.models.finetune import add_lora, load_base_unet
@@ -137,7 +143,7 @@ def test_someone_elses_network_is_counted(quick, tmp_path):
         'prepare.resolution': 32,
         **SMALL,
     }
-    got, lines = told(tmp_path / 'w', overrides=use | {'train.lora_rank': 2})
+    got, lines = make_plan(tmp_path / 'w', overrides=use | {'train.lora_rank': 2})
     net = add_lora(load_base_unet(base, 4, 32), 2, 8.0)
     assert got['latent'] == (4, 16, 16) and got['text'] == (16, 32) and 'those of' in lines['network']
     assert (got['weights'], got['trained']) == (
@@ -146,13 +152,13 @@ def test_someone_elses_network_is_counted(quick, tmp_path):
     )
     assert (
         'reads text embeddings of 32 channels, these have 128'
-        in told(tmp_path / 'w', overrides=use | {'components.text_encoder': 'garden'})[1]['network']
+        in make_plan(tmp_path / 'w', overrides=use | {'components.text_encoder': 'garden'})[1]['network']
     )
 
 
 def test_what_is_larger_than_memory_is_not_tried(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(P, 'memory_gb', lambda: 0.001)
-    got, lines = told(tmp_path / 'w', overrides=SMALL)
+    got, lines = make_plan(tmp_path / 'w', overrides=SMALL)
     assert 'not measured' in lines['train'] and 'rate' not in got and 'disk' in lines
 
 
@@ -164,17 +170,17 @@ def test_what_is_larger_than_memory_is_not_tried(quick, tmp_path, monkeypatch):
     [(40, 0, 9, 400), (300, 0, 32, 237), (100_000, 0, 32, 12), (1000, 24, 32, 142), (3, 0, 1, 400)],
 )
 def test_suggestions(n, gpu, batch, epochs):
-    found = S.suggest(load_profile('folder', {'prepare.source': 'x'}), S.Survey(n, n, 500), gpu)
-    value = {k: v for k, (v, _) in found.items()}
+    found = S.suggest(load_profile('folder', {'prepare.source': 'x'}), Survey(n, n, 500), gpu)
+    value = {key: suggestion.value for key, suggestion in found.items()}
     assert (value['train.batch_size'], value['train.epochs']) == (batch, epochs) and value[
         'prepare.resolution'
     ] == (256 if gpu else 64)
-    steps = epochs * S.split_sizes(n, load_profile('folder').prepare)['train'] / batch
+    steps = epochs * split_sizes(n, load_profile('folder').prepare)['train'] / batch
     assert (
         3 <= steps / value['train.samples_every'] <= 5
         and value['train.validate_every'] == value['train.samples_every']
     )
-    assert all(why and '\n' not in why for _, why in found.values())
+    assert all(s.reason and '\n' not in s.reason for s in found.values())
     load_profile('folder', value)  # each is a value that is allowed
 
 
@@ -198,7 +204,7 @@ def test_a_new_workspace_gets_them_and_an_old_one_stays(toy, photos, tmp_path):
     ), p.stdout + p.stderr
 
 
-def test_plan_tells_the_reasons_and_writes_nothing(quick, photos, tmp_path, monkeypatch, capsys):
+def test_plan_shows_the_reasons_and_writes_nothing(quick, photos, tmp_path, monkeypatch, capsys):
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
     before = tree(tmp_path)
@@ -214,8 +220,8 @@ def test_plan_tells_the_reasons_and_writes_nothing(quick, photos, tmp_path, monk
         and 'not above a quarter of 36 training pictures' in out
         and 'train.samples_every=' not in out
     )
-    got = told(pictures=photos)[0]
-    settings, *_ = P.planned(tmp_path / 'x', 'folder', {'prepare.source': str(photos)})
+    got = make_plan(pictures=photos)[0]
+    settings = P.resolve_settings(tmp_path / 'x', 'folder', {'prepare.source': str(photos)}).settings
     assert got['steps'] == 1600 and settings.train.batch_size == 9  # what is planned is with them
 
 
@@ -228,13 +234,13 @@ def test_given_captions_and_other_files_are_seen(photos):
     )
     (photos / 'text.jpg').write_text('x')
     Image.new('RGB', (30, 300)).save(photos / 'tall.png')
-    seen = S.survey_folder(photos, 1000)
+    seen = survey_folder(photos, 1000)
     assert (
         (seen.pictures, seen.files, seen.side, seen.exact) == (41, 42, 100, True)
-        and seen.said['metadata.jsonl'] == pytest.approx(20 / 41)
+        and seen.caption_sources['metadata.jsonl'] == pytest.approx(20 / 41)
         and seen.jpeg == pytest.approx(40 / 41)
     )
-    few = S.survey_folder(photos, 1000, sample=8)
+    few = survey_folder(photos, 1000, sample=8)
     assert not few.exact and few.files == 42 and 30 <= few.pictures <= 42
 
 
@@ -256,10 +262,10 @@ def test_a_model_that_was_never_downloaded(quick, tmp_path, capsys, monkeypatch,
 
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', cache_only)
     monkeypatch.chdir(tmp_path)
-    assert main(['plan', 'w', '--set', f'{key}={NOBODY}', '--set', 'prepare.count=60']) == 0
-    out = {l.split()[0]: l for l in capsys.readouterr().out.splitlines()}
+    assert main(['plan', 'w', '--set', f'{key}={MISSING}', '--set', 'prepare.count=60']) == 0
+    out = {row.split()[0]: row for row in capsys.readouterr().out.splitlines()}
     assert (
-        NOBODY in out[line]
+        MISSING in out[line]
         and 'is not on this machine' in out[line]
         and 'not known' in out['train']
         and 'free' in out['disk']
@@ -303,10 +309,11 @@ def test_mistakes_in_settings(tmp_path, capsys):
 # ---- room on the disk
 
 
-def test_a_small_disk_is_told_before(quick, photos, tmp_path, capsys, monkeypatch):
-    room = lambda free: monkeypatch.setattr(
-        shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
-    )
+def test_a_small_disk_is_reported_before(quick, photos, tmp_path, capsys, monkeypatch):
+    def room(free):
+        usage = shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+        monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
+
     room(4 * 10**6)
     with pytest.raises(
         UserError, match=r'has 4.0 MB free and the first three stages need about \d+ MB \(pictures .*latents'
@@ -321,17 +328,17 @@ def test_a_small_disk_is_told_before(quick, photos, tmp_path, capsys, monkeypatc
         'make room, or give a workspace elsewhere' in capsys.readouterr().err
         and not (tmp_path / 'w').exists()
     )
-    got, lines = told(tmp_path / 'w', overrides=SMALL)
+    got, lines = make_plan(tmp_path / 'w', overrides=SMALL)
     assert got['lacking'] > 0 and 'the disk is too small by' in lines['WARNING']
     room(10**12)
-    assert 'WARNING' not in told(tmp_path / 'w', overrides=SMALL)[1] and S.suggested_settings(
+    assert 'WARNING' not in make_plan(tmp_path / 'w', overrides=SMALL)[1] and S.suggested_settings(
         tmp_path / 'w', 'garden', {}
-    ) == ({}, '')
+    ) == S.NewSettings({})
 
 
 def test_what_is_there_is_not_needed_twice(quick, monkeypatch):
     ws = demo_workspace('train')
-    got = told(ws.root)[0]
+    got = make_plan(ws.root)[0]
     has = bytes_of(ws.root, '*.bin')
     monkeypatch.setattr(P, 'free_bytes', lambda root: sum(got['disk'].values()) - has)
-    assert not told(ws.root)[0]['lacking']
+    assert not make_plan(ws.root)[0]['lacking']

@@ -9,19 +9,9 @@ import pytest
 
 
 def sweep(root, *sets):
-    return subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'flowerdiff.pipeline.cli',
-            'sweep',
-            str(root),
-            *(w for s in sets for w in ('--set', s)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    words = [word for setting in sets for word in ('--set', setting)]
+    command = [sys.executable, '-m', 'flowerdiff.pipeline.cli', 'sweep', str(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_two_points_one_that_fails_and_the_parent_untouched(tmp_path):
@@ -40,11 +30,9 @@ def test_two_points_one_that_fails_and_the_parent_untouched(tmp_path):
     assert 'fp16 is not for training on a CPU' in points[1]['failed'] and 'Traceback' not in done.stdout
     mine = Path(points[0]['folder'])
     trained = json.loads((mine / 'train.json').read_text())
-    assert (
-        trained['validation']['loss'] == points[0]['loss']
-        and (mine / 'report' / 'index.html').exists()
-        and (ws.root / 'sweeps' / 'sweep.png').read_bytes()[:4] == b'\x89PNG'
-    )
+    assert trained['validation']['loss'] == points[0]['loss']
+    assert (mine / 'report' / 'index.html').exists()
+    assert (ws.root / 'sweeps' / 'sweep.png').read_bytes()[:4] == b'\x89PNG'
     assert not (ws.root / 'model').exists() and not (ws.root / 'train.json').exists()
     assert all(f.stat().st_nlink > 1 for f in (mine / 'encoded' / 'train').glob('*.bin'))
     assert f'{points[0]["loss"]:.4f}' in done.stdout.split('train.precision  loss')[1]
@@ -53,7 +41,7 @@ def test_two_points_one_that_fails_and_the_parent_untouched(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'sets, said',
+    'sets, message',
     [
         (['train.lr=1e-4'], 'nothing varies'),
         (['train.lr=1e-4,x'], 'must be a number'),
@@ -61,11 +49,8 @@ def test_two_points_one_that_fails_and_the_parent_untouched(tmp_path):
         (['seed=' + ','.join(map(str, range(65)))], '65 runs are more than 64'),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, sets, said):
+def test_mistakes_are_one_line(tmp_path, sets, message):
     done = sweep(tmp_path / 'w', *sets)
-    assert (
-        done.returncode == 2
-        and said in done.stderr
-        and done.stderr.count('\n') == 1
-        and not (tmp_path / 'w' / 'sweeps').exists()
-    )
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count('\n') == 1
+    assert not (tmp_path / 'w' / 'sweeps').exists()

@@ -1,4 +1,4 @@
-"The wheel, installed into an environment without the source tree, does the main job in an empty directory."
+"The wheel does the main job in an environment without the source tree, in an empty folder."
 
 import json
 import os
@@ -24,7 +24,7 @@ def call(*command, **kwargs) -> str:
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory) -> Path:
-    "Built from a copy of the source, so that no old build folder gets into it."
+    "Build the wheel from a copy of the source, so that no old build folder gets into it."
     here = tmp_path_factory.mktemp('wheel')
     files = call('git', 'ls-files', '-co', '--exclude-standard', cwd=ROOT).splitlines()
     for f in files:
@@ -50,7 +50,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def environment(wheel, tmp_path_factory) -> Path:
-    "A new environment's bin folder. It sees the dependencies installed here, but not the editable flowerdiff."
+    "Return the bin folder of a new environment. It sees our dependencies, but not the editable flowerdiff."
     venv = tmp_path_factory.mktemp('environment') / 'venv'
     call(sys.executable, '-m', 'venv', '--without-pip', venv)
     packages = venv / 'lib' / f'python{sys.version_info.major}.{sys.version_info.minor}' / 'site-packages'
@@ -67,18 +67,15 @@ def environment(wheel, tmp_path_factory) -> Path:
         '--no-index',
         wheel,
     )
-    (packages / 'dependencies.pth').write_text(
-        sysconfig.get_path('purelib') + '\n'
-    )  # a plain path: the .pth files in it, of editable installs, are not read
+    # a plain path: the .pth files in it, of editable installs, are not read
+    (packages / 'dependencies.pth').write_text(sysconfig.get_path('purelib') + '\n')
     return venv / 'bin'
 
 
 def clean_environment() -> dict:
-    return {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(('PYTHON', 'FLOWERDIFF', 'VIRTUAL_ENV', 'COV'))
-    } | dict(OMP_NUM_THREADS='1', JUPYTER_PLATFORM_DIRS='1')
+    ours = ('PYTHON', 'FLOWERDIFF', 'VIRTUAL_ENV', 'COV')
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    return kept | dict(OMP_NUM_THREADS='1', JUPYTER_PLATFORM_DIRS='1')
 
 
 def test_wheel_carries_what_a_run_needs(wheel):
@@ -114,7 +111,7 @@ def test_wheel_runs_from_elsewhere(environment, tmp_path):
 
 
 def test_wheel_does_the_main_job(environment, tmp_path):
-    "All that a wheel has to find by itself: notebooks, profiles, assets, the kernel, dvc, and itself as a training process."
+    "The wheel finds its notebooks, profiles, assets and kernel, DVC, and itself as a training process."
     sets = [a for key, value in DEMO.items() for a in ('--set', f'{key}={json.dumps(value)}')]
     out = call(environment / 'flowerdiff', 'run', *sets, cwd=tmp_path, env=clean_environment())
     space = tmp_path / 'garden'
