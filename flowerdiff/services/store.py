@@ -289,9 +289,7 @@ def push(
     def send(file, moved):
         store.put(Path(folder) / file['path'], object_key(file['sha256']), file['sha256'], moved)
 
-    transfer_all(
-        send, missing.values(), workers=store.workers, size=size, progress=progress, label='MB sent'
-    )
+    transfer_all(send, missing.values(), workers=store.workers, size=size, progress=progress, label='MB sent')
     data = json.dumps(manifest, indent=1).encode()
     if store.read(name) != data:
         store.write(name, data)
@@ -395,9 +393,7 @@ def pull(
     def download(entry, moved):
         _download(store, entry, staging / entry['sha256'], moved)
 
-    transfer_all(
-        download, downloads, workers=store.workers, size=size, progress=progress, label='MB fetched'
-    )
+    transfer_all(download, downloads, workers=store.workers, size=size, progress=progress, label='MB fetched')
     for sha256, entries in missing.items():
         files = [folder / entry['path'] for entry in entries]
         for file in files:
