@@ -178,7 +178,8 @@ def hub_error(
     "Describe an error of the Hub's client in one line that says what to do."
     if isinstance(error, json.JSONDecodeError):
         return UserError(
-            f'{repo}: what answers is not the Hub; look at the network (a proxy, a page to log in, HF_ENDPOINT)'
+            f'{repo}: what answers is not the Hub; '
+            'look at the network (a proxy, a page to log in, HF_ENDPOINT)'
         )
     failure = _find_failure(error)
     again = f'run again in {failure.wait} s' if failure.wait else 'run again later'
