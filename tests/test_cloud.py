@@ -164,7 +164,7 @@ def draw(where):
     return np.array(pipe('a red rose', num_inference_steps=2, height=64, width=64, generator=torch.Generator().manual_seed(0)).images[0])
 there, here = draw('someone/meadow'), draw('meadow/model')
 assert (there == here).all() and there.std() > 5
-ours = [np.array(Generator.from_pretrained(m)('a red rose', steps=2, seed=3)[0]) for m in (f'someone/meadow@{sys.argv[1]}', 'meadow/model')]
+ours = [np.array(Generator.from_pretrained(m)('a red rose', num_inference_steps=2, seed=3)[0]) for m in (f'someone/meadow@{sys.argv[1]}', 'meadow/model')]
 assert (ours[0] == ours[1]).all()
 """
     revision = read_json(cloud['ws'] / 'published.json')['revision']

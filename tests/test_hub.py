@@ -40,7 +40,7 @@ def same(repo, model): # the repository, opened in three ways, draws what the mo
         pipe = DiffusionPipeline.from_pretrained(where, safety_checker=None, **which); pipe.set_progress_bar_config(disable=True)
         return np.array(pipe('a red rose', num_inference_steps=2, height=32, width=32, generator=torch.Generator().manual_seed(0)).images[0])
     name, _, commit = repo.partition('@')
-    pair = [np.array(Generator.from_pretrained(m, 'torch')('a red rose', steps=2, seed=3)[0]) for m in (repo, model)]
+    pair = [np.array(Generator.from_pretrained(m, 'torch')('a red rose', num_inference_steps=2, seed=3)[0]) for m in (repo, model)]
     return [bool((draw(name) == draw(model)).all()), bool((draw(name, revision=commit) == draw(model)).all()), bool((pair[0] == pair[1]).all())]
 def snapshot(repo, **how):
     from huggingface_hub import snapshot_download
@@ -278,7 +278,7 @@ def test_moved_on_is_not_overwritten(hub, publish, ws):
             'faster', dict(repo.files, **{'note.txt': repo.blob(b'me first')}), 'a colleague'
         ),
     )
-    one_line(publish('someone/race', ws.root, **{'publish.license': 'mit'}), 'somebody else commits there')
+    one_line(publish('someone/race', ws.root, **{'publish.license': 'mit'}), 'another commit came first')
     assert repo.commits[-1]['title'] == 'faster' and 'note.txt' in repo.files
 
 
@@ -450,7 +450,7 @@ def test_a_space_too(client, hub):
 
 
 def test_xet_refused_is_one_line_too(xet, publish):
-    "Breaks when `_told` does not read the status in hf_xet's text."
+    "Breaks when `_find_failure` does not read the status in hf_xet's text."
     server, by = xet
     for status, words in ((403, 'may not write'), (401, 'token is not valid'), (413, 'quota')):
         server.fault('GET .*xet-write-token', times=9, status=status)

@@ -51,11 +51,11 @@ FAULTS = [  # what S3 answers to an upload, what a person reads
     (error('InvalidToken'), 'credentials have expired; sign in'),
     (error('InvalidAccessKeyId', 403), 'check AWS_ACCESS_KEY_ID'),
     (error('SignatureDoesNotMatch', 403), 'check AWS_SECRET_ACCESS_KEY'),
-    (error('AccessDenied', 403), "somebody else's bucket, or the credentials lack s3:ListBucket"),
+    (error('AccessDenied', 403), "another account's bucket, or the credentials lack s3:ListBucket"),
     (error('QuotaExceeded', 403), 'the quota is full; make room'),
     (error('XMinioStorageFull', 507), 'the quota is full; make room'),
     (error('SlowDown', 503), 'asks to slow down; run again later'),
-    (error('InternalError', 500), 'trouble of its own; run again later'),
+    (error('InternalError', 500), 'has an internal error; run again later'),
     (error('RequestTimeTooSkewed', 403), 'the clock of this machine is wrong'),
     (error('BadDigest'), 'checksum differs'),
     (error('PermanentRedirect', 301), 'another region; set AWS_DEFAULT_REGION'),
@@ -64,7 +64,7 @@ FAULTS = [  # what S3 answers to an upload, what a person reads
         (404, {'Content-Type': 'text/html'}, b'<html><p>Not here<br></html>'),
         'does not answer as S3 does (HTTP 404)',
     ),
-    ('cut', 'it goes on where it stopped'),
+    ('cut', 'it resumes where it stopped'),
 ]
 
 
@@ -117,7 +117,7 @@ def test_a_bucket_elsewhere_is_found_or_told_of(line, folder):
 
 
 @pytest.mark.parametrize(
-    'url,says', [('s3://no spaces', 'is no name of a bucket'), ('s3:///there', 'has no bucket')]
+    'url,says', [('s3://no spaces', 'is not a bucket name'), ('s3:///there', 'has no bucket')]
 )
 def test_names_that_are_none(url, says, bucket, folder):
     assert says in told(lambda: S.push(folder, S.open_store(url)))
@@ -322,7 +322,7 @@ def test_a_line_that_breaks_on_the_way_down(line, folder, tmp_path):
     S.pull(line.store(), tmp_path / 'back')
     assert tree(tmp_path / 'back') == tree(folder) and len(seen) == 32
     line.fault = lambda method, path, n: ('half',) if '/objects/' in path else None
-    assert 'it goes on where it stopped' in told(S.pull, line.store(), tmp_path / 'other')
+    assert 'it resumes where it stopped' in told(S.pull, line.store(), tmp_path / 'other')
 
 
 def test_a_full_disk_on_the_way_down(line, tmp_path):

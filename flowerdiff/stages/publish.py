@@ -171,7 +171,7 @@ def run(ws: Workspace) -> Result:
             ws, made, name.split('/')[-1], name if kind == 'hub' else os.path.relpath(target, ws.root.parent)
         )
         done = (
-            publish_hub(made, name, memory, p.private)
+            publish_hub(made, name, memory, private=p.private)
             if kind == 'hub'
             else publish_folder(made, target, memory)
         )
