@@ -1,4 +1,5 @@
-"The stage publishes to the Hub: the real client, in a process of its own as a person has it, against tests/hub_server.py. Each test names the change that breaks it."
+"""The stage publishes to the Hub: the real client, in its own process, with tests/hub_server.py. Each test
+names the change that breaks it."""
 
 import json
 import os
@@ -177,7 +178,8 @@ def bare(hub, name):  # nothing of ours is there
 
 @pytest.mark.parametrize('way', ['lfs', 'xet'])
 def test_downloaded_again_it_draws_the_same(way, request, hub, client, publish, ws, tmp_path):
-    "Breaks when: a component is left out of `model_files`; large files are committed without being sent; `private` is not passed on; the second run sends anything."
+    """Breaks when: a component is left out of `model_files`; large files are committed without being sent;
+    `private` is not passed on; the second run sends anything."""
     server, by = request.getfixturevalue('xet') if way == 'xet' else (hub, client)
     done = publish(f'someone/{way}', ws.root, by=by)['value']['published']
     repo = server.repos['model', f'someone/{way}']
@@ -283,7 +285,8 @@ def test_moved_on_is_not_overwritten(hub, publish, ws):
 
 
 def test_cut_midway_goes_on_with_what_is_missing(hub, client, publish, ws):
-    "Breaks when large files are not sent before the commit, when a broken line is a traceback, or a second run sends all again."
+    """Breaks when large files are not sent before the commit, when a broken line is a traceback, or a
+    second run sends all again."""
     hub.lfs.clear()
     hub.fault('PUT /lfs/', times=1000, skip=2, cut=1000)
     back = publish('someone/cut', ws.root)
@@ -293,15 +296,19 @@ def test_cut_midway_goes_on_with_what_is_missing(hub, client, publish, ws):
     there = set(hub.lfs)
     hub.clear()
     done = publish('someone/cut', ws.root)['value']['published']
-    sent = {l.split()[1].split('/')[2] for l in hub.asked('PUT /lfs/.* 200')}
+    sent = {line.split()[1].split('/')[2] for line in hub.asked('PUT /lfs/.* 200')}
     large = {f['sha256'] for f in hub.repos['model', 'someone/cut'].files.values() if 'sha256' in f}
     assert there and sent == large - there and done['revision'] == hub.repos['model', 'someone/cut'].head
 
 
 def test_a_lost_answer_is_no_lost_commit(hub, publish, ws):
-    "Breaks when `_commit` raises without asking what the Hub holds: then the next model is refused as somebody else's."
+    """Breaks when `_commit` raises without asking what the Hub holds: then the next model is refused as
+    somebody else's."""
     hub.fault('POST .*/lost/commit', lost=True)
-    repo = lambda: hub.repos['model', 'someone/lost']
+
+    def repo():
+        return hub.repos['model', 'someone/lost']
+
     done = publish('someone/lost', ws.root)['value']['published']
     assert done['changed'] and done['revision'] == repo().head and len(repo().commits) == 2
     assert (
@@ -353,7 +360,8 @@ CASES = dict(  # what goes wrong, and words of the line; all keep the repository
 
 @pytest.mark.parametrize('case', CASES)
 def test_one_line_and_nothing_half_published(case, hub, publish):
-    "Breaks when `hub_error` loses a status or `publish_hub` a kind of exception; `hour` and `always` when `patient_client` is left out (the client would wait)."
+    """Breaks when `hub_error` loses a status or `publish_hub` a kind of exception; `hour` and `always`
+    when `patient_client` is left out (the client would wait)."""
     fault, *words = CASES[case]
     hub.lfs.clear()
     hub.fault(**fault)
@@ -377,7 +385,8 @@ def test_the_client_waits_as_long_as_it_is_asked(hub, publish):
 
 
 def test_who_may(hub, publish):
-    "Breaks when 401 and 403 are told as another thing, when no token is an error and not a skip, or when a token of one repository has to make it."
+    """Breaks when 401 and 403 are told as another thing, when no token is an error and not a skip, or when
+    a token of one repository has to make it."""
     one_line(publish('someone/mine', token='hf_nobody'), 'token is not valid')
     one_line(publish('someone/mine', token='hf_reader'), 'may not write')
     one_line(publish('other/mine'), 'may not write')
