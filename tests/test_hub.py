@@ -26,38 +26,84 @@ TOKENS = dict(
 )
 
 WORKER = """
-import json, os, sys, time, types
-say = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1) # what libraries print goes elsewhere
+import json
+import os
+import sys
+import time
+import types
+
+say = os.fdopen(os.dup(1), 'w')
+os.dup2(2, 1)  # what libraries print goes elsewhere
 from huggingface_hub.utils import _http
-waits = []; _http.time = types.SimpleNamespace(sleep=waits.append) # the client's waits are written down, not waited
+
+waits = []
+_http.time = types.SimpleNamespace(sleep=waits.append)  # the client's waits are recorded, not waited
 from flowerdiff.stages.publish import run
 
-def publish(root, overrides): return run(root, overrides=overrides).__dict__
-def same(repo, model): # the repository, opened in three ways, draws what the model in the workspace draws
-    import numpy as np, torch
+
+def publish(root, overrides):
+    return run(root, overrides=overrides).__dict__
+
+
+def same(repo, model):  # opened in three ways, the repository draws what the model in the workspace draws
+    import numpy as np
+    import torch
     from diffusers import DiffusionPipeline
     from flowerdiff.inference.generator import Generator
-    def draw(where, **which):
-        pipe = DiffusionPipeline.from_pretrained(where, safety_checker=None, **which); pipe.set_progress_bar_config(disable=True)
-        return np.array(pipe('a red rose', num_inference_steps=2, height=32, width=32, generator=torch.Generator().manual_seed(0)).images[0])
+
+    def draw(where, **options):
+        pipe = DiffusionPipeline.from_pretrained(where, safety_checker=None, **options)
+        pipe.set_progress_bar_config(disable=True)
+        rng = torch.Generator().manual_seed(0)
+        size = dict(height=32, width=32)
+        return np.array(pipe('a red rose', num_inference_steps=2, **size, generator=rng).images[0])
+
+    def ours(where):
+        generate = Generator.from_pretrained(where, 'torch')
+        return np.array(generate('a red rose', num_inference_steps=2, seed=3)[0])
+
     name, _, commit = repo.partition('@')
-    pair = [np.array(Generator.from_pretrained(m, 'torch')('a red rose', num_inference_steps=2, seed=3)[0]) for m in (repo, model)]
-    return [bool((draw(name) == draw(model)).all()), bool((draw(name, revision=commit) == draw(model)).all()), bool((pair[0] == pair[1]).all())]
-def snapshot(repo, **how):
+    expected = draw(model)
+    return [
+        bool((draw(name) == expected).all()),
+        bool((draw(name, revision=commit) == expected).all()),
+        bool((ours(repo) == ours(model)).all()),
+    ]
+
+
+def snapshot(repo, **options):
     from huggingface_hub import snapshot_download
-    return snapshot_download(repo, **how)
-def space(repo, text): # as a Space is published
+
+    return snapshot_download(repo, **options)
+
+
+def space(repo, text):  # as a Space is published
     from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-    api = HfApi(); url = str(api.create_repo(repo, repo_type='space', space_sdk='docker', private=True))
-    commit = api.create_commit(repo, [CommitOperationAdd('README.md', text.encode()), CommitOperationAdd('app/a.py', b'print(1)')], repo_type='space', commit_message='a Space', parent_commit=api.space_info(repo).sha)
-    return [url, open(hf_hub_download(repo, 'app/a.py', repo_type='space', revision=commit.oid)).read(), api.space_info(repo).sdk, sorted(f.path for f in api.list_repo_tree(repo, repo_type='space'))]
+
+    api = HfApi()
+    url = str(api.create_repo(repo, repo_type='space', space_sdk='docker', private=True))
+    files = [CommitOperationAdd('README.md', text.encode()), CommitOperationAdd('app/a.py', b'print(1)')]
+    parent = api.space_info(repo).sha
+    commit = api.create_commit(
+        repo, files, repo_type='space', commit_message='a Space', parent_commit=parent
+    )
+    path = hf_hub_download(repo, 'app/a.py', repo_type='space', revision=commit.oid)
+    tree = sorted(file.path for file in api.list_repo_tree(repo, repo_type='space'))
+    return [url, open(path).read(), api.space_info(repo).sdk, tree]
+
 
 for line in sys.stdin:
-    what, how, token = json.loads(line); waits.clear(); os.environ.pop('HF_TOKEN', None)
-    if token: os.environ['HF_TOKEN'] = token
-    try: back = dict(value=globals()[what](**how))
-    except Exception as e: back = dict(error=str(e), kind=type(e).__name__)
-    say.write(json.dumps(back | dict(waits=list(waits)), default=str) + chr(10)); say.flush()
+    what, how, token = json.loads(line)
+    waits.clear()
+    os.environ.pop('HF_TOKEN', None)
+    if token:
+        os.environ['HF_TOKEN'] = token
+    try:
+        back = dict(value=globals()[what](**how))
+    except Exception as error:
+        back = dict(error=str(error), kind=type(error).__name__)
+    say.write(json.dumps(back | dict(waits=list(waits)), default=str) + chr(10))
+    say.flush()
 """
 
 
