@@ -1,8 +1,16 @@
-"""Amazon on this machine, for tests: moto's server keeps buckets, roles, logs and training jobs; a proxy in front of it gives the jobs a life.
+"""Amazon on this machine, for tests. moto's server keeps buckets, roles, logs and training jobs. A proxy in
+front of it runs the jobs.
 
-What SageMaker does, from its documentation and its SDK: it brings each channel (S3Prefix, ManifestFile) and what is under the checkpoints' address to every host, writes /opt/ml/input/config, runs the entry point of the request in a container on each host, copies what appears
-in /opt/ml/checkpoints to S3 now and then, file by file, removes there what is removed here, and, when a spot machine is taken back, kills all containers and begins again with new ones. At the end /opt/ml/model of all hosts becomes model.tar.gz. Here a container is a namespace of its own (mounts, processes, host name) with /opt/ml and /etc/hosts.
-Not here: images (the Python of the tests runs), IAM (whoever asks may), networks (both hosts are 127.0.0.1), streaming modes, SIGTERM before an interruption."""
+What SageMaker does, from its documentation and its SDK: it copies each channel (S3Prefix, ManifestFile)
+and the checkpoints to every host, writes /opt/ml/input/config, and runs the entry point of the request in
+a container on each host. What appears in /opt/ml/checkpoints is copied to S3 from time to time, file by
+file, and what is removed here is removed there. When a spot machine is reclaimed, all containers are
+killed and new ones start. At the end /opt/ml/model of all hosts becomes model.tar.gz. Here a container is
+a namespace of its own (mounts, processes, host name) with /opt/ml and /etc/hosts.
+
+Not covered: images (the Python of the tests runs), IAM (every request is allowed), networks (both hosts
+are 127.0.0.1), streaming modes, SIGTERM before an interruption.
+"""
 
 import contextlib
 import http.client
@@ -229,10 +237,9 @@ class Job:
         if self.asked_to_stop:
             return self.end('Stopped')
         if any(codes):
-            return self.end(
-                'Failed',
-                FailureReason=f'AlgorithmError: {(failed or ["no word"])[0]}, exit code: {next(c for c in codes if c)}',
-            )
+            code = next(code for code in codes if code)
+            reason = f'AlgorithmError: {(failed or ["no word"])[0]}, exit code: {code}'
+            return self.end('Failed', FailureReason=reason)
         self.say('Uploading')
         self.collect(roots)
         self.end('Completed')
@@ -358,7 +365,8 @@ class Job:
                 '--mount-proc',
                 'bash',
                 '-c',
-                'hostname "$1" && mount --bind "$2" /etc/hosts && mount --bind "$3" /opt/ml && cd / && shift 3 && exec "$@"',
+                'hostname "$1" && mount --bind "$2" /etc/hosts && mount --bind "$3" /opt/ml'
+                ' && cd / && shift 3 && exec "$@"',
                 'container',
                 host,
                 str(hosts),

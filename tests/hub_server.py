@@ -1,4 +1,6 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1, for tests with the real client. It keeps in memory what it is sent, and gives it back.
+# ruff: noqa: E501 (a table)
+"""A stand-in for the Hugging Face Hub on 127.0.0.1, for tests with the real client.
+It keeps in memory what it is sent.
 
 What it speaks, and where huggingface_hub 2.4.0 asks for it:
 
@@ -19,11 +21,19 @@ What it speaks, and where huggingface_hub 2.4.0 asks for it:
 | GET  /lfs/OID                                | 200, 206, 416           | file_download.http_get, where 302 leads; `Range` resumes |
 | GET  /api/{...}/ID/xet-{write,read}-token/REV | 200, 403, 404          | _commit_api._upload_xet_files, file_download.xet_get: where hf_xet finds its storage |
 
-Errors carry X-Error-Code (RepoNotFound, RevisionNotFound, EntryNotFound) and X-Error-Message as utils._http.hf_raise_for_status reads them. `Hub.fault` injects others: 429 with Retry-After, 413, 500, a connection that is cut.
+Errors carry X-Error-Code (RepoNotFound, RevisionNotFound, EntryNotFound) and X-Error-Message, as
+utils._http.hf_raise_for_status reads them. `Hub.fault` injects others: 429 with Retry-After, 413, 500, a
+connection that breaks.
 
-**Xet.** With hf_xet installed and HF_HUB_DISABLE_XET unset the client sends large files by Xet whatever the Hub offers: `_commit_api._upload_files` asks no one, and falls back to LFS for buffers only. Both ways are here. `Hub(xet=FOLDER)` names `local://FOLDER` as the
-storage, and hf_xet's own code for a local storage keeps chunks there and makes files of them again; the stand-in reads in its shards which files it has (`xet_files`), and sends X-Xet-Hash with them. **Not covered** is what hf_xet says to the real storage over HTTP (grants,
-xorbs, shards), and the real Hub's bridge that serves such a file to a client without hf_xet. Not here at all: datasets, branches and pull requests, gated repositories, the scan of pickles, the true sizes of quotas and rates.
+**Xet.** With hf_xet installed and HF_HUB_DISABLE_XET unset, the client sends large files by Xet whatever the Hub
+offers: `_commit_api._upload_files` does not ask, and falls back to LFS for buffers only. Both ways work here.
+`Hub(xet=FOLDER)` names `local://FOLDER` as the storage. hf_xet's own code for a local storage keeps chunks there and
+assembles files from them. The stand-in reads from its shards which files it has (`xet_files`), and sends X-Xet-Hash
+with them.
+
+**Not covered**: what hf_xet sends to the real storage over HTTP (grants, xorbs, shards), and the real Hub's bridge
+that serves such a file to a client without hf_xet. Not here at all: datasets, branches and pull requests, gated
+repositories, the scan of pickles, the true sizes of quotas and rates.
 """
 
 import base64
@@ -187,13 +197,16 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def fault(
-        self, request, times=1, skip=0, **what
-    ):  # request: a pattern of 'METHOD /path'; what: status, message, headers, body; cut: close the connection after so many bytes of the body; lost: do it, and say nothing; first: a function to call before
+    def fault(self, request, times=1, skip=0, **what):
+        """Make requests that match a pattern of 'METHOD /path' fail.
+
+        `what`: status, message, headers and body of the response; `cut`: close the connection after so many
+        bytes of the body; `lost`: do what was asked, but do not respond; `first`: a function to call before.
+        """
         self.faults.append(dict(request=request, times=times, skip=skip, **what))
 
     def asked(self, pattern=''):
-        return [l for l in self.log if re.search(pattern, l)]  # 'METHOD /path STATUS'
+        return [line for line in self.log if re.search(pattern, line)]  # 'METHOD /path STATUS'
 
     def clear(self):
         self.log.clear()
@@ -247,14 +260,12 @@ class Hub:
         ):
             raise Wrong(400, f'Invalid repository name: {name}')
         url = f'{self.url}/{"spaces/" if type == "space" else ""}{id}'
-        if (
-            who['write'] is not True or id.split('/')[0] != who['user']
-        ):  # a token of one repository makes none
-            if id.split('/')[0] not in (who['write'] if who['write'] is not True else ()):
-                raise Wrong(
-                    403,
-                    f'You don\'t have the rights to create a {type} under the namespace "{id.split("/")[0]}"',
-                )
+        namespace = id.split('/')[0]
+        owner = who['write'] is True and namespace == who['user']
+        allowed = who['write'] if who['write'] is not True else ()  # a token of one repository creates none
+        if not owner and namespace not in allowed:
+            message = f'You don\'t have the rights to create a {type} under the namespace "{namespace}"'
+            raise Wrong(403, message)
         with self.lock:
             if (type, id) in self.repos:
                 raise Exists(url)
@@ -317,16 +328,18 @@ class Hub:
             repo.blobs[repo.files['.gitattributes']['oid']].decode() if '.gitattributes' in repo.files else ''
         )
         named = any(
-            fnmatch(file['path'].rpartition('/')[2], l.split()[0])
-            for l in attributes.splitlines()
-            if 'filter=lfs' in l
+            fnmatch(file['path'].rpartition('/')[2], line.split()[0])
+            for line in attributes.splitlines()
+            if 'filter=lfs' in line
         )
         return (
             'lfs' if named or file['size'] > HUGE or b'\0' in base64.b64decode(file['sample']) else 'regular'
         )
 
     def preupload(self, repo, files):
-        present = lambda p: repo.files.get(p, {}).get('sha256') or repo.files.get(p, {}).get('oid')
+        def present(path):
+            return repo.files.get(path, {}).get('sha256') or repo.files.get(path, {}).get('oid')
+
         return dict(
             files=[
                 dict(
@@ -603,7 +616,9 @@ class Handler(BaseHTTPRequestHandler):
         if verb == 'commit':
             return (
                 200,
-                hub.commit(kind, id, repo, who, [json.loads(l) for l in self.body.splitlines()], revision),
+                hub.commit(
+                    kind, id, repo, who, [json.loads(line) for line in self.body.splitlines()], revision
+                ),
                 {},
             )
         if verb in ('xet-write-token', 'xet-read-token') and hub.xet:

@@ -1,4 +1,4 @@
-"S3 with faults: moto's server, and before it a small one that stumbles as a test asks, in S3's own words."
+"S3 with faults: a proxy before moto's server that injects the errors a test asks for, in S3's own format."
 
 import http.client
 import socket
@@ -20,7 +20,8 @@ def error(code, status=400, **more):  # as S3 says it
 
 
 class Proxy(ThreadingHTTPServer):
-    "`fault(method, path, n)` -> None (pass it on), (status, headers, body), or 'cut': the line breaks after half of the request."
+    """`fault(method, path, n)` -> None (pass it on), (status, headers, body), or 'cut': the line breaks
+    after half of the request."""
 
     daemon_threads = True
 

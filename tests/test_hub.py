@@ -1,4 +1,5 @@
-"The stage publishes to the Hub: the real client, in a process of its own as a person has it, against tests/hub_server.py. Each test names the change that breaks it."
+"""The stage publishes to the Hub: the real client, in its own process, with tests/hub_server.py. Each test
+names the change that breaks it."""
 
 import json
 import os
@@ -25,38 +26,84 @@ TOKENS = dict(
 )
 
 WORKER = """
-import json, os, sys, time, types
-say = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1) # what libraries print goes elsewhere
+import json
+import os
+import sys
+import time
+import types
+
+say = os.fdopen(os.dup(1), 'w')
+os.dup2(2, 1)  # what libraries print goes elsewhere
 from huggingface_hub.utils import _http
-waits = []; _http.time = types.SimpleNamespace(sleep=waits.append) # the client's waits are written down, not waited
+
+waits = []
+_http.time = types.SimpleNamespace(sleep=waits.append)  # the client's waits are recorded, not waited
 from flowerdiff.stages.publish import run
 
-def publish(root, overrides): return run(root, overrides=overrides).__dict__
-def same(repo, model): # the repository, opened in three ways, draws what the model in the workspace draws
-    import numpy as np, torch
+
+def publish(root, overrides):
+    return run(root, overrides=overrides).__dict__
+
+
+def same(repo, model):  # opened in three ways, the repository draws what the model in the workspace draws
+    import numpy as np
+    import torch
     from diffusers import DiffusionPipeline
     from flowerdiff.inference.generator import Generator
-    def draw(where, **which):
-        pipe = DiffusionPipeline.from_pretrained(where, safety_checker=None, **which); pipe.set_progress_bar_config(disable=True)
-        return np.array(pipe('a red rose', num_inference_steps=2, height=32, width=32, generator=torch.Generator().manual_seed(0)).images[0])
+
+    def draw(where, **options):
+        pipe = DiffusionPipeline.from_pretrained(where, safety_checker=None, **options)
+        pipe.set_progress_bar_config(disable=True)
+        rng = torch.Generator().manual_seed(0)
+        size = dict(height=32, width=32)
+        return np.array(pipe('a red rose', num_inference_steps=2, **size, generator=rng).images[0])
+
+    def ours(where):
+        generate = Generator.from_pretrained(where, 'torch')
+        return np.array(generate('a red rose', num_inference_steps=2, seed=3)[0])
+
     name, _, commit = repo.partition('@')
-    pair = [np.array(Generator.from_pretrained(m, 'torch')('a red rose', steps=2, seed=3)[0]) for m in (repo, model)]
-    return [bool((draw(name) == draw(model)).all()), bool((draw(name, revision=commit) == draw(model)).all()), bool((pair[0] == pair[1]).all())]
-def snapshot(repo, **how):
+    expected = draw(model)
+    return [
+        bool((draw(name) == expected).all()),
+        bool((draw(name, revision=commit) == expected).all()),
+        bool((ours(repo) == ours(model)).all()),
+    ]
+
+
+def snapshot(repo, **options):
     from huggingface_hub import snapshot_download
-    return snapshot_download(repo, **how)
-def space(repo, text): # as a Space is published
+
+    return snapshot_download(repo, **options)
+
+
+def space(repo, text):  # as a Space is published
     from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-    api = HfApi(); url = str(api.create_repo(repo, repo_type='space', space_sdk='docker', private=True))
-    commit = api.create_commit(repo, [CommitOperationAdd('README.md', text.encode()), CommitOperationAdd('app/a.py', b'print(1)')], repo_type='space', commit_message='a Space', parent_commit=api.space_info(repo).sha)
-    return [url, open(hf_hub_download(repo, 'app/a.py', repo_type='space', revision=commit.oid)).read(), api.space_info(repo).sdk, sorted(f.path for f in api.list_repo_tree(repo, repo_type='space'))]
+
+    api = HfApi()
+    url = str(api.create_repo(repo, repo_type='space', space_sdk='docker', private=True))
+    files = [CommitOperationAdd('README.md', text.encode()), CommitOperationAdd('app/a.py', b'print(1)')]
+    parent = api.space_info(repo).sha
+    commit = api.create_commit(
+        repo, files, repo_type='space', commit_message='a Space', parent_commit=parent
+    )
+    path = hf_hub_download(repo, 'app/a.py', repo_type='space', revision=commit.oid)
+    tree = sorted(file.path for file in api.list_repo_tree(repo, repo_type='space'))
+    return [url, open(path).read(), api.space_info(repo).sdk, tree]
+
 
 for line in sys.stdin:
-    what, how, token = json.loads(line); waits.clear(); os.environ.pop('HF_TOKEN', None)
-    if token: os.environ['HF_TOKEN'] = token
-    try: back = dict(value=globals()[what](**how))
-    except Exception as e: back = dict(error=str(e), kind=type(e).__name__)
-    say.write(json.dumps(back | dict(waits=list(waits)), default=str) + chr(10)); say.flush()
+    what, how, token = json.loads(line)
+    waits.clear()
+    os.environ.pop('HF_TOKEN', None)
+    if token:
+        os.environ['HF_TOKEN'] = token
+    try:
+        back = dict(value=globals()[what](**how))
+    except Exception as error:
+        back = dict(error=str(error), kind=type(error).__name__)
+    say.write(json.dumps(back | dict(waits=list(waits)), default=str) + chr(10))
+    say.flush()
 """
 
 
@@ -177,7 +224,8 @@ def bare(hub, name):  # nothing of ours is there
 
 @pytest.mark.parametrize('way', ['lfs', 'xet'])
 def test_downloaded_again_it_draws_the_same(way, request, hub, client, publish, ws, tmp_path):
-    "Breaks when: a component is left out of `model_files`; large files are committed without being sent; `private` is not passed on; the second run sends anything."
+    """Breaks when: a component is left out of `model_files`; large files are committed without being sent;
+    `private` is not passed on; the second run sends anything."""
     server, by = request.getfixturevalue('xet') if way == 'xet' else (hub, client)
     done = publish(f'someone/{way}', ws.root, by=by)['value']['published']
     repo = server.repos['model', f'someone/{way}']
@@ -278,12 +326,13 @@ def test_moved_on_is_not_overwritten(hub, publish, ws):
             'faster', dict(repo.files, **{'note.txt': repo.blob(b'me first')}), 'a colleague'
         ),
     )
-    one_line(publish('someone/race', ws.root, **{'publish.license': 'mit'}), 'somebody else commits there')
+    one_line(publish('someone/race', ws.root, **{'publish.license': 'mit'}), 'another commit came first')
     assert repo.commits[-1]['title'] == 'faster' and 'note.txt' in repo.files
 
 
 def test_cut_midway_goes_on_with_what_is_missing(hub, client, publish, ws):
-    "Breaks when large files are not sent before the commit, when a broken line is a traceback, or a second run sends all again."
+    """Breaks when large files are not sent before the commit, when a broken line is a traceback, or a
+    second run sends all again."""
     hub.lfs.clear()
     hub.fault('PUT /lfs/', times=1000, skip=2, cut=1000)
     back = publish('someone/cut', ws.root)
@@ -293,15 +342,19 @@ def test_cut_midway_goes_on_with_what_is_missing(hub, client, publish, ws):
     there = set(hub.lfs)
     hub.clear()
     done = publish('someone/cut', ws.root)['value']['published']
-    sent = {l.split()[1].split('/')[2] for l in hub.asked('PUT /lfs/.* 200')}
+    sent = {line.split()[1].split('/')[2] for line in hub.asked('PUT /lfs/.* 200')}
     large = {f['sha256'] for f in hub.repos['model', 'someone/cut'].files.values() if 'sha256' in f}
     assert there and sent == large - there and done['revision'] == hub.repos['model', 'someone/cut'].head
 
 
 def test_a_lost_answer_is_no_lost_commit(hub, publish, ws):
-    "Breaks when `_commit` raises without asking what the Hub holds: then the next model is refused as somebody else's."
+    """Breaks when `_commit` raises without asking what the Hub holds: then the next model is refused as
+    somebody else's."""
     hub.fault('POST .*/lost/commit', lost=True)
-    repo = lambda: hub.repos['model', 'someone/lost']
+
+    def repo():
+        return hub.repos['model', 'someone/lost']
+
     done = publish('someone/lost', ws.root)['value']['published']
     assert done['changed'] and done['revision'] == repo().head and len(repo().commits) == 2
     assert (
@@ -353,7 +406,8 @@ CASES = dict(  # what goes wrong, and words of the line; all keep the repository
 
 @pytest.mark.parametrize('case', CASES)
 def test_one_line_and_nothing_half_published(case, hub, publish):
-    "Breaks when `hub_error` loses a status or `publish_hub` a kind of exception; `hour` and `always` when `patient_client` is left out (the client would wait)."
+    """Breaks when `hub_error` loses a status or `publish_hub` a kind of exception; `hour` and `always`
+    when `patient_client` is left out (the client would wait)."""
     fault, *words = CASES[case]
     hub.lfs.clear()
     hub.fault(**fault)
@@ -377,7 +431,8 @@ def test_the_client_waits_as_long_as_it_is_asked(hub, publish):
 
 
 def test_who_may(hub, publish):
-    "Breaks when 401 and 403 are told as another thing, when no token is an error and not a skip, or when a token of one repository has to make it."
+    """Breaks when 401 and 403 are told as another thing, when no token is an error and not a skip, or when
+    a token of one repository has to make it."""
     one_line(publish('someone/mine', token='hf_nobody'), 'token is not valid')
     one_line(publish('someone/mine', token='hf_reader'), 'may not write')
     one_line(publish('other/mine'), 'may not write')
@@ -450,7 +505,7 @@ def test_a_space_too(client, hub):
 
 
 def test_xet_refused_is_one_line_too(xet, publish):
-    "Breaks when `_told` does not read the status in hf_xet's text."
+    "Breaks when `_find_failure` does not read the status in hf_xet's text."
     server, by = xet
     for status, words in ((403, 'may not write'), (401, 'token is not valid'), (413, 'quota')):
         server.fault('GET .*xet-write-token', times=9, status=status)

@@ -1,4 +1,5 @@
-"A published folder is a model that stock Diffusers opens, published once, never over somebody else's."
+"""A published folder is a model that Diffusers opens. It is published once, and never replaces another
+user's folder."""
 
 import shutil
 import sys
@@ -84,7 +85,8 @@ def test_diffusers_opens_it_and_draws_the_same(ws):
 
 
 def test_a_student_travels_as_one(ws):
-    "Breaks when the published model does not say its steps, says more of its training, or the card and its samples have the teacher's."
+    """Breaks when the published model does not say its steps, says more of its training, or the card and
+    its samples have the teacher's."""
     from flowerdiff.inference.generator import Generator
     from flowerdiff.stages.publish import sample_prompts
 
@@ -128,7 +130,7 @@ def test_another_model_is_another_revision(ws):
     assert 'retrained' in (Path(second['url']) / 'unet/config.json').read_text()
 
 
-def test_somebody_elses_folder_is_left_alone(ws):
+def test_a_foreign_folder_is_left_alone(ws):
     other = ws.root / 'published/meadow'
     other.mkdir(parents=True)
     (other / 'precious.txt').write_text('mine')
@@ -138,10 +140,10 @@ def test_somebody_elses_folder_is_left_alone(ws):
 
 
 def test_a_failure_leaves_the_published_one(ws, monkeypatch):
-    run(ws.root).published
+    run(ws.root)
     before = stamps(ws.root / 'published')
     shutil.rmtree(ws.model / 'vae')
-    with pytest.raises(Exception):
+    with pytest.raises(Exception):  # noqa: B017 (any error)
         run(ws.root)
     assert stamps(ws.root / 'published') == before and not list(ws.work.glob('publish-*'))
     shutil.rmtree(ws.model)
@@ -192,7 +194,8 @@ def test_without_a_token_the_hub_is_skipped(ws, monkeypatch):
 
 
 def test_engines_go_along_by_choice(ws):
-    "Breaks when engines of other weights or a driver's cache are copied, when the setting is not read, or where `find_engines` does not look."
+    """Breaks when engines of other weights or a driver's cache are copied, when the setting is not read,
+    or where `find_engines` does not look."""
     from flowerdiff.inference.tensorrt import find_engines
     from flowerdiff.models.model_folder import weights_fingerprint
 
@@ -206,7 +209,10 @@ def test_engines_go_along_by_choice(ws):
     for f in ('new/unet.engine', 'new/unet.kernels', 'old/unet.engine'):
         (ws.tensorrt / f).parent.mkdir(exist_ok=True)
         (ws.tensorrt / f).write_bytes(b'engine')
-    tensorrt = lambda done: {f['path'] for f in done.published['files'] if f['path'].startswith('tensorrt/')}
+
+    def tensorrt(done):
+        return {f['path'] for f in done.published['files'] if f['path'].startswith('tensorrt/')}
+
     assert tensorrt(run(ws.root)) == set()
     done = run(ws.root, overrides={'publish.engines': True})
     folder = Path(done.published['url'])
@@ -222,5 +228,5 @@ def test_engines_go_along_by_choice(ws):
 def test_a_name_that_leads_out_of_the_folder(ws):
     "Breaks when `repo_name` takes any text for a folder's name."
     for name in ('..', '../elsewhere', '/tmp/meadow'):
-        with pytest.raises(UserError, match='publish.repo_name'):
+        with pytest.raises(UserError, match=r'publish\.repo_name'):
             run(ws.root, overrides={'publish.repo_name': name})

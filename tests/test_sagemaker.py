@@ -1,4 +1,5 @@
-"Training at SageMaker: the real SDK and SageMaker's own scripts in the containers, two hosts, one taken away; Amazon is `amazon.py`."
+"""Training at SageMaker: the real SDK, SageMaker's own scripts in the containers, two hosts, one
+interrupted. Amazon is `amazon.py`."""
 
 import json
 import os
@@ -84,7 +85,9 @@ def weights(ws):
 
 @contained
 def test_a_job_that_was_interrupted_is_the_run_that_was_not(amazon, tmp_path):
-    "Two hosts under torchrun and ZeRO-2; one is taken away while a checkpoint is being copied, the process that follows is killed; the model is byte for byte the one that two processes here make. Skipping the checkpoint, a shuffled order or the torn checkpoint would change a byte."
+    """Two hosts under torchrun and ZeRO-2; one is taken away while a checkpoint is being copied, the
+    process that follows is killed; the model is byte for byte the one that two processes here make.
+    Skipping the checkpoint, a shuffled order or the torn checkpoint would change a byte."""
     at_home = workspace(tmp_path / 'home', 'home', train__where='here', train__num_processes=2)
     run(at_home.root)
     ws, jobs_before = workspace(tmp_path / 'meadow', 'meadow'), len(amazon.jobs)
@@ -204,7 +207,8 @@ def until(true, seconds):  # wait for something
 
 @contained
 def test_a_mistake_in_the_container_is_one_line(amazon, tmp_path):
-    "An object that was damaged in the bucket: the container finds it, the line comes home, nothing is half made."
+    """An object that was damaged in the bucket: the container finds it, the line comes home, nothing is
+    half made."""
     ws = workspace(tmp_path / 'meadow', 'damaged', sagemaker__instance_count=1, sagemaker__spot=False)
     store, sent = open_store(ws.settings.upload.destination), sagemaker.send_data
 
@@ -280,17 +284,13 @@ def test_what_is_wrong_at_amazon_is_one_line(amazon, tmp_path, monkeypatch):
 
 
 def test_a_run_that_could_not_train_does_not_begin(amazon, tmp_path, monkeypatch, cli):
-    "Before pictures are drawn: the role, and a bucket that answers. Without the check the first line would be prepare's."
-    go = lambda: cli(
-        'run',
-        tmp_path / 'meadow',
-        '--set',
-        'train.where=sagemaker',
-        '--set',
-        'upload.destination=s3://nobodys/flowers',
-        '--set',
-        'prepare.count=20',
-    )
+    """Before pictures are drawn: the role, and a bucket that answers. Without the check the first line
+    would be prepare's."""
+
+    def go():
+        settings = ('train.where=sagemaker', 'upload.destination=s3://nobodys/flowers', 'prepare.count=20')
+        return cli('run', tmp_path / 'meadow', *[arg for setting in settings for arg in ('--set', setting)])
+
     done = go()
     assert (
         done.returncode == 2
@@ -304,7 +304,7 @@ def test_a_run_that_could_not_train_does_not_begin(amazon, tmp_path, monkeypatch
 
 
 def test_a_bucket_is_needed(tmp_path):
-    with pytest.raises(UserError, match='upload.destination to s3://'):
+    with pytest.raises(UserError, match=r'upload\.destination to s3://'):
         open_workspace(tmp_path / 'meadow', 'garden', {'train.where': 'sagemaker'})
     with pytest.raises(UserError, match='max_wait_hours'):
         open_workspace(tmp_path / 'meadow', 'garden', {'sagemaker.max_hours': 20})
@@ -312,7 +312,8 @@ def test_a_bucket_is_needed(tmp_path):
 
 @contained
 def test_a_person_is_asked_before_a_job_is_stopped(amazon, tmp_path):
-    "Ctrl-C: a yes stops the job, anything else lets it go on; a stopped job says what to do and is followed by another."
+    """Ctrl-C: a yes stops the job, anything else lets it go on; a stopped job says what to do and is
+    followed by another."""
     ws = workspace(tmp_path / 'meadow', 'asked', sagemaker__instance_count=1)
     amazon.container = 'sleep 600'
 
@@ -343,7 +344,8 @@ def test_a_person_is_asked_before_a_job_is_stopped(amazon, tmp_path):
 
 @contained
 def test_the_policy_allows_what_was_asked_and_no_more(amazon):
-    "Of the tests before: every request is in the tutorial's policy, and what is in it was needed. A right too many or too few fails."
+    """Of the tests before: every request is in the tutorial's policy, and what is in it was needed. A
+    right too many or too few fails."""
     rights = {
         a
         for s in sagemaker.person_policy('s3://flowers/meadow', ROLE)['Statement']

@@ -1,4 +1,5 @@
-"Tracking against a real `mlflow server` on loopback, and against one that is away or does not answer."
+# ruff: noqa: F811 (fixtures)
+"Tracking with a real `mlflow server` on this machine, and with one that is offline or does not respond."
 
 import json
 import os
@@ -64,7 +65,8 @@ def sent(ws):  # has every run's every event reached both destinations?
 
 
 def test_what_a_silent_server_missed_is_sent_later(toy, tmp_path, monkeypatch):
-    "The first run meets a server that takes calls and never answers; the second a real one, which then has both, whole."
+    """The first run meets a server that accepts connections and never responds, the second a real one.
+    Then the server has both runs, complete."""
     from flowerdiff.core.workspace import open_workspace
     from flowerdiff.services.tracking import experiment_name, mlflow_client
     from flowerdiff.stages.promote import run as promote

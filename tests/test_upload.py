@@ -1,4 +1,6 @@
-"Up to a bucket and back, with the real boto3: every fault is one line and the same command goes on. Amazon's own S3 is never used; moto's server is, with a stumbling one before it."
+# ruff: noqa: F811 (fixtures)
+"""Uploads and downloads with the real boto3: every fault is one line, and the same command resumes.
+Amazon's own S3 is never used, only moto's server behind a proxy that injects faults."""
 
 import functools
 import json
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from s3_proxy import Proxy, error
-from test_store import tree  # noqa: fixtures
+from test_store import bucket, endpoint, folder, tree  # noqa: F401 (fixtures among them)
 
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import open_workspace
@@ -51,11 +53,11 @@ FAULTS = [  # what S3 answers to an upload, what a person reads
     (error('InvalidToken'), 'credentials have expired; sign in'),
     (error('InvalidAccessKeyId', 403), 'check AWS_ACCESS_KEY_ID'),
     (error('SignatureDoesNotMatch', 403), 'check AWS_SECRET_ACCESS_KEY'),
-    (error('AccessDenied', 403), "somebody else's bucket, or the credentials lack s3:ListBucket"),
+    (error('AccessDenied', 403), "another account's bucket, or the credentials lack s3:ListBucket"),
     (error('QuotaExceeded', 403), 'the quota is full; make room'),
     (error('XMinioStorageFull', 507), 'the quota is full; make room'),
     (error('SlowDown', 503), 'asks to slow down; run again later'),
-    (error('InternalError', 500), 'trouble of its own; run again later'),
+    (error('InternalError', 500), 'has an internal error; run again later'),
     (error('RequestTimeTooSkewed', 403), 'the clock of this machine is wrong'),
     (error('BadDigest'), 'checksum differs'),
     (error('PermanentRedirect', 301), 'another region; set AWS_DEFAULT_REGION'),
@@ -64,7 +66,7 @@ FAULTS = [  # what S3 answers to an upload, what a person reads
         (404, {'Content-Type': 'text/html'}, b'<html><p>Not here<br></html>'),
         'does not answer as S3 does (HTTP 404)',
     ),
-    ('cut', 'it goes on where it stopped'),
+    ('cut', 'it resumes where it stopped'),
 ]
 
 
@@ -72,7 +74,8 @@ FAULTS = [  # what S3 answers to an upload, what a person reads
     'fault,says', FAULTS, ids=[f[0] if isinstance(f[0], str) else f[1][:24] for f in FAULTS]
 )
 def test_a_fault_midway_is_one_line_and_is_gone_on_from(fault, says, line, folder):
-    "After sixteen lists and four objects, so that some have arrived; the next try sends only the rest. Nobody saw a manifest meanwhile."
+    """After sixteen lists and four objects, so that some have arrived; the next try sends only the rest.
+    Nobody saw a manifest meanwhile."""
     if not (html := isinstance(fault, tuple) and b'html' in fault[2]):
         line.fault = lambda method, path, n: fault if n > 20 and '/objects/' in path else None
     else:
@@ -117,7 +120,7 @@ def test_a_bucket_elsewhere_is_found_or_told_of(line, folder):
 
 
 @pytest.mark.parametrize(
-    'url,says', [('s3://no spaces', 'is no name of a bucket'), ('s3:///there', 'has no bucket')]
+    'url,says', [('s3://no spaces', 'is not a bucket name'), ('s3:///there', 'has no bucket')]
 )
 def test_names_that_are_none(url, says, bucket, folder):
     assert says in told(lambda: S.push(folder, S.open_store(url)))
@@ -180,7 +183,10 @@ def test_the_bar_moves_while_nothing_has_arrived(line, tmp_path):
     for i in range(3):
         with open(root / f'{i}.bin', 'ab') as f:
             f.write(bytes([i]))
-    arrived = lambda: sum(s.startswith('PUT') for s in line.done)
+
+    def arrived():
+        return sum(request.startswith('PUT') for request in line.done)
+
     line.pause = 0.005
 
     def bar(iterable, total, label):
@@ -205,7 +211,10 @@ def test_ctrl_c_leaves_promptly(way, line, bucket, tmp_path, monkeypatch):
         [
             sys.executable,
             '-c',
-            f'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom flowerdiff.services import store as S; place = S.open_store("s3://{bucket}/set"); {call}',
+            'import signal\n'
+            'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
+            'from flowerdiff.services import store as S\n'
+            f'place = S.open_store("s3://{bucket}/set")\n{call}',
         ],
         stderr=subprocess.PIPE,
         text=True,
@@ -227,7 +236,12 @@ def test_ctrl_c_leaves_promptly(way, line, bucket, tmp_path, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_file(endpoint, bucket, tmp_path):
-    code = 'import sys; from flowerdiff.services import store as S; S.push(sys.argv[1], S.open_store(sys.argv[2])); print(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))'
+    code = """
+import sys
+from flowerdiff.services import store as S
+S.push(sys.argv[1], S.open_store(sys.argv[2]))
+print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))
+"""
     peak = {}
     for n in (10, 200):
         peak[n] = (
@@ -248,7 +262,8 @@ def test_memory_does_not_grow_with_the_file(endpoint, bucket, tmp_path):
 
 
 def test_the_policy_is_what_is_used(line, folder, tmp_path):
-    "Every operation that boto3 sends up and down, a failed big file included, has its action in the policy, and the policy has no other."
+    """Every operation that boto3 sends up and down, a failed big file included, has its action in the
+    policy, and the policy has no other."""
     NEEDS = dict(
         ListObjectsV2='s3:ListBucket',
         HeadBucket='s3:ListBucket',
@@ -322,7 +337,7 @@ def test_a_line_that_breaks_on_the_way_down(line, folder, tmp_path):
     S.pull(line.store(), tmp_path / 'back')
     assert tree(tmp_path / 'back') == tree(folder) and len(seen) == 32
     line.fault = lambda method, path, n: ('half',) if '/objects/' in path else None
-    assert 'it goes on where it stopped' in told(S.pull, line.store(), tmp_path / 'other')
+    assert 'it resumes where it stopped' in told(S.pull, line.store(), tmp_path / 'other')
 
 
 def test_a_full_disk_on_the_way_down(line, tmp_path):
@@ -391,7 +406,8 @@ def test_same_bytes_twice_and_a_stop_between(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('kind', ['folder', 's3'])
 def test_nothing_changed_reads_nothing(kind, tmp_path, request):
-    "With remembered hashes no file is opened and no object sent; a file that changed and took back its size and date is."
+    """With remembered hashes no file is opened and no object sent; a file that changed and took back its
+    size and date is."""
     place = (
         S.LocalStore(tmp_path / 'store')
         if kind == 'folder'
@@ -439,7 +455,9 @@ def test_a_file_written_a_moment_ago_is_not_trusted(tmp_path):
 
 
 def test_from_one_machine_to_another(cli, bucket, tiny_workspace, tmp_path, monkeypatch):
-    "A run sends its data to a bucket; elsewhere the same model is trained from it, byte for byte, though the first machine is gone (the stages after it are tests of their own). A workspace that is there keeps its settings and what the set does not name."
+    """A run sends its data to a bucket; elsewhere the same model is trained from it, byte for byte, though
+    the first machine is gone (the stages after it are tests of their own). A workspace that is there
+    keeps its settings and what the set does not name."""
 
     def run(*args, says=None, code=0):
         p = cli(*args, cwd=tmp_path)
@@ -452,11 +470,11 @@ def test_from_one_machine_to_another(cli, bucket, tiny_workspace, tmp_path, monk
     shutil.copytree(tiny_workspace, home)
     run('run', home, '--only', 'upload', '--set', f'upload.destination={url}', says='files were new')
     run('download', url, says='each checked; next: flowerdiff run meadow --from train')
-    data = lambda root: {
-        k: v
-        for k, v in tree(root).items()
-        if k.split('/')[0] in ('pictures', 'captions', 'encoded', 'params.yaml')
-    }
+
+    def data(root):
+        parts = ('pictures', 'captions', 'encoded', 'params.yaml')
+        return {path: sha for path, sha in tree(root).items() if path.split('/')[0] in parts}
+
     assert data(tmp_path / 'meadow') == data(home)
     shutil.rmtree(home)
     run('run', 'meadow', '--only', 'train')
@@ -497,7 +515,7 @@ def test_only_data_is_taken_from_a_store(tmp_path):
     )
     (root / 'params.yaml').unlink()
     S.push(root, S.LocalStore(tmp_path / 'store'))
-    with pytest.raises(UserError, match='has no params.yaml'):
+    with pytest.raises(UserError, match=r'has no params\.yaml'):
         download(tmp_path / 'store', tmp_path / 'other')
     assert not (tmp_path / 'other').exists()
 
@@ -535,5 +553,5 @@ def test_what_the_run_shows_of_a_slow_line(line, tmp_path, monkeypatch):
     while sender.is_alive():
         time.sleep(0.1)
         lines.append(how_far(ws, 'upload', 0))
-    moving = {l for l in lines if re.fullmatch(r'MB sent \d+/14, \d+/s, [\d.]+ s left', l)}
+    moving = {line for line in lines if re.fullmatch(r'MB sent \d+/14, \d+/s, [\d.]+ s left', line)}
     assert len(moving) >= 2, lines

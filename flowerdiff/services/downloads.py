@@ -70,10 +70,6 @@ def download_rest(
     if left > 0:
         raise ConnectionError(f'the server broke off {left:,} bytes before the end')
 
-
-def _mode(response) -> str:
-    return 'ab' if response.status == 206 else 'wb'
-
 # %% ../../nbs/services/05_downloads.ipynb #806cd9bf
 NETWORK = URLError, ConnectionError, TimeoutError, HTTPException, ssl.SSLError
 
