@@ -245,7 +245,7 @@ def test_a_text_is_encoded_once_and_the_cache_is_limited(models):
 
 
 def count_text_products(unet, function):
-    "Call a function; return its result, how often it multiplied the text with a matrix, and the number of matrices."
+    "Call a function; return its result, its number of products with the text, and the number of matrices."
     calls = []
     hooks = [
         module.register_forward_hook(lambda *_: calls.append(1))
