@@ -13,7 +13,7 @@ from tiny import tiny_model
 
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import open_workspace, read_json, write_json
-from flowerdiff.inference import backends, onnx_openvino
+from flowerdiff.inference import backends, onnx_export, onnx_openvino
 from flowerdiff.inference.backends import BACKENDS, load_backend, open_backend
 from flowerdiff.inference.generator import Generator
 from flowerdiff.inference.onnx_openvino import OnnxBackend, OpenVinoBackend, onnx_session
@@ -330,7 +330,7 @@ def shift_outputs(monkeypatch, part_name):
 
     def wrong(part, folder, opset=17):
         if folder.name == part_name:
-            part = export.Part(Shifted(part.fn), part.inputs, part.outputs, part.axes)
+            part = onnx_export.Part(Shifted(part.fn), part.inputs, part.outputs, part.axes)
         return export_part(part, folder, opset)
 
     monkeypatch.setattr(export, 'export_part', wrong)
@@ -376,19 +376,19 @@ def test_big_weights_are_gathered_in_one_file(ws, tmp_path):
     "An exporter may write many weight files. They become one, and nothing is lost."
     import onnx
 
-    part = export.model_parts(TorchBackend(ws.model))['unet']
-    path = export.export_part(part, tmp_path / 'unet')
+    part = onnx_export.model_parts(TorchBackend(ws.model))['unet']
+    path = onnx_export.export_part(part, tmp_path / 'unet')
     model = onnx.load(path)
     onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=64)
     assert len(list(path.parent.iterdir())) > 3
-    export.gather_weights(path, limit=0)
+    onnx_export.gather_weights(path, limit=0)
     assert sorted(p.name for p in path.parent.iterdir()) == ['model.onnx', 'model.onnx_data']
     shutil.move(path.parent, tmp_path / 'moved')
     moved = tmp_path / 'moved' / 'model.onnx'
-    assert export.part_difference(part, moved) < 1e-3
-    export.gather_weights(moved)
+    assert onnx_export.part_difference(part, moved) < 1e-3
+    onnx_export.gather_weights(moved)
     assert [p.name for p in moved.parent.iterdir()] == ['model.onnx']
-    assert export.part_difference(part, moved) < 1e-3
+    assert onnx_export.part_difference(part, moved) < 1e-3
 
 
 OTHER_PIPELINES = """import sys, torch
