@@ -1,18 +1,22 @@
-"""One picture of 128 pixels on this machine: every backend of ours beside stock Diffusers, on the same weights, in turns.
+"""Compare the time for one image of 128 pixels: every backend and stock Diffusers, on the same weights, in turns.
 
     python benchmarks/generate.py [--steps 15] [--rounds 5] [--model FOLDER] [--ort-python PYTHON]
 
-The model has the size of the nearest project's (UNet 192, 384, 576 and Stable Diffusion's decoder, 148 and 84 million parameters) and random weights: what it draws is noise, what it costs is not. --model takes a trained one with
-its ONNX folder beside it instead, such as garden/model. --ort-python names the python of an environment with Optimum, whose ORTStableDiffusionPipeline then takes its turns as well, in a process of its own.
+The model has the size of the nearest project's: UNet 192, 384, 576 and Stable Diffusion's decoder, 148 and
+84 million parameters. Its weights are random, which does not change the time. --model takes a trained model with
+its ONNX folder next to it instead, such as garden/model. --ort-python names the python of an environment with
+Optimum. Its ORTStableDiffusionPipeline then takes its turns as well, in a process of its own.
 """
 
 import argparse
+import itertools
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,17 +25,21 @@ from flowerdiff.core.workspace import write_json
 from flowerdiff.inference.backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_unavailable
 from flowerdiff.inference.benchmark import network_parts, overhead
 from flowerdiff.inference.generator import Generator
-from flowerdiff.models.components import TextEncoder
+from flowerdiff.inference.onnx_export import copy_configs, export_part, model_parts, to_half, to_int8
+from flowerdiff.models.components import TextEncoder, save_components, save_pipeline
 from flowerdiff.models.model_folder import find_model, weights_fingerprint
-from flowerdiff.models.saving import save_components, save_pipeline
-from flowerdiff.stages import onnx as export
 
-PROMPT = '{} red roses under a blue sky'  # another in every round: a text that was drawn before is remembered
+PROMPT = '{} red roses under a blue sky'  # another text in every round, because embeddings are cached
 ORT = """import sys, time
 from optimum.onnxruntime import ORTStableDiffusionPipeline
-pipe = ORTStableDiffusionPipeline.from_pretrained(sys.argv[1]); pipe.set_progress_bar_config(disable=True); size = int(sys.argv[3])
+
+folder, steps, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+pipe = ORTStableDiffusionPipeline.from_pretrained(folder)
+pipe.set_progress_bar_config(disable=True)
 for line in sys.stdin:
-    t = time.perf_counter(); pipe(line.strip(), num_inference_steps=int(sys.argv[2]), guidance_scale=4., height=size, width=size); print(time.perf_counter() - t, flush=True)"""
+    start = time.perf_counter()
+    pipe(line.strip(), num_inference_steps=steps, guidance_scale=4.0, height=size, width=size)
+    print(time.perf_counter() - start, flush=True)"""
 
 
 def full_size(
@@ -77,27 +85,26 @@ def full_size(
     save_components(folder / 'parts', vae, TextEncoder(tokenizer, text))
     save_pipeline(folder / 'model', unet, folder / 'parts', scheduler)
     backend, out = open_backend('torch', folder / 'model'), folder / 'onnx'
-    for name, part in export.parts_of(backend).items():
-        path = export.export_part(part, out / name)
-        export.to_half(path)
-        export.to_int8(path)
-    export.copy_configs(folder / 'model', out)
+    for name, part in model_parts(backend).items():
+        path = export_part(part, out / name)
+        to_half(path)
+        to_int8(path)
+    copy_configs(folder / 'model', out)
     write_json(out / 'parity.json', dict(passed=True, model=weights_fingerprint(folder / 'model')))
 
 
-def fastest_of(
-    f, calls: int = 9
-):  # seconds; one after the other, so that each finds the caches as a loop does
-    f()
+def fastest_of(function, calls: int = 9) -> float:  # seconds
+    "Return the time of the fastest of several calls in a row, as the calls of a loop."
+    function()
     times = []
     for _ in range(calls):
         start = time.perf_counter()
-        f()
+        function()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -105,7 +112,76 @@ def main():
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--model', type=Path)
     parser.add_argument('--ort-python')
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def image_calls(model: Path, onnx: Path | None, generators: dict, steps: int) -> dict:
+    "Return name -> function of a prompt, for every backend and for stock Diffusers."
+    from diffusers import StableDiffusionPipeline
+
+    stock = StableDiffusionPipeline.from_pretrained(model)
+    stock.set_progress_bar_config(disable=True)
+    size = generators['torch'].backend.size
+    settings = dict(num_inference_steps=steps, guidance_scale=4.0)
+    calls = {name: partial(generator, **settings) for name, generator in generators.items()}
+    return calls | {'StableDiffusionPipeline': partial(stock, height=size, width=size, **settings)}
+
+
+class OptimumProcess:
+    "ORTStableDiffusionPipeline in a process of another environment."
+
+    def __init__(self, python: str, onnx: Path, steps: int, size: int):
+        self.process = subprocess.Popen(
+            [python, '-c', ORT, str(onnx), str(steps), str(size)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def seconds(self, prompt: str) -> float:
+        print(prompt, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+
+def time_images(calls: dict, rounds: int, optimum: OptimumProcess | None) -> dict:  # name -> seconds
+    "Time all calls in turns. The first round warms up."
+    seconds = {name: [] for name in calls}
+    if optimum:
+        seconds['ORTStableDiffusionPipeline'] = []
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            time.sleep(0.3)  # threads of the one before may still wait for work, and keep a core busy
+            start = time.perf_counter()
+            call(PROMPT.format(i))
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+        if optimum:
+            took = optimum.seconds(PROMPT.format(i))
+            if i:
+                seconds['ORTStableDiffusionPipeline'].append(took)
+    return seconds
+
+
+def part_columns(generator: Generator, steps: int) -> str:
+    "Return the columns on the networks and on the time beyond them."
+    settings = dict(num_inference_steps=steps, guidance_scale=4.0)
+    count = itertools.count(1)
+
+    def new_prompt():
+        generator(f'{next(count)}: {PROMPT}', **settings)
+
+    def known_prompt():
+        generator(PROMPT, **settings)
+
+    calls = network_parts(generator.backend) | dict(new=new_prompt, known=known_prompt)
+    own = {name: 1000 * fastest_of(call) for name, call in calls.items()}
+    new = overhead(own['new'], steps, own)
+    known = overhead(own['known'], steps, own)
+    return f' {own["unet"]:.1f} ms | {own["decode"]:.1f} ms | {new:.1%} | {known:.1%} |'
+
+
+def main():
+    args = parse_arguments()
     scratch = None
     if not args.model:
         scratch = Path(tempfile.mkdtemp())
@@ -113,68 +189,26 @@ def main():
         args.model = scratch / 'model'
     model = find_model(args.model)
     onnx = onnx_beside(model)
-    from diffusers import StableDiffusionPipeline
-
-    stock = StableDiffusionPipeline.from_pretrained(model)
-    stock.set_progress_bar_config(disable=True)
-    ours = {
-        k: Generator(open_backend(k, onnx if reads_onnx(k) else model))
-        for k in BACKENDS
-        if (onnx or not reads_onnx(k)) and not why_unavailable(k, onnx)
+    generators = {
+        name: Generator(open_backend(name, onnx if reads_onnx(name) else model))
+        for name in BACKENDS
+        if (onnx or not reads_onnx(name)) and not why_unavailable(name, onnx)
     }
-    size = ours['torch'].backend.size
-    calls = {
-        k: lambda prompt, g=g: g(prompt, num_inference_steps=args.steps, guidance_scale=4.0)
-        for k, g in ours.items()
-    }
-    calls['StableDiffusionPipeline'] = lambda prompt: stock(
-        prompt, num_inference_steps=args.steps, guidance_scale=4.0, height=size, width=size
-    )
-    seconds = {k: [] for k in calls}
-    if args.ort_python:
-        other = subprocess.Popen(
-            [args.ort_python, '-c', ORT, str(onnx), str(args.steps), str(size)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        seconds['ORTStableDiffusionPipeline'] = []
-    for i in range(args.rounds + 1):
-        for k, f in calls.items():
-            time.sleep(0.3)
-            start = time.perf_counter()
-            f(PROMPT.format(i))  # threads of the one before may still wait for work, and a core
-            if i:
-                seconds[k].append(time.perf_counter() - start)
-        if args.ort_python:
-            print(PROMPT.format(i), file=other.stdin, flush=True)
-            took = float(other.stdout.readline())
-            if i:
-                seconds['ORTStableDiffusionPipeline'].append(took)
+    size = generators['torch'].backend.size
+    optimum = OptimumProcess(args.ort_python, onnx, args.steps, size) if args.ort_python else None
+    seconds = time_images(image_calls(model, onnx, generators, args.steps), args.rounds, optimum)
+    print(f'\n{size} pixels, {args.steps} steps with guidance, {torch.get_num_threads()} threads', end='')
+    print(f', {args.rounds} rounds in turns\n')
+    print('| | an image, median (range) | of stock Diffusers | one step | decoder', end=' ')
+    print('| overhead, new prompt | known prompt |\n|---|---|---|---|---|---|---|')
     base = statistics.median(seconds['StableDiffusionPipeline'])
-    print(
-        f'\n{size} pixels, {args.steps} steps with guidance, {torch.get_num_threads()} threads, {args.rounds} rounds in turns\n\n| | a picture, median (range) | of stock Diffusers | one step | decoder | beyond the network, prompt new | prompt known |\n|---|---|---|---|---|---|---|'
-    )
-    for k, s in sorted(seconds.items(), key=lambda kv: statistics.median(kv[1])):
-        m = statistics.median(s)
-        line = f'| {k} | {m:.3f} s ({min(s):.3f} to {max(s):.3f}) | {base / m:.2f}x faster |'
-        if k in ours:
-            g, n = ours[k], [0]
-
-            def new():
-                n[0] += 1
-                g(f'{n[0]}: {PROMPT}', num_inference_steps=args.steps, guidance_scale=4.0)
-
-            parts = network_parts(g.backend) | dict(
-                new=new, known=lambda: g(PROMPT, num_inference_steps=args.steps, guidance_scale=4.0)
-            )
-            own = {name: 1000 * fastest_of(f) for name, f in parts.items()}
-            line += f' {own["unet"]:.1f} ms | {own["decode"]:.1f} ms | {overhead(own["new"], args.steps, own):.1%} | {overhead(own["known"], args.steps, own):.1%} |'
-        else:
-            line += ' | | | |'
-        print(line)
-    if args.ort_python:
-        other.kill()
+    for name, times in sorted(seconds.items(), key=lambda item: statistics.median(item[1])):
+        median = statistics.median(times)
+        times_text = f'{median:.3f} s ({min(times):.3f} to {max(times):.3f})'
+        columns = part_columns(generators[name], args.steps) if name in generators else ' | | | |'
+        print(f'| {name} | {times_text} | {base / median:.2f}x faster |{columns}')
+    if optimum:
+        optimum.process.kill()
     if scratch:
         shutil.rmtree(scratch)
 

@@ -1,4 +1,4 @@
-"Attention maps: a network that is made to read one word, a drawing that they must not change, a student."
+"Attention maps: a network that attends to one word, the unchanged image, a student."
 
 import json
 
@@ -25,7 +25,7 @@ def shares(generator, prompt, latents, **how):  # of all tokens
 
 
 def made_to_read(generator, prompt, word):
-    "By hand: every place asks the same, and a key answers as far as its embedding is like that of the word and unlike what an empty prompt has at its place."
+    "Set the weights by hand so that all positions have the same query, and only the keys of a word match it."
     backend = generator.backend
     [place] = dict(words_of(backend.tokenizer, prompt))[word]
     wanted = backend.encode([prompt])[0, place] - backend.encode([''])[0, place]
@@ -38,8 +38,8 @@ def made_to_read(generator, prompt, word):
 
 
 @pytest.mark.parametrize('guidance', [1.0, 4.0])
-def test_the_word_that_is_read_has_the_map(generator, guidance):
-    "And no other; the half without a prompt has no such word."
+def test_only_the_word_that_is_attended_to_has_a_map(generator, guidance):
+    "The row without a prompt has no such word."
     seen = attention_maps(
         made_to_read(generator, PROMPT, 'rose'), PROMPT, num_inference_steps=3, guidance_scale=guidance
     )
@@ -47,8 +47,8 @@ def test_the_word_that_is_read_has_the_map(generator, guidance):
         assert share.min() > 0.99 if word == 'rose' else share.abs().max() < 0.01, (word, share.mean())
 
 
-def test_a_map_lies_as_the_picture_does(generator):
-    "In a wide picture, whose left half asks for the word and whose right half asks for anything else."
+def test_a_map_has_the_layout_of_the_image(generator):
+    "In a wide image, the left half attends to the word and the right half to anything else."
 
     def halves(norm, _, out):
         w = round((1.5 * out.shape[1]) ** 0.5)
@@ -76,7 +76,7 @@ def test_tokens_of_a_word_are_one_map(generator):
 
 
 @pytest.mark.parametrize('size', [None, (48, 32)])
-def test_shares_sum_to_one_and_the_picture_stays(generator, size):
+def test_weights_sum_to_one_and_the_image_stays(generator, size):
     how = dict(seed=5, num_inference_steps=4, guidance_scale=3.0, size=size)
     usual, old = generator(PROMPT, **how)[0], generator.backend.unet.attn_processors
     h, w = usual.height // 2, usual.width // 2
@@ -90,7 +90,7 @@ def test_shares_sum_to_one_and_the_picture_stays(generator, size):
     assert [p.size for p in seen.pictures(96)] == [(96, 96 * h // w)] * 8
 
 
-def test_a_drawing_that_fails_leaves_the_processors(generator, monkeypatch):
+def test_a_failure_restores_the_processors(generator, monkeypatch):
     old = generator.backend.unet.attn_processors
 
     def broken(latents):
@@ -102,8 +102,8 @@ def test_a_drawing_that_fails_leaves_the_processors(generator, monkeypatch):
     assert generator.backend.unet.attn_processors == old
 
 
-def test_a_student_has_one_half(generator):
-    "It draws in its own steps without guidance, and what it reads is the prompt."
+def test_a_student_has_one_row(generator):
+    "It uses its own steps without guidance, and its only row has the prompt."
     folder = generator.backend.folder
     (folder / 'train_settings.json').write_text(json.dumps(dict(train=dict(distill=2))))
     student = made_to_read(Generator.from_pretrained(folder, backend='torch'), PROMPT, 'sky')

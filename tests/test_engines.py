@@ -1,4 +1,8 @@
-"Engines: really built ahead of time where tensorrt_rtx is; opened, refitted and run by a stand-in that answers TensorRT's calls with ONNX Runtime."
+"""TensorRT engines.
+
+If tensorrt_rtx is installed, they are really built, ahead of time. A stand-in for the package
+opens, refits and runs engines with ONNX Runtime.
+"""
 
 import ctypes
 import json
@@ -99,7 +103,7 @@ def change(ws, part, what='weights'):
     write_json(ws.onnx / 'parity.json', parity | dict(model=parity['model'] + part))
 
 
-# ---- ahead of time, for real
+# ---- built ahead of time with tensorrt_rtx
 
 AHEAD = {'tensorrt.flavour': 'rtx', 'tensorrt.targets': ['SM86'], 'tensorrt.max_batch': 2}
 
@@ -134,8 +138,9 @@ def test_rtx_builds_once_and_again_what_changed(ws, rtx, monkeypatch):
     )
 
 
-def test_the_networks_are_as_promised(exported, rtx):
-    kinds, promised = rtx.DataType, profile_shapes(exported.onnx, 3)
+def test_the_networks_match_the_profiles(exported, rtx):
+    kinds = rtx.DataType
+    profiles = profile_shapes(exported.onnx, 3)
     want = dict(
         text_encoder=[('input_ids', kinds.INT64)],
         unet=[('sample', kinds.FLOAT), ('timestep', kinds.INT64), ('encoder_hidden_states', kinds.FLOAT)],
@@ -147,15 +152,15 @@ def test_the_networks_are_as_promised(exported, rtx):
         assert [(x.name, x.dtype) for x in map(network.get_input, range(network.num_inputs))] == want[part]
         assert {network.get_output(i).dtype for i in range(network.num_outputs)} == {kinds.FLOAT}
         assert {network.get_layer(i).get_output(0).dtype for i in range(network.num_layers)} >= {kinds.HALF}
-        profile = shape_profile(b, network, promised[part])
-        for name, shapes in promised[part].items():
+        profile = shape_profile(b, network, profiles[part])
+        for name, shapes in profiles[part].items():
             assert [tuple(s) for s in profile.get_shape(name)] == list(shapes)
-    assert [s[0] for s in promised['unet']['sample']] == [1, 2, 6] and [
-        s[0] for s in promised['vae_decoder']['latent_sample']
+    assert [s[0] for s in profiles['unet']['sample']] == [1, 2, 6] and [
+        s[0] for s in profiles['vae_decoder']['latent_sample']
     ] == [1, 1, 3]
 
 
-def test_bf16_is_built_too_and_where_it_cannot_be_one_line_says_so(exported, rtx, tmp_path):
+def test_bf16_is_built_or_the_reason_is_one_line(exported, rtx, tmp_path):
     brain, shapes = (
         half_file(exported.onnx / 'vae_decoder', 'bf16', tmp_path),
         profile_shapes(exported.onnx)['vae_decoder'],
@@ -163,9 +168,9 @@ def test_bf16_is_built_too_and_where_it_cannot_be_one_line_says_so(exported, rtx
     _, network, _parser = read_network(rtx, brain)
     inside = {network.get_layer(i).get_output(0).dtype for i in range(network.num_layers)}
     assert rtx.DataType.BF16 in inside and rtx.DataType.HALF not in inside
-    assert len(build_engine(rtx, brain, shapes, ['SM86'])) > 10_000
-    with pytest.raises(UserError, match='SM75.*b16') as e:
-        build_engine(rtx, brain, shapes, ['SM75'])
+    assert len(build_engine(rtx, brain, shapes, targets=['SM86'])) > 10_000
+    with pytest.raises(UserError, match=r'SM75.*b16') as e:
+        build_engine(rtx, brain, shapes, targets=['SM75'])
     assert '\n' not in str(e.value)
 
 
@@ -204,7 +209,10 @@ def test_a_failed_build_keeps_the_old_folder(ws, rtx, what, monkeypatch):
 
 
 def stand_in(name='tensorrt', version='11.4'):
-    "A package that builds, opens, refits and runs. Its engines are ONNX files behind a line that says what they were built with; ONNX Runtime runs them on the memory they are given."
+    """Return a package that builds, opens, refits and runs engines.
+
+    Its engines are ONNX files after a line with their settings. ONNX Runtime runs them on the given memory.
+    """
 
     class ILogger:
         Severity = IntEnum('Severity', 'INTERNAL_ERROR ERROR WARNING', start=0)
@@ -425,7 +433,9 @@ def stand_in(name='tensorrt', version='11.4'):
         def set_runtime_cache(self, c):
             self.cache = c
 
-    flags = lambda *names: type('Flags', (), {n: n for n in names})
+    def flags(*names):
+        return type('Flags', (), {n: n for n in names})
+
     known = dict(
         ILogger=ILogger,
         Builder=Builder,
@@ -456,12 +466,12 @@ def stand_in(name='tensorrt', version='11.4'):
 
 @pytest.fixture
 def machine(monkeypatch):
-    "`machine(package, name, architecture)`: a computer with that GPU, whose memory is the CPU's, and that package."
+    "`machine(package, name, architecture)`: pretend there is such a GPU and package; memory is on the CPU."
 
     def there(trt, name='Fake GPU', architecture='SM90'):
         monkeypatch.setattr(engines, 'load_package', lambda n: trt if trt and n == trt.__name__ else None)
         for m in (engines, tensorrt):
-            monkeypatch.setattr(m, 'gpu', lambda: (name, architecture))
+            monkeypatch.setattr(m, 'find_gpu', lambda: engines.GPU(name, architecture))
         for m in (engines, tensorrt, backends):
             monkeypatch.setattr(m, 'cuda_device', lambda: 'cpu' if name else '')
         return trt
@@ -474,8 +484,8 @@ def build(ws, **settings):
 
 
 @pytest.mark.parametrize('name', ['tensorrt', 'tensorrt_rtx'])
-def test_pictures_are_those_of_the_onnx_files(ws, machine, name):
-    "Names, addresses, shapes, types and scaling: a picture of any batch is the half-precision ONNX file's."
+def test_images_are_those_of_the_onnx_files(ws, machine, name):
+    "Names, addresses, shapes, types, scaling: images of any batch are those of the half-precision files."
     trt = machine(stand_in(name))
     result = build(ws, max_batch=2)
     assert (
@@ -483,11 +493,16 @@ def test_pictures_are_those_of_the_onnx_files(ws, machine, name):
         and max(m['difference'] for m in result.status['sets'][f'Fake_GPU-{name}-11.4']['parts'].values())
         < 0.01
     )
-    ask = dict(prompt=['a red rose', 'the sky', 'a blue iris in the meadow'], n=2, steps=4, negative='blue')
+    request = dict(
+        prompt=['a red rose', 'the sky', 'a blue iris in the meadow'],
+        num_images_per_prompt=2,
+        num_inference_steps=4,
+        negative_prompt='blue',
+    )
     ours = Generator.from_pretrained(ws.root, 'tensorrt', batch=5)
     trt.ran.clear()
-    mine = ours(**ask)
-    half, full = (Generator.from_pretrained(ws.root, b)(**ask) for b in ('onnx-fp16', 'onnx'))
+    mine = ours(**request)
+    half, full = (Generator.from_pretrained(ws.root, b)(**request) for b in ('onnx-fp16', 'onnx'))
     assert (
         same(mine, half)
         and export.picture_difference(mine, full)['psnr'] > 45
@@ -498,15 +513,15 @@ def test_pictures_are_those_of_the_onnx_files(ws, machine, name):
     ] == [(4, 16)]  # 10 = 4 + 4 + 2
     with pytest.raises(
         UserError,
-        match=r'takes sample of \[4, 16, 16\] to \[4, 16, 16\], not \[4, 24, 24\]; draw at the size of the model',
+        match=r'takes sample of \[4, 16, 16\] to \[4, 16, 16\], not \[4, 24, 24\]; use the size of the model',
     ):
         ours('a red rose', size=48)
     steps = []
-    ours('a red rose', steps=2, callback=lambda s: steps.append(s.preview(32)[0].size))
+    ours('a red rose', num_inference_steps=2, callback=lambda s: steps.append(s.preview(32)[0].size))
     assert steps == [(32, 32)] * 2
 
 
-def test_many_prompts_are_read_in_pieces(ws, machine):
+def test_many_prompts_are_encoded_in_pieces(ws, machine):
     machine(stand_in())
     build(ws, max_batch=2)
     prompts = [f'a rose {i}' for i in range(11)]
@@ -514,7 +529,7 @@ def test_many_prompts_are_read_in_pieces(ws, machine):
     assert ours.shape == (11, 16, 32) and torch.equal(ours, half)
 
 
-def test_other_weights_are_put_in_and_again(ws, machine):
+def test_new_weights_are_refitted_twice(ws, machine):
     trt = machine(stand_in())
     build(ws)
     for n in (1, 2):  # an engine that was refitted takes weights once more
@@ -542,7 +557,7 @@ def test_other_weights_are_put_in_and_again(ws, machine):
     assert how(build(ws, max_batch=3)) == dict.fromkeys(PARTS, 'built')
 
 
-def test_kernel_times_come_back(ws, machine):
+def test_kernel_times_are_reused(ws, machine):
     trt = machine(stand_in())
     build(ws)
     assert [t for _, _, t in trt.built] == [b'', b'+', b'++', b'+++']
@@ -574,7 +589,7 @@ def test_rtx_keeps_its_kernels(ws, machine):
     assert len(trt.ran) == 1 and (folder / 'unet.kernels').read_bytes() == b'kernels'
 
 
-def test_an_engine_that_says_something_else_is_not_taken(ws, machine):
+def test_an_engine_that_differs_is_rejected(ws, machine):
     trt = machine(stand_in())
     trt.wrong = 'refit'
     result = build(ws)
@@ -610,14 +625,14 @@ def test_engines_of_other_gpus_stay_with_their_weights(ws, machine):
 
 
 def test_engines_are_used_only_where_they_fit(ws, machine, monkeypatch):
-    "Each reason in one line, and what `auto` does instead."
+    "Each reason is one line, and `auto` selects another backend."
 
     def asked(match, auto='torch'):
         with pytest.raises(UserError, match=match) as e:
             load_backend(ws.root, 'tensorrt')
         assert (
             '\n' not in str(e.value)
-            and 'auto takes what runs here' in str(e.value)
+            and 'auto selects one that runs here' in str(e.value)
             and load_backend(ws.root).name == auto
         )
         left = (
@@ -637,11 +652,11 @@ def test_engines_are_used_only_where_they_fit(ws, machine, monkeypatch):
         and load_backend(ws.root, 'torch').name == 'torch'
     )
     machine(trt, 'B', 'SM89')
-    asked(r'the engines are for A, here is B \(SM89\)')
+    asked(r'the engines are for A, this is B \(SM89\)')
     machine(stand_in(version='12'), 'A')
-    asked('the engines want tensorrt 11.4, here is 12')
+    asked('the engines need tensorrt 11.4, installed is 12')
     machine(stand_in('tensorrt_rtx'), 'A')
-    asked('the engines want tensorrt 11.4, here is none')
+    asked('the engines need tensorrt 11.4, installed is none')
     import onnxruntime as ort
 
     with monkeypatch.context() as m:
@@ -656,7 +671,7 @@ def test_engines_are_used_only_where_they_fit(ws, machine, monkeypatch):
     with pytest.raises(UserError, match='cannot open this engine'):
         load_backend(ws.root, 'tensorrt')
     change(ws, 'unet')
-    assert 'of other weights' in backends.why_unavailable('tensorrt', ws.onnx)
+    assert 'have other weights' in backends.why_unavailable('tensorrt', ws.onnx)
 
 
 def test_engines_made_ahead_run_on_their_architecture(ws, machine):
@@ -670,16 +685,16 @@ def test_engines_made_ahead_run_on_their_architecture(ws, machine):
     machine(trt, 'A', 'SM86')
     assert load_backend(ws.root).name == 'tensorrt'
     machine(trt, 'A', 'SM89')
-    assert 'for SM86, here is A (SM89)' in backends.why_unavailable('tensorrt', ws.onnx)
+    assert 'for SM86, this is A (SM89)' in backends.why_unavailable('tensorrt', ws.onnx)
     machine(stand_in(), 'A')
     with pytest.raises(
         UserError,
-        match='tensorrt.targets: tensorrt builds for the GPU that is here; set tensorrt.flavour=rtx',
+        match=r'tensorrt.targets: tensorrt builds for the GPU of this machine; set tensorrt.flavour=rtx',
     ):
         build(ws)
 
 
-def test_the_stage_says_what_is_missing(ws, machine):
+def test_the_stage_reports_what_is_missing(ws, machine):
     machine(None, '')
     result = tensorrt.run(str(ws.root))
     status = read_json(ws.tensorrt / 'status.json')
@@ -695,10 +710,11 @@ def test_the_stage_says_what_is_missing(ws, machine):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_here_the_backend_says_in_a_line_what_it_lacks(exported):
+def test_the_backend_reports_what_is_missing_here(exported):
     with pytest.raises(
         UserError,
-        match=r'^backend tensorrt: (the package tensorrt is not installed|engines run on an NVIDIA GPU)[^\n]*auto takes what runs here$',
+        match=r'^backend tensorrt: (the package tensorrt is not installed|engines run on an NVIDIA GPU)'
+        r'[^\n]*auto selects one that runs here$',
     ):
         load_backend(exported.root, 'tensorrt')
 
@@ -707,8 +723,11 @@ def test_here_the_backend_says_in_a_line_what_it_lacks(exported):
 
 
 @pytest.mark.parametrize('name', SCHEDULERS)
-def test_the_loop_reads_nothing_back(exported, name):
-    "On the device `meta` there are no numbers to read: an `.item()`, a `.cpu()` or a comparison in the loop fails. Timesteps are on the device before the first step."
+def test_the_loop_copies_nothing_back(exported, name):
+    """The loop copies nothing back from the device.
+
+    On the device `meta` there are no numbers, so an `.item()`, a `.cpu()` or a comparison fails.
+    """
     seen = []
 
     class Meta:
@@ -726,5 +745,5 @@ def test_the_loop_reads_nothing_back(exported, name):
         read_json(exported.model / 'scheduler' / 'scheduler_config.json')
         | dict(_class_name='DPMSolverMultistepScheduler'),
     )
-    out = sample(Meta(), text, text, generators(0, 2), load_scheduler(config, name), 4, 4.0)
+    out = sample(Meta(), text, text, generators(0, 2), load_scheduler(config, name), steps=4, guidance=4.0)
     assert out.device.type == 'meta' and len(seen) >= 4 and set(seen) == {('meta', 'meta')}

@@ -1,20 +1,19 @@
-"Exports: the ONNX folder is the same model and opens where Optimum's do."
+"Exports: the ONNX folder holds the same model, in a layout that Optimum can open."
 
 import os
 import shutil
 import subprocess
-import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from test_generate import same, with_tiny_autoencoder
+from test_generate import run_threads, same, with_tiny_autoencoder
 from tiny import tiny_model
 
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import open_workspace, read_json, write_json
-from flowerdiff.inference import backends
-from flowerdiff.inference import onnx_openvino as runtimes
+from flowerdiff.inference import backends, onnx_export, onnx_openvino
 from flowerdiff.inference.backends import BACKENDS, load_backend, open_backend
 from flowerdiff.inference.generator import Generator
 from flowerdiff.inference.onnx_openvino import OnnxBackend, OpenVinoBackend, onnx_session
@@ -22,7 +21,8 @@ from flowerdiff.inference.torch_backend import TorchBackend
 from flowerdiff.stages import onnx as export
 
 
-def make(root, autoencoder):
+def export_tiny(root, autoencoder):
+    "Return a workspace with a tiny model and its export."
     ws = open_workspace(root, 'garden', {'evaluate.steps': 3})
     tiny_model(ws.model)
     if autoencoder == 'tiny':
@@ -31,9 +31,17 @@ def make(root, autoencoder):
     return ws
 
 
+def input_names(session):
+    return [i.name for i in session.get_inputs()]
+
+
+def output_names(session):
+    return [o.name for o in session.get_outputs()]
+
+
 @pytest.fixture(scope='module')
 def ws(tmp_path_factory):
-    return make(tmp_path_factory.mktemp('export') / 'ws', 'kl')
+    return export_tiny(tmp_path_factory.mktemp('export') / 'ws', 'kl')
 
 
 @pytest.fixture
@@ -41,56 +49,48 @@ def copy(ws, tmp_path):
     return open_workspace(shutil.copytree(ws.root, tmp_path / 'ws'))
 
 
-def test_the_folder_is_optimums(ws):
-    assert {p.relative_to(ws.onnx).as_posix() for p in ws.onnx.glob('*/model.onnx*')} == {
-        f'{p}/model.onnx' for p in ('text_encoder', 'unet', 'vae_decoder', 'vae_encoder')
-    }
-    for part in ('unet', 'vae_decoder', 'vae_encoder', 'text_encoder'):
+def test_the_folder_has_the_layout_of_optimum(ws):
+    parts = ('text_encoder', 'unet', 'vae_decoder', 'vae_encoder')
+    files = {p.relative_to(ws.onnx).as_posix() for p in ws.onnx.glob('*/model.onnx*')}
+    assert files == {f'{part}/model.onnx' for part in parts}
+    for part in parts:
         assert (ws.onnx / part / 'config.json').is_file()
-    assert (
-        (ws.onnx / 'scheduler' / 'scheduler_config.json').is_file()
-        and sorted(p.name for p in (ws.onnx / 'tokenizer').iterdir())
-        == sorted(p.name for p in (ws.model / 'tokenizer').iterdir())
-        and read_json(ws.onnx / 'model_index.json')['unet']
-    )
-    ins, outs = (
-        lambda p: {i.name: i for i in onnx_session(ws.onnx / p / 'model.onnx').get_inputs()},
-        lambda p: [o.name for o in onnx_session(ws.onnx / p / 'model.onnx').get_outputs()],
-    )
-    assert (
-        list(ins('unet')) == ['sample', 'timestep', 'encoder_hidden_states']
-        and outs('unet') == ['out_sample']
-        and ins('unet')['timestep'].shape == []
-    )
-    assert list(ins('text_encoder')) == ['input_ids'] and outs('text_encoder') == [
-        'last_hidden_state',
-        'pooler_output',
-    ]
-    assert (
-        list(ins('vae_decoder')) == ['latent_sample']
-        and outs('vae_decoder') == ['sample']
-        and outs('vae_encoder') == ['latent_parameters']
-    )
+    assert (ws.onnx / 'scheduler' / 'scheduler_config.json').is_file()
+    tokenizer = [sorted(p.name for p in (root / 'tokenizer').iterdir()) for root in (ws.onnx, ws.model)]
+    assert tokenizer[0] == tokenizer[1]
+    assert read_json(ws.onnx / 'model_index.json')['unet']
+    sessions = {part: onnx_session(ws.onnx / part / 'model.onnx') for part in parts}
+    assert input_names(sessions['unet']) == ['sample', 'timestep', 'encoder_hidden_states']
+    assert output_names(sessions['unet']) == ['out_sample']
+    assert sessions['unet'].get_inputs()[1].shape == []
+    assert input_names(sessions['text_encoder']) == ['input_ids']
+    assert output_names(sessions['text_encoder']) == ['last_hidden_state', 'pooler_output']
+    assert input_names(sessions['vae_decoder']) == ['latent_sample']
+    assert output_names(sessions['vae_decoder']) == ['sample']
+    assert output_names(sessions['vae_encoder']) == ['latent_parameters']
 
 
-def test_a_student_is_drawn_as_one_by_every_backend(copy, monkeypatch):
+def test_every_backend_uses_the_steps_of_a_student(copy, monkeypatch):
     write_json(copy.model / 'train_settings.json', dict(run_id='secret', train=dict(distill=2)))
-    real, asked = export.compare_backends, []
-    monkeypatch.setattr(export, 'compare_backends', lambda *a: asked.append(a[3]) or real(*a))
+    real = export.compare_backends
+    used = []
+
+    def compare_backends(backend, folder, prompts, settings):
+        used.append(settings)
+        return real(backend, folder, prompts, settings)
+
+    monkeypatch.setattr(export, 'compare_backends', compare_backends)
     export.run(str(copy.root))
-    opened = {name: load_backend(copy.root, name) for name in ('torch', 'onnx', 'openvino', 'auto')}
-    assert {(b.steps, b.guidance) for b in opened.values()} == {(2, 1.0)} and (
-        asked[0]['steps'],
-        asked[0]['guidance'],
-    ) == (2, 1.0)
-    assert read_json(copy.onnx / 'train_settings.json') == dict(
-        train=dict(distill=2)
-    )  # published with it: no more than drawing needs
+    opened = [load_backend(copy.root, name) for name in ('torch', 'onnx', 'openvino', 'auto')]
+    assert {(b.steps, b.guidance) for b in opened} == {(2, 1.0)}
+    assert (used[0]['num_inference_steps'], used[0]['guidance_scale']) == (2, 1.0)
+    # published with the export, so it holds no more than sampling needs
+    assert read_json(copy.onnx / 'train_settings.json') == dict(train=dict(distill=2))
 
 
 @pytest.mark.parametrize('name', ['onnx', 'openvino'])
 @pytest.mark.parametrize('n, size', [(1, None), (3, None), (2, 48)])
-def test_any_batch_and_size_draws_the_same(ws, n, size, name):
+def test_any_batch_and_size_gives_the_same(ws, n, size, name):
     both = [
         Generator.from_pretrained(ws.root, backend=b)(
             ['a red rose', 'the sky'],
@@ -105,85 +105,103 @@ def test_any_batch_and_size_draws_the_same(ws, n, size, name):
 
 
 def test_openvino_multiplies_the_text_once_and_keeps_few_shapes(ws):
-    g = Generator.from_pretrained(ws.root, backend='openvino')
-    b, asked = g.backend, []
-    products = b.products
-    b.products = lambda feed: asked.append(len(feed['encoder_hidden_states'])) or products(feed)
-    first = g('a red rose', num_inference_steps=5)
-    assert asked == [2] and len(
-        products({'encoder_hidden_states': np.zeros((1, 16, 32), np.float32)})
-    ) == 2 * sum('attn2.to_k' in k for k, _ in TorchBackend(ws.model, 'cpu').unet.named_parameters())
+    generator = Generator.from_pretrained(ws.root, backend='openvino')
+    backend = generator.backend
+    products = backend.products
+    batches = []
+
+    def counted(inputs):
+        batches.append(len(inputs['encoder_hidden_states']))
+        return products(inputs)
+
+    backend.products = counted
+    first = generator('a red rose', num_inference_steps=5)
+    assert batches == [2]
+    computed = products({'encoder_hidden_states': np.zeros((1, 16, 32), np.float32)})
+    unet = TorchBackend(ws.model, 'cpu').unet
+    assert len(computed) == 2 * sum('attn2.to_k' in name for name, _ in unet.named_parameters())
     for size in (16, 24, 40, 48):
-        g('a red rose', num_inference_steps=1, size=size)
-    assert len(b.unet.made) == 3 and same(first, g('a red rose', num_inference_steps=5))
+        generator('a red rose', num_inference_steps=1, size=size)
+    assert len(backend.unet.compiled) == 3
+    assert same(first, generator('a red rose', num_inference_steps=5))
+
+
+def count_text_products(graph):
+    return sum('attn2/to_k' in node.name or 'attn2/to_v' in node.name for node in graph.node)
 
 
 @pytest.mark.parametrize('variant', ['', 'fp16', 'int8'])
-def test_onnx_multiplies_the_text_once_and_bit_for_bit(ws, variant):
-    b = OnnxBackend(ws.onnx, variant)
-    whole = onnx_session(runtimes.variant_file(ws.onnx / 'unet', variant))
-    assert b.products and 'encoder_hidden_states' not in b.inputs
-    ops = lambda session: sum('attn2/to_k' in n.name or 'attn2/to_v' in n.name for n in session)
-
-    model, weights = runtimes.read_graph(runtimes.variant_file(ws.onnx / 'unet', variant))
-    before = ops(model.graph.node)
-    products = runtimes.split_onnx(model)
-    assert (
-        before
-        and (ops(model.graph.node), ops(products.graph.node)) == (0, before)
-        and not {i.name for i in model.graph.initializer if i.name in weights}
-        & {i.name for i in products.graph.initializer}
-    )
-    text, asked = b.encode(['a red rose', 'the sky', '']), []
+def test_the_split_graph_gives_identical_results(ws, variant):
+    backend = OnnxBackend(ws.onnx, variant)
+    file = onnx_openvino.variant_file(ws.onnx / 'unet', variant)
+    whole = onnx_session(file)
+    assert backend.products and 'encoder_hidden_states' not in backend.inputs
+    model, weights = onnx_openvino.read_graph(file)
+    before = count_text_products(model.graph)
+    products = onnx_openvino.split_onnx(model)
+    assert before
+    assert (count_text_products(model.graph), count_text_products(products.graph)) == (0, before)
+    in_rest = {i.name for i in model.graph.initializer if i.name in weights}
+    assert not in_rest & {i.name for i in products.graph.initializer}
+    text = backend.encode(['a red rose', 'the sky', ''])
     for n, t in ((1, 999), (3, 500), (2, 0)):
         z = torch.randn(n, 4, 16, 16, generator=torch.Generator().manual_seed(n))
-        want = whole.run(
-            ['out_sample'],
-            dict(sample=z.numpy(), timestep=np.asarray(t), encoder_hidden_states=text[:n].numpy()),
-        )[0]
-        assert np.array_equal(b.denoise(z, torch.tensor(t), b.condition(text[:n])).numpy(), want)
-    g, condition = Generator(b), b.condition
-    b.condition = lambda text: asked.append(len(text)) or condition(text)
-    g('a red rose', num_inference_steps=5)
-    assert asked == [2]
+        inputs = dict(sample=z.numpy(), timestep=np.asarray(t), encoder_hidden_states=text[:n].numpy())
+        [want] = whole.run(['out_sample'], inputs)
+        got = backend.denoise(z, torch.tensor(t), backend.condition(text[:n]))
+        assert np.array_equal(got.numpy(), want)
 
 
-def test_onnx_with_its_weights_beside_it_and_a_graph_within_the_graph(copy):
-    "A file above two gigabytes keeps its weights outside; a graph that cannot be cut runs as it is."
+@pytest.mark.parametrize('variant', ['', 'fp16', 'int8'])
+def test_onnx_computes_the_text_part_once_per_image(ws, variant):
+    backend = OnnxBackend(ws.onnx, variant)
+    condition = backend.condition
+    batches = []
+
+    def counted(text):
+        batches.append(len(text))
+        return condition(text)
+
+    backend.condition = counted
+    Generator(backend)('a red rose', num_inference_steps=5)
+    assert batches == [2]
+
+
+def test_onnx_with_its_weights_in_a_second_file(copy):
+    "A file above two gigabytes has its weights in a second file."
     import onnx
 
     before = Generator.from_pretrained(copy.root, backend='onnx')('a red rose', num_inference_steps=3)
     unet = copy.onnx / 'unet' / 'model.onnx'
     model = onnx.load(unet)
-    onnx.save(
-        onnx.load(unet), unet, save_as_external_data=True, location='model.onnx_data', size_threshold=1024
-    )
-    g = Generator.from_pretrained(copy.root, backend='onnx')
-    assert (
-        (unet.parent / 'model.onnx_data').stat().st_size > unet.stat().st_size
-        and g.backend.products
-        and same(before, g('a red rose', num_inference_steps=3))
-    )
-    branch = onnx.helper.make_graph(
-        [onnx.helper.make_node('Identity', ['sample'], ['chosen'])],
-        'branch',
-        [],
-        [onnx.helper.make_tensor_value_info('chosen', 1, None)],
-    )
+    onnx.save(model, unet, save_as_external_data=True, location='model.onnx_data', size_threshold=1024)
+    generator = Generator.from_pretrained(copy.root, backend='onnx')
+    assert (unet.parent / 'model.onnx_data').stat().st_size > unet.stat().st_size
+    assert generator.backend.products
+    assert same(before, generator('a red rose', num_inference_steps=3))
+
+
+def test_onnx_with_a_graph_within_the_graph(copy):
+    "A graph that cannot be split runs as it is."
+    import onnx
+
+    before = Generator.from_pretrained(copy.root, backend='onnx')('a red rose', num_inference_steps=3)
+    unet = copy.onnx / 'unet' / 'model.onnx'
+    model = onnx.load(unet)
+    chosen = onnx.helper.make_tensor_value_info('chosen', 1, None)
+    identity = onnx.helper.make_node('Identity', ['sample'], ['chosen'])
+    branch = onnx.helper.make_graph([identity], 'branch', [], [chosen])
+    condition = onnx.helper.make_node('If', ['yes'], ['unused'], then_branch=branch, else_branch=branch)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(True), 'yes'))
-    model.graph.node.insert(
-        0, onnx.helper.make_node('If', ['yes'], ['unused'], then_branch=branch, else_branch=branch)
-    )
+    model.graph.node.insert(0, condition)
     onnx.save(model, unet)
-    g = Generator.from_pretrained(copy.root, backend='onnx')
-    assert (
-        g.backend.products is None
-        and 'encoder_hidden_states' in g.backend.inputs
-        and same(before, g('a red rose', num_inference_steps=3))
-    )
+    generator = Generator.from_pretrained(copy.root, backend='onnx')
+    assert generator.backend.products is None
+    assert 'encoder_hidden_states' in generator.backend.inputs
+    assert same(before, generator('a red rose', num_inference_steps=3))
 
 
-def test_a_unet_that_does_not_read_its_text_is_exported_and_drawn_by_all(tmp_path):
+def test_a_unet_that_does_not_use_its_text_runs_on_all_backends(tmp_path):
     from diffusers import UNet2DConditionModel
 
     ws = open_workspace(tmp_path / 'ws', 'garden', {'evaluate.steps': 3})
@@ -200,92 +218,89 @@ def test_a_unet_that_does_not_read_its_text_is_exported_and_drawn_by_all(tmp_pat
         norm_num_groups=8,
     ).save_pretrained(ws.model / 'unet')
     export.run(str(ws.root))
-    drawn = [
-        Generator.from_pretrained(ws.root, backend=b)(
-            'a red rose', num_images_per_prompt=2, num_inference_steps=4
-        )
-        for b in ('torch', 'onnx', 'openvino')
-    ]
-    assert same(drawn[0], drawn[1]) and same(drawn[0], drawn[2]) and not same(drawn[0][:1], drawn[0][1:])
+    settings = dict(num_images_per_prompt=2, num_inference_steps=4)
+    by_torch, by_onnx, by_openvino = (
+        Generator.from_pretrained(ws.root, backend=name)('a red rose', **settings)
+        for name in ('torch', 'onnx', 'openvino')
+    )
+    assert same(by_torch, by_onnx) and same(by_torch, by_openvino)
+    assert not same(by_torch[:1], by_torch[1:])
 
 
 def test_openvino_in_threads(ws):
-    g = Generator.from_pretrained(ws.root, backend='openvino')
-    alone, seen = [g('a red rose', seed=i, num_inference_steps=4) for i in range(3)], {}
+    generator = Generator.from_pretrained(ws.root, backend='openvino')
+    alone = [generator('a red rose', seed=i, num_inference_steps=4) for i in range(3)]
+    images = {}
 
-    def visit(i):
-        seen[i] = g('a red rose', seed=i, num_inference_steps=4)
+    def generate(i):
+        images[i] = generator('a red rose', seed=i, num_inference_steps=4)
 
-    threads = [threading.Thread(target=visit, args=(i,)) for i in range(3)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert all(same(alone[i], seen[i]) for i in range(3)) and not same(alone[0], alone[1])
+    run_threads([partial(generate, i) for i in range(3)])
+    assert all(same(alone[i], images[i]) for i in range(3))
+    assert not same(alone[0], alone[1])
 
 
 @pytest.mark.parametrize('name, least', [('onnx-fp16', 45), ('onnx-int8', 30), ('openvino-bf16', 30)])
-def test_what_saves_bits_draws_nearly_the_same(ws, name, least):
-    if reason := backends.why_unavailable(name):
+def test_fewer_bits_give_nearly_the_same(ws, name, least):
+    reason = backends.why_unavailable(name)
+    if reason:
         pytest.skip(reason)
     full, small = (
         Generator(open_backend(k, ws.onnx))(['a red rose', 'the sky'], num_inference_steps=4)
         for k in ('onnx', name)
     )
-    d = export.picture_difference(full, small)
-    assert least < d['psnr'] < 100, d
+    difference = export.picture_difference(full, small)
+    assert least < difference['psnr'] < 100, difference
 
 
 def test_an_autoencoder_tiny_is_exported_too(tmp_path):
-    ws = make(tmp_path / 'ws', 'tiny')
-    assert [o.name for o in onnx_session(ws.onnx / 'vae_encoder' / 'model.onnx').get_outputs()] == [
-        'latent_sample'
-    ]
-    assert same(
-        *[
-            Generator.from_pretrained(ws.root, backend=b)(
-                'a red rose', num_images_per_prompt=2, num_inference_steps=4
-            )
-            for b in ('torch', 'onnx')
-        ]
+    ws = export_tiny(tmp_path / 'ws', 'tiny')
+    assert output_names(onnx_session(ws.onnx / 'vae_encoder' / 'model.onnx')) == ['latent_sample']
+    settings = dict(num_images_per_prompt=2, num_inference_steps=4)
+    by_torch, by_onnx = (
+        Generator.from_pretrained(ws.root, backend=name)('a red rose', **settings)
+        for name in ('torch', 'onnx')
     )
+    assert same(by_torch, by_onnx)
 
 
-def test_parity_is_written_and_auto_takes_the_fastest_that_is_good(copy, monkeypatch):
+def test_parity_is_written(ws):
+    parity = read_json(ws.onnx / 'parity.json')
+    parts = parity['parts'].values()
+    measured = parity['backends']
+    assert parity['passed']
+    assert all(part['difference'] < 1e-3 for part in parts)
+    assert all(part['fp16'] < part['bytes'] for part in parts)
+    available = {k for k in BACKENDS if k != 'torch-compile' and not backends.why_unavailable(k)}
+    assert set(measured) == available
+    for name in ('torch', 'onnx', 'openvino'):
+        assert measured[name]['keeps'] and measured[name]['within_1'] >= 0.999
+    assert min(record['milliseconds'] for record in measured.values()) > 0
+
+
+def test_auto_selects_the_fastest_that_keeps_the_quality(copy, monkeypatch):
     parity = read_json(copy.onnx / 'parity.json')
-    b = parity['backends']
-    assert (
-        parity['passed']
-        and all(p['difference'] < 1e-3 for p in parity['parts'].values())
-        and set(b) == {k for k in BACKENDS if k != 'torch-compile' and not backends.why_unavailable(k)}
-    )
-    assert (
-        all(b[k]['keeps'] and b[k]['within_1'] >= 0.999 for k in ('torch', 'onnx', 'openvino'))
-        and min(v['milliseconds'] for v in b.values()) > 0
-    )
-    assert all(p['fp16'] < p['bytes'] for p in parity['parts'].values())
+    measured = parity['backends']
 
-    def auto(where=copy.root, bad=(), **ms):
-        write_json(
-            copy.onnx / 'parity.json',
-            parity
-            | dict(
-                backends={k: v | dict(milliseconds=ms.get(k, 9.0), keeps=k not in bad) for k, v in b.items()}
-            ),
-        )
+    def auto(where=copy.root, bad=(), **milliseconds):
+        changed = {
+            name: record | dict(milliseconds=milliseconds.get(name, 9.0), keeps=name not in bad)
+            for name, record in measured.items()
+        }
+        write_json(copy.onnx / 'parity.json', parity | dict(backends=changed))
         return load_backend(where).name
 
-    assert [auto(**{k: 1.0}) for k in ('torch', 'onnx', 'openvino')] == ['torch', 'onnx', 'openvino']
-    assert (
-        auto(openvino=1.0, onnx=2.0, bad=('openvino',)) == 'onnx'
-        and auto(copy.onnx, torch=1.0, onnx=2.0) == 'onnx'
-    )
-    for module in (backends, runtimes):
+    for name in ('torch', 'onnx', 'openvino'):
+        assert auto(**{name: 1.0}) == name
+    assert auto(openvino=1.0, onnx=2.0, bad=('openvino',)) == 'onnx'
+    assert auto(copy.onnx, torch=1.0, onnx=2.0) == 'onnx'
+    for module in (backends, onnx_openvino):
         monkeypatch.setattr(module, 'why_not_openvino', lambda precision='f32': 'not installed')
     assert auto(openvino=1.0, onnx=2.0) == 'onnx'
     with pytest.raises(UserError, match='backend openvino: not installed'):
         load_backend(copy.root, 'openvino')
-    assert load_backend(copy.root, 'onnx').name == 'onnx' and load_backend(copy.root, 'torch').name == 'torch'
+    assert load_backend(copy.root, 'onnx').name == 'onnx'
+    assert load_backend(copy.root, 'torch').name == 'torch'
     for name in ('torch', 'torch-compile'):
         with pytest.raises(UserError, match='ONNX files only'):
             load_backend(copy.onnx, name)
@@ -297,36 +312,46 @@ def test_an_export_of_other_weights_is_not_used(copy):
     changed[-2] ^= 1
     path.write_bytes(changed)
     assert load_backend(copy.root).name == 'torch'
-    with pytest.raises(UserError, match='made from these weights'):
+    with pytest.raises(UserError, match='no ONNX export of these weights'):
         load_backend(copy.root, 'onnx')
 
 
+def shift_outputs(monkeypatch, part_name):
+    "Make the export of one part compute wrong outputs."
+    export_part = export.export_part
+
+    class Shifted(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *inputs):
+            return self.inner(*inputs) * 1.01
+
+    def wrong(part, folder, opset=17):
+        if folder.name == part_name:
+            part = onnx_export.Part(Shifted(part.fn), part.inputs, part.outputs, part.axes)
+        return export_part(part, folder, opset)
+
+    monkeypatch.setattr(export, 'export_part', wrong)
+
+
+def shift_pixels(monkeypatch):
+    "Make the ONNX backend decode wrong pixels."
+    decode = OnnxBackend.decode
+    monkeypatch.setattr(OnnxBackend, 'decode', lambda self, latents: decode(self, latents) + 0.1)
+
+
 @pytest.mark.parametrize('what', ['wrong part', 'wrong picture'])
-def test_the_stage_fails_and_keeps_the_old_when_it_is_not_the_same(copy, monkeypatch, what):
+def test_a_wrong_export_fails_and_keeps_the_old_folder(copy, monkeypatch, what):
     before = {p: p.read_bytes() for p in copy.onnx.rglob('*') if p.is_file()}
     if what == 'wrong part':
-        right = export.export_part
-
-        def wrong(part, folder, opset=17):
-            if folder.name == 'vae_encoder':
-
-                class Shifted(torch.nn.Module):
-                    def __init__(self):
-                        super().__init__()
-                        self.inner = part.fn
-
-                    def forward(self, *xs):
-                        return self.inner(*xs) * 1.01
-
-                part = export.Part(Shifted(), part.inputs, part.outputs, part.axes)
-            return right(part, folder, opset)
-
-        monkeypatch.setattr(export, 'export_part', wrong)
+        shift_outputs(monkeypatch, 'vae_encoder')
+        message = 'vae_encoder differs by'
     else:
-        monkeypatch.setattr(OnnxBackend, 'decode', lambda self, z, f=OnnxBackend.decode: f(self, z) + 0.1)
-    with pytest.raises(
-        UserError, match='vae_encoder differs by' if what == 'wrong part' else 'the picture has'
-    ):
+        shift_pixels(monkeypatch)
+        message = 'of pixel values are within 1'
+    with pytest.raises(UserError, match=message):
         export.run(str(copy.root))
     assert before == {p: p.read_bytes() for p in copy.onnx.rglob('*') if p.is_file()}
     assert not [p for p in copy.root.iterdir() if 'tmp' in p.name]
@@ -337,79 +362,82 @@ def test_the_stage_fails_and_keeps_the_old_when_it_is_not_the_same(copy, monkeyp
 def test_a_broken_export_gets_one_line(copy, part, kind, capfd):
     path = copy.onnx / part / 'model.onnx'
     for bad in (b'', b'PK\x03\x04 a zip', path.read_bytes()[:2000], None):
-        path.unlink() if bad is None else path.write_bytes(bad)
+        if bad is None:
+            path.unlink()
+        else:
+            path.write_bytes(bad)
         with pytest.raises(UserError) as e:
             kind(copy.onnx)
-        assert not capfd.readouterr().err  # what a library says by itself
+        assert not capfd.readouterr().err  # the libraries print nothing
         assert '\n' not in str(e.value) and str(path.parent) in str(e.value)
 
 
-def test_big_weights_travel_in_one_file(ws, tmp_path):
-    "What an exporter leaves in many files beside the model ends in one; nothing is lost."
+def test_big_weights_are_gathered_in_one_file(ws, tmp_path):
+    "An exporter may write many weight files. They become one, and nothing is lost."
     import onnx
 
-    part = export.parts_of(TorchBackend(ws.model))['unet']
-    path = export.export_part(part, tmp_path / 'unet')
-    onnx.save(
-        onnx.load(path), path, save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=64
-    )
+    part = onnx_export.model_parts(TorchBackend(ws.model))['unet']
+    path = onnx_export.export_part(part, tmp_path / 'unet')
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=64)
     assert len(list(path.parent.iterdir())) > 3
-    export.gather_weights(path, limit=0)
+    onnx_export.gather_weights(path, limit=0)
     assert sorted(p.name for p in path.parent.iterdir()) == ['model.onnx', 'model.onnx_data']
     shutil.move(path.parent, tmp_path / 'moved')
-    assert export.part_difference(part, tmp_path / 'moved' / 'model.onnx') < 1e-3
-    export.gather_weights(tmp_path / 'moved' / 'model.onnx')
-    assert [p.name for p in (tmp_path / 'moved').iterdir()] == ['model.onnx'] and export.part_difference(
-        part, tmp_path / 'moved' / 'model.onnx'
-    ) < 1e-3
+    moved = tmp_path / 'moved' / 'model.onnx'
+    assert onnx_export.part_difference(part, moved) < 1e-3
+    onnx_export.gather_weights(moved)
+    assert [p.name for p in moved.parent.iterdir()] == ['model.onnx']
+    assert onnx_export.part_difference(part, moved) < 1e-3
 
 
-OTHERS = """import sys, torch
+OTHER_PIPELINES = """import sys, torch
 from diffusers import StableDiffusionPipeline
 from optimum.onnxruntime import ORTDiffusionPipeline
-for name, cls, folder in (('torch', StableDiffusionPipeline, sys.argv[1]), ('onnx', ORTDiffusionPipeline, sys.argv[2])):
-    pipe = cls.from_pretrained(folder); pipe.set_progress_bar_config(disable=True); size = int(sys.argv[4])
-    made = pipe(["a red rose"]*2, num_inference_steps=4, guidance_scale=4., height=size, width=size, generator=[torch.Generator().manual_seed(s) for s in (3, 4)]).images
-    for i, p in enumerate(made): p.save(f"{sys.argv[3]}/{name}{i}.png")"""
+
+model, onnx, out, size = sys.argv[1:]
+pipelines = dict(torch=(StableDiffusionPipeline, model), onnx=(ORTDiffusionPipeline, onnx))
+for name, (cls, folder) in pipelines.items():
+    pipe = cls.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        ['a red rose'] * 2,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        height=int(size),
+        width=int(size),
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+    ).images
+    for i, image in enumerate(images):
+        image.save(f'{out}/{name}{i}.png')"""
 
 
 @pytest.mark.skipif(
     'FLOWERDIFF_OPTIMUM_PYTHON' not in os.environ,
     reason='FLOWERDIFF_OPTIMUM_PYTHON names the python of an environment with Optimum, and so transformers 4',
 )
-def test_diffusers_with_transformers_4_and_optimum_draw_the_same(ws, tmp_path):
+def test_diffusers_with_transformers_4_and_optimum_give_the_same(ws, tmp_path):
     from PIL import Image
 
-    subprocess.run(
-        [
-            os.environ['FLOWERDIFF_OPTIMUM_PYTHON'],
-            '-c',
-            OTHERS,
-            str(ws.model),
-            str(ws.onnx),
-            str(tmp_path),
-            '32',
-        ],
-        check=True,
-    )
-    ours = Generator.from_pretrained(ws.root, 'torch')(
-        'a red rose', num_images_per_prompt=2, seed=3, num_inference_steps=4
-    )
+    python = os.environ['FLOWERDIFF_OPTIMUM_PYTHON']
+    arguments = [str(ws.model), str(ws.onnx), str(tmp_path), '32']
+    subprocess.run([python, '-c', OTHER_PIPELINES, *arguments], check=True)
+    generator = Generator.from_pretrained(ws.root, 'torch')
+    ours = generator('a red rose', num_images_per_prompt=2, seed=3, num_inference_steps=4)
     assert not same(ours[:1], ours[1:])
     for name in ('torch', 'onnx'):
         assert same([Image.open(tmp_path / f'{name}{i}.png') for i in (0, 1)], ours), name
 
 
-def test_bench_leaves_out_what_fails_at_its_first_picture(ws, monkeypatch):
+def test_bench_leaves_out_a_backend_that_fails_at_its_first_image(ws, monkeypatch):
     from flowerdiff.inference.benchmark import bench
 
     def broken(self, *a):
         raise UserError('backend onnx: its compiler is broken')
 
     monkeypatch.setattr(OnnxBackend, 'denoise', broken)
-    seen = bench(ws.root, steps=[1], rounds=1, names=['torch', 'onnx'])
-    assert list(seen['backends']) == ['torch'] and seen['left_out'] == dict(
-        onnx='backend onnx: its compiler is broken'
-    )
+    result = bench(ws.root, steps=[1], rounds=1, names=['torch', 'onnx'])
+    assert list(result['backends']) == ['torch']
+    assert result['left_out'] == dict(onnx='backend onnx: its compiler is broken')
     with pytest.raises(UserError, match='its compiler is broken'):
         bench(ws.root, steps=[1], rounds=1, names=['onnx'])

@@ -290,7 +290,7 @@ def replace_by_input(output, name: str):  # openvino.Output
 
 def split_openvino(
     model,  # openvino.Model of a UNet
-) -> tuple:  # the text part, or None; the rest, which takes the products as inputs `product0`, `product1`, ...
+) -> tuple:  # the text part, or None; the rest, with inputs `product0`, `product1`, ...
     "Split a UNet into the products of the text with a matrix, and the rest. Both parts share the weights."
     import openvino as ov
 
@@ -307,16 +307,17 @@ def split_openvino(
     return ov.Model([ov.opset13.result(o) for o in outputs], [text.get_node()], 'products'), rest
 
 # %% ../../nbs/inference/03_onnx_openvino.ipynb #5630612f
-def read_openvino(path: Path):  # model.onnx
+def read_openvino(
+    core,  # openvino.Core
+    path: Path,  # model.onnx
+):  # openvino.Model
     "Read an ONNX file with OpenVINO. Raises a UserError for a bad file."
-    import openvino as ov
-
     if not path.is_file():
         raise UserError(f'{path}: this part of the model is missing; run the stage `onnx` again')
     with model_errors(path):
         if path.open('rb').read(1) != b'\x08':
             raise ValueError('not an ONNX file')  # OpenVINO would try other formats and print errors
-        return ov.Core().read_model(path)
+        return core.read_model(path)
 
 
 class OpenVinoBackend(Backend):
@@ -333,23 +334,29 @@ class OpenVinoBackend(Backend):
         reason = why_not_openvino(precision)
         if reason:
             raise UserError(f'backend openvino: {reason}')
+        import openvino as ov
+
+        self.core = ov.Core()
         self.precision = precision
-        self.text_encoder = self.compile(read_openvino(self.folder / 'text_encoder' / 'model.onnx'))
-        self.decoder = self.compile(read_openvino(self.folder / 'vae_decoder' / 'model.onnx'))
-        products, rest = split_openvino(read_openvino(self.folder / 'unet' / 'model.onnx'))
+        self.text_encoder = self.compile(
+            read_openvino(self.core, self.folder / 'text_encoder' / 'model.onnx')
+        )
+        self.decoder = self.compile(read_openvino(self.core, self.folder / 'vae_decoder' / 'model.onnx'))
+        products, rest = split_openvino(read_openvino(self.core, self.folder / 'unet' / 'model.onnx'))
         self.products = self.compile(products) if products else None
         self.unet = self.compile(rest)
         self.reads_text = any(i.any_name == 'encoder_hidden_states' for i in rest.inputs)
 
-    def compile(self, model) -> CompiledPerShape:
-        import openvino as ov
+    def read(self, part: str):
+        return read_openvino(self.core, self.folder / part / 'model.onnx')
 
+    def compile(self, model) -> CompiledPerShape:
         config = dict(
             INFERENCE_PRECISION_HINT=self.precision,
             INFERENCE_NUM_THREADS=torch.get_num_threads(),
             PERFORMANCE_HINT='LATENCY',
         )
-        return CompiledPerShape(ov.Core(), model, config)
+        return CompiledPerShape(self.core, model, config)
 
     def text(self, ids: Tensor) -> Tensor:  # [n, L] token ids -> [n, L, D]
         rows = [self.text_encoder(dict(input_ids=i[None].numpy()))[0] for i in ids]  # one shape for all
