@@ -22,8 +22,10 @@ from flowerdiff.core.profiles import load_profile
 from flowerdiff.core.workspace import open_workspace
 from flowerdiff.data.batches import load_split
 from flowerdiff.evaluation.eval_prompts import eval_prompts, generate_images
+from flowerdiff.evaluation.measure import attribute_metrics
+from flowerdiff.inference.generator import Generator
 from flowerdiff.services.processes import ROOMY
-from flowerdiff.stages import evaluate, train
+from flowerdiff.stages import train
 
 CHOICES = {
     'default': {},
@@ -94,24 +96,25 @@ def measure(folder: Path, name: str, choice: dict, epochs: float) -> dict:
         [sys.executable, '-m', 'flowerdiff.stages.train', str(folder)], check=True, env=ROOMY | os.environ
     )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    generator, asks = evaluate.Generator.from_pretrained(ws.candidate, batch=50), eval_prompts(ws, 200)
-    numbers = evaluate.attribute_numbers(
+    generator = Generator.from_pretrained(ws.candidate, batch=50)
+    prompts = eval_prompts(ws, 200)
+    adherence = attribute_metrics(
         generate_images(
             generator,
-            asks,
+            prompts,
             50,
             num_inference_steps=ws.settings.evaluate.steps,
             guidance_scale=ws.settings.evaluate.guidance,
         ),
-        asks,
-    )['adherence']
+        prompts,
+    ).metrics['adherence']
     t = json.loads((ws.root / 'train.json').read_text())
     return dict(
         speed=speed,
         epochs=epochs * speed,
         loss=t['validation']['loss'],
         average=t['validation'].get('ema_decay'),
-        **{k: numbers[k].value for k in ('species', 'color', 'background', 'all')},
+        **{k: adherence[k].value for k in ('species', 'color', 'background', 'all')},
     )
 
 
@@ -140,7 +143,7 @@ def main():
             kept.write_text(json.dumps(measure(folder, name, choice, args.epochs)))
         rows[name] = json.loads(kept.read_text())
     print(
-        '\n| choice | speed | validation loss | all three right | species | colour | background |\n|---|---|---|---|---|---|---|'
+        '\n| choice | speed | validation loss | all three right | species | color | background |\n|---|---|---|---|---|---|---|'
     )
     for name, r in rows.items():
         print(

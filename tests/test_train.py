@@ -624,7 +624,7 @@ def test_champion_of_another_autoencoder_or_architecture(gate):
     config.write_text('{}')
     another(gate, 1.5, 'again')
     r, said = promote(gate)
-    assert r.promoted and 'cannot be asked' in said['reason']
+    assert r.promoted and 'cannot be measured' in said['reason']
 
 
 @pytest.fixture
