@@ -85,7 +85,8 @@ def main():
         null.append((np.where(swap, b, a), np.where(swap, a, b)))
     lowest = [min(loss for _, loss in r['loss_curve']) for r in runs]
     print(
-        '\n| a candidate that is not better is promoted | by chance (sign-flipped) | by another seed |\n|---|---|---|'
+        '\n| a candidate that is not better is promoted | by chance (sign-flipped) | by another seed |'
+        '\n|---|---|---|'
     )
     for m in (0.0, margin):
         by_chance = share(compare(a, b, m).better for a, b in null)

@@ -275,7 +275,8 @@ def card_texts(ws: Workspace) -> dict:
     return dict(
         what=f'A small latent diffusion model that generates {"flowers" if in_garden else "images"} '
         f'of {size} pixels from English text. '
-        'Made with [flowerdiff](https://github.com/flowerdiff/flowerdiff), which trains such a model from a folder of images.',
+        'Made with [flowerdiff](https://github.com/flowerdiff/flowerdiff), '
+        'which trains such a model from a folder of images.',
         data=data_sentence(ws),
         measured=measured,
         limits=card_limits(ws),

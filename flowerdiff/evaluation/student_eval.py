@@ -107,7 +107,8 @@ class StudentComparison:
             means = f"{self.student:.1f}, teacher's {self.teacher:.1f}"
         return (
             f'{self.measure} {means} '
-            f'(lost {100 * self.lost:.1f} %, at most {100 * self.lost_high:.1f} %, limit {100 * max_loss:g} %), '
+            f'(lost {100 * self.lost:.1f} %, at most {100 * self.lost_high:.1f} %, '
+            f'limit {100 * max_loss:g} %), '
             f'KID x 1000 higher by {1000 * self.kid_gain:.0f} '
             f'(at most {1000 * self.kid_gain_high:.0f}, limit {1000 * max_kid_gain:g})'
         )
