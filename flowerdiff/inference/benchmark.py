@@ -117,9 +117,7 @@ def open_backends(
             left_out[name] = reason
             continue
         try:
-            (g := Generator(open_backend(name, onnx if reads_onnx(name) else model)))(
-                'a red rose', num_inference_steps=1
-            )
+            (g := Generator(open_backend(name, onnx if reads_onnx(name) else model)))('a red rose', steps=1)
             opened[name] = g
         except UserError as e:
             left_out[name] = str(e)
