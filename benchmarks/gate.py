@@ -1,10 +1,14 @@
-"""The gate measured: runs of the garden that differ only by their seed, compared in pairs, and what it takes to be let through.
+"""Measure the promotion gate: train the garden with several seeds and compare the models in pairs.
 
     python benchmarks/gate.py FOLDER [--seeds 12] [--set train.epochs=3 ...]
 
-Trains the seeds one after the other (a run that is there is not made again), each from the same encoded garden. Prints: how far the losses of the seeds lie apart, and the margin
-that follows; how often a candidate that is no better is promoted, by the gate with and without that margin, under 1,000 sign-flipped comparisons, and by the rule "the lowest training loss
-seen so far wins"; and the smallest true improvement that the gate lets through at least nine times in ten.
+Trains one model for each seed, from the same encoded garden. Finished runs are kept and not repeated. Prints:
+
+- how far the validation losses of the seeds differ, and the margin that follows
+- how often a candidate that is not better is promoted, with and without that margin, for 1,000 sign-flipped
+  comparisons and for pairs of seeds
+- the same for the rules "lower mean validation loss" and "lowest training loss"
+- the smallest true improvement that the gate promotes in at least nine of ten cases
 """
 
 import argparse
@@ -18,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from flowerdiff.core.workspace import open_workspace
-from flowerdiff.stages import promote
+from flowerdiff.evaluation.gate import compare
 
 
 def trained(folder: Path, seed: int, overrides: list) -> dict:  # train.json of a run with this seed
@@ -64,36 +68,39 @@ def main():
     losses = np.array([r['validation']['by_picture'] for r in runs])  # [seeds, pictures]
     means = losses.mean(1)
     gains = [(a - b) / a for a, b in itertools.permutations(means, 2)]
-    spread, margin = means.std(ddof=1) / means.mean(), float(np.quantile(gains, 0.99))
+    spread = means.std(ddof=1) / means.mean()
+    margin = float(np.quantile(gains, 0.99))
     print(
-        f'validation loss of {len(runs)} seeds: {means.mean():.4f}, {spread:.2%} apart (standard deviation); of two of them, one is better by up to {max(gains):.2%}, 99 % of the time less than {margin:.2%}'
+        f'validation loss of {len(runs)} seeds: mean {means.mean():.4f}, standard deviation {spread:.2%}; '
+        f'the gain within a pair is at most {max(gains):.2%}, in 99 % of pairs less than {margin:.2%}'
     )
     margin = round(margin, 4)
 
     pairs = list(itertools.permutations(losses, 2))
-    rng, null = np.random.default_rng(0), []
-    for _ in range(1000):  # two seeds with their names exchanged, picture by picture, at random
+    rng = np.random.default_rng(0)
+    null = []
+    for _ in range(1000):  # two seeds with their losses exchanged at random, image by image
         a, b = pairs[rng.integers(len(pairs))]
         swap = rng.random(len(a)) < 0.5
         null.append((np.where(swap, b, a), np.where(swap, a, b)))
     lowest = [min(loss for _, loss in r['loss_curve']) for r in runs]
     print(
-        '\n| a candidate that is no better is promoted | by chance alone (sign-flipped) | by another seed |\n|---|---|---|'
+        '\n| a candidate that is not better is promoted | by chance (sign-flipped) | by another seed |'
+        '\n|---|---|---|'
     )
     for m in (0.0, margin):
-        print(
-            f'| gate, margin {m:.2%} | {share(promote.compare(a, b, m).better for a, b in null)} | {share(promote.compare(a, b, m).better for a, b in pairs)} |'
-        )
-    print(
-        f'| the lower mean validation loss wins | {share(b.mean() < a.mean() for a, b in null)} | {share(b.mean() < a.mean() for a, b in pairs)} |'
-    )
-    print(
-        f'| the lowest training loss seen wins | | {share(b < a for a, b in itertools.permutations(lowest, 2))} |'
-    )
+        by_chance = share(compare(a, b, m).better for a, b in null)
+        by_seed = share(compare(a, b, m).better for a, b in pairs)
+        print(f'| gate, margin {m:.2%} | {by_chance} | {by_seed} |')
+    by_chance = share(b.mean() < a.mean() for a, b in null)
+    by_seed = share(b.mean() < a.mean() for a, b in pairs)
+    print(f'| the lower mean validation loss wins | {by_chance} | {by_seed} |')
+    by_training_loss = share(b < a for a, b in itertools.permutations(lowest, 2))
+    print(f'| the lowest training loss wins | | {by_training_loss} |')
 
     print(f'\n| true improvement of the validation loss | promoted, margin {margin:.2%} |\n|---|---|')
     for better in (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1):
-        through = [promote.compare(a, b * (1 - better), margin).better for a, b in pairs]
+        through = [compare(a, b * (1 - better), margin).better for a, b in pairs]
         print(f'| {better:.1%} | {share(through)} |')
         if np.mean(through) >= 0.995:
             break

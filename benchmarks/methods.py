@@ -1,10 +1,12 @@
-"""What each method of training buys on the garden, in equal time: the default recipe with one choice changed.
+"""Compare training methods on the garden in equal time: the default recipe with one setting changed.
 
     python benchmarks/methods.py FOLDER [--epochs 2] [--only NAME ...]
 
-FOLDER is a workspace with an encoded garden (`flowerdiff run FOLDER --only prepare`, caption, encode), or is made one. First each choice's speed is measured against the default's, turn about
-in one process; then it trains for the epochs that the default would, times that speed, so that all have the same time, however busy the machine is. What comes out is asked for the test
-split's prompts and judged. A choice that is there already is not made again.
+FOLDER is a workspace with an encoded garden, which is made if it does not exist. The speed of each method is
+measured first, in turns with the default in one process. It then trains for the epochs of the default times
+that speed, so that all methods get the same time, whatever else the machine does. Each model generates images
+for the prompts of the test split, and the attribute classifier measures their adherence. Finished results are
+kept and not repeated.
 """
 
 import argparse
@@ -22,8 +24,10 @@ from flowerdiff.core.profiles import load_profile
 from flowerdiff.core.workspace import open_workspace
 from flowerdiff.data.batches import load_split
 from flowerdiff.evaluation.eval_prompts import eval_prompts, generate_images
+from flowerdiff.evaluation.measure import attribute_metrics
+from flowerdiff.inference.generator import Generator
 from flowerdiff.services.processes import MALLOC_ENV
-from flowerdiff.stages import evaluate, train
+from flowerdiff.stages import train
 
 CHOICES = {
     'default': {},
@@ -49,7 +53,7 @@ CHOICES = {
     'bfloat16': {'precision': 'bf16'},
 }
 SAME = {
-    'batch in 2 parts': {'accumulate': 2},
+    'batch in 2 micro-batches': {'accumulate': 2},
     'gradient checkpointing': {'gradient_checkpointing': True},
     'torch.compile': {'compile': True},
 }  # the same updates, another speed
@@ -94,24 +98,25 @@ def measure(folder: Path, name: str, choice: dict, epochs: float) -> dict:
         [sys.executable, '-m', 'flowerdiff.training.worker', str(folder)], check=True, env=MALLOC_ENV | os.environ
     )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    generator, asks = evaluate.Generator.from_pretrained(ws.candidate, batch=50), eval_prompts(ws, 200)
-    numbers = evaluate.attribute_numbers(
+    generator = Generator.from_pretrained(ws.candidate, batch=50)
+    prompts = eval_prompts(ws, 200)
+    adherence = attribute_metrics(
         generate_images(
             generator,
-            asks,
+            prompts,
             50,
             num_inference_steps=ws.settings.evaluate.steps,
             guidance_scale=ws.settings.evaluate.guidance,
         ),
-        asks,
-    )['adherence']
+        prompts,
+    ).metrics['adherence']
     t = json.loads((ws.root / 'train.json').read_text())
     return dict(
         speed=speed,
         epochs=epochs * speed,
         loss=t['validation']['loss'],
         average=t['validation'].get('ema_decay'),
-        **{k: numbers[k].value for k in ('species', 'color', 'background', 'all')},
+        **{k: adherence[k].value for k in ('species', 'color', 'background', 'all')},
     )
 
 
@@ -140,7 +145,8 @@ def main():
             kept.write_text(json.dumps(measure(folder, name, choice, args.epochs)))
         rows[name] = json.loads(kept.read_text())
     print(
-        '\n| choice | speed | validation loss | all three right | species | colour | background |\n|---|---|---|---|---|---|---|'
+        '\n| choice | speed | validation loss | all three right | species | color | background |'
+        '\n|---|---|---|---|---|---|---|'
     )
     for name, r in rows.items():
         print(

@@ -634,7 +634,7 @@ def test_finetuned_is_measured_beside_its_base(mine, how):
             b['fid']['baseline']['value'], rel=0.05
         )  # still nearly the same
     page = (ws.report / 'index.html').read_text()
-    assert 'Beside a baseline' in page and f'the baseline ({b["model"][:16]})' in page
+    assert 'Comparison with a baseline' in page and f'the baseline ({b["model"][:16]})' in page
 
 
 def test_lora_is_published_as_diffusers_loads_it(mine):

@@ -641,7 +641,7 @@ def test_champion_of_another_autoencoder_or_architecture(gate):
     config.write_text('{}')
     another(gate, 1.5, 'again')
     r, record = promote(gate)
-    assert r.promoted and 'cannot be asked' in record['reason']
+    assert r.promoted and 'cannot be measured' in record['reason']
 
 
 @pytest.fixture
