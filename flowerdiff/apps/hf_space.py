@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from .. import __version__
-from .studio import examples
+from .studio import example_prompts
 from ..core.schema import UserError
 from ..core.workspace import atomic_dir, open_workspace, read_json, write_json, write_jsonl
 from ..services.hub_cache import HUB_ID, snapshot
@@ -67,7 +67,7 @@ def source(
         raise UserError(f'{where}: was not published yet; flowerdiff run {where} does it')
     ws = open_workspace(where)
     known = dict(
-        license=ws.settings.publish.license, private=published['private'], words=examples(ws.root)[:12]
+        license=ws.settings.publish.license, private=published['private'], words=example_prompts(ws.root)[:12]
     )
     if published['kind'] == 'hub':
         return Source(
