@@ -90,9 +90,8 @@ def panel_widgets(
     prompts: list[str],  # examples
 ) -> dict[str, w.Widget]:
     "Return the fields of the first tab by name. The settings are in `Controls`."
-    chips = []
-    for prompt in prompts[:3]:
-        chips.append(add_classes(w.Button(description=prompt, tooltip='Use this prompt'), 'fd-chip'))
+    buttons = [w.Button(description=prompt, tooltip='Use this prompt') for prompt in prompts[:3]]
+    chips = [add_classes(button, 'fd-chip') for button in buttons]
     surprise = w.Button(description='Surprise me', tooltip='Use another prompt from the data')
     return prompt_widgets(prompts[0]) | dict(
         chips=add_classes(w.Box(chips), 'fd-chips'),
