@@ -116,8 +116,8 @@ def chromium(*flags):
         b.close()
 
 
-@pytest.fixture(scope='module')
-def browser():
+@pytest.fixture(scope='module', name='browser')
+def browser_fixture():
     with chromium() as b:
         yield b
 

@@ -14,6 +14,7 @@ import pytest
 from browser import (
     ENV,
     GARDEN,
+    browser_fixture,  # noqa: F401
     browser_only,
     draw,
     fill,

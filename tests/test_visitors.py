@@ -25,6 +25,7 @@ import pytest
 from browser import (
     ENV,
     HEARS,
+    browser_fixture,  # noqa: F401
     browser_only,
     draw,
     fill,
