@@ -71,11 +71,8 @@ def source(
     if not published.get('revision'):
         raise UserError(f'{where}: not published yet; run: flowerdiff run {where}')
     ws = open_workspace(where)
-    known = dict(
-        license=ws.settings.publish.license,
-        private=published['private'],
-        prompts=example_prompts(ws.root)[:12],
-    )
+    prompts = example_prompts(ws.root)[:12]
+    known = dict(license=ws.settings.publish.license, private=published['private'], prompts=prompts)
     repo = published['repository']
     if published['kind'] == 'hub':
         return Source(repo.partition('/')[2], pinned_spec(f'{repo}@{published["revision"]}'), **known)
@@ -121,27 +118,10 @@ def memory_for(weights: float) -> int:
     return next((gb for gb in (3, 8, 16) if visitors(weights, gb) >= 10), 16)
 
 # %% ../../nbs/apps/10_hf_space.ipynb #65a61a6d
-NEEDS = [
-    'torch',
-    'diffusers',
-    'transformers',
-    'safetensors',
-    'tokenizers',
-    'huggingface_hub',
-    'onnxruntime',
-    'ipywidgets',
-    'ipykernel',
-    'voila',
-    'fastcore',
-    'pydantic',
-    'ruamel.yaml',
-    'psutil',
-    'tqdm',
-    'numpy',
-    'scipy',
-    'pillow',
-    'packaging',
-]
+NEEDS = (
+    'torch diffusers transformers safetensors tokenizers huggingface_hub onnxruntime ipywidgets ipykernel voila '
+    'fastcore pydantic ruamel.yaml psutil tqdm numpy scipy pillow packaging'
+).split()  # noqa: SIM905
 CUDA = re.compile(r'nvidia|cuda|triton')  # packages that only PyTorch's CUDA build needs
 
 
@@ -180,7 +160,8 @@ USER user
 ENV HOME=/home/user HOST=0.0.0.0 PORT=7860 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=10s --start-period=10m --retries=3 \\
-    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:7860/health', timeout=8)"]
+    CMD ["python", "-c", \\
+    "from urllib.request import urlopen; urlopen('http://127.0.0.1:7860/health', timeout=8)"]
 CMD ["python", "start.py"]
 """
 
