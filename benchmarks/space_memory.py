@@ -79,7 +79,7 @@ def make(model: Path, folder: Path) -> Path:  # the Space's folder
 
 def draw(page):  # four pictures
     n = page.locator('.fd-card').count()
-    page.get_by_role('button', name='Draw', exact=True).click()
+    page.get_by_role('button', name='Generate', exact=True).click()
     page.locator('.fd-card').nth(n + 3).or_(page.locator('.fd-status.bad')).first.wait_for()
     assert not page.locator('.fd-status.bad').count(), page.locator('.fd-status').inner_text()
     page.get_by_text(re.compile(r'4 pictures in')).wait_for()

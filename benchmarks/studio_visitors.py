@@ -84,7 +84,7 @@ def opened(browser, url):  # a page, seconds until it can be used, until its mod
 
     began = time.perf_counter()
     page = open_page(browser, url)
-    page.get_by_role('button', name='Draw', exact=True).wait_for()
+    page.get_by_role('button', name='Generate', exact=True).wait_for()
     usable = time.perf_counter() - began
     page.get_by_text('Ready.').wait_for()
     return page, usable, time.perf_counter() - began
@@ -93,7 +93,7 @@ def opened(browser, url):  # a page, seconds until it can be used, until its mod
 def drawn(page):  # seconds from the click to the newest picture
     n = page.locator('.fd-card').count()
     began = time.perf_counter()
-    page.get_by_role('button', name='Draw', exact=True).click()
+    page.get_by_role('button', name='Generate', exact=True).click()
     page.locator('.fd-card').nth(n).locator('img').first.evaluate('e => e.decode()')
     return time.perf_counter() - began
 
@@ -192,7 +192,7 @@ async def crowd(server, url, n):
     await asyncio.sleep(5)
     after = memory.now()
     print(
-        f'{len(served)} of {n - 3} protocol visitors let in, pages after {min(m["opened"] for m in served):.1f} to {max(m["opened"] for m in served):.1f} s; {len(drawn)} wishes drawn in {statistics.median(drawn):.1f} s (median; at most {max(drawn):.1f}), {len(refused)} refused {set(refused)}'
+        f'{len(served)} of {n - 3} protocol visitors let in, pages after {min(m["opened"] for m in served):.1f} to {max(m["opened"] for m in served):.1f} s; {len(drawn)} requests drawn in {statistics.median(drawn):.1f} s (median; at most {max(drawn):.1f}), {len(refused)} refused {set(refused)}'
     )
     print(f'three in Chromium: {seen}; one more, when {busiest["n"]} kernels ran, {late}')
     print('| | server | generator | kernels | together |\n|---|---|---|---|---|')

@@ -116,8 +116,8 @@ def chromium(*flags):
         b.close()
 
 
-@pytest.fixture(scope='module')
-def browser():
+@pytest.fixture(scope='module', name='browser')
+def browser_fixture():
     with chromium() as b:
         yield b
 
@@ -178,10 +178,10 @@ def draw(page, prompt=None, seed=None):
     "Press Draw; the newest picture as the page has it, when it is there."
     n = page.locator('.fd-card').count()
     if prompt is not None:
-        fill(page, 'What shall it draw?', prompt)
+        fill(page, 'Prompt', prompt)
     if seed is not None:
         fill(page, 'Seed', seed)
-    page.get_by_role('button', name='Draw', exact=True).click()
+    page.get_by_role('button', name='Generate', exact=True).click()
     page.locator('.fd-card').nth(n).or_(page.locator('.fd-status.bad')).first.wait_for()
     assert not page.locator('.fd-status.bad').count(), page.locator('.fd-status').inner_text()
     page.get_by_text(re.compile(r'pictures? in [\d.]+ s')).wait_for()

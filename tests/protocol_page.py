@@ -40,7 +40,7 @@ class ProtocolPage:
                 HTTPRequest(self.url, headers=self.headers, request_timeout=300, connect_timeout=300)
             )
         except HTTPClientError as e:
-            raise Full if e.code == 503 and b'Everybody is drawing' in e.response.body else e
+            raise Full if e.code == 503 and b'The studio is full' in e.response.body else e
         self.kernel = re.search(r'"kernelId": *"([0-9a-f-]+)"', answer.body.decode()).group(1)
         return await self.connect()
 
@@ -59,7 +59,7 @@ class ProtocolPage:
             'comm_open', dict(comm_id=control, target_name='jupyter.widget.control', data={}), version='1.0.0'
         )
         self.comm(control, dict(method='request_states'))
-        await self.until(lambda: any(s.get('description') == 'Draw' for s in self.states.values()))
+        await self.until(lambda: any(s.get('description') == 'Generate' for s in self.states.values()))
         return self
 
     def send(self, kind, content, version='2.1.0', channel='shell'):  # one message on the kernel's channel
@@ -161,10 +161,10 @@ class ProtocolPage:
     async def draw(self, prompt=None, seconds=300):
         "Presses Draw; the line that is said when it is over."
         if prompt is not None:
-            self.set('What shall it draw?', prompt)
-        self.press('Draw')
+            self.set('Prompt', prompt)
+        self.press('Generate')
         await self.heard(seconds)
-        await self.until(lambda: not self.states[self.find('Draw')].get('disabled'), seconds)
+        await self.until(lambda: not self.states[self.find('Generate')].get('disabled'), seconds)
         return self.said()
 
     async def leave(self, goodbye=True):
@@ -247,11 +247,11 @@ def harm(page, i, rng):
     kind, wild = i % 8, rng.choice(WILD)
     for text, value in dict(Steps=2, Guidance=4, Pictures=1, Seed=i).items():
         page.set(text, value)
-    page.set('What shall it draw?', 'a red rose')
-    page.set('What not?', '')
+    page.set('Prompt', 'a red rose')
+    page.set('Negative prompt', '')
     if kind < 3:
-        page.set('What shall it draw?', rng.choice(ODD))
-        page.set('What not?', rng.choice(ODD) if rng.random() < 0.3 else '')
+        page.set('Prompt', rng.choice(ODD))
+        page.set('Negative prompt', rng.choice(ODD) if rng.random() < 0.3 else '')
     elif kind == 3:
         page.set(
             rng.choice(['Steps', 'Guidance', 'Pictures', 'Seed']),
@@ -263,13 +263,13 @@ def harm(page, i, rng):
         page.set(
             rng.choice(
                 [
-                    'What shall it draw?',
-                    'What not?',
+                    'Prompt',
+                    'Negative prompt',
                     'Steps',
                     'Guidance',
                     'Pictures',
                     'Seed',
-                    'A strip of the denoising',
+                    'Show denoising steps',
                     'Lock',
                 ]
             ),
@@ -277,7 +277,7 @@ def harm(page, i, rng):
         )
     elif kind == 5:
         page.update(
-            page.find('Sampler'),
+            page.find('Scheduler'),
             {
                 rng.choice(
                     ['index', '_options_labels', 'value', 'options', '_model_name', 'layout', 'tooltip']
@@ -325,13 +325,13 @@ def outside(page, kind, wild):  # what no page says
         lambda: page.send('execute_request', code),
         lambda: page.send('execute_request', code, channel='control'),
         lambda: page.comm('nobody', wild),
-        lambda: page.comm(page.find('Draw'), wild),
-        lambda: page.comm(page.find('Draw'), dict(method='custom', content=wild)),
+        lambda: page.comm(page.find('Generate'), wild),
+        lambda: page.comm(page.find('Generate'), dict(method='custom', content=wild)),
         lambda: page.send(
             'comm_open',
             dict(comm_id=uuid.uuid4().hex, target_name=str(wild)[:50], data=wild, target_module='os'),
         ),
-        lambda: page.set('What shall it draw?', 'x' * 1_000_000),
+        lambda: page.set('Prompt', 'x' * 1_000_000),
         lambda: page.comm(
             page.find('Steps'), dict(method='update', state=dict(value=3), buffer_paths=[['value'], [wild]])
         ),
@@ -349,7 +349,7 @@ async def answers(page, i, rng):  # 'picture', 'line' or 'cut off', as the page 
     except WebSocketClosedError:
         await page.connect()
         return 'cut off'
-    shown = ''.join(page.values()).lower().replace('<h2>nothing drawn yet', '')
+    shown = ''.join(page.values()).lower().replace('<h2>no pictures yet', '')
     assert said and '\n' not in said and 'Traceback' not in said, (i, said)
     assert not re.search(r'<(script|img src=x|svg onload|h1>owned)', shown), i
     return 'line' if page.bad() else 'picture'

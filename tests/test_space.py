@@ -313,7 +313,7 @@ def test_the_health_check(space, running):
         check != command(space / 'Dockerfile', 'HEALTHCHECK')
         and subprocess.run([sys.executable, *check[1:]]).returncode == 0
     )
-    assert well(running.url) == 'well; 0 of 16 visitors\n'  # for a small model in 3 GB
+    assert well(running.url) == 'ok; 0 of 16 visitors\n'  # for a small model in 3 GB
     assert subprocess.run(
         [sys.executable, *[a.replace(f':{running.port}', f':{free_port()}') for a in check[1:]]],
         capture_output=True,
@@ -359,20 +359,20 @@ def test_a_picture_inside_the_hubs_frame(browser, space, running):
     frame = page.frame_locator('iframe')
     frame.get_by_text('Ready.').wait_for()
     assert (
-        frame.get_by_label('What shall it draw?').is_visible()
+        frame.get_by_label('Prompt', exact=True).is_visible()
         and 'meadow' in frame.locator('.fd-head').inner_text()
     )
     assert re.fullmatch(
         r'\d+ red roses', frame.locator('.fd-chip').first.inner_text()
     )  # the Space's own examples
-    frame.get_by_role('button', name='Draw', exact=True).click()
+    frame.get_by_role('button', name='Generate', exact=True).click()
     frame.get_by_text(re.compile(r'picture in [\d.]+ s')).wait_for()
     assert frame.locator('.fd-card img').first.evaluate('e => e.decode().then(() => e.naturalWidth)') == 32
     shot(page, 'space')
     assert (
         page.context.cookies() == []
         and page.foreign == []
-        and health(running.url) == (200, 'well; 1 of 16 visitors\n')
+        and health(running.url) == (200, 'ok; 1 of 16 visitors\n')
     )
     processes = [
         psutil.Process(running.process.pid),
@@ -384,10 +384,10 @@ def test_a_picture_inside_the_hubs_frame(browser, space, running):
     assert sorted((str(p), p.stat().st_mtime_ns) for p in space.rglob('*')) == before
     page.goto('about:blank')
     for _ in range(100):
-        if health(running.url)[1] == 'well; 0 of 16 visitors\n':
+        if health(running.url)[1] == 'ok; 0 of 16 visitors\n':
             break
         time.sleep(0.2)
-    assert health(running.url)[1] == 'well; 0 of 16 visitors\n'
+    assert health(running.url)[1] == 'ok; 0 of 16 visitors\n'
 
 
 def blocked(page):
@@ -429,7 +429,7 @@ def test_unwell_without_a_model(plain, workspace):
     assert health(url) == (503, 'no model in w\n')
     root.mkdir()
     (root / 'model').symlink_to(workspace / 'published/meadow')
-    assert well(url) == 'well; 0 of 1 visitors\n'
+    assert well(url) == 'ok; 0 of 1 visitors\n'
 
 
 @browser_only
@@ -445,7 +445,7 @@ def test_one_visitor_too_many_waits_outside(browser, plain):
         and late.headers['retry-after']
         and 'frame-ancestors' in late.headers['content-security-policy']
     )
-    second.get_by_text('Everybody is drawing').wait_for()
+    second.get_by_text('The studio is full').wait_for()
     shot(second, 'full')
     first.goto('about:blank')
     second.locator('.fd-head').wait_for()  # it looks again by itself

@@ -16,6 +16,7 @@ import pytest
 from browser import (
     ENV,
     GARDEN,
+    browser_fixture,  # noqa: F401
     browser_only,
     draw,
     fill,
@@ -65,9 +66,9 @@ def readout(page, i):
 
 
 def own(
-    folder, wish
+    folder, request
 ):  # what a Generator draws, with as many threads as the server's: the last bit depends on them
-    code = f'from flowerdiff import Generator; Generator.from_pretrained({str(folder)!r})({wish["prompt"]!r}, seed={wish["seed"]}, num_inference_steps={wish["steps"]}, guidance_scale={wish["guidance"]})[0].save({str(folder / "own.png")!r})'
+    code = f'from flowerdiff import Generator; Generator.from_pretrained({str(folder)!r})({request["prompt"]!r}, seed={request["seed"]}, num_inference_steps={request["num_inference_steps"]}, guidance_scale={request["guidance_scale"]})[0].save({str(folder / "own.png")!r})'
     subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
     return np.array(Image.open(folder / 'own.png'))
 
@@ -79,8 +80,8 @@ def test_the_right_picture(page, workspace):
         page.get_by_role('link', name='Download').first.click()
     assert d.value.suggested_filename == 'a-red-rose-under-a-blue-sky-7.png'
     file = Image.open(d.value.path())
-    wish = json.loads(file.text['flowerdiff'])
-    assert np.array_equal(np.array(file), np.array(picture)) and (wish['prompt'], wish['seed']) == (
+    request = json.loads(file.text['flowerdiff'])
+    assert np.array_equal(np.array(file), np.array(picture)) and (request['prompt'], request['seed']) == (
         'a red rose under a blue sky',
         7,
     )
@@ -92,7 +93,7 @@ def test_the_right_picture(page, workspace):
         right = [dict(species='rose', color='red', background='blue sky').items() <= s.items() for s in seen]
         assert sum(right) >= 3, seen
     else:
-        assert np.array_equal(own(workspace, wish), np.array(picture))
+        assert np.array_equal(own(workspace, request), np.array(picture))
         other = draw(page, 'a blue iris', 7)
         assert np.abs(np.array(other).astype(int) - np.array(picture)).mean() > 2
     assert page.foreign == []
@@ -113,10 +114,10 @@ def test_same_seed_same_picture_and_reuse(page):
 @pytest.mark.skipif(bool(GARDEN), reason='a garden has no such models')
 @pytest.mark.parametrize(
     'model, label, steps, guidance',
-    [('student', 'The student', 4, 1.0), ('work/previous', 'The previous champion', 20, 4.0)],
+    [('student', 'Student', 4, 1.0), ('work/previous', 'Previous champion', 20, 4.0)],
 )
 def test_another_model_of_the_workspace(page, workspace, model, label, steps, guidance):
-    # a painter that opens the champion whatever is asked for; dials that stay when another model is chosen
+    # a session that opens the champion whatever is asked for; controls that stay when another model is chosen
     page.get_by_label('Model', exact=True).select_option(label=label)
     for i, said in enumerate((str(steps), f'{guidance:.1f}'), 1):
         readout(page, i).get_by_text(said, exact=True).wait_for()
@@ -126,7 +127,10 @@ def test_another_model_of_the_workspace(page, workspace, model, label, steps, gu
         == f'seed 5 · {steps} steps · guidance {guidance:g} · {label}'
     )
     assert np.array_equal(
-        own(workspace / model, dict(prompt='a red rose', seed=5, steps=steps, guidance=guidance)),
+        own(
+            workspace / model,
+            dict(prompt='a red rose', seed=5, num_inference_steps=steps, guidance_scale=guidance),
+        ),
         np.array(drawn),
     )
     page.get_by_label('Model', exact=True).select_option(index=0)
@@ -135,8 +139,8 @@ def test_another_model_of_the_workspace(page, workspace, model, label, steps, gu
 
 @browser_only
 def test_no_words_are_the_example(page):
-    # a wish of the empty field; blanks that count as words
-    fill(page, 'What shall it draw?', '  ')
+    # a request of the empty field; blanks that count as words
+    fill(page, 'Prompt', '  ')
     draw(page)
     assert (
         page.locator('.fd-card figcaption')
@@ -171,13 +175,13 @@ def test_cancel(page, studio):
     n, drawing = page.locator('.fd-card').count(), generator(studio[0])
     drawing.suspend()  # else it may be done before Cancel is pressed
     try:
-        page.get_by_role('button', name='Draw', exact=True).click()
+        page.get_by_role('button', name='Generate', exact=True).click()
         page.get_by_role('button', name='Cancel').click()
     finally:
         drawing.resume()
-    page.get_by_text('Cancelled.').wait_for()
+    page.get_by_text('Canceled.').wait_for()
     assert page.locator('.fd-card').count() == n and page.locator('.fd-preview').count() == 0
-    page.get_by_role('button', name='Draw', exact=True).and_(page.locator(':enabled')).wait_for()
+    page.get_by_role('button', name='Generate', exact=True).and_(page.locator(':enabled')).wait_for()
     page.locator('.fd-card').first.get_by_role('button', name='Use again').click()  # the steps, too
     readout(page, 1).get_by_text('20', exact=True).wait_for()
 
@@ -186,7 +190,7 @@ def test_cancel(page, studio):
 def test_quick_fingers_on_a_slow_line(page, studio):
     "Words are typed and Draw is pressed before the kernel has answered the first letter: all of them are drawn."
     # a field that is told letter by letter: ipywidgets keeps letters back until the last one is answered, but no clicks
-    fill(page, 'What shall it draw?', '')
+    fill(page, 'Prompt', '')
     draw(page)
     n, words, kernel = (
         page.locator('.fd-card').count(),
@@ -196,7 +200,7 @@ def test_quick_fingers_on_a_slow_line(page, studio):
     kernel.suspend()
     try:
         page.locator('.fd-prompt textarea').press_sequentially(words)
-        page.get_by_role('button', name='Draw', exact=True).click()
+        page.get_by_role('button', name='Generate', exact=True).click()
     finally:
         kernel.resume()
     page.locator('.fd-card').nth(n).wait_for()
@@ -212,9 +216,9 @@ def test_what_people_type_is_text(page):
         page.locator('.fd-card figcaption').first.inner_text().startswith(words)
         and page.title() == 'flowerdiff studio'
     )
-    fill(page, 'What shall it draw?', 'rose ' * 200)
-    page.get_by_role('button', name='Draw', exact=True).click()
-    page.get_by_text('500 are the most').wait_for()
+    fill(page, 'Prompt', 'rose ' * 200)
+    page.get_by_role('button', name='Generate', exact=True).click()
+    page.get_by_text('At most 500 are allowed').wait_for()
     shot(page, 'too-long')
 
 
@@ -236,11 +240,11 @@ def test_an_example_fills_the_field_and_enter_enlarges(page):
 @browser_only
 def test_a_phone_in_the_dark(browser, url):
     page = open_page(browser, url, viewport=dict(width=390, height=844), color_scheme='dark')
-    page.get_by_role('button', name='Draw', exact=True).wait_for()
+    page.get_by_role('button', name='Generate', exact=True).wait_for()
     draw(page, 'a red rose')
     wide = page.evaluate('document.querySelector(".fd").scrollWidth')
     dark = page.evaluate('getComputedStyle(document.querySelector(".fd")).backgroundColor')
-    ask, card, dials = (
+    ask, card, controls = (
         page.locator(x).first.bounding_box() for x in ('.fd-request', '.fd-card', '.fd-controls')
     )
     shot(page, 'phone-dark')
@@ -249,7 +253,7 @@ def test_a_phone_in_the_dark(browser, url):
         ask['x'] >= 0
         and ask['x'] + ask['width'] <= 390
         and ask['y'] + ask['height'] <= card['y']
-        and card['y'] + card['height'] <= dials['y']
+        and card['y'] + card['height'] <= controls['y']
     )
 
 
@@ -261,30 +265,30 @@ def one_line(page, words):  # in red, and nothing else
 @browser_only
 def test_a_model_appears_damaged_and_is_replaced(browser, tmp_path):
     "No model, then half a file, then a whole one: the page stays, and says each in a line."
-    # a page that keeps the painter of a workspace without a model; `friendly` without its first line alone; a painter that refuses every model when the champion is damaged; a desk that does not look at files again
+    # a page that keeps the session of a workspace without a model; `friendly` without its first line alone; a session that refuses every model when the champion is damaged; a queue that does not look at files again
     from tiny import tiny_model
 
     folder, good = tmp_path / 'empty', tiny_model(tmp_path / 'good')
     with served(folder) as (_, url):
         page = open_page(browser, url)
         page.get_by_text(f'flowerdiff run {folder}').wait_for()
-        page.get_by_role('button', name='Look again').click()
+        page.get_by_role('button', name='Check again').click()
         shot(page, 'no-model')
-        assert page.get_by_role('button', name='Draw', exact=True).count() == 0
+        assert page.get_by_role('button', name='Generate', exact=True).count() == 0
         shutil.copytree(good, folder / 'work' / 'previous')
         shutil.copytree(good, folder / 'model')
         weights = next((folder / 'model' / 'unet').glob('*.safetensors'))
         weights.write_bytes(weights.read_bytes()[:20_000])
-        page.get_by_role('button', name='Look again').click()
-        one_line(page, 'The champion, unet: cannot be opened; copy it again')
+        page.get_by_role('button', name='Check again').click()
+        one_line(page, 'Champion, unet: cannot be opened; copy it again')
         shot(page, 'damaged')
-        page.get_by_role('button', name='Draw', exact=True).click()
+        page.get_by_role('button', name='Generate', exact=True).click()
         page.locator('.fd-status:not(.bad)').or_(page.locator('.fd-status.bad')).first.wait_for()
-        one_line(page, 'The champion, unet: cannot be opened; copy it again')
-        page.get_by_label('Model', exact=True).select_option(label='The previous champion')
-        page.get_by_role('button', name='Draw', exact=True).click()
+        one_line(page, 'Champion, unet: cannot be opened; copy it again')
+        page.get_by_label('Model', exact=True).select_option(label='Previous champion')
+        page.get_by_role('button', name='Generate', exact=True).click()
         page.locator('.fd-card').first.wait_for()
-        page.get_by_label('Model', exact=True).select_option(label='The champion')
+        page.get_by_label('Model', exact=True).select_option(label='Champion')
         shutil.rmtree(folder / 'model')
         shutil.copytree(good, folder / 'model')
         assert draw(page, 'a red rose', 5).size == (32, 32)
@@ -306,7 +310,7 @@ def test_a_port_in_use_is_one_line(cli, tmp_path):
 
 
 def test_the_studio_needs_nothing_of_training():
-    code = "import sys, flowerdiff.apps.studio; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'diffusers', 'accelerate', 'mlflow', 'voila') or m in ('flowerdiff.training.accelerator', 'flowerdiff.training.worker')])"
+    code = "import sys, flowerdiff.apps.studio; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'diffusers', 'accelerate', 'mlflow', 'voila') or m in ('flowerdiff.training.accelerator', 'flowerdiff.stages.train')])"
     assert (
         subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV).stdout.strip()
         == '[]'

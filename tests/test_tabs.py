@@ -1,4 +1,4 @@
-"""The studio's dials and tabs in a real browser, with a tiny random model and a miniature garden.
+"""The studio's controls and tabs in a real browser, with a tiny random model and a miniature garden.
 
 FLOWERDIFF_TEST_GARDEN=WORKSPACE shows a trained garden instead (one that may be written to); FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots of every tab."""
 
@@ -14,6 +14,7 @@ import pytest
 from browser import (
     ENV,
     GARDEN,
+    browser_fixture,  # noqa: F401
     browser_only,
     draw,
     fill,
@@ -78,7 +79,7 @@ far = lambda a, b: np.abs(
 
 @browser_only
 def test_backend_and_sampler(page, workspace):
-    "Breaks when the painter passes no scheduler on, opens another backend than asked, or the page forgets what cannot run."
+    "Breaks when the session passes no scheduler on, opens another backend than asked, or the page forgets what cannot run."
     tab(page, 'Studio')
     trt = page.locator('.fd-controls').get_by_role('button', name='TensorRT', exact=True)
     if not Path('/dev/nvidia0').exists():
@@ -86,18 +87,18 @@ def test_backend_and_sampler(page, workspace):
             trt.is_disabled() and 'TensorRT: no NVIDIA GPU here' in page.locator('.fd-reasons').inner_text()
         )
     pick(page, 'ONNX Runtime')
-    page.get_by_label('Sampler', exact=True).select_option(label='Euler')
+    page.get_by_label('Scheduler', exact=True).select_option(label='Euler')
     drawn = draw(page, 'a red rose', 5)
     line = page.locator('.fd-card small').first.inner_text()
     assert 'Euler' in line and 'ONNX Runtime' in line and not page.locator('.fd-card .fd-warning').count()
-    how = dict(seed=5, steps=20, guidance=4.0)
+    how = dict(seed=5, num_inference_steps=20, guidance_scale=4.0)
     right, wrong = (
         own(workspace, backend='onnx', scheduler='euler', **how),
         own(workspace, backend='onnx', **how),
     )
     assert far(right, drawn) < 0.02 and far(wrong, drawn) > 10 * far(right, drawn) + 0.5
     pick(page, 'PyTorch')
-    page.get_by_label('Sampler', exact=True).select_option(index=0)
+    page.get_by_label('Scheduler', exact=True).select_option(index=0)
     shot(page, 'studio')
 
 
@@ -114,11 +115,11 @@ def test_strip_of_the_denoising(page):
 
 @browser_only
 def test_two_settings_side_by_side(page):
-    "Breaks when both sides take the left dials, or seeds differ."
+    "Breaks when both sides take the left controls, or seeds differ."
     tab(page, 'Compare')
-    fill(page, 'What shall it draw?', 'a red rose')
+    fill(page, 'Prompt', 'a red rose')
     fill(page, 'Seed', 3)
-    page.get_by_role('button', name='Draw both').click()
+    page.get_by_role('button', name='Generate both').click()
     page.locator('.fd-pair .fd-card').nth(1).wait_for()
     said = page.locator('.fd-pair small').all_inner_texts()
     assert (
@@ -129,8 +130,8 @@ def test_two_settings_side_by_side(page):
     srcs = [i.get_attribute('src') for i in page.locator('.fd-pair .fd-image img').all()]
     assert len(srcs) == 2 and srcs[0] != srcs[1]
     shot(page, 'compare')
-    # `_reuse` that gives both sides the left dials, or leaves the words
-    fill(page, 'What shall it draw?', 'a white daisy')
+    # `_reuse` that gives both sides the left controls, or leaves the words
+    fill(page, 'Prompt', 'a white daisy')
     fill(page, 'Seed', 4)
     steps = page.locator('.fd-three .fd-panel').nth(2).locator('.widget-readout').first
     page.locator('.fd-three .fd-panel').nth(2).get_by_role('slider').first.focus()
@@ -152,7 +153,7 @@ def test_blind_test_keeps_its_tally(page, workspace):
         "[...document.querySelectorAll('button')].some(b => b.innerText == 'Left is better' && !b.disabled)"
     )
     shown = page.locator('.fd-right').inner_text()
-    assert 'champion' not in shown and 'steps' not in shown
+    assert 'Champion' not in shown and 'steps' not in shown
     shot(page, 'blind')
     file = workspace / 'work' / 'blind.jsonl'
     before = len(file.read_text().splitlines()) if file.exists() else 0
@@ -163,7 +164,7 @@ def test_blind_test_keeps_its_tally(page, workspace):
     assert (
         len(file.read_text().splitlines()) == before + 1
         and last['chosen'] == last['right']
-        and {last['left'], last['right']} == {'The champion', 'The champion, 5 steps'}
+        and {last['left'], last['right']} == {'Champion', 'Champion, 5 steps'}
     )
     assert page.locator('.fd-card figcaption').nth(1).inner_text().startswith('★ ' + last['right'])
     assert re.search(r'was better in \d of \d.*95% confidence', page.locator('.fd-result').inner_text())
@@ -191,7 +192,7 @@ def test_explore_the_run(page, workspace):
     )
     assert page.locator('.fd-grid').evaluate('e => e.decode().then(() => e.naturalWidth)') > 0
     shot(page, 'explore')
-    page.get_by_role('button', name='Later').click()
+    page.get_by_role('button', name='Next', exact=True).click()
     page.get_by_text('13 to').wait_for()
     page.get_by_label('Find', exact=True).fill('rose')
     page.keyboard.press('Enter')
@@ -205,32 +206,32 @@ def test_explore_the_run(page, workspace):
 def test_keys_alone(page):
     "Breaks when a tab or Draw is no button, or cannot be reached with Tab."
     tab(page, 'Studio')
-    page.get_by_role('button', name='Draw', exact=True).wait_for()
+    page.get_by_role('button', name='Generate', exact=True).wait_for()
     page.locator('.fd-tabs button').first.focus()
     reached = []
     for _ in range(14):
         page.keyboard.press('Tab')
         reached.append(page.evaluate('document.activeElement.innerText || document.activeElement.tagName'))
-        if reached[-1] == 'Draw':
+        if reached[-1] == 'Generate':
             break
-    assert reached[-1] == 'Draw' and reached[:3] == [*TABS][1:], reached
+    assert reached[-1] == 'Generate' and reached[:3] == [*TABS][1:], reached
     page.locator('.fd-tabs button').nth(1).focus()
     page.keyboard.press('Space')
-    page.get_by_role('button', name='Draw both').wait_for()
+    page.get_by_role('button', name='Generate both').wait_for()
     page.locator('.fd-tabs button').first.focus()
     page.keyboard.press('Enter')
-    page.get_by_role('button', name='Draw', exact=True).wait_for()
+    page.get_by_role('button', name='Generate', exact=True).wait_for()
 
 
 @browser_only
 def test_every_tab_on_a_phone_in_the_dark(browser, url):
     "Breaks when something is wider than the screen, or a colour is not told to the dark."
     page = open_page(browser, url, viewport=dict(width=390, height=844), color_scheme='dark')
-    page.get_by_role('button', name='Draw', exact=True).wait_for()
+    page.get_by_role('button', name='Generate', exact=True).wait_for()
     for name in TABS:
         tab(page, name)
         if name == 'Compare':
-            page.get_by_role('button', name='Draw both').click()
+            page.get_by_role('button', name='Generate both').click()
             page.locator('.fd-pair .fd-card').nth(1).wait_for()
         if name == 'Blind test':
             page.get_by_role('button', name='Next pair').click()
@@ -250,29 +251,29 @@ def test_every_tab_on_a_phone_in_the_dark(browser, url):
 
 
 def test_a_backend_that_fails_midway(tmp_path, tiny_workspace):
-    "Breaks when the painter does not fall back, says nothing, or falls back when it is cancelled."
+    "Breaks when the session does not fall back, says nothing, or falls back when it is cancelled."
     shutil.copytree(tiny_workspace / 'model', tmp_path / 'model')
     shutil.copytree(tiny_workspace / 'onnx', tmp_path / 'onnx')
     code = f"""
-from flowerdiff.apps.session import Painter, Wish
-p = Painter({str(tmp_path)!r}); plain = p.paint(Wish('a red rose', backend='torch'))[0]
-[d] = [p._drawer(Wish('x', backend='onnx')).backend]; real, calls = d.denoise, []
+from flowerdiff.apps.session import GenerationRequest, GenerationSession
+p = GenerationSession({str(tmp_path)!r}); plain = p.generate(GenerationRequest('a red rose', backend='torch'))[0]
+[d] = [p._generator(GenerationRequest('x', backend='onnx')).backend]; real, calls = d.denoise, []
 def breaks(*a):
     calls.append(1)
     if len(calls) > 3: raise RuntimeError('the session is gone')
     return real(*a)
 d.denoise = breaks; steps = []
-drawn = p.paint(Wish('a red rose', backend='onnx', strip=4), lambda s: steps.append(s.step))[0]
+drawn = p.generate(GenerationRequest('a red rose', backend='onnx', num_previews=4), lambda s: steps.append(s.step))[0]
 print(len(calls), drawn.tobytes() == plain.tobytes(), steps[:5], drawn.info['note'])
 def cancelled(s): return False
-try: p.paint(Wish('a red rose', backend='onnx'), cancelled)
+try: p.generate(GenerationRequest('a red rose', backend='onnx'), cancelled)
 except Exception as e: print(type(e).__name__)
 """
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV)
     first, second = said.stdout.strip().splitlines() or [said.stderr, '']
     assert (
         first
-        == '4 True [1, 2, 3, 1, 2] ONNX Runtime failed (RuntimeError: the session is gone); PyTorch drew this'
+        == '4 True [1, 2, 3, 1, 2] ONNX Runtime failed (RuntimeError: the session is gone); PyTorch was used instead'
         and second == 'Cancelled'
     ), said
 
@@ -283,8 +284,8 @@ def test_a_damaged_export_is_no_reason_to_stop(tmp_path, tiny_workspace):
     shutil.copytree(tiny_workspace / 'onnx', tmp_path / 'onnx')
     for f in (tmp_path / 'onnx').rglob('*.onnx'):
         f.write_bytes(b'damaged')
-    code = f"from flowerdiff.apps.session import Painter, Wish; p = Painter({str(tmp_path)!r}); print(p.paint(Wish('a red rose', backend='onnx', steps=2))[0].info['note'], p.error)"
+    code = f"from flowerdiff.apps.session import GenerationRequest, GenerationSession; p = GenerationSession({str(tmp_path)!r}); print(p.generate(GenerationRequest('a red rose', backend='onnx', num_inference_steps=2))[0].info['note'], p.error)"
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV)
     assert said.stdout.startswith('ONNX Runtime failed (') and said.stdout.strip().endswith(
-        'PyTorch drew this'
+        'PyTorch was used instead'
     ), said

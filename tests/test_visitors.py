@@ -25,6 +25,7 @@ import pytest
 from browser import (
     ENV,
     HEARS,
+    browser_fixture,  # noqa: F401
     browser_only,
     draw,
     fill,
@@ -38,8 +39,13 @@ from browser import (
 from protocol_page import ODD, Full, ProtocolPage, answers
 from test_space import health, well
 
-from flowerdiff.apps.generating import WorkerSupervisor
-from flowerdiff.apps.remote import Line, QueuePosition, RemoteSession, Seen
+from flowerdiff.apps.remote import (
+    QueuePosition,
+    RemoteSession,
+    RemoteStep,
+    SocketConnection,
+    WorkerSupervisor,
+)
 from flowerdiff.apps.session import GenerationRequest, GenerationSession
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import Cancelled
@@ -54,19 +60,19 @@ def workspace(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def keeper(workspace):
+def supervisor(workspace):
     before, os.environ['OMP_NUM_THREADS'] = os.environ.get('OMP_NUM_THREADS'), '1'
-    keeper = WorkerSupervisor(workspace)
-    (ready := RemoteSession(workspace, keeper.socket)).ready.wait()
+    supervisor = WorkerSupervisor(workspace)
+    (ready := RemoteSession(workspace, supervisor.socket)).ready.wait()
     assert not ready.error
-    yield keeper
-    keeper.close()
+    yield supervisor
+    supervisor.close()
     os.environ.pop('OMP_NUM_THREADS') if before is None else os.environ.update(OMP_NUM_THREADS=before)
 
 
-def own(workspace, wishes):  # the Generator's pictures of them, in a process with as many threads
+def own(workspace, requests):  # the Generator's pictures of them, in a process with as many threads
     code = f"""import json, numpy as np; from flowerdiff import Generator; g = Generator.from_pretrained({str(workspace)!r}, 'torch')
-np.save({str(workspace / 'own.npy')!r}, np.stack([np.array(g(w['prompt'], seed=w['seed'], num_inference_steps=w['steps'], guidance_scale=w['guidance'])[0]) for w in json.loads({json.dumps([vars(w) for w in wishes])!r})]))"""
+np.save({str(workspace / 'own.npy')!r}, np.stack([np.array(g(w['prompt'], seed=w['seed'], num_inference_steps=w['num_inference_steps'], guidance_scale=w['guidance_scale'])[0]) for w in json.loads({json.dumps([vars(w) for w in requests])!r})]))"""
     subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
     return np.load(workspace / 'own.npy')
 
@@ -81,11 +87,11 @@ def wait_until(true, seconds=60):
 class Visitor(threading.Thread):
     "Asks for a picture, and keeps what it hears."
 
-    def __init__(self, workspace, keeper, wish, stop=lambda heard: False):
+    def __init__(self, workspace, supervisor, request, stop=lambda heard: False):
         super().__init__(daemon=True)
-        self.painter, self.wish, self.heard, self.pictures, self.said, self.stop = (
-            RemoteSession(workspace, keeper.socket),
-            wish,
+        self.session, self.request, self.heard, self.pictures, self.said, self.stop = (
+            RemoteSession(workspace, supervisor.socket),
+            request,
             [],
             [],
             '',
@@ -95,7 +101,7 @@ class Visitor(threading.Thread):
 
     def run(self):
         try:
-            self.pictures = self.painter.paint(self.wish, self._on_step)
+            self.pictures = self.session.generate(self.request, self._on_step)
         except UserError as e:
             self.said = str(e)
         except Cancelled:
@@ -107,7 +113,7 @@ class Visitor(threading.Thread):
 
     @property
     def places(self):
-        return [x.place for x in self.heard if isinstance(x, QueuePosition)]
+        return [x.position for x in self.heard if isinstance(x, QueuePosition)]
 
     def until(self, test):  # something that it hears
         for _ in range(2000):
@@ -117,23 +123,31 @@ class Visitor(threading.Thread):
         raise AssertionError(f'never heard; only {self.heard[-3:]} {self.said}')
 
 
-LONG = GenerationRequest('a red rose', steps=100, n=8)
-drawing, waits = lambda x: isinstance(x, Seen), lambda x: isinstance(x, QueuePosition) and x.place > 0
+LONG = GenerationRequest('a red rose', num_inference_steps=100, num_images_per_prompt=8)
+drawing, waits = (
+    lambda x: isinstance(x, RemoteStep),
+    lambda x: isinstance(x, QueuePosition) and x.position > 0,
+)
 
 
-def test_thirty_at_once(workspace, keeper):
+def test_thirty_at_once(workspace, supervisor):
     "Twenty wait and one is drawn; the others are refused in words. Places fall, and nobody gets the picture of somebody else."
     # a queue without an end; a queue that is not in order; pictures handed to another job
     words = ['red', 'blue', 'white', 'yellow', 'rose', 'iris', 'daisy', 'sky', 'meadow', 'under']
-    busy = Visitor(workspace, keeper, LONG).until(drawing)
-    wishes = [GenerationRequest(f'a {words[i % 10]} {words[i % 7]}', seed=i, steps=6) for i in range(30)]
-    visitors = [Visitor(workspace, keeper, w) for w in wishes]
+    busy = Visitor(workspace, supervisor, LONG).until(drawing)
+    requests = [
+        GenerationRequest(f'a {words[i % 10]} {words[i % 7]}', seed=i, num_inference_steps=6)
+        for i in range(30)
+    ]
+    visitors = [Visitor(workspace, supervisor, w) for w in requests]
     for v in [busy, *visitors]:
         v.join(200)
-    served = [(w, v) for w, v in zip(wishes, visitors) if v.pictures]
+    served = [(w, v) for w, v in zip(requests, visitors) if v.pictures]
     assert len(busy.pictures) == 8 and len(served) >= 20 and all(len(v.pictures) == 1 for _, v in served)
     refused = [v.said for v in visitors if not v.pictures]
-    assert refused and all('wishes wait' in s and 'later' in s and '\n' not in s for s in refused), refused
+    assert refused and all('The queue is full' in s and 'later' in s and '\n' not in s for s in refused), (
+        refused
+    )
     for _, v in served:
         assert v.places == sorted(v.places, reverse=True), v.places
     assert max(v.places[0] for _, v in served) >= 18
@@ -142,16 +156,16 @@ def test_thirty_at_once(workspace, keeper):
     )
 
 
-def test_cancelling_while_waiting_and_while_drawn(workspace, keeper):
+def test_cancelling_while_waiting_and_while_drawn(workspace, supervisor):
     # `leave` does not take a job out of the queue; the callback of the drawing does not look whether it is gone
     began = time.monotonic()
-    Visitor(workspace, keeper, LONG).join()
+    Visitor(workspace, supervisor, LONG).join()
     whole = time.monotonic() - began
     go = threading.Event()
-    first = Visitor(workspace, keeper, LONG, lambda x: go.is_set()).until(drawing)
-    second = Visitor(workspace, keeper, LONG, waits)
+    first = Visitor(workspace, supervisor, LONG, lambda x: go.is_set()).until(drawing)
+    second = Visitor(workspace, supervisor, LONG, waits)
     second.join(30)
-    third = Visitor(workspace, keeper, GenerationRequest('a rose', steps=2)).until(waits)
+    third = Visitor(workspace, supervisor, GenerationRequest('a rose', num_inference_steps=2)).until(waits)
     assert second.said == 'Cancelled' and third.places[0] == 1
     go.set()
     began = time.monotonic()
@@ -160,24 +174,24 @@ def test_cancelling_while_waiting_and_while_drawn(workspace, keeper):
     assert first.said == 'Cancelled' and third.pictures and time.monotonic() - began < 0.7 * whole
 
 
-def test_who_vanishes_leaves_a_place(workspace, keeper):
-    "Twenty-one hang up without a word: the next one is not refused, and does not wait for wishes that nobody is there for."
+def test_who_vanishes_leaves_a_place(workspace, supervisor):
+    "Twenty-one hang up without a word: the next one is not refused, and does not wait for requests that nobody is there for."
     # no `on_connection_close`
     lines = []
     for i in range(21):
-        lines.append(line := Line(keeper.socket))
-        answer = line.ask('/draw', dict(who=f'ghost {i}', wish=vars(LONG)))
+        lines.append(line := SocketConnection(supervisor.socket))
+        answer = line.ask('/generate', dict(client=f'ghost {i}', request=vars(LONG)))
         assert answer.status == 200 and answer.readline()
         if i == 0:
             time.sleep(0.3)  # until it is drawn
-    with pytest.raises(UserError, match='wishes wait'):
-        RemoteSession(workspace, keeper.socket).paint(LONG)
+    with pytest.raises(UserError, match='The queue is full'):
+        RemoteSession(workspace, supervisor.socket).generate(LONG)
     for line in lines:
         line.sock.close()
         line.close()
     del lines, line, answer
     for _ in range(40):
-        (late := Visitor(workspace, keeper, GenerationRequest('a rose', steps=2))).join(30)
+        (late := Visitor(workspace, supervisor, GenerationRequest('a rose', num_inference_steps=2))).join(30)
         if late.pictures:
             break
         time.sleep(0.1)  # hanging up takes a moment
@@ -216,14 +230,19 @@ def hostile(i, rng):  # the body of a request
     kind = i % 5
     if kind < 2:
         return json.dumps(
-            dict(who=f'w{i}', wish=dict(prompt=rng.choice(odd), negative=rng.choice(odd), steps=2, seed=i))
+            dict(
+                client=f'w{i}',
+                request=dict(
+                    prompt=rng.choice(odd), negative_prompt=rng.choice(odd), num_inference_steps=2, seed=i
+                ),
+            )
         ).encode()
     if kind == 2:
         return json.dumps(
             dict(
-                who=rng.choice([f'w{i}', *wild]),
-                wish={
-                    **vars(GenerationRequest('a rose', steps=2)),
+                client=rng.choice([f'w{i}', *wild]),
+                request={
+                    **vars(GenerationRequest('a rose', num_inference_steps=2)),
                     rng.choice([*vars(GenerationRequest('')), 'size']): rng.choice([*wild, rng.choice(odd)]),
                 },
             )
@@ -234,19 +253,19 @@ def hostile(i, rng):  # the body of a request
         [
             b'',
             b'[' * 60_000,
-            b'{"who": "a", "wish": ' + b'9' * 50_000 + b'}',
+            b'{"client": "a", "request": ' + b'9' * 50_000 + b'}',
             json.dumps(rng.choice(wild)).encode(),
             b'x' * (10_000_000 if i % 50 == 4 else 70_000),
-            b'{"who":"a"',
-            json.dumps(dict(who='x' * 999, wish=dict(prompt='a rose'))).encode(),
+            b'{"client":"a"',
+            json.dumps(dict(client='x' * 999, request=dict(prompt='a rose'))).encode(),
         ]
     )
 
 
-def sent(keeper, body):  # (status, last line); status 0: hung up, as on what is too large
-    line = Line(keeper.socket)
+def sent(supervisor, body):  # (status, last line); status 0: hung up, as on what is too large
+    line = SocketConnection(supervisor.socket)
     try:
-        line.request('POST', '/draw', body)
+        line.request('POST', '/generate', body)
         answer = line.getresponse()
         lines = answer.read().decode().strip().splitlines()
         return answer.status, lines[-1] if lines else ''
@@ -256,14 +275,14 @@ def sent(keeper, body):  # (status, last line); status 0: hung up, as on what is
         line.close()
 
 
-def test_five_hundred_hostile_requests(workspace, keeper):
+def test_five_hundred_hostile_requests(workspace, supervisor):
     "Each is drawn or refused in a line, by the process that was there before, and it does not grow."
     # `wish_of` without its check of types; `check` that repeats a name as it came; JSON's RecursionError not caught; a list that keeps all jobs; no `max_body_size`
-    process, rng, seen = psutil.Process(keeper.process.pid), random.Random(0), []
+    process, rng, seen = psutil.Process(supervisor.process.pid), random.Random(0), []
     for i in range(500):
         if i == 50:
             early = process.memory_info().rss
-        seen.append(sent(keeper, body := hostile(i, rng)))
+        seen.append(sent(supervisor, body := hostile(i, rng)))
         status, last = seen[-1]
         if status == 200:
             said = json.loads(last)
@@ -275,7 +294,7 @@ def test_five_hundred_hostile_requests(workspace, keeper):
             assert '\n' not in json.loads(last)['error'] and len(last) < 300, (body[:200], last)
         else:
             assert status in (0, 400) and len(body) > 2**16, (status, body[:200], last)
-    assert process.is_running() and not keeper.dead and process.memory_info().rss - early < 30e6, (
+    assert process.is_running() and not supervisor.dead and process.memory_info().rss - early < 30e6, (
         early,
         process.memory_info().rss,
     )
@@ -283,36 +302,36 @@ def test_five_hundred_hostile_requests(workspace, keeper):
     assert {0, 200, 400} >= set(kinds) and kinds.count(200) > 50 and kinds.count(400) > 200
     assert np.array_equal(
         own(workspace, [w := GenerationRequest('a red rose', seed=3)])[0],
-        np.array(RemoteSession(workspace, keeper.socket).paint(w)[0]),
+        np.array(RemoteSession(workspace, supervisor.socket).generate(w)[0]),
     )
 
 
-def test_the_socket_is_ours_alone(keeper):
+def test_the_socket_is_ours_alone(supervisor):
     # `bind_unix_socket` with its own mode; a socket in a folder that all share
     assert (
-        stat.S_IMODE(os.stat(keeper.socket).st_mode) == 0o600
-        and stat.S_IMODE(os.stat(Path(keeper.socket).parent).st_mode) == 0o700
+        stat.S_IMODE(os.stat(supervisor.socket).st_mode) == 0o600
+        and stat.S_IMODE(os.stat(Path(supervisor.socket).parent).st_mode) == 0o700
     )
 
 
 def test_a_generator_that_keeps_dying_is_left_alone(tmp_path):
     # `look` that does not count
-    keeper = WorkerSupervisor(tmp_path, tries=2)
-    pids = {keeper.process.pid}
+    supervisor = WorkerSupervisor(tmp_path, max_restarts=2)
+    pids = {supervisor.process.pid}
     for _ in range(4):
-        keeper.process.kill()
-        keeper.process.wait()
-        keeper.look()
-        pids.add(keeper.process.pid)
-    assert keeper.dead and len(pids) == 3
+        supervisor.process.kill()
+        supervisor.process.wait()
+        supervisor.restart_if_dead()
+        pids.add(supervisor.process.pid)
+    assert supervisor.dead and len(pids) == 3
     with pytest.raises(UserError, match='does not answer'):
-        RemoteSession(tmp_path, keeper.socket, patience=0.3).paint(GenerationRequest('a rose'))
-    keeper.close()
+        RemoteSession(tmp_path, supervisor.socket, timeout=0.3).generate(GenerationRequest('a rose'))
+    supervisor.close()
 
 
 def test_a_backend_that_fails_midway(workspace, tmp_path):
-    "PyTorch draws the wish instead, says so, and the page's strip begins anew."
-    # a desk that sends pictures without their note (two calls are the rehearsal's); first steps, or those of the strip, that are told only now and then
+    "PyTorch draws the request instead, says so, and the page's strip begins anew."
+    # a queue that sends pictures without their note (two calls are the warm-up's); first steps, or those of the strip, that are told only now and then
     code = f"""
 import flowerdiff.inference.backends as b; from flowerdiff.apps.generating import main
 real, calls = b.load_backend, []
@@ -326,41 +345,43 @@ def load(where, name='auto'):
     return out
 b.load_backend = load; main({str(workspace)!r}, {str(tmp_path / 's')!r})"""
     with subprocess.Popen([sys.executable, '-c', code], env=ENV, stdin=subprocess.PIPE) as process:
-        painter, wish, heard = (
+        session, request, heard = (
             RemoteSession(workspace, str(tmp_path / 's')),
-            GenerationRequest('a blue iris', seed=5, steps=6, strip=6),
+            GenerationRequest('a blue iris', seed=5, num_inference_steps=6, num_previews=6),
             [],
         )
-        picture = painter.paint(wish, heard.append)[0]
+        picture = session.generate(request, heard.append)[0]
         assert (
             picture.info['note']
-            == 'ONNX Runtime failed (RuntimeError: a kernel of the runtime failed); PyTorch drew this'
+            == 'ONNX Runtime failed (RuntimeError: a kernel of the runtime failed); PyTorch was used instead'
         )
-        steps = [x.step for x in heard if isinstance(x, Seen)]
+        steps = [x.step for x in heard if isinstance(x, RemoteStep)]
         assert steps == [1, 2, 1, 2, 3, 4, 5, 6] and len(heard[-1].preview(96)) == 1
         assert (
-            np.array_equal(own(workspace, [wish])[0], np.array(picture))
-            and 'note' not in painter.paint(wish)[0].info
+            np.array_equal(own(workspace, [request])[0], np.array(picture))
+            and 'note' not in session.generate(request)[0].info
         )
         process.stdin.close()
         process.wait(20)
 
 
-def test_every_field_of_a_wish(workspace, keeper):
-    "Sampler and backend are those asked for; a model that is not here is a line, and the next wish is drawn."
-    # a desk whose painter is given only words, seed and steps; an error that ends the process
-    painter, wish = (
-        RemoteSession(workspace, keeper.socket),
-        GenerationRequest('a red rose', seed=2, steps=6, backend='torch'),
+def test_every_field_of_a_wish(workspace, supervisor):
+    "Sampler and backend are those asked for; a model that is not here is a line, and the next request is drawn."
+    # a queue whose session is given only words, seed and steps; an error that ends the process
+    session, request = (
+        RemoteSession(workspace, supervisor.socket),
+        GenerationRequest('a red rose', seed=2, num_inference_steps=6, backend='torch'),
     )
-    plain, euler = (np.array(painter.paint(w)[0]) for w in (wish, replace(wish, scheduler='euler')))
+    plain, euler = (np.array(session.generate(w)[0]) for w in (request, replace(request, scheduler='euler')))
     assert np.abs(plain.astype(int) - euler).mean() > 0.5
-    assert 'PyTorch drew this' in painter.paint(replace(wish, backend='tensorrt'))[0].info['note']
-    with pytest.raises(UserError, match='The student is not here'):
-        painter.paint(replace(wish, model='student'))
     assert (
-        np.array_equal(np.array(painter.paint(wish)[0]), plain)
-        and painter.choices() == GenerationSession(workspace).choices()
+        'PyTorch was used instead' in session.generate(replace(request, backend='tensorrt'))[0].info['note']
+    )
+    with pytest.raises(UserError, match='Student: this workspace has no such model'):
+        session.generate(replace(request, model='student'))
+    assert (
+        np.array_equal(np.array(session.generate(request)[0]), plain)
+        and session.choices() == GenerationSession(workspace).choices()
     )
 
 
@@ -413,7 +434,7 @@ def public(workspace):
 def test_seven_at_once_and_one_too_many(public):
     "All are let in, each has its two pictures, the ninth is told to wait; kernels are small, bounded, and end with their pages."
 
-    # one painter of a page for all; no `prlimit`; kernels that load the model; a `start_kernel` without its count
+    # one session of a page for all; no `prlimit`; kernels that load the model; a `start_kernel` without its count
     async def visitor(i):
         page = await public.page()
         said = [await page.draw(f'a rose {i}'), await page.draw(f'an iris {i}')]
@@ -466,7 +487,7 @@ def test_a_reload_does_not_evade_the_rate(public):
         public.run(page.leave())
         return said
 
-    assert ask('8.8.4.4', 8).startswith('8 pictures') and '12 pictures a minute are the most' in ask(
+    assert ask('8.8.4.4', 8).startswith('8 pictures') and 'The limit is 12 pictures per minute' in ask(
         '1.1.1.1, 8.8.4.4', 8
     )
     assert ask('8.8.4.4, 1.1.1.1, 10.16.3.80', 1).startswith('1 picture')
@@ -480,7 +501,7 @@ def test_hostile_messages_through_the_page(public):
     async def as_words():  # every one with HTML in it is drawn and shown as what it is
         for text in (t for t in ODD if '<' in t):
             page.set('Steps', 2)
-            page.set('What shall it draw?', text)
+            page.set('Prompt', text)
             said = await page.draw(seconds=120)
             assert (
                 said.startswith('1 picture in')
@@ -504,11 +525,13 @@ def test_hostile_messages_through_the_page(public):
 
 def test_tabs_of_a_page_take_turns(public):
     "What is asked for in two tabs is drawn one after the other: neither is refused because of the other."
-    # no `turn`: "a wish of yours waits already"
-    painter = RemoteSession('nowhere', children(public.server)[0].cmdline()[4], patience=5)
+    # no `turn`: "the last request is still waiting"
+    session = RemoteSession('nowhere', children(public.server)[0].cmdline()[4], timeout=5)
     done = []
     threads = [
-        threading.Thread(target=lambda: done.append(painter.paint(GenerationRequest('a rose', steps=20))))
+        threading.Thread(
+            target=lambda: done.append(session.generate(GenerationRequest('a rose', num_inference_steps=20)))
+        )
         for _ in range(4)
     ]
     for t in threads:
@@ -559,10 +582,10 @@ def test_three_pages_at_once(pages, served, workspace):
     "Each has its own picture, and none has the model."
     # `show` that makes a Painter; a module of the page that imports torch
     for i, p in enumerate(pages):
-        fill(p, 'What shall it draw?', 'a red rose')
+        fill(p, 'Prompt', 'a red rose')
         fill(p, 'Seed', 40 + i)
     for p in pages:
-        p.get_by_role('button', name='Draw', exact=True).click()
+        p.get_by_role('button', name='Generate', exact=True).click()
     for p in pages:
         p.locator('.fd-card').first.wait_for()
     assert np.array_equal(
@@ -585,24 +608,24 @@ def test_a_page_is_told_its_place(pages):
             p.keyboard.press('End')
             slider.nth(1).focus()
             p.keyboard.press('End')
-        p.get_by_role('button', name='Draw', exact=True).click()
-    pages[2].get_by_text('before you').wait_for()
+        p.get_by_role('button', name='Generate', exact=True).click()
+    pages[2].get_by_text('ahead of you').wait_for()
     shot(pages[2], 'place')
     for p in pages[:2]:
         p.get_by_role('button', name='Cancel').click()
-        p.get_by_text('Cancelled.').wait_for()
+        p.get_by_text('Canceled.').wait_for()
     pages[2].get_by_text('1 picture in').wait_for()
 
 
 @browser_only
 def test_a_generator_that_is_killed(pages, served):
-    "The page says one line; the server starts another one, and the next wish is drawn."
+    "The page says one line; the server starts another one, and the next request is drawn."
     # no `look`; a page that shows the error of its connection
     page, (generator, _) = pages[0], children(served[0])
-    page.get_by_role('button', name='Draw', exact=True).click()
+    page.get_by_role('button', name='Generate', exact=True).click()
     page.locator('.fd-status').get_by_text('Step').wait_for()
     generator.kill()
-    page.get_by_text('being started again').wait_for()
+    page.get_by_text('is restarting').wait_for()
     shot(page, 'killed')
     assert page.locator('.fd-status.bad').inner_text().count('\n') == 0
     draw(pages[2], 'a blue iris', 3)  # waits until the model is there again
@@ -623,7 +646,7 @@ def test_a_page_whose_kernel_is_gone_says_so(pages, served, how):
         )
     else:
         page.evaluate("id => fetch(`/voila/api/shutdown/${id}`, {method: 'POST'})", kernel)
-    page.get_by_role('button', name='Draw', exact=True).click()
+    page.get_by_role('button', name='Generate', exact=True).click()
     page.get_by_role('alert').get_by_text('This page has ended').wait_for()
     shot(page, 'gone')
     page.get_by_role('button', name='Open it again').click()

@@ -408,7 +408,7 @@ def to_png(
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    if 'note' in picture.info:
+    if picture.info.get('note'):
         info.add_itxt('note', picture.info['note'])
     if request:
         info.add_itxt('flowerdiff', json.dumps(asdict(request), ensure_ascii=False))
