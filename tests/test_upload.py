@@ -538,7 +538,7 @@ def test_a_download_under_a_run_waits_its_turn(tmp_path):
 
 def test_what_the_run_shows_of_a_slow_line(line, tmp_path, monkeypatch):
     "`flowerdiff run`'s line, while two big shards are on their way."
-    from flowerdiff.pipeline.pipeline import how_far
+    from flowerdiff.pipeline.progress import how_far
     from flowerdiff.stages.upload import send
 
     ws, lines = open_workspace(tmp_path / 'meadow'), []

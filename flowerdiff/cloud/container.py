@@ -116,9 +116,9 @@ def fail(
 # %% ../../nbs/cloud/02_container.ipynb #f5139c6d
 def main(
     ml: Path = Path('/opt/ml'),
-) -> int:  # exit code, see `flowerdiff.stages.train.run_worker`
+) -> int:  # exit code, see `flowerdiff.training.worker.run_worker`
     "Run one of torchrun's processes in the container."
-    from flowerdiff.stages.train import run_worker
+    from flowerdiff.training.worker import run_worker
 
     job = read_json(ml / 'input/data/code/job.json')
     first = os.environ['RANK'] == '0'

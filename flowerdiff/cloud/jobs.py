@@ -266,7 +266,7 @@ def run_job(
     folder: str,  # of the run
     poll: float = 5.0,  # seconds between requests
 ) -> int:  # exit code: 0, or 2 for a `UserError`
-    "Train at SageMaker, as `flowerdiff.stages.train.run_worker` trains here."
+    "Train at SageMaker, as `flowerdiff.training.worker.run_worker` trains here."
     ws = open_workspace(root)
     folder = Path(folder)
     events = folder / 'events.jsonl'
@@ -305,7 +305,7 @@ def job_of(
     ws: Workspace,
 ) -> tuple:  # a boto3.Session, and the job as returned by DescribeTrainingJob (None: there was never one)
     "Find the newest job for the present settings."
-    from flowerdiff.stages.train import run_fingerprint
+    from flowerdiff.training.worker import run_fingerprint
 
     session, run = aws_session(), ws.work_dir('train', run_fingerprint(ws)).name
     return session, find_job(session, job_tag(run, open_store(ws.settings.upload.destination, ws.root).url))

@@ -32,7 +32,7 @@ def garden_prompt(
     rng,  # numpy Generator
 ) -> str:
     "Return a random caption of an image that names its species, color and background."
-    from flowerdiff.garden.garden import caption
+    from flowerdiff.garden.captions import caption
 
     while True:
         text, named = caption(attributes, rng)

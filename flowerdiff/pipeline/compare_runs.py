@@ -239,7 +239,7 @@ def compare_runs(
     second: RunRecord,
 ) -> Comparison:
     "Compare two runs."
-    from flowerdiff.stages.promote import compare
+    from flowerdiff.evaluation.gate import compare
 
     rows = _changed_settings(first, second) + _results(first, second)
     a = first.train

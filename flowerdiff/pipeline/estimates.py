@@ -161,9 +161,9 @@ def time_training(
             settings.seed,
             noise_split(size, latent, text).to_gpu(),
             lambda: make_network(settings, latent, text[1], base),
-            Engine(choose_precision(train.precision)),
+            engine=Engine(choose_precision(train.precision)),
         )
-        rate = size / seconds_per_call(run.one, seconds)
+        rate = size / seconds_per_call(run.try_step, seconds)
     finally:
         torch.set_num_threads(threads)
     if cuda:

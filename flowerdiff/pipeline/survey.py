@@ -17,15 +17,9 @@ from PIL import Image
 from ..core.profiles import load_profile
 from ..core.schema import UserError
 from ..data.datasets import DATASETS
-from flowerdiff.data.image_folder import (
-    assign_splits,
-    evenly_spaced,
-    official_split,
-    picture_label,
-    row_captions,
-    scan_folder,
-)
-from ..data.images import MAX_PIXELS, _formats
+from ..data.image_folder import picture_label, row_captions, scan_folder
+from ..data.images import MAX_PIXELS, picture_formats
+from ..data.splits import assign_splits, evenly_spaced, official_split
 
 # %% ../../nbs/pipeline/04_survey.ipynb #82df7c9d
 @dataclass
@@ -43,7 +37,7 @@ def read_header(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            with Image.open(path, formats=_formats()) as image:
+            with Image.open(path, formats=picture_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     return Header()
                 return Header(min(image.size), image.format in ('JPEG', 'MPO'))

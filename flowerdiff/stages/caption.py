@@ -25,7 +25,7 @@ from ..data.caption_lint import NO_FINDINGS, Lint, findings, report_table, token
 from ..data.celeba_captions import describe_face, is_celeba
 from ..data.image_folder import read_rows
 from ..data.images import open_picture
-from ..garden.garden import describe
+from ..garden.captions import describe
 
 # %% ../../nbs/stages/02_caption.ipynb #e9319a8d
 def given(

@@ -118,7 +118,7 @@ def assemble(
     samples = draw_samples(ws, folder / 'samples')
     if (ws.report / 'grid.png').exists():
         shutil.copyfile(ws.report / 'grid.png', folder / 'samples/grid.png')
-    card = make_card(ws, name, repo, samples, bool(onnx), engines)
+    card = make_card(ws, name, repo, samples, onnx=bool(onnx), engines=engines)
     (folder / 'README.md').write_text(card, encoding='utf-8')
 
 # %% ../../nbs/stages/10_publish.ipynb #0254c253

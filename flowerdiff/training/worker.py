@@ -156,7 +156,7 @@ def write_result(
 
 def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
     "Write `candidate/`: the pipeline, and the settings it was trained with."
-    from flowerdiff.models.components import save_pipeline
+    from flowerdiff.models.saving import save_pipeline
 
     settings = dict(
         train=trainer.settings.model_dump(),
