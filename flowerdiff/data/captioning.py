@@ -147,8 +147,7 @@ def describe_share(
         fitting.answer = partial(florence.answers, task=task)
         for names, captions in fitting([key for key, _ in items], inputs):
             seconds = round(time.perf_counter() - start, 4)
-            answers = dict(zip(names, captions))
-            yield journal.write('batch', task=task, seconds=seconds, answers=answers)
+            yield journal.write('batch', task=task, seconds=seconds, answers=dict(zip(names, captions)))
             start = time.perf_counter()
             yield from notes
             notes.clear()

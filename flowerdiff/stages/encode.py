@@ -324,7 +324,7 @@ def encode_all_pictures(
     "Encode the pictures of all splits."
     sets = shard_sets(inputs)
     if ws.settings.encode.num_processes == 1:
-        pictures = itertools.chain.from_iterable(encode_set(ws, vae, new, *one) for one in sets)
+        pictures = itertools.chain.from_iterable(encode_set(ws, vae, new, one) for one in sets)
     else:
         pictures = encode_distributed(ws, vae, sets, new)
     start = time.perf_counter()
@@ -336,8 +336,9 @@ def encode_all_pictures(
     return done / (time.perf_counter() - start)
 
 
-def encode_set(ws: Workspace, vae: torch.nn.Module, new: Path, split: str, bucket, files: list[str]):
-    "Encode one set in this process."
+def encode_set(ws: Workspace, vae: torch.nn.Module, new: Path, one: tuple):
+    "Encode one set of `shard_sets` in this process."
+    split, bucket, files = one
     settings = ws.settings.encode
     return encode_pictures(
         vae,
