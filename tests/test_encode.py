@@ -445,7 +445,9 @@ def test_memory_does_not_grow_with_the_pictures(parts, tmp_path):
     vae, peaks = load_autoencoder(parts / 'vae'), []
     for n in (16, 16, 160):
         tracemalloc.start()
-        for _ in encode_pictures(vae, [tmp_path / 'p.png'] * n, 128, tmp_path / f'{n}-{len(peaks)}', 8, 8):
+        for _ in encode_pictures(
+            vae, [tmp_path / 'p.png'] * n, 128, tmp_path / f'{n}-{len(peaks)}', 8, shard_records=8
+        ):
             pass
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

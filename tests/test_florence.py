@@ -22,8 +22,8 @@ from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import open_workspace, read_json, read_jsonl, write_json, write_jsonl
 from flowerdiff.data.caption_cleanup import clean_caption, mention
 from flowerdiff.data.captioning import (
+    describe_distributed,
     describe_share,
-    describe_together,
     largest_first,
     read_journals,
     run_worker,
@@ -336,7 +336,7 @@ def test_an_interrupted_stage_ends_its_processes(mini, tmp_path, monkeypatch):
         return started[0]
 
     monkeypatch.setattr('flowerdiff.services.launcher.launch_torchrun', launch)
-    events = describe_together(ws, tmp_path, [])
+    events = describe_distributed(ws, tmp_path, [])
     assert next(events)['text'] == 'first'
     assert started[0].poll() is None
     events.close()
