@@ -95,7 +95,9 @@ def measure(folder: Path, name: str, choice: dict, epochs: float) -> dict:
     }
     ws = open_workspace(folder, overrides=overrides)
     subprocess.run(
-        [sys.executable, '-m', 'flowerdiff.training.worker', str(folder)], check=True, env=MALLOC_ENV | os.environ
+        [sys.executable, '-m', 'flowerdiff.training.worker', str(folder)],
+        check=True,
+        env=MALLOC_ENV | os.environ,
     )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     generator = Generator.from_pretrained(ws.candidate, batch=50)

@@ -58,7 +58,13 @@ def main():
     def ours():
         start = time.perf_counter()
         for _ in range(a.steps):
-            log_event(folder / 'events.jsonl', 'step', step=run.step, **run.pop_losses(force=True), **run.train_step())
+            log_event(
+                folder / 'events.jsonl',
+                'step',
+                step=run.step,
+                **run.pop_losses(force=True),
+                **run.train_step(),
+            )
         return (time.perf_counter() - start) / a.steps
 
     torch.manual_seed(0)

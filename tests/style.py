@@ -53,7 +53,7 @@ TERMS = {
     r'\bverdicts?\b': 'gate result',
     r'\bladders?\b|\brungs?\b': 'timesteps, index',
     r'step(s|ping)?[ _]down': 'DDIM step',
-    r'(?<!\.)strips?(?!\()': 'image rows',
+    r'(?<!\.)strips?(?![(_])': 'image rows',
     r'\bcrowds?\b': 'distributions',
     r'\bjudges?\b|\bjudged\b': 'attribute classifier',
     r'\beyes\b': 'perceptual network',

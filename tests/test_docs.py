@@ -1,4 +1,4 @@
-"The site as nbdev hands it to Quarto: made once for real, then looked at. And what its settings and its examples say."
+"The site as nbdev hands it to Quarto, made once for real. Its settings and examples, too."
 
 import json
 import os
@@ -157,8 +157,10 @@ def test_quarto_settings_are_quartos():
         top='project format filters execute website',
         project='type render output-dir',
         execute='enabled',
-        html='theme respect-user-color-scheme css toc toc-depth code-copy code-overflow fig-align lightbox grid',
-        website='favicon open-graph twitter-card repo-subdir repo-actions page-navigation back-to-top-navigation search navbar sidebar title site-url description repo-branch repo-url',
+        html='theme respect-user-color-scheme css toc toc-depth code-copy code-overflow fig-align'
+        ' lightbox grid',
+        website='favicon open-graph twitter-card repo-subdir repo-actions page-navigation'
+        ' back-to-top-navigation search navbar sidebar title site-url description repo-branch repo-url',
         navbar='background search left',
     )
     big, small, side = (
@@ -210,7 +212,7 @@ def markdown(path: Path) -> str:
 
 
 def check_command(line: str):
-    "A line for the shell: ours is one that the command line understands, with settings that exist; another names what is there."
+    "Check a line for the shell: our commands must parse, with settings that exist; others name files."
     from flowerdiff.core.profiles import load_profile
     from flowerdiff.pipeline.cli import parser
 
@@ -249,9 +251,9 @@ def test_what_pages_say_to_type(path):
                 check_command(line)
         if language == 'json':
             [
-                json.loads(l)
-                for l in ([block] if block.lstrip().startswith('{\n') else block.splitlines())
-                if l.strip()
+                json.loads(line)
+                for line in ([block] if block.lstrip().startswith('{\n') else block.splitlines())
+                if line.strip()
             ]
         if language == 'yaml':
             yaml.safe_load(block)

@@ -1,4 +1,4 @@
-"Encoding: kills, bad components, the hub's cache, a text encoder of the run's own, other readers of what is saved."
+"Encoding: kills, bad components, the hub's cache, a text encoder of the run's own, other readers."
 
 import json
 import os
@@ -8,12 +8,11 @@ import subprocess
 import sys
 import time
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-
-torch = pytest.importorskip('torch')
-import diffusers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from flowerdiff.core.schema import UserError
@@ -43,7 +42,7 @@ def tiny_clip(folder, length=8):
     letters = [chr(c) for c in range(97, 123)]
     names = [
         *letters,
-        *(l + '</w>' for l in letters),
+        *(letter + '</w>' for letter in letters),
         'ro',
         'ros',
         'rose</w>',
@@ -174,7 +173,7 @@ def test_two_processes_encode_what_one_does(parts, encoded, tmp_path):
     last = ws.pictures / 'train' / '000039.png'
     whole = last.read_bytes()
     last.write_bytes(whole[:100])
-    with pytest.raises(UserError, match='000039.png: is not a 32x32 picture') as e:
+    with pytest.raises(UserError, match=r'000039\.png: is not a 32x32 picture') as e:
         encode(ws)
     assert '\n' not in str(e.value) and not ws.encoded.exists()
     last.write_bytes(whole)
@@ -248,7 +247,7 @@ def test_manifest_is_a_function_of_the_inputs(encoded, parts, tmp_path):
     assert (
         read_json(other.encoded / 'manifest.json')['fingerprint'] == m['fingerprint']
     )  # another layout is not other data
-    rows = [json.loads(l) for l in (other.captions / 'metadata.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (other.captions / 'metadata.jsonl').read_text().splitlines()]
     rows[0]['captions'] = ['rose x']
     write_jsonl(other.captions / 'metadata.jsonl', rows)
     encode(other)
@@ -337,7 +336,7 @@ def test_latents_that_are_not_finite(parts, tmp_path):
     vae.encoder.layers[0].weight.mul_(1e30)
     vae.save_pretrained(tmp_path / 'parts' / 'vae')
     ws = make_workspace(tmp_path / 'ws', tmp_path / 'parts', 8)
-    with pytest.raises(UserError, match='000000.png.*not finite'):
+    with pytest.raises(UserError, match=r'000000\.png.*not finite'):
         encode(ws)
 
 
@@ -374,7 +373,7 @@ def test_hub_models_come_from_the_cache_without_a_network(parts, tmp_path):
 
 
 def test_published_text_encoder_in_the_names_of_transformers_4(parts, tmp_path):
-    "Version 4 wants the prefix text_model. once, in the text encoder, and vocab.json and merges.txt; saving what was loaded, twice, changes nothing."
+    "Version 4 needs the prefix text_model. and vocab.json and merges.txt. Saving twice changes nothing."
     from safetensors import safe_open
 
     for i, source in enumerate((parts / 'clip', tmp_path / '0', tmp_path / '1')):

@@ -96,7 +96,7 @@ def read_result(
 # %% ../../nbs/stages/05_train.ipynb #d4be5ba1
 @stage('train')
 def run(ws: Workspace) -> Result:
-    "Train in a separate process, or resume a run that was stopped. Raises `UserError` as the worker reports it."
+    "Train in a separate process, or resume one that was stopped. Raises `UserError` from the worker."
     if not (ws.encoded / 'manifest.json').exists():
         raise UserError(f'{ws.encoded}: there are no encoded pictures; run encode first')
     folder = ws.work_dir('train', run_fingerprint(ws))
