@@ -4,8 +4,8 @@
 
 The model has the size of the nearest project's: UNet 192, 384, 576 and Stable Diffusion's decoder, 148 and
 84 million parameters. Its weights are random, which does not change the time. --model takes a trained model
-with its ONNX folder next to it instead, such as garden/model. --ort-python names the python of an environment with
-Optimum. Its ORTStableDiffusionPipeline then takes its turns as well, in a process of its own.
+with its ONNX folder next to it instead, such as garden/model. --ort-python names the python of an environment
+with Optimum. Its ORTStableDiffusionPipeline then takes its turns as well, in a process of its own.
 """
 
 import argparse
