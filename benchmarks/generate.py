@@ -1,11 +1,11 @@
-"""Compare the time for one image of 128 pixels: every backend and stock Diffusers, on the same weights, in turns.
+"""Time one image of 128 pixels: every backend and stock Diffusers, on the same weights, in turns.
 
     python benchmarks/generate.py [--steps 15] [--rounds 5] [--model FOLDER] [--ort-python PYTHON]
 
 The model has the size of the nearest project's: UNet 192, 384, 576 and Stable Diffusion's decoder, 148 and
-84 million parameters. Its weights are random, which does not change the time. --model takes a trained model with
-its ONNX folder next to it instead, such as garden/model. --ort-python names the python of an environment with
-Optimum. Its ORTStableDiffusionPipeline then takes its turns as well, in a process of its own.
+84 million parameters. Its weights are random, which does not change the time. --model takes a trained model
+with its ONNX folder next to it instead, such as garden/model. --ort-python names the python of an environment
+with Optimum. Its ORTStableDiffusionPipeline then takes its turns as well, in a process of its own.
 """
 
 import argparse
