@@ -453,7 +453,7 @@ def test_links_lead_somewhere(path):
 def test_broken_links_are_seen():
     path = ROOT / 'nbs/tutorials/06_change.ipynb'
     good = (
-        '[a](10_benchmarks.ipynb#what-each-choice-buys) ![b](../images/drawn.png) [c](#a-grid)'
+        '[a](10_benchmarks.ipynb#what-each-choice-buys) ![b](../images/drawn.png) [c](#a-sweep)'
         ' [d](https://example.org/none) `[e](none.md)` <img src="../images/banner.png">'
     )
     assert not broken(path, good)
