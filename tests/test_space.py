@@ -259,7 +259,7 @@ def test_somebody_elses_folder_is_left_alone(workspace, tmp_path):
 
     (tmp_path / 'photos').mkdir()
     (tmp_path / 'photos/Dockerfile').write_text('FROM scratch')
-    with pytest.raises(UserError, match='no Space'):
+    with pytest.raises(UserError, match='not a Space'):
         make_space(workspace, tmp_path / 'photos')
     assert [p.name for p in (tmp_path / 'photos').iterdir()] == ['Dockerfile']
 
@@ -485,7 +485,7 @@ def test_the_model_is_fetched_at_its_commit(workspace, python, open_tmp):
 def test_the_card_comes_with_the_model_and_gives_the_examples(tmp_path, monkeypatch):
     "Breaks when only what drawing needs is fetched: then a Space of `org/name@commit` shows the garden's examples."
     from flowerdiff.apps import hf_space as space
-    from flowerdiff.apps.studio import examples
+    from flowerdiff.apps.studio import example_prompts
 
     words = [f'a portrait of {w}' for w in ('a man', 'a woman', 'a child')]
     (tmp_path / 'README.md').write_text(
@@ -496,7 +496,10 @@ def test_the_card_comes_with_the_model_and_gives_the_examples(tmp_path, monkeypa
         'snapshot',
         lambda spec, allow_patterns: tmp_path if 'README.md' in allow_patterns else tmp_path / 'none',
     )
-    assert examples(space.room(space.fetch(f'ada/people@{COMMIT}'), tmp_path / 'captions', 'people')) == words
+    assert (
+        example_prompts(space.room(space.fetch(f'ada/people@{COMMIT}'), tmp_path / 'captions', 'people'))
+        == words
+    )
 
 
 # ---- to the Hub
