@@ -49,7 +49,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-HEARS = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '  # whoever runs tests in the background of a shell has Ctrl-C ignored
+HEARS = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '  # a background shell ignores Ctrl-C
 
 
 def start(workspace, port):

@@ -14,7 +14,7 @@ AsyncHTTPClient.configure(None, max_clients=100, max_buffer_size=10**9)
 
 
 class Full(Exception):
-    "The page that says that everybody is drawing."
+    "The page that says that everyone is drawing."
 
 
 def plain(html):
@@ -243,7 +243,7 @@ WILD = [
 
 
 def harm(page, i, rng):
-    "Message i of somebody who means harm; then Draw is pressed."
+    "Message i of another user who means harm; then Draw is pressed."
     kind, wild = i % 8, rng.choice(WILD)
     for text, value in dict(Steps=2, Guidance=4, Pictures=1, Seed=i).items():
         page.set(text, value)

@@ -349,7 +349,7 @@ def test_cut_midway_goes_on_with_what_is_missing(hub, client, publish, ws):
 
 def test_a_lost_answer_is_no_lost_commit(hub, publish, ws):
     """Breaks when `_commit` raises without asking what the Hub holds: then the next model is refused as
-    somebody else's."""
+    another author's."""
     hub.fault('POST .*/lost/commit', lost=True)
 
     def repo():

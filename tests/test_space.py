@@ -26,7 +26,7 @@ from hub_server import Hub
 from flowerdiff.core.schema import UserError
 
 COMMIT = 'c0ffee12' * 5
-SOMEBODY = 1000  # the Hub's number
+USER = 1000  # the Hub's number
 
 
 def instructions(dockerfile: Path) -> list:  # (word, what follows it)
@@ -112,8 +112,8 @@ def as_somebody():  # where root runs the tests: the user of the image, who may 
     return (
         [
             'setpriv',
-            f'--reuid={SOMEBODY}',
-            f'--regid={SOMEBODY}',
+            f'--reuid={USER}',
+            f'--regid={USER}',
             '--clear-groups',
             f'--inh-caps={caps}',
             f'--ambient-caps={caps}',
@@ -131,7 +131,7 @@ class Running:
         self.port, home = free_port(), Path(home)
         self.url, self.home = f'http://127.0.0.1:{self.port}', home
         home.mkdir()
-        os.chown(home, SOMEBODY, SOMEBODY) if os.getuid() == 0 else None
+        os.chown(home, USER, USER) if os.getuid() == 0 else None
         said = dict(
             shlex.split(v)[0].split('=', 1)
             for w, rest in instructions(space / 'Dockerfile')
@@ -235,7 +235,7 @@ def test_the_folder_is_whole(workspace, tmp_path, of):
         dict(steps)['USER'] == 'user'
         and words.index('USER') < words.index('CMD')
         and max(i for i, w in enumerate(words) if w in ('RUN', 'COPY')) < words.index('USER')
-        and f'--uid {SOMEBODY} user' in steps[1][1]
+        and f'--uid {USER} user' in steps[1][1]
     )
     norm = lambda s: re.sub(r'[-_.]+', '-', s.lower())
     tested = {
@@ -506,7 +506,7 @@ def test_the_card_comes_with_the_model_and_gives_the_examples(tmp_path, monkeypa
 
 
 def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path):
-    "The real client against the Hub's stand-in; what is there is what was written, private, with Docker; it may be made public, and what somebody else changed there is not overwritten."
+    "The real client against the Hub's stand-in; what is there is what was written, private, with Docker; it may be made public, and what another user changed there is not overwritten."
     from huggingface_hub import CommitOperationAdd, HfApi
 
     from flowerdiff.apps.hf_space import make_space, push_space
@@ -530,7 +530,7 @@ def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path)
         }
         n = len(repo.commits)
         assert not push()['changed'] and len(repo.commits) == n
-        repo.private = False  # its owner shows it to everybody
+        repo.private = False  # its owner shows it to everyone
         shutil.rmtree(home / 'captions')
         (tmp_path / 'space/README.md').unlink()
         assert push()['changed'] and len(repo.commits) == n + 1

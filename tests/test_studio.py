@@ -1,6 +1,7 @@
 """The studio in a real browser: words are typed, the right picture comes.
 
-FLOWERDIFF_TEST_GARDEN=WORKSPACE serves a trained garden, whose pictures a judge looks at; else a tiny random model, whose pictures are compared with the Generator's own, pixel by pixel.
+FLOWERDIFF_TEST_GARDEN=WORKSPACE serves a trained garden, whose pictures the classifier checks. Else a tiny
+random model is served, whose pictures are compared with the Generator pixel by pixel.
 FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots."""
 
 import json

@@ -107,10 +107,10 @@ def test_strip_of_the_denoising(page):
     "Breaks when steps are kept from the wrong end, or not as many as asked."
     tab(page, 'Studio')
     drawn = draw(page, 'a red rose', 5)
-    strip = [picture(i) for i in page.locator('.fd-card').first.locator('.fd-denoising img').all()]
-    assert len(strip) == 6
-    errors = [far(s, drawn) for s in strip]
-    assert errors[-1] < errors[0] and far(strip[0], strip[-1]) > 1, errors
+    steps = [picture(i) for i in page.locator('.fd-card').first.locator('.fd-denoising img').all()]
+    assert len(steps) == 6
+    errors = [far(s, drawn) for s in steps]
+    assert errors[-1] < errors[0] and far(steps[0], steps[-1]) > 1, errors
 
 
 @browser_only

@@ -1,4 +1,4 @@
-"""Many visitors: one generator draws for all, everybody gets their own picture or a line in words, and nobody can stop it for the others.
+"""Many visitors: one generator draws for all, everyone gets their own picture or a line in words, and nobody can stop it for the others.
 
 A tiny random model, whose pictures are compared with the Generator's own, pixel by pixel. Each test names, in the comment below it, the change to the program that it would notice."""
 
@@ -131,7 +131,7 @@ drawing, waits = (
 
 
 def test_thirty_at_once(workspace, supervisor):
-    "Twenty wait and one is drawn; the others are refused in words. Places fall, and nobody gets the picture of somebody else."
+    "Twenty wait and one is drawn; the others are refused in words. Places fall, and nobody gets the picture of another user."
     # a queue without an end; a queue that is not in order; pictures handed to another job
     words = ['red', 'blue', 'white', 'yellow', 'rose', 'iris', 'daisy', 'sky', 'meadow', 'under']
     busy = Visitor(workspace, supervisor, LONG).until(drawing)
@@ -277,7 +277,7 @@ def sent(supervisor, body):  # (status, last line); status 0: hung up, as on wha
 
 def test_five_hundred_hostile_requests(workspace, supervisor):
     "Each is drawn or refused in a line, by the process that was there before, and it does not grow."
-    # `wish_of` without its check of types; `check` that repeats a name as it came; JSON's RecursionError not caught; a list that keeps all jobs; no `max_body_size`
+    # `request_of` without its check of types; `check` that repeats a name as it came; JSON's RecursionError not caught; a list that keeps all jobs; no `max_body_size`
     process, rng, seen = psutil.Process(supervisor.process.pid), random.Random(0), []
     for i in range(500):
         if i == 50:
@@ -330,8 +330,8 @@ def test_a_generator_that_keeps_dying_is_left_alone(tmp_path):
 
 
 def test_a_backend_that_fails_midway(workspace, tmp_path):
-    "PyTorch draws the request instead, says so, and the page's strip begins anew."
-    # a queue that sends pictures without their note (two calls are the warm-up's); first steps, or those of the strip, that are told only now and then
+    "PyTorch draws the request instead, says so, and the page's row of steps starts again."
+    # a queue that sends pictures without their note (two calls are the warm-up's); first steps, or those of the row, that are reported only now and then
     code = f"""
 import flowerdiff.inference.backends as b; from flowerdiff.apps.generating import main
 real, calls = b.load_backend, []
@@ -365,7 +365,7 @@ b.load_backend = load; main({str(workspace)!r}, {str(tmp_path / 's')!r})"""
         process.wait(20)
 
 
-def test_every_field_of_a_wish(workspace, supervisor):
+def test_every_field_of_a_request(workspace, supervisor):
     "Sampler and backend are those asked for; a model that is not here is a line, and the next request is drawn."
     # a queue whose session is given only words, seed and steps; an error that ends the process
     session, request = (
@@ -466,7 +466,7 @@ def test_seven_at_once_and_one_too_many(public):
 
 
 def test_one_address_does_not_take_all_places(public):
-    "Of eight places four: then its fifth page is told to wait, and somebody from elsewhere comes in."
+    "Of eight places four: then its fifth page is told to wait, and another user from elsewhere comes in."
     # no `homes`
     four = [public.visit('203.0.114.9') for _ in range(4)]
     with pytest.raises(Full):
@@ -580,7 +580,7 @@ def pages(browser, served):
 @browser_only
 def test_three_pages_at_once(pages, served, workspace):
     "Each has its own picture, and none has the model."
-    # `show` that makes a Painter; a module of the page that imports torch
+    # `show` that makes a GenerationSession; a module of the page that imports torch
     for i, p in enumerate(pages):
         fill(p, 'Prompt', 'a red rose')
         fill(p, 'Seed', 40 + i)
