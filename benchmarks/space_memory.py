@@ -1,12 +1,17 @@
-"""What a Space takes of memory: the server, the generator and the kernels, while one visitor after the other draws four pictures and stays, and the last one then tries every backend.
+"""Memory of a Space: the server, the generator process and the kernels.
+
+Visitors come one after the other. Each generates four pictures and stays. The last one tries every backend.
 
     python benchmarks/space_memory.py [--model FOLDER] [--visitors 2] [--onnx]
 
-Makes the Space's folder and runs its start.py, as the Hub would. --model is a published model; without it a model of the size of flowers102's is made, with random weights: UNet 192, 384, 576 (148M), Stable Diffusion's autoencoder,
-the text encoder of CLIP ViT-L/14 with its 49,408 words; --onnx adds its ONNX files, which then draw. Needs Chromium.
+Makes the Space's folder and runs its start.py, as the Hub does. --model is a published model. Without it a model of
+the size of flowers102's is made, with random weights: UNet 192, 384, 576 (148M), Stable Diffusion's autoencoder,
+the text encoder of CLIP ViT-L/14 with its 49,408 words. --onnx adds its ONNX files, which are then used. Needs
+Chromium.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -29,7 +34,7 @@ BROWSER = next(
 
 
 class Peak(threading.Thread):
-    "The most that a process and all its children took together, in GB: pages of each by itself, and shared ones counted once."
+    "The peak memory of a process and its children, GB: resident, and with shared pages counted once."
 
     def __init__(self, pid):
         super().__init__(daemon=True)
@@ -39,10 +44,8 @@ class Peak(threading.Thread):
         while self.root.is_running():
             now = []
             for p in [self.root, *self.root.children(recursive=True)]:
-                try:
+                with contextlib.suppress(psutil.Error):  # it has ended
                     now.append(p.memory_full_info())
-                except psutil.Error:
-                    pass  # it has ended
             self.rss, self.pss, self.kernels = (
                 max(self.rss, sum(m.rss for m in now) / 1e9),
                 max(self.pss, sum(m.pss for m in now) / 1e9),
@@ -123,8 +126,10 @@ def main():
     limit = memory_for(gb)
     models = open_models(gb, limit)
     print(
-        f'weights {gb:.2f} GB in 32 bits, {visitors(gb, limit, models)} visitors in {limit} GB, open models: {models}, load {os.getloadavg()[0]:.1f}\n\n| visitors | resident, all processes | shared pages once |\n|---|---|---|'
+        f'weights {gb:.2f} GB in 32 bits, {visitors(gb, limit, models)} visitors in {limit} GB,'
+        f' open models: {models}, load {os.getloadavg()[0]:.1f}\n'
     )
+    print('| visitors | resident, all processes | shared pages once |\n|---|---|---|')
     server = subprocess.Popen(
         [sys.executable, 'start.py'],
         cwd=space,
@@ -134,9 +139,9 @@ def main():
         start_new_session=True,
     )
     try:
-        print(
-            f'| {server.stdout.readline() and 0} | {(m := psutil.Process(server.pid).memory_full_info()).rss / 1e9:.2f} GB | {m.pss / 1e9:.2f} GB |'
-        )
+        server.stdout.readline()  # it is up
+        memory = psutil.Process(server.pid).memory_full_info()
+        print(f'| 0 | {memory.rss / 1e9:.2f} GB | {memory.pss / 1e9:.2f} GB |')
         peak = Peak(server.pid)
         peak.start()
         with sync_playwright() as p:

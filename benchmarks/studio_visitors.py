@@ -1,8 +1,11 @@
-"""The studio with its visitors: how soon the page and the first picture are there, twenty visitors at once, and one who means harm.
+"""The studio with visitors: time to the page and the first picture, twenty visitors at once, and a hostile one.
 
-    python benchmarks/studio_visitors.py [WORKSPACE] [--only page,crowd,harm] [--rounds 3] [--visitors 20] [--prompts 500]
+    python benchmarks/studio_visitors.py [WORKSPACE] [--only page,load,harm] [--rounds 3] [--visitors 20]
+        [--prompts 500]
 
-WORKSPACE is a trained garden (default: garden). The page is opened in Chromium; of the twenty visitors three are, the others speak its protocol. Memory is the proportional set size (pages that processes share are counted once) of the
+WORKSPACE is a trained garden (default: garden). The page is opened in Chromium; three of the twenty
+visitors use it, the others speak its protocol. Memory is the proportional set size (pages that processes
+share are counted once) of the
 server, the generator and all kernels. It needs tests/ beside it.
 """
 
@@ -28,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
 def served(workspace, rate=120):  # the server, its address
     from test_studio import free_port, stop
 
-    code = f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, rate={rate})'
+    port = free_port()
+    code = f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, {port}, rate={rate})'
     server = subprocess.Popen(
         [sys.executable, '-c', code],
         stdout=subprocess.PIPE,
@@ -150,7 +154,7 @@ async def visit(url, i, rng, words):  # what a visitor met with
     return dict(out, page=page)
 
 
-async def crowd(server, url, n):
+async def load(server, url, n):
     from protocol_page import Full, ProtocolPage
 
     memory, rng = Memory(server.pid), random.Random(0)
@@ -191,15 +195,18 @@ async def crowd(server, url, n):
         await m['page'].leave()
     await asyncio.sleep(5)
     after = memory.now()
+    opened = [m['opened'] for m in served]
     print(
-        f'{len(served)} of {n - 3} protocol visitors let in, pages after {min(m["opened"] for m in served):.1f} to {max(m["opened"] for m in served):.1f} s; {len(drawn)} requests drawn in {statistics.median(drawn):.1f} s (median; at most {max(drawn):.1f}), {len(refused)} refused {set(refused)}'
+        f'{len(served)} of {n - 3} protocol visitors let in, pages after {min(opened):.1f} to {max(opened):.1f} s;'
+        f' {len(drawn)} requests generated in {statistics.median(drawn):.1f} s (median; at most {max(drawn):.1f}),'
+        f' {len(refused)} refused {set(refused)}'
     )
     print(f'three in Chromium: {seen}; one more, when {busiest["n"]} kernels ran, {late}')
     print('| | server | generator | kernels | together |\n|---|---|---|---|---|')
-    for name, m in (('everybody there', busiest), ('after they left', after)):
-        print(
-            f'| {name} | {m["server"]:.2f} GB | {m["generator"]:.2f} GB | {m["n"]}: {m["kernels"]:.2f} GB | {m["server"] + m["generator"] + m["kernels"]:.2f} GB |'
-        )
+    for name, m in (('everyone there', busiest), ('after they left', after)):
+        together = m['server'] + m['generator'] + m['kernels']
+        kernels = f'{m["n"]}: {m["kernels"]:.2f} GB'
+        print(f'| {name} | {m["server"]:.2f} GB | {m["generator"]:.2f} GB | {kernels} | {together:.2f} GB |')
     print(f'peak {memory.peak():.2f} GB')
 
 
@@ -239,8 +246,10 @@ async def harmed(server, url, n):
     late = [m for m in memory if m[0] >= n / 5]
     print(f'{n} prompts: {seen}; the same processes')
     for k, name in enumerate(('server', 'generator', 'kernel'), 1):
+        slope = statistics.linear_regression([m[0] for m in late], [m[k] for m in late]).slope
         print(
-            f'{name}: {memory[0][k]:.0f} MB at first, {late[0][k]:.0f} after {late[0][0] + 1}, {late[-1][k]:.0f} at the end; {statistics.linear_regression([m[0] for m in late], [m[k] for m in late]).slope * 1000:.1f} MB in a thousand'
+            f'{name}: {memory[0][k]:.0f} MB at first, {late[0][k]:.0f} after {late[0][0] + 1},'
+            f' {late[-1][k]:.0f} at the end; {slope * 1000:.1f} MB in a thousand'
         )
 
 
@@ -249,7 +258,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('workspace', nargs='?', default='garden', type=Path)
-    parser.add_argument('--only', default='page,crowd,harm')
+    parser.add_argument('--only', default='page,load,harm')
     for name, n in (('rounds', 3), ('visitors', 20), ('prompts', 500)):
         parser.add_argument(f'--{name}', type=int, default=n)
     args = parser.parse_args()
@@ -258,7 +267,7 @@ def main():
     if 'page' in args.only:
         pages(workspace, args.rounds)
     for name, do, n, rate in (
-        ('crowd', crowd, args.visitors, 120),
+        ('load', load, args.visitors, 120),
         ('harm', harmed, args.prompts, 10**6),
     ):  # who means harm is not to be stopped by the rate alone
         if name in args.only:
