@@ -1,13 +1,14 @@
 """Memory of a Space: the server, the generator process and the kernels.
 
-Visitors come one after the other. Each generates four pictures and stays. The last one tries every backend.
+Visitors come one after the other. Each generates four pictures and stays. The last one tries every
+backend.
 
     python benchmarks/space_memory.py [--model FOLDER] [--visitors 2] [--onnx]
 
-Makes the Space's folder and runs its start.py, as the Hub does. --model is a published model. Without it a model of
-the size of flowers102's is made, with random weights: UNet 192, 384, 576 (148M), Stable Diffusion's autoencoder,
-the text encoder of CLIP ViT-L/14 with its 49,408 words. --onnx adds its ONNX files, which are then used. Needs
-Chromium.
+Makes the Space's folder and runs its start.py, as the Hub does. --model is a published model. Without it
+a model of the size of flowers102's is made, with random weights: UNet 192, 384, 576 (148M), Stable
+Diffusion's autoencoder, the text encoder of CLIP ViT-L/14 with its 49,408 words. --onnx adds its ONNX
+files, which are then used. Needs Chromium.
 """
 
 import argparse

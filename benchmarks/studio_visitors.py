@@ -1,12 +1,12 @@
-"""The studio with visitors: time to the page and the first picture, twenty visitors at once, and a hostile one.
+"""The studio with visitors: time to the page and the first picture, twenty visitors at once, and a hostile
+one.
 
     python benchmarks/studio_visitors.py [WORKSPACE] [--only page,load,harm] [--rounds 3] [--visitors 20]
         [--prompts 500]
 
 WORKSPACE is a trained garden (default: garden). The page is opened in Chromium; three of the twenty
 visitors use it, the others speak its protocol. Memory is the proportional set size (pages that processes
-share are counted once) of the
-server, the generator and all kernels. It needs tests/ beside it.
+share are counted once) of the server, the generator and all kernels. It needs tests/ beside it.
 """
 
 import argparse
@@ -197,8 +197,10 @@ async def load(server, url, n):
     after = memory.now()
     opened = [m['opened'] for m in served]
     print(
-        f'{len(served)} of {n - 3} protocol visitors let in, pages after {min(opened):.1f} to {max(opened):.1f} s;'
-        f' {len(drawn)} requests generated in {statistics.median(drawn):.1f} s (median; at most {max(drawn):.1f}),'
+        f'{len(served)} of {n - 3} protocol visitors let in,'
+        f' pages after {min(opened):.1f} to {max(opened):.1f} s;'
+        f' {len(drawn)} requests generated in {statistics.median(drawn):.1f} s'
+        f' (median; at most {max(drawn):.1f}),'
         f' {len(refused)} refused {set(refused)}'
     )
     print(f'three in Chromium: {seen}; one more, when {busiest["n"]} kernels ran, {late}')
