@@ -450,6 +450,27 @@ def test_links_lead_somewhere(path):
     assert not broken(path, markdown(path))
 
 
+@pytest.mark.parametrize('page', ['11_settings', '12_api'])
+def test_reference_is_up_to_date(page, monkeypatch):
+    "The stored tables of the settings reference and the API index are what their cells make today."
+    path = ROOT / f'nbs/tutorials/{page}.ipynb'
+    monkeypatch.chdir(path.parent)
+    names = {}
+    stale = []
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type != 'code':
+            continue
+        *body, last = ast.parse(cell.source).body
+        exec(compile(ast.Module(body, []), page, 'exec'), names)
+        if not cell.outputs:
+            exec(compile(ast.Module([last], []), page, 'exec'), names)
+            continue
+        made = eval(compile(ast.Expression(last.value), page, 'eval'), names)
+        if made.data != ''.join(cell.outputs[0].data['text/markdown']):
+            stale.append(cell.id)
+    assert not stale, f'{page}: run the cells {stale} again'
+
+
 def test_broken_links_are_seen():
     path = ROOT / 'nbs/tutorials/06_change.ipynb'
     good = (
