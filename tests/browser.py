@@ -49,7 +49,8 @@ def free_port():
         return s.getsockname()[1]
 
 
-HEARS = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '  # a background shell ignores Ctrl-C
+# a background shell ignores Ctrl-C
+HEARS = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '
 
 
 def start(workspace, port):

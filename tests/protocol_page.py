@@ -1,4 +1,4 @@
-"A visitor without a browser: speaks to the studio's kernel as its page does, over Voila's websocket. And what a visitor may say who means harm."
+"A visitor without a browser, who talks to the studio's kernel over Voila's websocket; and hostile messages."
 
 import asyncio
 import contextlib
@@ -40,7 +40,9 @@ class ProtocolPage:
                 HTTPRequest(self.url, headers=self.headers, request_timeout=300, connect_timeout=300)
             )
         except HTTPClientError as e:
-            raise Full if e.code == 503 and b'The studio is full' in e.response.body else e
+            if e.code == 503 and b'The studio is full' in e.response.body:
+                raise Full from e
+            raise
         self.kernel = re.search(r'"kernelId": *"([0-9a-f-]+)"', answer.body.decode()).group(1)
         return await self.connect()
 
@@ -48,7 +50,8 @@ class ProtocolPage:
         self.line = await websocket_connect(
             subprotocols=['v1.kernel.websocket.jupyter.org'],
             url=HTTPRequest(
-                f'{self.url.replace("http", "ws", 1)}/api/kernels/{self.kernel}/channels?session_id={uuid.uuid4().hex}',
+                f'{self.url.replace("http", "ws", 1)}/api/kernels/{self.kernel}/channels'
+                f'?session_id={uuid.uuid4().hex}',
                 headers=self.headers,
                 connect_timeout=300,
             ),

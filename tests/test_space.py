@@ -1,6 +1,8 @@
-"""The folder that `flowerdiff space` writes, run by its Dockerfile's own command: as nobody in particular, in a folder that cannot be written, with nothing installed but what requirements.txt names, inside a frame of huggingface.co.
+"""The folder that `flowerdiff space` writes, run by its Dockerfile's own command.
 
-Docker is not needed, and not tried. FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots."""
+The server runs as an ordinary user, in a read-only folder, with only the packages of requirements.txt,
+and its page is shown in a frame of huggingface.co. Docker is not needed, and not tried.
+FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots."""
 
 import json
 import os
@@ -31,9 +33,11 @@ USER = 1000  # the Hub's number
 
 def instructions(dockerfile: Path) -> list:  # (word, what follows it)
     text = re.sub(
-        r'\\\n\s*', '', '\n'.join(l for l in dockerfile.read_text().splitlines() if not l.startswith('#'))
+        r'\\\n\s*',
+        '',
+        '\n'.join(line for line in dockerfile.read_text().splitlines() if not line.startswith('#')),
     )
-    return [tuple(l.split(None, 1)) for l in text.splitlines() if l.strip()]
+    return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
 
 
 def command(dockerfile: Path, word: str) -> list:
@@ -85,7 +89,7 @@ def space(workspace, open_tmp):
 
 @pytest.fixture(scope='module')
 def python(space, open_tmp):
-    "An environment that sees the packages of requirements.txt and flowerdiff, and none other that is installed here."
+    "An environment with the packages of requirements.txt and flowerdiff, and none other."
     venv = open_tmp / 'venv'
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', venv], check=True)
     packages, here = next(venv.glob('lib/python*/site-packages')), Path(sysconfig.get_path('purelib'))
@@ -107,7 +111,8 @@ def python(space, open_tmp):
     return venv / 'bin/python'
 
 
-def as_somebody():  # where root runs the tests: the user of the image, who may look into root's home, for Python may be there, and may write nowhere
+def as_image_user():
+    "Under root: run as the image's user, who may read all (Python may be in root's home), write nothing."
     caps = '-all,+dac_read_search'
     return (
         [
@@ -149,7 +154,7 @@ class Running:
             **env,
         }
         self.process = subprocess.Popen(
-            as_somebody() + command(space / 'Dockerfile', 'CMD'),
+            as_image_user() + command(space / 'Dockerfile', 'CMD'),
             cwd=space,
             env=env,
             stdout=subprocess.PIPE,
@@ -192,7 +197,7 @@ def well(url):  # its words, when the model is loaded
 
 @pytest.mark.parametrize('of', ['folder', 'hub', 'name', 'wheel'])
 def test_the_folder_is_whole(workspace, tmp_path, of):
-    "The header is the Hub's, the Dockerfile copies what is there, every package is at the version that this project is tested with."
+    "Breaks when the Hub refuses the header, a file is not copied, or a package is at an untested version."
     from huggingface_hub import SpaceCard
 
     from flowerdiff.apps.hf_space import make_space
@@ -237,11 +242,14 @@ def test_the_folder_is_whole(workspace, tmp_path, of):
         and max(i for i, w in enumerate(words) if w in ('RUN', 'COPY')) < words.index('USER')
         and f'--uid {USER} user' in steps[1][1]
     )
-    norm = lambda s: re.sub(r'[-_.]+', '-', s.lower())
+
+    def norm(s):
+        return re.sub(r'[-_.]+', '-', s.lower())
+
     tested = {
-        norm(l.partition('==')[0]): l.partition('==')[2]
-        for l in (ROOT / 'constraints.txt').read_text().splitlines()
-        if '==' in l
+        norm(line.partition('==')[0]): line.partition('==')[2]
+        for line in (ROOT / 'constraints.txt').read_text().splitlines()
+        if '==' in line
     }
     index, *lines = (out / 'requirements.txt').read_text().splitlines()
     assert (
@@ -249,11 +257,13 @@ def test_the_folder_is_whole(workspace, tmp_path, of):
         and f'torch=={tested["torch"]}+cpu' in lines
     )
     assert not [
-        l for l in lines if l.removesuffix('+cpu') != f'{(n := l.partition("==")[0])}=={tested[norm(n)]}'
+        line
+        for line in lines
+        if line.removesuffix('+cpu') != f'{(n := line.partition("==")[0])}=={tested[norm(n)]}'
     ]
 
 
-def test_somebody_elses_folder_is_left_alone(workspace, tmp_path):
+def test_a_folder_with_other_files_is_left_alone(workspace, tmp_path):
     from flowerdiff.apps.hf_space import make_space
     from flowerdiff.core.schema import UserError
 
@@ -292,10 +302,16 @@ def test_the_command(cli, workspace, tmp_path):
 
 
 def test_what_is_installed(python):
-    "Everything that any model may be drawn with, and nothing of training: the tests below then show that it is enough."
-    call = lambda names: subprocess.run(
-        [python, '-c', f'import {names}'], env=dict(HOME=os.environ['HOME']), capture_output=True, text=True
-    )
+    "Breaks when a package for drawing is missing, or one for training is installed."
+
+    def call(names):
+        return subprocess.run(
+            [python, '-c', f'import {names}'],
+            env=dict(HOME=os.environ['HOME']),
+            capture_output=True,
+            text=True,
+        )
+
     assert (
         call(
             'flowerdiff.inference.generator, flowerdiff.apps.serving, onnxruntime, diffusers, transformers'
@@ -344,7 +360,8 @@ def framed(browser, site, url):
         f'{site}/**',
         lambda r: r.fulfill(
             content_type='text/html',
-            body=f'<body style="margin:0"><header style="height:60px">Spaces</header><iframe src="{url}" style="width:100%;height:740px;border:0"></iframe>',
+            body='<body style="margin:0"><header style="height:60px">Spaces</header>'
+            f'<iframe src="{url}" style="width:100%;height:740px;border:0"></iframe>',
         ),
     )
     page.goto(f'{site}/spaces/ada/meadow')
@@ -353,7 +370,7 @@ def framed(browser, site, url):
 
 @browser_only
 def test_a_picture_inside_the_hubs_frame(browser, space, running):
-    "Another site, so no cookies; other origin, so only the policy lets it in. The kernel ends when the visitor leaves."
+    "Breaks when the page needs cookies, may not be framed by the Hub, or its kernel outlives the visit."
     before = sorted((str(p), p.stat().st_mtime_ns) for p in space.rglob('*'))
     page = framed(browser, 'https://huggingface.co', running.url)
     frame = page.frame_locator('iframe')
@@ -379,7 +396,7 @@ def test_a_picture_inside_the_hubs_frame(browser, space, running):
         *psutil.Process(running.process.pid).children(recursive=True),
     ]
     assert len(processes) > 1 and all(0 not in p.uids() for p in processes), (
-        'the server and its kernel run as nobody in particular'
+        'the server and its kernel run as an ordinary user'
     )
     assert sorted((str(p), p.stat().st_mtime_ns) for p in space.rglob('*')) == before
     page.goto('about:blank')
@@ -483,7 +500,7 @@ def test_the_model_is_fetched_at_its_commit(workspace, python, open_tmp):
 
 
 def test_the_card_comes_with_the_model_and_gives_the_examples(tmp_path, monkeypatch):
-    "Breaks when only what drawing needs is fetched: then a Space of `org/name@commit` shows the garden's examples."
+    "Breaks when the card is not fetched: then a Space of `org/name@commit` shows the garden's examples."
     from flowerdiff.apps import hf_space as space
     from flowerdiff.apps.studio import example_prompts
 
@@ -506,7 +523,7 @@ def test_the_card_comes_with_the_model_and_gives_the_examples(tmp_path, monkeypa
 
 
 def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path):
-    "The real client against the Hub's stand-in; what is there is what was written, private, with Docker; it may be made public, and what another user changed there is not overwritten."
+    "Breaks when a push is not whole or not private, repeats itself, or overwrites what another user changed."
     from huggingface_hub import CommitOperationAdd, HfApi
 
     from flowerdiff.apps.hf_space import make_space, push_space
@@ -515,7 +532,10 @@ def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path)
     shutil.copytree(workspace / 'published', home / 'published')
     with Hub(dict(hf_ada=dict(user='ada', write=True)), xet=str(tmp_path / 'xet')) as hub:
         api = HfApi(hub.url, token='hf_ada')
-        push = lambda: push_space(make_space(home, tmp_path / 'space'), 'ada/studio', home, api)
+
+        def push():
+            return push_space(make_space(home, tmp_path / 'space'), 'ada/studio', home, api)
+
         first = push()
         repo = hub.repo('space', 'ada/studio', dict(user='ada', write=True))
         assert (

@@ -66,10 +66,14 @@ def readout(page, i):
     return page.locator('.fd-controls .widget-readout').nth(i)  # what the slider says
 
 
-def own(
-    folder, request
-):  # what a Generator draws, with as many threads as the server's: the last bit depends on them
-    code = f'from flowerdiff import Generator; Generator.from_pretrained({str(folder)!r})({request["prompt"]!r}, seed={request["seed"]}, num_inference_steps={request["num_inference_steps"]}, guidance_scale={request["guidance_scale"]})[0].save({str(folder / "own.png")!r})'
+def own(folder, request):
+    "What a Generator draws with as many threads as the server has: the last bit depends on them."
+    code = (
+        f'from flowerdiff import Generator; Generator.from_pretrained({str(folder)!r})('
+        f'{request["prompt"]!r}, seed={request["seed"]}, '
+        f'num_inference_steps={request["num_inference_steps"]}, '
+        f'guidance_scale={request["guidance_scale"]})[0].save({str(folder / "own.png")!r})'
+    )
     subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
     return np.array(Image.open(folder / 'own.png'))
 
@@ -103,7 +107,6 @@ def test_the_right_picture(page, workspace):
 @browser_only
 def test_same_seed_same_picture_and_reuse(page):
     first = draw(page, 'a yellow rose', 11)
-    page.locator('.fd-card').first
     draw(page, 'a white daisy', 12)
     page.locator('.fd-card').nth(1).get_by_role('button', name='Use again').click()
     says(page.locator('.fd-prompt textarea'), 'a yellow rose')
@@ -154,9 +157,8 @@ def test_no_words_are_the_example(page):
 def test_several_pictures_and_their_seeds(page):
     slider = page.locator('.fd-controls').get_by_role('slider').first
     slider.focus()
-    page.keyboard.press(
-        'PageUp'
-    )  # 5 more in one go: of many changes in a row the last one may reach the kernel after the click on Draw
+    # 5 more at once: the last of many changes may reach the kernel after the click on Generate
+    page.keyboard.press('PageUp')
     n = page.locator('.fd-card').count()
     draw(page, 'a red iris', 20)
     page.locator('.fd-card').nth(n + 5).wait_for()
@@ -189,8 +191,8 @@ def test_cancel(page, studio):
 
 @browser_only
 def test_quick_fingers_on_a_slow_line(page, studio):
-    "Words are typed and Draw is pressed before the kernel has answered the first letter: all of them are drawn."
-    # a field that is told letter by letter: ipywidgets keeps letters back until the last one is answered, but no clicks
+    "Breaks when words are lost that were typed before the kernel answered the first letter."
+    # a field that is sent letter by letter: ipywidgets holds letters back until an answer, but not clicks
     fill(page, 'Prompt', '')
     draw(page)
     n, words, kernel = (
@@ -266,7 +268,8 @@ def one_line(page, words):  # in red, and nothing else
 @browser_only
 def test_a_model_appears_damaged_and_is_replaced(browser, tmp_path):
     "No model, then half a file, then a whole one: the page stays, and says each in a line."
-    # a page that keeps the session of a workspace without a model; `friendly` without its first line alone; a session that refuses every model when the champion is damaged; a queue that does not look at files again
+    # a page that keeps the session of a workspace without a model; `friendly` with more than its first line;
+    # a damaged champion that blocks every model; a queue that does not look at files again
     from tiny import tiny_model
 
     folder, good = tmp_path / 'empty', tiny_model(tmp_path / 'good')
@@ -311,7 +314,11 @@ def test_a_port_in_use_is_one_line(cli, tmp_path):
 
 
 def test_the_studio_needs_nothing_of_training():
-    code = "import sys, flowerdiff.apps.studio; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'diffusers', 'accelerate', 'mlflow', 'voila') or m in ('flowerdiff.training.accelerator', 'flowerdiff.stages.train')])"
+    code = (
+        'import sys, flowerdiff.apps.studio; print([m for m in sys.modules '
+        "if m.split('.')[0] in ('torch', 'diffusers', 'accelerate', 'mlflow', 'voila') "
+        "or m in ('flowerdiff.training.accelerator', 'flowerdiff.stages.train')])"
+    )
     assert (
         subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV).stdout.strip()
         == '[]'

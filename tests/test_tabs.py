@@ -1,6 +1,7 @@
 """The studio's controls and tabs in a real browser, with a tiny random model and a miniature garden.
 
-FLOWERDIFF_TEST_GARDEN=WORKSPACE shows a trained garden instead (one that may be written to); FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots of every tab."""
+FLOWERDIFF_TEST_GARDEN=WORKSPACE shows a trained garden instead (one that may be written to);
+FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots of every tab."""
 
 import json
 import re
@@ -67,25 +68,28 @@ def pick(page, name):
 
 def own(workspace, **how):  # what a Generator draws
     out = workspace / 'work' / 'own.png'
-    code = f"from flowerdiff import Generator; Generator.from_pretrained({str(workspace)!r}, {how.pop('backend', 'torch')!r})('a red rose', **{how!r})[0].save({str(out)!r})"
+    backend = how.pop('backend', 'torch')
+    code = (
+        f'from flowerdiff import Generator; Generator.from_pretrained({str(workspace)!r}, {backend!r})('
+        f"'a red rose', **{how!r})[0].save({str(out)!r})"
+    )
     subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
     return Image.open(out).copy()
 
 
-far = lambda a, b: np.abs(
-    np.asarray(a.convert('RGB'), dtype=float) - np.asarray(b.convert('RGB').resize(a.size), dtype=float)
-).mean()
+def far(a, b):
+    return np.abs(
+        np.asarray(a.convert('RGB'), dtype=float) - np.asarray(b.convert('RGB').resize(a.size), dtype=float)
+    ).mean()
 
 
 @browser_only
 def test_backend_and_sampler(page, workspace):
-    "Breaks when the session passes no scheduler on, opens another backend than asked, or the page forgets what cannot run."
+    "Breaks when the scheduler is lost, another backend is opened, or the page offers what cannot run."
     tab(page, 'Studio')
     trt = page.locator('.fd-controls').get_by_role('button', name='TensorRT', exact=True)
     if not Path('/dev/nvidia0').exists():
-        assert (
-            trt.is_disabled() and 'TensorRT: no NVIDIA GPU' in page.locator('.fd-reasons').inner_text()
-        )
+        assert trt.is_disabled() and 'TensorRT: no NVIDIA GPU' in page.locator('.fd-reasons').inner_text()
     pick(page, 'ONNX Runtime')
     page.get_by_label('Scheduler', exact=True).select_option(label='Euler')
     drawn = draw(page, 'a red rose', 5)
@@ -103,7 +107,7 @@ def test_backend_and_sampler(page, workspace):
 
 
 @browser_only
-def test_strip_of_the_denoising(page):
+def test_row_of_denoising_previews(page):
     "Breaks when steps are kept from the wrong end, or not as many as asked."
     tab(page, 'Studio')
     drawn = draw(page, 'a red rose', 5)
@@ -178,7 +182,7 @@ def test_blind_test_keeps_its_tally(page, workspace):
 def test_explore_the_run(page, workspace):
     "Breaks when captions stand at the wrong pictures, the curve is lost, or the search finds everything."
     tab(page, 'Explore')
-    rows = [json.loads(l) for l in (workspace / 'captions' / 'metadata.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (workspace / 'captions' / 'metadata.jsonl').read_text().splitlines()]
     first = page.locator('.fd-explore .fd-card').first
     assert (
         rows[0]['captions'][0] in first.inner_text()
@@ -196,7 +200,8 @@ def test_explore_the_run(page, workspace):
     page.get_by_text('13 to').wait_for()
     page.get_by_label('Find', exact=True).fill('rose')
     page.keyboard.press('Enter')
-    n = sum('rose' in l.lower() for l in (workspace / 'captions' / 'metadata.jsonl').read_text().splitlines())
+    lines = (workspace / 'captions' / 'metadata.jsonl').read_text().splitlines()
+    n = sum('rose' in line.lower() for line in lines)
     page.get_by_text(f'of {n:,}').wait_for()
     page.get_by_role('button', name='Show the report').click()
     page.frame_locator('.fd-report').locator('h1').first.wait_for()
@@ -241,11 +246,13 @@ def test_every_tab_on_a_phone_in_the_dark(browser, url):
             'Math.max(document.documentElement.scrollWidth, document.querySelector(".fd").scrollWidth)'
         )
         out = page.evaluate(
-            '[...document.querySelectorAll(".fd button, .fd input, .fd img, .fd select, .fd textarea")].filter(e => e.getBoundingClientRect().right > 391).map(e => e.outerHTML.slice(0, 80))'
+            '[...document.querySelectorAll(".fd button, .fd input, .fd img, .fd select, .fd textarea")]'
+            '.filter(e => e.getBoundingClientRect().right > 391).map(e => e.outerHTML.slice(0, 80))'
         )
         assert wide <= 390 and not out, (name, wide, out)
         light = page.evaluate(
-            '[...document.querySelectorAll(".fd, .fd-panel, .fd-card, .fd select")].map(e => getComputedStyle(e).backgroundColor)'
+            '[...document.querySelectorAll(".fd, .fd-panel, .fd-card, .fd select")]'
+            '.map(e => getComputedStyle(e).backgroundColor)'
         )
         assert all(sum(map(int, re.findall(r'\d+', c)[:3])) < 200 for c in light), (name, light)
 
@@ -256,14 +263,16 @@ def test_a_backend_that_fails_midway(tmp_path, tiny_workspace):
     shutil.copytree(tiny_workspace / 'onnx', tmp_path / 'onnx')
     code = f"""
 from flowerdiff.apps.session import GenerationRequest, GenerationSession
-p = GenerationSession({str(tmp_path)!r}); plain = p.generate(GenerationRequest('a red rose', backend='torch'))[0]
+p = GenerationSession({str(tmp_path)!r})
+plain = p.generate(GenerationRequest('a red rose', backend='torch'))[0]
 [d] = [p._generator(GenerationRequest('x', backend='onnx')).backend]; real, calls = d.denoise, []
 def breaks(*a):
     calls.append(1)
     if len(calls) > 3: raise RuntimeError('the session is gone')
     return real(*a)
 d.denoise = breaks; steps = []
-drawn = p.generate(GenerationRequest('a red rose', backend='onnx', num_previews=4), lambda s: steps.append(s.step))[0]
+request = GenerationRequest('a red rose', backend='onnx', num_previews=4)
+drawn = p.generate(request, lambda s: steps.append(s.step))[0]
 print(len(calls), drawn.tobytes() == plain.tobytes(), steps[:5], drawn.info['note'])
 def cancelled(s): return False
 try: p.generate(GenerationRequest('a red rose', backend='onnx'), cancelled)
@@ -273,7 +282,8 @@ except Exception as e: print(type(e).__name__)
     first, second = said.stdout.strip().splitlines() or [said.stderr, '']
     assert (
         first
-        == '4 True [1, 2, 3, 1, 2] ONNX Runtime failed (RuntimeError: the session is gone); PyTorch was used instead'
+        == '4 True [1, 2, 3, 1, 2] ONNX Runtime failed (RuntimeError: the session is gone); '
+        'PyTorch was used instead'
         and second == 'Cancelled'
     ), said
 
@@ -284,7 +294,11 @@ def test_a_damaged_export_is_no_reason_to_stop(tmp_path, tiny_workspace):
     shutil.copytree(tiny_workspace / 'onnx', tmp_path / 'onnx')
     for f in (tmp_path / 'onnx').rglob('*.onnx'):
         f.write_bytes(b'damaged')
-    code = f"from flowerdiff.apps.session import GenerationRequest, GenerationSession; p = GenerationSession({str(tmp_path)!r}); print(p.generate(GenerationRequest('a red rose', backend='onnx', num_inference_steps=2))[0].info['note'], p.error)"
+    code = (
+        'from flowerdiff.apps.session import GenerationRequest, GenerationSession; '
+        f'p = GenerationSession({str(tmp_path)!r}); print(p.generate('
+        "GenerationRequest('a red rose', backend='onnx', num_inference_steps=2))[0].info['note'], p.error)"
+    )
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV)
     assert said.stdout.startswith('ONNX Runtime failed (') and said.stdout.strip().endswith(
         'PyTorch was used instead'

@@ -1,6 +1,7 @@
-"""Many visitors: one generator draws for all, everyone gets their own picture or a line in words, and nobody can stop it for the others.
+"""Many visitors: one generator draws for all, each gets their own picture or one line.
 
-A tiny random model, whose pictures are compared with the Generator's own, pixel by pixel. Each test names, in the comment below it, the change to the program that it would notice."""
+A tiny random model draws; its pictures are compared with the Generator's own, pixel by pixel.
+The comment at the start of a test names the changes to the program that it would notice."""
 
 import asyncio
 import html
@@ -71,8 +72,13 @@ def supervisor(workspace):
 
 
 def own(workspace, requests):  # the Generator's pictures of them, in a process with as many threads
-    code = f"""import json, numpy as np; from flowerdiff import Generator; g = Generator.from_pretrained({str(workspace)!r}, 'torch')
-np.save({str(workspace / 'own.npy')!r}, np.stack([np.array(g(w['prompt'], seed=w['seed'], num_inference_steps=w['num_inference_steps'], guidance_scale=w['guidance_scale'])[0]) for w in json.loads({json.dumps([vars(w) for w in requests])!r})]))"""
+    code = (
+        'import json, numpy as np; from flowerdiff import Generator; '
+        f"g = Generator.from_pretrained({str(workspace)!r}, 'torch')\n"
+        f"np.save({str(workspace / 'own.npy')!r}, np.stack([np.array(g(w['prompt'], seed=w['seed'], "
+        "num_inference_steps=w['num_inference_steps'], guidance_scale=w['guidance_scale'])[0]) "
+        f'for w in json.loads({json.dumps([vars(w) for w in requests])!r})]))'
+    )
     subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
     return np.load(workspace / 'own.npy')
 
@@ -131,7 +137,7 @@ drawing, waits = (
 
 
 def test_thirty_at_once(workspace, supervisor):
-    "Twenty wait and one is drawn; the others are refused in words. Places fall, and nobody gets the picture of another user."
+    "Breaks when more than twenty may wait, places do not fall, or a visitor gets another one's picture."
     # a queue without an end; a queue that is not in order; pictures handed to another job
     words = ['red', 'blue', 'white', 'yellow', 'rose', 'iris', 'daisy', 'sky', 'meadow', 'under']
     busy = Visitor(workspace, supervisor, LONG).until(drawing)
@@ -157,7 +163,7 @@ def test_thirty_at_once(workspace, supervisor):
 
 
 def test_cancelling_while_waiting_and_while_drawn(workspace, supervisor):
-    # `leave` does not take a job out of the queue; the callback of the drawing does not look whether it is gone
+    # a `leave` that keeps the job in the queue; a drawing that does not stop when its job is gone
     began = time.monotonic()
     Visitor(workspace, supervisor, LONG).join()
     whole = time.monotonic() - began
@@ -175,7 +181,7 @@ def test_cancelling_while_waiting_and_while_drawn(workspace, supervisor):
 
 
 def test_who_vanishes_leaves_a_place(workspace, supervisor):
-    "Twenty-one hang up without a word: the next one is not refused, and does not wait for requests that nobody is there for."
+    "Breaks when the requests of twenty-one closed connections still fill the queue."
     # no `on_connection_close`
     lines = []
     for i in range(21):
@@ -277,7 +283,8 @@ def sent(supervisor, body):  # (status, last line); status 0: hung up, as on wha
 
 def test_five_hundred_hostile_requests(workspace, supervisor):
     "Each is drawn or refused in a line, by the process that was there before, and it does not grow."
-    # `request_of` without its check of types; `check` that repeats a name as it came; JSON's RecursionError not caught; a list that keeps all jobs; no `max_body_size`
+    # `request_of` without its check of types; `check` that repeats a name as it came;
+    # JSON's RecursionError not caught; a list that keeps all jobs; no `max_body_size`
     process, rng, seen = psutil.Process(supervisor.process.pid), random.Random(0), []
     for i in range(500):
         if i == 50:
@@ -331,7 +338,8 @@ def test_a_generator_that_keeps_dying_is_left_alone(tmp_path):
 
 def test_a_backend_that_fails_midway(workspace, tmp_path):
     "PyTorch draws the request instead, says so, and the page's row of steps starts again."
-    # a queue that sends pictures without their note (two calls are the warm-up's); first steps, or those of the row, that are reported only now and then
+    # a queue that sends pictures without their note (two calls are the warm-up's);
+    # first steps, or those of the row of previews, that are not always reported
     code = f"""
 import flowerdiff.inference.backends as b; from flowerdiff.apps.generating import main
 real, calls = b.load_backend, []
@@ -352,8 +360,8 @@ b.load_backend = load; main({str(workspace)!r}, {str(tmp_path / 's')!r})"""
         )
         picture = session.generate(request, heard.append)[0]
         assert (
-            picture.info['note']
-            == 'ONNX Runtime failed (RuntimeError: a kernel of the runtime failed); PyTorch was used instead'
+            picture.info['note'] == 'ONNX Runtime failed (RuntimeError: a kernel of the runtime failed); '
+            'PyTorch was used instead'
         )
         steps = [x.step for x in heard if isinstance(x, RemoteStep)]
         assert steps == [1, 2, 1, 2, 3, 4, 5, 6] and len(heard[-1].preview(96)) == 1
@@ -366,7 +374,7 @@ b.load_backend = load; main({str(workspace)!r}, {str(tmp_path / 's')!r})"""
 
 
 def test_every_field_of_a_request(workspace, supervisor):
-    "Sampler and backend are those asked for; a model that is not here is a line, and the next request is drawn."
+    "Breaks when sampler or backend is not as asked, or a missing model is more than one line."
     # a queue whose session is given only words, seed and steps; an error that ends the process
     session, request = (
         RemoteSession(workspace, supervisor.socket),
@@ -394,8 +402,8 @@ class Public:
     def __init__(self, workspace):
         self.server, self.loop = None, asyncio.new_event_loop()
         code = (
-            HEARS
-            + f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, {(port := free_port())}, visitors=8, rate=12, proxied=True)'
+            HEARS + 'from flowerdiff.apps.serving import serve; '
+            f'serve({str(workspace)!r}, {(port := free_port())}, visitors=8, rate=12, proxied=True)'
         )
         self.server, self.url = (
             subprocess.Popen(
@@ -432,9 +440,10 @@ def public(workspace):
 
 
 def test_seven_at_once_and_one_too_many(public):
-    "All are let in, each has its two pictures, the ninth is told to wait; kernels are small, bounded, and end with their pages."
+    "Breaks when a visitor too many is let in, or kernels are large, unbounded or outlive their pages."
 
-    # one session of a page for all; no `prlimit`; kernels that load the model; a `start_kernel` without its count
+    # one session of a page for all; no `prlimit`; kernels that load the model;
+    # a `start_kernel` without its count
     async def visitor(i):
         page = await public.page()
         said = [await page.draw(f'a rose {i}'), await page.draw(f'an iris {i}')]
@@ -477,7 +486,7 @@ def test_one_address_does_not_take_all_places(public):
 
 
 def test_a_reload_does_not_evade_the_rate(public):
-    "Twelve pictures a minute are for an address, whatever it says that it comes from; who comes from elsewhere draws."
+    "Breaks when a reload or a forged address evades the limit, or one address uses up that of another."
 
     # a count by page; the first address of X-Forwarded-For; an address that does not reach the generator
     def ask(address, n):
@@ -494,8 +503,9 @@ def test_a_reload_does_not_evade_the_rate(public):
 
 
 def test_hostile_messages_through_the_page(public):
-    "Each is answered by a picture, a line, or a cut connection that can be made again; nothing of it is HTML, and nobody dies."
-    # no `is_message`, or one without its count: the server makes a list of 2**64; a message type that Voila does not allow; `figure` without its escape
+    "Breaks when a message ends a process, gets no answer, or is shown as HTML."
+    # no `is_message`, or one without its count: the server makes a list of 2**64;
+    # a message type that Voila does not allow; `figure` without its escape
     page, rng, before = public.visit('9.9.9.9'), random.Random(1), children(public.server)
 
     async def as_words():  # every one with HTML in it is drawn and shown as what it is
@@ -593,7 +603,10 @@ def test_three_pages_at_once(pages, served, workspace):
         np.stack([np.array(newest(p)) for p in pages]),
     )
     generator, kernels = children(served[0])
-    has = lambda p: 'libtorch' in Path(f'/proc/{p.pid}/maps').read_text()
+
+    def has(p):
+        return 'libtorch' in Path(f'/proc/{p.pid}/maps').read_text()
+
     assert has(generator) and len(kernels) == 3 and not any(map(has, kernels))
     assert all(p.memory_info().rss < 200e6 for p in kernels), [p.memory_info().rss / 1e6 for p in kernels]
 
@@ -635,7 +648,8 @@ def test_a_generator_that_is_killed(pages, served):
 @browser_only
 @pytest.mark.parametrize('how', ['its page was closed elsewhere', 'it died'])
 def test_a_page_whose_kernel_is_gone_says_so(pages, served, how):
-    # no script in the template: Draw is pressed, and nothing happens; a restarter, which starts a kernel without a page and without its bounds
+    # no script in the template: Generate is pressed, and nothing happens;
+    # a restarter, which starts a kernel without a page and without its bounds
     page = pages[1]
     kernel = page.evaluate("JSON.parse(document.getElementById('jupyter-config-data').textContent).kernelId")
     if how == 'it died':
