@@ -16,7 +16,7 @@ def from_root(text: str) -> str:
 
 def code(cell) -> str:
     "A code cell as a fenced block, its text outputs in another one."
-    lines = [l for l in cell.source.splitlines() if not re.match(r'#\s*\|', l)]
+    lines = [line for line in cell.source.splitlines() if not re.match(r'#\s*\|', line)]
     texts = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell.outputs]
     shown = [
         f'```python\n{chr(10).join(lines).strip()}\n```',
