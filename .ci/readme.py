@@ -1,4 +1,7 @@
-"README.md from nbs/index.ipynb: markdown as it is, code with its text outputs, links as they are from the repository's root."
+"""README.md from nbs/index.ipynb.
+
+Markdown stays as it is, code comes with its text outputs, and links are as they are from the repository's root.
+"""
 
 import re
 import sys
