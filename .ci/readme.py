@@ -1,6 +1,7 @@
 """README.md from nbs/index.ipynb.
 
-Markdown stays as it is, code comes with its text outputs, and links are as they are from the repository's root.
+Markdown stays as it is, code comes with its text outputs, and links are as they are from the root of the
+repository.
 """
 
 import re
