@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
 
 @contextmanager
 def served(workspace, rate=120):  # the server, its address
-    from test_studio import free_port, stop
+    from browser import free_port, stop
 
     port = free_port()
     code = f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, {port}, rate={rate})'
@@ -104,7 +104,7 @@ def drawn(page):  # seconds from the click to the newest picture
 
 def pages(workspace, rounds):
     from playwright.sync_api import sync_playwright
-    from test_studio import BROWSER, FLAGS
+    from browser import BROWSER, FLAGS
 
     rows = []
     with sync_playwright() as p:
@@ -214,7 +214,7 @@ async def load(server, url, n):
 
 def three_browsers(url, seen, done):  # three of the visitors, who stay
     from playwright.sync_api import sync_playwright
-    from test_studio import BROWSER, FLAGS
+    from browser import BROWSER, FLAGS
 
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)

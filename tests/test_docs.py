@@ -118,7 +118,9 @@ def test_functions_are_shown_with_their_parameters(site):
         if 'show_doc' in source(c)
         for o in c['outputs']
     )
-    assert 'timesteps:Tensor, # [B]' in page and 'like:Tensor, # [B, ...] tensor that they will multiply' in page
+    assert (
+        'timesteps:Tensor, # [B]' in page and 'like:Tensor, # [B, ...] tensor that they will multiply' in page
+    )
 
 
 def test_links_and_pictures_of_the_pages_are_there(site):
