@@ -84,7 +84,7 @@ class Memory(threading.Thread):
 
 
 def opened(browser, url):  # a page, seconds until it can be used, until its model is there
-    from test_studio import open_page
+    from browser import open_page
 
     began = time.perf_counter()
     page = open_page(browser, url)
@@ -103,8 +103,8 @@ def drawn(page):  # seconds from the click to the newest picture
 
 
 def pages(workspace, rounds):
-    from playwright.sync_api import sync_playwright
     from browser import BROWSER, FLAGS
+    from playwright.sync_api import sync_playwright
 
     rows = []
     with sync_playwright() as p:
@@ -213,8 +213,8 @@ async def load(server, url, n):
 
 
 def three_browsers(url, seen, done):  # three of the visitors, who stay
-    from playwright.sync_api import sync_playwright
     from browser import BROWSER, FLAGS
+    from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
