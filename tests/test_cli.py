@@ -83,7 +83,7 @@ def test_version(cli):
         ('train.batch_size=true', 'train.batch_size must not be true or false'),
         ('caption.captioner=magic', 'must be one of auto, given, attributes, labels'),
         ('prepare.resolution=60', 'must be a multiple of 8'),
-        ('train.attention=[true]', 'give one a level'),
+        ('train.attention=[true]', 'give one per level'),
         ('train={a: 1}', 'train is a group of settings; name one'),
         ('nonsense', 'write key=value'),
         ('train.channels=[1', 'not YAML'),
@@ -192,7 +192,7 @@ def test_full_disk(cli, tmp_path):
         (['generate', 'a rose', '-m', 'nowhere'], 'not there'),
         (
             ['generate', 'a rose', '-m', 'no-such-org/no-such-model'],
-            'neither a folder here nor a model that the hub gives',
+            'give a folder',
         ),
         (['status', 'nowhere'], 'is not a workspace'),
     ],
@@ -204,7 +204,7 @@ def test_bad_arguments(cli, tmp_path, args, says):
 def test_init_status_and_settings_inside_the_workspace(cli, tmp_path):
     assert cli('init', 'mine', '--set', 'train.epochs=3', cwd=tmp_path).returncode == 0
     text = (tmp_path / 'mine' / 'params.yaml').read_text()
-    assert re.search(r'epochs: 3 +# passes', text)
+    assert re.search(r'epochs: 3 +# Passes', text)
     p = cli('status', cwd=tmp_path / 'mine')
     assert p.returncode == 0 and p.stdout.count('never run') == 10
 
