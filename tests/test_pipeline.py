@@ -93,7 +93,7 @@ def test_changed_setting_reruns_what_depends_on_it(toy, ws):
     assert ran(p) == ['evaluate', 'publish'], p.stdout + p.stderr
     assert (
         'steps: 7 ' in (ws / 'params.yaml').read_text()
-        and '# sampling steps' in (ws / 'params.yaml').read_text()
+        and '# Sampling steps' in (ws / 'params.yaml').read_text()
     )
 
 
