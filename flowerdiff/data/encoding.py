@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core.schema import UserError
+from .images import open_picture
 from .shards import Shards, ShardWriter, shard_set_name
 from flowerdiff.models.components import (
     TextEncoder,
@@ -30,20 +31,15 @@ def read_pictures(
     side: int | tuple[int, int],  # pixels, or (width, height)
 ) -> np.ndarray:  # [B, H, W, 3] uint8
     "Read a batch of pictures. Raises `UserError` naming one that is missing or has another size."
-    from PIL import Image
-
     w, h = side if isinstance(side, tuple | list) else (side, side)
     batch = np.empty((len(paths), h, w, 3), np.uint8)
     for row, path in zip(batch, paths):
-        try:
-            with Image.open(path) as image:
-                row[:] = np.asarray(image.convert('RGB'))
-        except FileNotFoundError:
-            raise UserError(f'{path}: is not there; run the stage prepare again') from None
-        except Exception:
+        picture = open_picture(path)
+        if picture.size != (w, h):
             raise UserError(
-                f'{path}: is not a {w}x{h} picture that can be read; run the stage prepare again'
-            ) from None
+                f'{path}: is {picture.width}x{picture.height} and not {w}x{h}; run the stage prepare again'
+            )
+        row[:] = np.asarray(picture)
     return batch
 
 # %% ../../nbs/data/07_encoding.ipynb #9a94e7e5

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..core.workspace import read_jsonl
+from ..data.images import open_picture
 from .eval_prompts import EvalPrompt
 from ..inference.attention_maps import attention_maps
 from ..inference.generator import Generator
@@ -53,7 +53,7 @@ def open_pictures(
     "Open images of a split, the first n or by name."
     if names is None:
         names = [row['file_name'] for row in read_jsonl(folder / 'metadata.jsonl')][:n]
-    return [Image.open(folder / name).convert('RGB') for name in names]
+    return [open_picture(folder / name) for name in names]
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #f3c14e0d
 @torch.inference_mode()

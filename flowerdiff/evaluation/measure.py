@@ -174,7 +174,7 @@ def measure(
         found.skipped[skipped] = (
             'the text encoder has no image encoder; set components.text_encoder=train to train both'
         )
-    if min(len(images), len(open_pictures(ws.pictures / 'val', 4))) < 4:
+    if min(len(images), len(read_jsonl(ws.pictures / 'val' / 'metadata.jsonl'))) < 4:
         found.skipped['CLIP score and KID'] = 'they need at least 4 test images and 4 validation images'
         return found
     sets = _image_sets(ws, images, prompts, backend)

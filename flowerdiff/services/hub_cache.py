@@ -41,7 +41,7 @@ def locate_part(
     elif not folder.is_dir() and '@' in spec and HUB_ID.fullmatch(spec):
         try:
             folder = snapshot(spec, offline=True)
-        except Exception:
+        except (OSError, ValueError):  # not in the cache, or not a name of the Hub
             return None
     candidates = (folder, folder / part, folder / 'model' / part)
     return next((path for path in candidates if (path / 'config.json').is_file()), None)
