@@ -173,7 +173,7 @@ def test_two_processes_encode_what_one_does(parts, encoded, tmp_path):
     last = ws.pictures / 'train' / '000039.png'
     whole = last.read_bytes()
     last.write_bytes(whole[:100])
-    with pytest.raises(UserError, match=r'000039\.png: is not a 32x32 picture') as e:
+    with pytest.raises(UserError, match=r'000039\.png: is truncated') as e:
         encode(ws)
     assert '\n' not in str(e.value) and not ws.encoded.exists()
     last.write_bytes(whole)
@@ -317,7 +317,7 @@ def test_other_latents_of_the_same_pictures_with_another_autoencoder(parts, enco
             lambda ws, d: (ws.captions / 'metadata.jsonl').write_text(''),
             'says nothing about train/000000.png',
         ),
-        (lambda ws, d: open_workspace(ws.root, None, {'prepare.resolution': 64}), 'is not a 64x64 picture'),
+        (lambda ws, d: open_workspace(ws.root, None, {'prepare.resolution': 64}), 'is 32x32 and not 64x64'),
     ],
 )
 def test_each_mistake_is_one_line(parts, tmp_path, break_it, said):

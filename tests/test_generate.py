@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import UNET, tiny_model
 
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import Cancelled
@@ -288,17 +288,7 @@ def test_a_unet_that_uses_its_text_in_another_way(models, tmp_path, kind):
         only=dict(only_cross_attention=True),
         other=dict(down_block_types=('SimpleCrossAttnDownBlock2D', 'DownBlock2D')),
     )
-    config = dict(
-        sample_size=16,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
-        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-    UNet2DConditionModel(**config | changes[kind]).save_pretrained(folder / 'unet')
+    UNet2DConditionModel(sample_size=16, **UNET | changes[kind]).save_pretrained(folder / 'unet')
     ours = Generator.from_pretrained(folder, backend='torch')
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)

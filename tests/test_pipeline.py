@@ -12,20 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import STAGES
 
 LINE = re.compile(r'^(\w+) +(?:\d+ h )?(?:\d+ min )?[\d.]+ (?:s|min) ', re.M)
-STAGES = [
-    'prepare',
-    'caption',
-    'encode',
-    'upload',
-    'train',
-    'promote',
-    'evaluate',
-    'onnx',
-    'tensorrt',
-    'publish',
-]
 
 
 def ran(p):

@@ -5,6 +5,16 @@ import json
 import sys
 from pathlib import Path
 
+UNET = dict(
+    layers_per_block=1,
+    block_out_channels=(16, 32),
+    down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+    up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+    cross_attention_dim=32,
+    attention_head_dim=8,
+    norm_num_groups=8,
+)  # of UNet2DConditionModel
+
 
 def byte_letters():
     "Return the letter that byte-level BPE uses for each byte."
@@ -74,16 +84,7 @@ def tiny_model(folder, size=32):
             eos_token_id=tok.eos_token_id,
         )
     )
-    unet = UNet2DConditionModel(
-        sample_size=size // 2,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
-        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
+    unet = UNet2DConditionModel(sample_size=size // 2, **UNET)
     vae = AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=('DownEncoderBlock2D',) * 2,
@@ -189,16 +190,7 @@ def tiny_stable_diffusion(folder, clip, size=64):
     whole = CLIPModel.from_pretrained(clip)
     text = CLIPTextModel(whole.config.text_config)
     text.load_state_dict(whole.text_model.state_dict())
-    unet = UNet2DConditionModel(
-        sample_size=size // 8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
-        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
+    unet = UNet2DConditionModel(sample_size=size // 8, **UNET)
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', skip_prk_steps=True, steps_offset=1
     )
