@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 config = ConfigParser()
 config.read('settings.ini', encoding='utf-8')
@@ -28,7 +28,8 @@ setup(
     license='Apache-2.0',
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else settings['description'],
     long_description_content_type='text/markdown',
-    packages=[*find_packages(include=['flowerdiff', 'flowerdiff.*']), *notebooks],
+    # Folders of data count as packages too: setuptools warns about data that is in none.
+    packages=[*find_namespace_packages(include=['flowerdiff', 'flowerdiff.*']), *notebooks],
     package_dir=notebooks,
     package_data={
         'flowerdiff': ['profiles/*.yaml', 'assets/**/*'],
