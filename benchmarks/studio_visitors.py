@@ -15,7 +15,6 @@ import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -29,19 +28,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
 
 @contextmanager
 def served(workspace, rate=120):  # the server, its address
-    from browser import free_port, stop
+    from browser import free_port, start, stop
 
     port = free_port()
-    code = f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, {port}, rate={rate})'
-    server = subprocess.Popen(
-        [sys.executable, '-c', code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    server = start(workspace, port, rate=rate)
     try:
-        assert 'http://localhost' in (line := server.stdout.readline()), line + server.stdout.read()
+        line = server.stdout.readline()
+        assert 'http://localhost' in line, line + server.stdout.read()
         yield server, f'http://127.0.0.1:{port}'
     finally:
         stop(server)

@@ -53,8 +53,10 @@ def free_port():
 HEARS = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '
 
 
-def start(workspace, port):
-    code = HEARS + f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, port={port})'
+def start(workspace, port, **options):
+    "Serve the studio of a workspace in a process of its own. The options go to `serve`."
+    arguments = ', '.join(f'{name}={value!r}' for name, value in dict(options, port=port).items())
+    code = HEARS + f'from flowerdiff.apps.serving import serve; serve({str(workspace)!r}, {arguments})'
     return subprocess.Popen(
         [sys.executable, '-c', code],
         env=ENV,

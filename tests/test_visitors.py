@@ -25,7 +25,6 @@ import psutil
 import pytest
 from browser import (
     ENV,
-    HEARS,
     browser_fixture,  # noqa: F401
     browser_only,
     draw,
@@ -400,23 +399,12 @@ class Public:
     "A server as on the Hub, for eight visitors behind a proxy, and who comes to it."
 
     def __init__(self, workspace):
-        self.server, self.loop = None, asyncio.new_event_loop()
-        code = (
-            HEARS + 'from flowerdiff.apps.serving import serve; '
-            f'serve({str(workspace)!r}, {(port := free_port())}, visitors=8, rate=12, proxied=True)'
-        )
-        self.server, self.url = (
-            subprocess.Popen(
-                [sys.executable, '-c', code],
-                env=ENV,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            ),
-            f'http://127.0.0.1:{port}',
-        )
-        assert 'http://localhost' in (line := self.server.stdout.readline()), line + self.server.stdout.read()
+        self.loop = asyncio.new_event_loop()
+        port = free_port()
+        self.server = start(workspace, port, visitors=8, rate=12, proxied=True)
+        self.url = f'http://127.0.0.1:{port}'
+        line = self.server.stdout.readline()
+        assert 'http://localhost' in line, line + self.server.stdout.read()
 
     def run(self, coroutine):
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 300))
