@@ -148,7 +148,8 @@ def test_trains_and_is_measured(ws):
 
 
 def test_a_picture_and_its_square_are_known_for_the_same(tmp_path):
-    (d := tmp_path / 'mine').mkdir()
+    d = tmp_path / 'mine'
+    d.mkdir()
     for i in range(30):
         im = Image.new('RGB', (120, 80), (255 - 6 * i, 6 * i, 90))
         im.paste(draw(sample_attributes(4, i), 4, i, 80), (20, 0))
@@ -182,7 +183,8 @@ def test_a_picture_and_its_square_are_known_for_the_same(tmp_path):
 
 
 def test_shown_without_a_square_among_them(tmp_path):
-    (d := tmp_path / 'mine').mkdir()
+    d = tmp_path / 'mine'
+    d.mkdir()
     for i in range(12):
         draw(sample_attributes(5, i), 5, i, 120).crop((0, 20, 120, 100)).save(d / f'{i:02}.png')
     for s in (prepare, caption):

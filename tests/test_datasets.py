@@ -186,7 +186,8 @@ def test_celeba_and_its_captions(tmp_path, archive):
 
 @pytest.mark.skipif(not (SHARED / 'flowers').is_dir(), reason='no real photographs here')
 def test_real_oxford(tmp_path):
-    (d := tmp_path / 'files').mkdir()
+    d = tmp_path / 'files'
+    d.mkdir()
     (d / 'jpg').symlink_to(SHARED / 'flowers' / 'images')
     for f in ('imagelabels.mat', 'setid.mat'):
         shutil.copy(SHARED / 'flowers' / f, d)
@@ -286,7 +287,8 @@ def test_broken_off_downloads_go_on(server, tmp_path):
 
 def test_a_dead_network_keeps_what_came(server, tmp_path):
     whole, server.cut = server.files['/102flowers.tgz'], 0
-    (cache := tmp_path / 'cache' / 'oxford102').mkdir(parents=True)
+    cache = tmp_path / 'cache' / 'oxford102'
+    cache.mkdir(parents=True)
     (cache / '102flowers.tgz.part').write_bytes(whole[:5000])
     with pytest.raises(UserError) as e:
         prepared(tmp_path, 'flowers102')
@@ -673,7 +675,8 @@ def test_the_head_of_the_real_table():
     )
     for name, row in table:
         rng = np.random.default_rng(int(name[:6]))
-        said += (mine := [describe_face(row, rng) for _ in range(5)])
+        mine = [describe_face(row, rng) for _ in range(5)]
+        said += mine
         for s in mine:
             truth(s, row)
     assert len(set(said)) > 0.9 * len(said)

@@ -146,7 +146,8 @@ def test_wide_photo_is_cut_and_too_large_refused(tmp_path):
 def test_difficult_pictures_come_out_right(photos):
     art = noise(60, (64, 64), 3)
     want = art.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    (d := photos / 'art').mkdir()
+    d = photos / 'art'
+    d.mkdir()
     gray = np.asarray(art.convert('L'), float)
     want_gray = art.convert('L').convert('RGB').resize((SIDE, SIDE))
     exif = Image.Exif()
@@ -454,7 +455,8 @@ END"""
 def test_a_real_small_disk(photos, size, readonly, words):
     for i in range(12, 120):
         noise(i, (32, 32), 32).save(photos / f'{i}.png')
-    (disk := photos.parent / 'disk').mkdir()
+    disk = photos.parent / 'disk'
+    disk.mkdir()
     script = SMALL_DISK.format(
         size=size, disk=str(disk), photos=str(photos), python=sys.executable, readonly=readonly
     )

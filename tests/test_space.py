@@ -202,7 +202,8 @@ def test_the_folder_is_whole(workspace, tmp_path, of):
 
     from flowerdiff.apps.hf_space import make_space
 
-    (wheel := tmp_path / 'flowerdiff-9.9-py3-none-any.whl').touch()
+    wheel = tmp_path / 'flowerdiff-9.9-py3-none-any.whl'
+    wheel.touch()
     where = dict(
         hub=published(tmp_path / 'w', repository='ada/meadow', kind='hub', private=True, revision=COMMIT),
         name=f'ada/meadow@{COMMIT}',
@@ -566,7 +567,8 @@ def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path)
 
 
 def test_the_workflow_keeps_no_token_and_deploys_what_was_tested():
-    flow = yaml.safe_load(text := (ROOT / '.github/workflows/space.yml').read_text())
+    text = (ROOT / '.github/workflows/space.yml').read_text()
+    flow = yaml.safe_load(text)
     build, deploy = flow['jobs']['build'], flow['jobs']['deploy']
     assert (
         'secrets.' not in text

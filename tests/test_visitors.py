@@ -55,7 +55,8 @@ from flowerdiff.core.workspace import Cancelled
 def workspace(tmp_path_factory):
     from tiny import tiny_model
 
-    tiny_model((folder := tmp_path_factory.mktemp('visitors') / 'meadow') / 'model')
+    folder = tmp_path_factory.mktemp('visitors') / 'meadow'
+    tiny_model(folder / 'model')
     return folder
 
 
@@ -63,7 +64,8 @@ def workspace(tmp_path_factory):
 def supervisor(workspace):
     before, os.environ['OMP_NUM_THREADS'] = os.environ.get('OMP_NUM_THREADS'), '1'
     supervisor = WorkerSupervisor(workspace)
-    (ready := RemoteSession(workspace, supervisor.socket)).ready.wait()
+    ready = RemoteSession(workspace, supervisor.socket)
+    ready.ready.wait()
     assert not ready.error
     yield supervisor
     supervisor.close()
@@ -184,7 +186,8 @@ def test_who_vanishes_leaves_a_place(workspace, supervisor):
     # no `on_connection_close`
     lines = []
     for i in range(21):
-        lines.append(line := SocketConnection(supervisor.socket))
+        line = SocketConnection(supervisor.socket)
+        lines.append(line)
         answer = line.ask('/generate', dict(client=f'ghost {i}', request=vars(LONG)))
         assert answer.status == 200 and answer.readline()
         if i == 0:
@@ -196,7 +199,8 @@ def test_who_vanishes_leaves_a_place(workspace, supervisor):
         line.close()
     del lines, line, answer
     for _ in range(40):
-        (late := Visitor(workspace, supervisor, GenerationRequest('a rose', num_inference_steps=2))).join(30)
+        late = Visitor(workspace, supervisor, GenerationRequest('a rose', num_inference_steps=2))
+        late.join(30)
         if late.pictures:
             break
         time.sleep(0.1)  # hanging up takes a moment
