@@ -47,7 +47,8 @@ class Progress:
     label: str
     done: int | None = None
     total: int | None = None
-    rate: float | None = None  # as shown, such as samples per second
+    rate: float | None = None  # as shown, in `items` per second
+    items: str = ''  # what the rate counts, if not `label`
     speed: float | None = None  # units of `done` per second
 
     def __str__(self):
@@ -57,7 +58,9 @@ class Progress:
         if self.total:
             text += f'/{self.total:,}'
         if self.rate:
-            text += f', {self.rate:.0f}/s'
+            decimals = 0 if self.rate >= 10 else 1
+            items = f' {self.items}' if self.items else ''
+            text += f', {self.rate:.{decimals}f}{items}/s'
         if self.total and self.speed:
             text += f', {duration((self.total - self.done) / self.speed)} left'
         return text
@@ -67,7 +70,7 @@ def _training_progress(ws: Workspace, since: float) -> Progress:
     event = last_event(ws, since)
     rate = event.get('samples_per_second')
     speed = (rate or 0) / ws.settings.train.batch_size
-    return Progress('step', event.get('step'), event.get('total'), rate, speed)
+    return Progress('step', event.get('step'), event.get('total'), rate, items='samples', speed=speed)
 
 
 def _bar_progress(ws: Workspace) -> Progress:
@@ -76,7 +79,7 @@ def _bar_progress(ws: Workspace) -> Progress:
     except UserError:
         bar = {}
     rate = bar.get('rate')
-    return Progress(bar.get('label', ''), bar.get('n'), bar.get('total'), rate, rate)
+    return Progress(bar.get('label', ''), bar.get('n'), bar.get('total'), rate, speed=rate)
 
 
 def how_far(
@@ -84,7 +87,7 @@ def how_far(
     stage: str,  # one of `STAGES`
     since: float,  # Unix time when the stage started
 ) -> str:
-    "Return the progress of a stage as text, such as `step 812/2,000, 155/s, 4 min 05 s left`."
+    "Return the progress of a stage as text, such as `step 812/2,000, 155 samples/s, 4 min 05 s left`."
     return str(_training_progress(ws, since) if stage == 'train' else _bar_progress(ws))
 
 # %% ../../nbs/pipeline/03_progress.ipynb #3d5c100e
