@@ -98,7 +98,7 @@ def weights_gb(
     total = 4 * numbers or sum(path.stat().st_size for path in model.glob('*/model.onnx*'))
     return total / 1e9
 
-
+# %% ../../nbs/apps/10_hf_space.ipynb #3b91eec6
 def visitors(
     weights: float,  # GB
     memory: float,  # GB for the server, the generator and all kernels
@@ -124,7 +124,7 @@ BASICS = ['fastcore', 'pydantic', 'ruamel.yaml', 'psutil', 'tqdm', 'numpy', 'sci
 NEEDS = [*MODEL, *PAGE, *BASICS]
 CUDA = re.compile(r'nvidia|cuda|triton')  # packages that only PyTorch's CUDA build needs
 
-
+# %% ../../nbs/apps/10_hf_space.ipynb #4f54f229
 def pinned(names: list[str] = NEEDS) -> list[str]:
     "Return 'name==version' of these packages and all that they need, as installed here."
     versions = {}
@@ -215,7 +215,7 @@ Variables and secrets, as the secret `HF_TOKEN`. Elsewhere, set the environment 
 Visitors of the Space can then generate with the model, but not download it.
 """
 
-
+# %% ../../nbs/apps/10_hf_space.ipynb #d8f77146
 def readme(
     s: Source,
     package: str,  # what to give to pip for flowerdiff
@@ -265,13 +265,13 @@ def model_parts(folder: Path) -> list[Path]:
     files = [path for path in list_files(folder) if path.suffix in suffixes]
     return [path for path in files if path.relative_to(folder).parts[0] != 'samples']
 
-
+# %% ../../nbs/apps/10_hf_space.ipynb #0d1a588b
 def write_examples(captions: Path, prompts: list[str]):
     "Write example prompts in the format that the studio reads."
     rows = [dict(file_name=f'{i}.jpg', captions=[prompt]) for i, prompt in enumerate(prompts)]
     write_jsonl(captions / 'metadata.jsonl', rows)
 
-
+# %% ../../nbs/apps/10_hf_space.ipynb #bc6bd8ad
 def check_space_folder(folder: Path):
     "Raise a `UserError` if a folder exists and was not made by flowerdiff."
     if not folder.exists():
@@ -282,26 +282,7 @@ def check_space_folder(folder: Path):
     if not (is_empty or is_space):
         raise UserError(f'{folder}: exists and is not a Space of flowerdiff; choose another folder with -o')
 
-# %% ../../nbs/apps/10_hf_space.ipynb #eef336ec
-def make_space(
-    where: str | Path,  # a workspace whose model was published, or org/name@commit
-    folder: str | Path = 'space',  # created or replaced
-    wheel: str | Path | None = None,  # a flowerdiff that is not on the package index, copied into the Space
-) -> Path:
-    "Write the folder of a Space. You can run it (`python start.py`) and push it."
-    model = source(where)
-    folder = Path(folder).absolute()
-    wheel = Path(wheel) if wheel else None
-    if wheel and not (wheel.is_file() and wheel.suffix == '.whl'):
-        raise UserError(
-            f'{wheel}: not a wheel; `pip wheel --no-deps .` in a checkout of flowerdiff makes one'
-        )
-    check_space_folder(folder)
-    with atomic_dir(folder) as new:
-        _write_files(new, model, wheel)
-    return folder
-
-
+# %% ../../nbs/apps/10_hf_space.ipynb #724273e1
 def _write_files(folder: Path, model: Source, wheel: Path | None):
     "Write the files of a Space. The Dockerfile copies those that exist."
     index = '--extra-index-url https://download.pytorch.org/whl/cpu'
@@ -323,6 +304,25 @@ def _write_files(folder: Path, model: Source, wheel: Path | None):
     (folder / 'Dockerfile').write_text(docker, encoding='utf-8')
     (folder / 'README.md').write_text(readme(model, package), encoding='utf-8')
 
+# %% ../../nbs/apps/10_hf_space.ipynb #eef336ec
+def make_space(
+    where: str | Path,  # a workspace whose model was published, or org/name@commit
+    folder: str | Path = 'space',  # created or replaced
+    wheel: str | Path | None = None,  # a flowerdiff that is not on the package index, copied into the Space
+) -> Path:
+    "Write the folder of a Space. You can run it (`python start.py`) and push it."
+    model = source(where)
+    folder = Path(folder).absolute()
+    wheel = Path(wheel) if wheel else None
+    if wheel and not (wheel.is_file() and wheel.suffix == '.whl'):
+        raise UserError(
+            f'{wheel}: not a wheel; `pip wheel --no-deps .` in a checkout of flowerdiff makes one'
+        )
+    check_space_folder(folder)
+    with atomic_dir(folder) as new:
+        _write_files(new, model, wheel)
+    return folder
+
 # %% ../../nbs/apps/10_hf_space.ipynb #37f25108
 def card_prompts(model: Path) -> list[str]:
     "Return the prompts of the pictures on a model card. Empty if there is no such card."
@@ -334,7 +334,7 @@ def card_prompts(model: Path) -> list[str]:
     except Exception:
         return []
 
-
+# %% ../../nbs/apps/10_hf_space.ipynb #792a2bb1
 def room(
     model: Path,  # folder of the model
     captions: Path,  # the Space's examples; may be missing

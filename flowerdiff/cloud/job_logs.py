@@ -11,6 +11,8 @@ import time
 from collections import deque
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .container import EVENT
 from ..services.tracking import RUN_STATUS, read_events
 
@@ -41,26 +43,30 @@ class ContainerLogs:
         except self.client.exceptions.ResourceNotFoundException:  # nothing was printed yet
             return []
 
-    def new(self) -> list[tuple[str, str]]:  # host and line
-        "Return what was printed since the last call."
-        for stream in self.streams():
-            self._read(stream)
-        lines = self.pending
-        self.pending = []
-        return lines
+# %% ../../nbs/cloud/03_job_logs.ipynb #55a9f120
+@patch
+def _read(self: ContainerLogs, stream: str):
+    host = stream.rpartition('/')[2].rpartition('-')[0]
+    at_end = False
+    while not at_end:
+        token = self.tokens.get(stream)
+        position = dict(nextToken=token) if token else {}
+        response = self.client.get_log_events(
+            logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True, **position
+        )
+        self.pending += [(host, event['message']) for event in response['events']]
+        self.tokens[stream] = response['nextForwardToken']
+        at_end = response['nextForwardToken'] == token
 
-    def _read(self, stream: str):
-        host = stream.rpartition('/')[2].rpartition('-')[0]
-        at_end = False
-        while not at_end:
-            token = self.tokens.get(stream)
-            position = dict(nextToken=token) if token else {}
-            response = self.client.get_log_events(
-                logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True, **position
-            )
-            self.pending += [(host, event['message']) for event in response['events']]
-            self.tokens[stream] = response['nextForwardToken']
-            at_end = response['nextForwardToken'] == token
+
+@patch
+def new(self: ContainerLogs) -> list[tuple[str, str]]:  # host and line
+    "Return what was printed since the last call."
+    for stream in self.streams():
+        self._read(stream)
+    lines = self.pending
+    self.pending = []
+    return lines
 
 # %% ../../nbs/cloud/03_job_logs.ipynb #f6a3e051
 def _event_in(line: str) -> dict:  # {} if there is none, or it is not complete
@@ -69,7 +75,7 @@ def _event_in(line: str) -> dict:  # {} if there is none, or it is not complete
     except ValueError:
         return {}
 
-
+# %% ../../nbs/cloud/03_job_logs.ipynb #f63facf2
 def _key(event: dict) -> tuple:
     return tuple(event.get(field) for field in ('event', 'time', 'kind', 'step', 'text'))
 
@@ -90,22 +96,6 @@ class JobLog:
         self.tail = deque(maxlen=20)  # the last lines of the log
         self.log.write_text('')
 
-    def add(
-        self,
-        lines: list[tuple[str, str]],  # host and line
-    ):
-        "Separate the events from the log."
-        with open(self.log, 'a', encoding='utf-8') as log:
-            for host, line in lines:
-                event = _event_in(line)
-                if not event:
-                    print(f'{host}: {line}', file=log)
-                    self.tail.append(line)
-                elif event['event'] == 'failed':
-                    self.failure = event['message']
-                elif event['event'] not in ('samples', *RUN_STATUS):
-                    self.write(event)
-
     def write(self, event: dict):
         "Append an event, unless it is known."
         if _key(event) in self.known:
@@ -114,17 +104,37 @@ class JobLog:
         with open(self.events, 'a', encoding='utf-8') as file:
             file.write(json.dumps(event) + '\n')
 
-    def close(
-        self,
-        events: list[dict],  # the run's own events, which came with its model
-    ):
-        "Write the events that the log lost, and the end of the run."
-        for event in events:
-            if 'file' in event:
-                event['file'] = str(self.folder / event['kind'] / Path(event['file']).name)
-            if event['event'] not in RUN_STATUS:
+# %% ../../nbs/cloud/03_job_logs.ipynb #82d7aca9
+@patch
+def add(
+    self: JobLog,
+    lines: list[tuple[str, str]],  # host and line
+):
+    "Separate the events from the log."
+    with open(self.log, 'a', encoding='utf-8') as log:
+        for host, line in lines:
+            event = _event_in(line)
+            if not event:
+                print(f'{host}: {line}', file=log)
+                self.tail.append(line)
+            elif event['event'] == 'failed':
+                self.failure = event['message']
+            elif event['event'] not in ('samples', *RUN_STATUS):
                 self.write(event)
-        if events and events[-1]['event'] in RUN_STATUS:
-            self.write(events[-1])
-        else:  # a full disk there may have prevented it
-            self.write(dict(event='done', time=round(time.time(), 3)))
+
+# %% ../../nbs/cloud/03_job_logs.ipynb #4e341c8e
+@patch
+def close(
+    self: JobLog,
+    events: list[dict],  # the run's own events, which came with its model
+):
+    "Write the events that the log lost, and the end of the run."
+    for event in events:
+        if 'file' in event:
+            event['file'] = str(self.folder / event['kind'] / Path(event['file']).name)
+        if event['event'] not in RUN_STATUS:
+            self.write(event)
+    if events and events[-1]['event'] in RUN_STATUS:
+        self.write(events[-1])
+    else:  # a full disk there may have prevented it
+        self.write(dict(event='done', time=round(time.time(), 3)))

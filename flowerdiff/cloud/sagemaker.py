@@ -44,7 +44,7 @@ _ADVICE = dict(
     ResourceNotFound='there is no such job',
 )
 
-
+# %% ../../nbs/cloud/01_sagemaker.ipynb #b3e00ea3
 def explain(
     region: str,
     error: Exception,  # raised by boto3 or the SDK
@@ -91,7 +91,7 @@ def aws_session():  # a boto3.Session
         )
     return session
 
-
+# %% ../../nbs/cloud/01_sagemaker.ipynb #c66eb536
 def role_of(ws: Workspace) -> str:  # an ARN or a name
     "Return the role of a job. Raises `UserError` if none is set."
     role = ws.settings.sagemaker.role or os.environ.get('SAGEMAKER_ROLE', '')
@@ -126,7 +126,7 @@ def person_policy(
     ]
     return dict(rights, Statement=statements)
 
-
+# %% ../../nbs/cloud/01_sagemaker.ipynb #a76aa109
 def role_policies(
     url: str,  # upload.destination
 ) -> tuple[dict, dict]:  # who may act as the role, and what the role may do
@@ -168,7 +168,7 @@ def price(
     except Exception:  # a bound in hours is enough
         return None
 
-
+# %% ../../nbs/cloud/01_sagemaker.ipynb #56960238
 def cost_text(
     settings,  # settings.sagemaker
     rate: float | None,  # dollars per hour
@@ -251,7 +251,7 @@ START = (
     'import sys\nfrom flowerdiff.cloud.container import main\n\nif __name__ == "__main__": sys.exit(main())\n'
 )
 
-
+# %% ../../nbs/cloud/01_sagemaker.ipynb #cc1fe403
 def make_code(
     ws: Workspace,
     folder: Path,  # empty
@@ -282,36 +282,54 @@ def make_code(
     (folder / 'train.py').write_text(START)
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #01a111ed
+def _sdk_session(session, store: S3Store, tag: str):
+    from sagemaker.core.helper.session_helper import Session
+
+    no_telemetry = dict(PythonSDK=dict(Modules=dict(TelemetryOptOut=True)))
+    return Session(
+        session,
+        default_bucket=store.bucket,
+        default_bucket_prefix=f'{store.prefix}jobs/{tag}',
+        sagemaker_config=dict(SchemaVersion='1.0', SageMaker=no_telemetry),
+    )
+
+# %% ../../nbs/cloud/01_sagemaker.ipynb #77d5d9b8
 IMAGE = dict(framework='pytorch-amzn2023', version='2.13')  # Amazon's container
 
 
-def start_job(
-    ws: Workspace,
-    session,  # a boto3.Session
-    store: S3Store,
-    run: str,  # the run's folder, such as train-3f9a…
-    log=print,  # called with each line
-) -> str:  # the job's name
-    "Send what the job needs, and start it. Raises `UserError`."
-    role = role_of(ws)
-    settings = ws.settings.sagemaker
-    tag = job_tag(run, store.url)
-    try:
-        import sagemaker.train  # noqa: F401
-    except ImportError:
-        raise UserError(_NO_SDK) from None
-    region = session.region_name
-    log(f'SageMaker, {region}: {cost_text(settings, price(session, settings.instance_type))}')
-    files = send_data(ws, store, tag)
-    with tempfile.TemporaryDirectory() as code, amazon_errors(region):
-        make_code(ws, Path(code), files, run)
-        try:
-            return _create(session, store, tag, settings, role=role, code=code)
-        except ValueError as error:  # raised by the SDK
-            reason = ' '.join(str(error).split())[:300]
-            raise UserError(
-                f'SageMaker, {region}: {reason}; check the section sagemaker of params.yaml'
-            ) from None
+def _image(region: str, instance_type: str) -> str:
+    from sagemaker.core import image_uris
+
+    return image_uris.retrieve(region=region, instance_type=instance_type, image_scope='training', **IMAGE)
+
+# %% ../../nbs/cloud/01_sagemaker.ipynb #b099f6f4
+def _compute(settings):
+    from sagemaker.core.training.configs import Compute
+
+    return Compute(
+        instance_type=settings.instance_type,
+        instance_count=settings.instance_count,
+        volume_size_in_gb=settings.volume_gb,
+        enable_managed_spot_training=settings.spot,
+    )
+
+
+def _limits(settings):
+    from sagemaker.core.training.configs import StoppingCondition
+
+    limits = dict(max_runtime_in_seconds=int(3600 * settings.max_hours))
+    if settings.spot:
+        limits['max_wait_time_in_seconds'] = int(3600 * settings.max_wait_hours)
+    return StoppingCondition(**limits)
+
+# %% ../../nbs/cloud/01_sagemaker.ipynb #eaf4d035
+def _data_channel(manifest: str):
+    from sagemaker.core.training.configs import InputData, S3DataSource
+
+    source = S3DataSource(
+        s3_data_type='ManifestFile', s3_uri=manifest, s3_data_distribution_type='FullyReplicated'
+    )
+    return InputData(channel_name='data', data_source=source)
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #cc5cc782
 def _create(session, store: S3Store, tag: str, settings, *, role: str, code: str) -> str:  # the job's name
@@ -344,52 +362,34 @@ def _create(session, store: S3Store, tag: str, settings, *, role: str, code: str
     trainer.train([_data_channel(f'{home}/channel.json')], wait=False, logs=False)
     return trainer._latest_training_job.training_job_name
 
-
-def _sdk_session(session, store: S3Store, tag: str):
-    from sagemaker.core.helper.session_helper import Session
-
-    no_telemetry = dict(PythonSDK=dict(Modules=dict(TelemetryOptOut=True)))
-    return Session(
-        session,
-        default_bucket=store.bucket,
-        default_bucket_prefix=f'{store.prefix}jobs/{tag}',
-        sagemaker_config=dict(SchemaVersion='1.0', SageMaker=no_telemetry),
-    )
-
-
-def _image(region: str, instance_type: str) -> str:
-    from sagemaker.core import image_uris
-
-    return image_uris.retrieve(region=region, instance_type=instance_type, image_scope='training', **IMAGE)
-
-
-def _compute(settings):
-    from sagemaker.core.training.configs import Compute
-
-    return Compute(
-        instance_type=settings.instance_type,
-        instance_count=settings.instance_count,
-        volume_size_in_gb=settings.volume_gb,
-        enable_managed_spot_training=settings.spot,
-    )
-
-
-def _limits(settings):
-    from sagemaker.core.training.configs import StoppingCondition
-
-    limits = dict(max_runtime_in_seconds=int(3600 * settings.max_hours))
-    if settings.spot:
-        limits['max_wait_time_in_seconds'] = int(3600 * settings.max_wait_hours)
-    return StoppingCondition(**limits)
-
-
-def _data_channel(manifest: str):
-    from sagemaker.core.training.configs import InputData, S3DataSource
-
-    source = S3DataSource(
-        s3_data_type='ManifestFile', s3_uri=manifest, s3_data_distribution_type='FullyReplicated'
-    )
-    return InputData(channel_name='data', data_source=source)
+# %% ../../nbs/cloud/01_sagemaker.ipynb #cc290082
+def start_job(
+    ws: Workspace,
+    session,  # a boto3.Session
+    store: S3Store,
+    run: str,  # the run's folder, such as train-3f9a…
+    log=print,  # called with each line
+) -> str:  # the job's name
+    "Send what the job needs, and start it. Raises `UserError`."
+    role = role_of(ws)
+    settings = ws.settings.sagemaker
+    tag = job_tag(run, store.url)
+    try:
+        import sagemaker.train  # noqa: F401
+    except ImportError:
+        raise UserError(_NO_SDK) from None
+    region = session.region_name
+    log(f'SageMaker, {region}: {cost_text(settings, price(session, settings.instance_type))}')
+    files = send_data(ws, store, tag)
+    with tempfile.TemporaryDirectory() as code, amazon_errors(region):
+        make_code(ws, Path(code), files, run)
+        try:
+            return _create(session, store, tag, settings, role=role, code=code)
+        except ValueError as error:  # raised by the SDK
+            reason = ' '.join(str(error).split())[:300]
+            raise UserError(
+                f'SageMaker, {region}: {reason}; check the section sagemaker of params.yaml'
+            ) from None
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #8417e8d9
 def check_ready(ws: Workspace):

@@ -148,7 +148,7 @@ class Onnx(Section):
     max_error: Rate = 1e-3
     'Largest relative difference to PyTorch.'
 
-
+# %% ../../nbs/core/03_settings.ipynb #dbd0a937
 class Tensorrt(Section):
     "TensorRT engines."
 
@@ -161,7 +161,7 @@ class Tensorrt(Section):
     targets: list[str] = []
     "Architectures to build for ahead of time (rtx), such as [SM86]. Empty: this machine's GPU."
 
-
+# %% ../../nbs/core/03_settings.ipynb #209fa6d9
 class Publish(Section):
     "Where the finished model goes."
 
@@ -176,7 +176,7 @@ class Publish(Section):
     engines: bool = False
     'Also publish TensorRT engines, which only run on the same kind of GPU.'
 
-
+# %% ../../nbs/core/03_settings.ipynb #2c729d2e
 class Tracking(Section):
     "MLflow and TensorBoard."
 
@@ -184,6 +184,59 @@ class Tracking(Section):
     'Record runs.'
     experiment: str = ''
     "Name of the experiment. Empty: the workspace's name."
+
+# %% ../../nbs/core/03_settings.ipynb #8683cdd2
+def _check_together(settings):
+    "Refuse settings of different sections that contradict each other."
+    train = settings.train
+    evaluate = settings.evaluate
+    if settings.prepare.crop == 'buckets' and train.stream:
+        raise ValueError(
+            'train.stream reads latents of one shape and prepare.crop: buckets makes many;'
+            ' set train.stream to 0, or prepare.crop to center'
+        )
+    knows_flow = evaluate.scheduler in ('auto', 'dpm', 'unipc')
+    if train.prediction_type == 'flow_prediction' and not train.init and not knows_flow:
+        raise ValueError(
+            f'evaluate.scheduler: {evaluate.scheduler} does not support rectified flow'
+            ' (train.prediction_type: flow_prediction); set it to auto'
+        )
+    if not train.init and evaluate.steps > train.timesteps:
+        raise ValueError(
+            f'evaluate.steps: {evaluate.steps} is more than train.timesteps ({train.timesteps}); lower it'
+        )
+
+# %% ../../nbs/core/03_settings.ipynb #ca5c4587
+def _check_sagemaker(settings):
+    "Refuse settings with which training at SageMaker cannot work."
+    train = settings.train
+    instances = settings.sagemaker.instance_count
+    if train.where == 'here':
+        return
+    if not settings.upload.destination.startswith('s3://'):
+        raise ValueError(
+            'train.where: sagemaker reads its data from a bucket;'
+            ' set upload.destination to s3://bucket/prefix'
+        )
+    if train.num_processes > 1:
+        raise ValueError(
+            'train.num_processes: SageMaker starts one process per GPU; set it to 1,'
+            ' and sagemaker.instance_count to the instances you want'
+        )
+    if train.stream_from and not train.stream_from.startswith('s3://'):
+        raise ValueError(
+            'train.stream_from: an instance of SageMaker does not see this folder; give s3://bucket/prefix'
+        )
+    if train.distributed == 'single' and instances > 1:
+        raise ValueError(
+            f'train.distributed: single is for one process and sagemaker.instance_count is {instances};'
+            ' use ddp or zero2, or one instance'
+        )
+    if train.batch_size < instances:
+        raise ValueError(
+            f'train.batch_size: {train.batch_size} samples are too few for {instances} instances;'
+            ' give each at least one'
+        )
 
 # %% ../../nbs/core/03_settings.ipynb #ea6ddc58
 class Settings(Section):
@@ -208,56 +261,9 @@ class Settings(Section):
     tracking: Tracking = Tracking()
 
     @model_validator(mode='after')
-    def _check_together(self):
-        if self.prepare.crop == 'buckets' and self.train.stream:
-            raise ValueError(
-                'train.stream reads latents of one shape and prepare.crop: buckets makes many;'
-                ' set train.stream to 0, or prepare.crop to center'
-            )
-        knows_flow = self.evaluate.scheduler in ('auto', 'dpm', 'unipc')
-        if self.train.prediction_type == 'flow_prediction' and not self.train.init and not knows_flow:
-            raise ValueError(
-                f'evaluate.scheduler: {self.evaluate.scheduler} does not support rectified flow'
-                ' (train.prediction_type: flow_prediction); set it to auto'
-            )
-        if not self.train.init and self.evaluate.steps > self.train.timesteps:
-            raise ValueError(
-                f'evaluate.steps: {self.evaluate.steps} is more than train.timesteps'
-                f' ({self.train.timesteps}); lower it'
-            )
-        return self
-
-    @model_validator(mode='after')
-    def _check_sagemaker(self):
-        train = self.train
-        instances = self.sagemaker.instance_count
-        if train.where == 'here':
-            return self
-        if not self.upload.destination.startswith('s3://'):
-            raise ValueError(
-                'train.where: sagemaker reads its data from a bucket;'
-                ' set upload.destination to s3://bucket/prefix'
-            )
-        if train.num_processes > 1:
-            raise ValueError(
-                'train.num_processes: SageMaker starts one process per GPU; set it to 1,'
-                ' and sagemaker.instance_count to the instances you want'
-            )
-        if train.stream_from and not train.stream_from.startswith('s3://'):
-            raise ValueError(
-                'train.stream_from: an instance of SageMaker does not see this folder;'
-                ' give s3://bucket/prefix'
-            )
-        if train.distributed == 'single' and instances > 1:
-            raise ValueError(
-                f'train.distributed: single is for one process and sagemaker.instance_count is {instances};'
-                ' use ddp or zero2, or one instance'
-            )
-        if train.batch_size < instances:
-            raise ValueError(
-                f'train.batch_size: {train.batch_size} samples are too few for {instances} instances;'
-                ' give each at least one'
-            )
+    def _check_sections(self):
+        _check_together(self)
+        _check_sagemaker(self)
         return self
 
 # %% ../../nbs/core/03_settings.ipynb #55ab2204
@@ -277,7 +283,7 @@ def allowed_values(field) -> str:
     ]
     return ', '.join([kind, *limits])
 
-
+# %% ../../nbs/core/03_settings.ipynb #fc2c8c61
 def settings_table(
     section: type[Section],  # such as `Train`
     prefix: str = '',  # written in front of each key, such as 'train.'

@@ -73,7 +73,7 @@ def _is_running(leftover: Path) -> bool:
         return True
     return True
 
-
+# %% ../../nbs/core/07_workspace.ipynb #5ffd2cae
 def _clean_up(leftover: Path, path: Path):
     "Remove what a killed process left. If it was killed between two renames, put the old folder back."
     if '.old-' in leftover.name and not path.exists():
@@ -129,7 +129,7 @@ def read_json(path: str | Path):
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: is not JSON ({error}); delete it and run the stage that makes it') from None
 
-
+# %% ../../nbs/core/07_workspace.ipynb #076feb8b
 def write_jsonl(path: str | Path, rows):
     "Write one JSON object per line."
     atomic_write(path, ''.join(json.dumps(row, ensure_ascii=False, default=str) + '\n' for row in rows))
@@ -179,7 +179,7 @@ FOLDERS = {
     'notebooks',
 }
 
-
+# %% ../../nbs/core/07_workspace.ipynb #087f6008
 @dataclass(frozen=True)
 class Workspace:
     "The folder of a run, and its settings. Each name in `FOLDERS` is an attribute, such as `ws.pictures`."
@@ -219,6 +219,26 @@ def disk_errors():
             raise
         raise UserError(f'{error.filename or "the workspace"}: {reason}') from error
 
+# %% ../../nbs/core/07_workspace.ipynb #f99a0aaf
+def _check_profile(root: Path, profile: str | None):
+    if not profile:
+        return
+    present = load_settings(root / 'params.yaml').profile
+    if present != Path(profile).stem:
+        raise UserError(
+            f'{root}: is a workspace of the profile {present}, not {profile};'
+            ' give another folder, or leave --profile out'
+        )
+
+
+def _check_no_other_files(root: Path):
+    names = [path.name for path in root.iterdir()] if root.exists() else []
+    if any(name not in FOLDERS and not name.startswith('.') for name in names):
+        raise UserError(
+            f'{root}: holds other files and no params.yaml;'
+            ' a workspace needs an empty folder, give another name'
+        )
+
 # %% ../../nbs/core/07_workspace.ipynb #79d14167
 def open_workspace(
     root: str | Path,  # the folder, made if it is not there
@@ -238,26 +258,6 @@ def open_workspace(
             _check_no_other_files(root)
             root.mkdir(parents=True, exist_ok=True)
         return Workspace(root, write_params(profile or 'garden', params, overrides))
-
-
-def _check_profile(root: Path, profile: str | None):
-    if not profile:
-        return
-    present = load_settings(root / 'params.yaml').profile
-    if present != Path(profile).stem:
-        raise UserError(
-            f'{root}: is a workspace of the profile {present}, not {profile};'
-            ' give another folder, or leave --profile out'
-        )
-
-
-def _check_no_other_files(root: Path):
-    names = [path.name for path in root.iterdir()] if root.exists() else []
-    if any(name not in FOLDERS and not name.startswith('.') for name in names):
-        raise UserError(
-            f'{root}: holds other files and no params.yaml;'
-            ' a workspace needs an empty folder, give another name'
-        )
 
 # %% ../../nbs/core/07_workspace.ipynb #b337bfb9
 def free_bytes(
@@ -339,7 +339,7 @@ def record(ws: Workspace, name: str, result, seconds: float):
         ),
     )
 
-
+# %% ../../nbs/core/07_workspace.ipynb #ee23130f
 def stage(
     name: str,  # one of `STAGES`
 ):
@@ -387,7 +387,7 @@ DEMO = {
     'evaluate.batch_size': 6,
 }
 
-
+# %% ../../nbs/core/07_workspace.ipynb #1a91fabb
 def demo_workspace(
     upto: str = 'prepare',  # the last stage to run
     copy_to: Path | None = None,  # a folder for your own copy; None: the shared one, read-only
