@@ -38,7 +38,7 @@ class QueuePosition:
     position: int = 0  # requests ahead; 0: it is being generated
     seconds: float = 0  # until they are done; 0: unknown
 
-
+# %% ../../nbs/apps/07_remote.ipynb #f27ad0e3
 @dataclass
 class RemoteStep:
     "A step in another process, with the interface of `flowerdiff.inference.sampling_loop.Step`."
@@ -76,7 +76,7 @@ class SocketConnection(HTTPConnection):
         self.request('POST' if body else 'GET', path, json.dumps(body) if body else None)
         return self.getresponse()
 
-
+# %% ../../nbs/apps/07_remote.ipynb #bc406f95
 def worker_status(
     path: str,  # of the socket
     timeout: float = 60,  # seconds
@@ -121,35 +121,39 @@ class RemoteSession:
 
     choices = GenerationSession.choices  # reads files only
 
-    def _wait_until_ready(self):
-        deadline = time.monotonic() + self.timeout
+# %% ../../nbs/apps/07_remote.ipynb #9842116b
+@patch
+def _wait_until_ready(self: RemoteSession):
+    deadline = time.monotonic() + self.timeout
+    status = worker_status(self.path)
+    while status['state'] in ('loading', 'gone'):
+        if status['state'] == 'gone' and time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
         status = worker_status(self.path)
-        while status['state'] in ('loading', 'gone'):
-            if status['state'] == 'gone' and time.monotonic() > deadline:
-                break
-            time.sleep(0.2)
-            status = worker_status(self.path)
-        self.error = status['message'] if status['state'] != 'ready' else ''
-        self.ready.set()
+    self.error = status['message'] if status['state'] != 'ready' else ''
+    self.ready.set()
 
-    def generate(
-        self,
-        request: GenerationRequest,
-        on_step: Callable | None = None,  # called with `QueuePosition` or `RemoteStep`; False cancels
-    ) -> list:  # of PIL.Image, with `info['note']` as in `GenerationSession.generate`
-        "Generate the pictures of a request. Waits until it is its turn."
+# %% ../../nbs/apps/07_remote.ipynb #552c100a
+@patch
+def generate(
+    self: RemoteSession,
+    request: GenerationRequest,
+    on_step: Callable | None = None,  # called with `QueuePosition` or `RemoteStep`; False cancels
+) -> list:  # of PIL.Image, with `info['note']` as in `GenerationSession.generate`
+    "Generate the pictures of a request. Waits until it is its turn."
 
-        def report(step):
-            if on_step and on_step(step) is False:
-                raise Cancelled
+    def report(step):
+        if on_step and on_step(step) is False:
+            raise Cancelled
 
-        request.check()
-        while not self.turn.acquire(timeout=0.25):
-            report(QueuePosition(1))  # another tab of this page is generating
-        try:
-            return self._generate(request, report)
-        finally:
-            self.turn.release()
+    request.check()
+    while not self.turn.acquire(timeout=0.25):
+        report(QueuePosition(1))  # another tab of this page is generating
+    try:
+        return self._generate(request, report)
+    finally:
+        self.turn.release()
 
 # %% ../../nbs/apps/07_remote.ipynb #2885d633
 @patch
@@ -167,6 +171,13 @@ def _generate(self: RemoteSession, request: GenerationRequest, report: Callable)
         connection.close()
 
 
+def _ask(connection: SocketConnection, body: dict):
+    try:
+        return connection.ask('/generate', body)
+    except (OSError, HTTPException) as error:
+        raise UserError(WORKER_STOPPED) from error
+
+# %% ../../nbs/apps/07_remote.ipynb #fd537fc2
 @patch
 def _connect(self: RemoteSession, report: Callable) -> SocketConnection:
     "Connect to the generator. Waits while it is starting."
@@ -183,14 +194,17 @@ def _connect(self: RemoteSession, report: Callable) -> SocketConnection:
             if time.monotonic() > deadline:
                 raise UserError('The generator does not answer. Try again in a few minutes.') from None
 
-
-def _ask(connection: SocketConnection, body: dict):
+# %% ../../nbs/apps/07_remote.ipynb #553e914f
+def _messages(response):
+    "Yield the messages of a response. Raises a `UserError` if they end before the last one."
     try:
-        return connection.ask('/generate', body)
-    except (OSError, HTTPException) as error:
+        for line in response:
+            yield json.loads(line)
+    except (OSError, HTTPException, ValueError) as error:
         raise UserError(WORKER_STOPPED) from error
+    raise UserError(WORKER_STOPPED)
 
-
+# %% ../../nbs/apps/07_remote.ipynb #1151f2d9
 def _read_pictures(response, report: Callable) -> list:
     "Report the messages of a response, and return the pictures of the last one."
     from PIL import Image
@@ -206,16 +220,6 @@ def _read_pictures(response, report: Callable) -> list:
             report(RemoteStep(message['step'], message['steps'], message['preview']))
         else:
             report(QueuePosition(**message))
-
-
-def _messages(response):
-    "Yield the messages of a response. Raises a `UserError` if they end before the last one."
-    try:
-        for line in response:
-            yield json.loads(line)
-    except (OSError, HTTPException, ValueError) as error:
-        raise UserError(WORKER_STOPPED) from error
-    raise UserError(WORKER_STOPPED)
 
 # %% ../../nbs/apps/07_remote.ipynb #36d87e64
 class WorkerSupervisor:
@@ -244,22 +248,26 @@ class WorkerSupervisor:
     def dead(self) -> bool:
         return self.process.poll() is not None
 
-    def restart_if_dead(self):
-        "Restart the process if it died. Called once a second by the server."
-        if not self.dead:
-            return
-        now = time.monotonic()
-        self.restarts = [when for when in self.restarts if when > now - 600]
-        if len(self.restarts) < self.max_restarts:
-            self.restarts.append(now)
-            self.process.stdin.close()
-            self.start()
-
-    def close(self):
+# %% ../../nbs/apps/07_remote.ipynb #3b83532b
+@patch
+def restart_if_dead(self: WorkerSupervisor):
+    "Restart the process if it died. Called once a second by the server."
+    if not self.dead:
+        return
+    now = time.monotonic()
+    self.restarts = [when for when in self.restarts if when > now - 600]
+    if len(self.restarts) < self.max_restarts:
+        self.restarts.append(now)
         self.process.stdin.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.start()
+
+# %% ../../nbs/apps/07_remote.ipynb #f07652ee
+@patch
+def close(self: WorkerSupervisor):
+    self.process.stdin.close()
+    try:
+        self.process.wait(5)
+    except subprocess.TimeoutExpired:
+        self.process.kill()
+        self.process.wait()
+    shutil.rmtree(self.folder, ignore_errors=True)

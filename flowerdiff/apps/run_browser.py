@@ -35,7 +35,7 @@ def line_offsets(
             offset += len(line)
     return offsets
 
-
+# %% ../../nbs/apps/05_run_browser.ipynb #fa29826b
 def read_rows(
     file: Path,
     offsets: list[int],  # from `line_offsets`
@@ -70,7 +70,7 @@ def read_picture(
     picture.thumbnail((size, size))
     return picture
 
-
+# %% ../../nbs/apps/05_run_browser.ipynb #a5719eeb
 def picture_card(
     folder: Path,  # of pictures
     row: dict,  # from `read_rows`
@@ -96,7 +96,7 @@ def newest_run(
     runs = [file.parent for file in (workspace / 'work').glob('train-*/events.jsonl')]
     return max(runs, key=lambda run: (run / 'events.jsonl').stat().st_mtime, default=None)
 
-
+# %% ../../nbs/apps/05_run_browser.ipynb #61644944
 @dataclass
 class LossCurves:
     "The loss curves of a run, and what is known about it."
@@ -110,7 +110,7 @@ class LossCurves:
         curves = dict(training=self.training, validation=self.validation)
         return {name: curve for name, curve in curves.items() if curve}
 
-
+# %% ../../nbs/apps/05_run_browser.ipynb #f845c678
 def read_events(run: Path) -> LossCurves:
     "Return the curves of a run that is still training."
     curves = LossCurves()
@@ -152,7 +152,7 @@ def run_summary(curves: LossCurves) -> str:
     parts += [form.format(curves.info[name]) for name, form in FACTS.items() if curves.info.get(name)]
     return ' · '.join(parts)
 
-
+# %% ../../nbs/apps/05_run_browser.ipynb #2ff87bcb
 def curves_html(workspace: Path) -> str:
     "Return the loss curves of a workspace, as HTML."
     curves = read_curves(workspace)
@@ -187,21 +187,25 @@ class SampleGrids:
         self.step.observe(lambda _: self._show(), 'value')
         self._update_steps()
 
-    def _update_steps(self):
-        names = [file.stem for file in (self.run / self.kind.value).glob('*.png')]
-        steps = sorted(int(name) for name in names if name.isdigit())
-        self.step.options = [(f'{step:,}', step) for step in steps]
-        self.step.value = steps[-1]
-        self._show()
+# %% ../../nbs/apps/05_run_browser.ipynb #aeb87494
+@patch
+def _update_steps(self: SampleGrids):
+    names = [file.stem for file in (self.run / self.kind.value).glob('*.png')]
+    steps = sorted(int(name) for name in names if name.isdigit())
+    self.step.options = [(f'{step:,}', step) for step in steps]
+    self.step.value = steps[-1]
+    self._show()
 
-    def _show(self):
-        file = self.run / self.kind.value / f'{self.step.value:08d}.png'
-        try:
-            url = data_url(file.read_bytes())
-        except OSError:
-            url = ''
-        alt = f'{GRIDS[self.kind.value]}, step {self.step.value}'
-        self.image.value = f'<img class="fd-grid" alt="{alt}" src="{url}">'
+
+@patch
+def _show(self: SampleGrids):
+    file = self.run / self.kind.value / f'{self.step.value:08d}.png'
+    try:
+        url = data_url(file.read_bytes())
+    except OSError:
+        url = ''
+    alt = f'{GRIDS[self.kind.value]}, step {self.step.value}'
+    self.image.value = f'<img class="fd-grid" alt="{alt}" src="{url}">'
 
 # %% ../../nbs/apps/05_run_browser.ipynb #b2cafe85
 class ExploreTab:
@@ -229,13 +233,6 @@ class ExploreTab:
         self.page = self._layout()
         self._load()
 
-    def _connect(self):
-        self.previous.on_click(lambda _: self._turn_pages(-1))
-        self.next.on_click(lambda _: self._turn_pages(1))
-        self.search.observe(lambda _: self._search(), 'value')
-        self.report_button.on_click(lambda _: self._toggle_report())
-        self.refresh.on_click(lambda _: self._load())
-
     def _layout(self) -> w.Widget:
         training = add_classes(w.Box([self.curves, self.grids]), 'fd-halves')
         heading = w.HTML('<h2 class="fd-heading">Pictures and captions</h2>')
@@ -253,6 +250,15 @@ class ExploreTab:
         self._search()
 
 # %% ../../nbs/apps/05_run_browser.ipynb #4dca6cb8
+@patch
+def _connect(self: ExploreTab):
+    self.previous.on_click(lambda _: self._turn_pages(-1))
+    self.next.on_click(lambda _: self._turn_pages(1))
+    self.search.observe(lambda _: self._search(), 'value')
+    self.report_button.on_click(lambda _: self._toggle_report())
+    self.refresh.on_click(lambda _: self._load())
+
+
 @patch
 def _search(self: ExploreTab):
     "Find the captions with the word of the search field."
@@ -275,7 +281,7 @@ def _turn_pages(self: ExploreTab, pages: int):
     self.position.value = f'<span class="fd-soft">{position}</span>' if position else ''
     self.cards.value = self._cards_html(offsets)
 
-
+# %% ../../nbs/apps/05_run_browser.ipynb #0155fb3c
 @patch
 def _cards_html(self: ExploreTab, offsets: list[int]) -> str:
     "Return the pictures of a page, or a note if there are none."
@@ -287,7 +293,7 @@ def _cards_html(self: ExploreTab, offsets: list[int]) -> str:
         return note_html('Nothing found', '<p>Try another word.</p>')
     return note_html('No captions yet', '<p>The stage caption writes them.</p>')
 
-
+# %% ../../nbs/apps/05_run_browser.ipynb #28f77183
 @patch
 def _toggle_report(self: ExploreTab):
     "Show or hide the report."

@@ -62,7 +62,7 @@ def short_caption(row: dict) -> list[str]:
     captions = row.get('captions', [])[:1]
     return [caption for caption in captions if isinstance(caption, str) and 3 < len(caption) < 60]
 
-
+# %% ../../nbs/apps/08_studio.ipynb #7ba2f475
 def example_prompts(
     workspace: str | Path,
     count: int = 60,
@@ -115,7 +115,7 @@ def image_size(
         return 0
     return unet.get('sample_size', 0) * 2 ** (len(vae.get('block_out_channels', [0])) - 1)
 
-
+# %% ../../nbs/apps/08_studio.ipynb #6f8e365e
 def header_html(workspace: Path) -> str:
     "Return the header of the page, as HTML."
     size = image_size(session_model_folder(workspace))
@@ -155,34 +155,22 @@ class StudioTab:
             self.panel.show_status('Loading the model …')
             threading.Thread(target=self._show_loaded, daemon=True).start()
 
-    def _connect(self):
-        self.panel.start_button.on_click(lambda _: self.panel.start([self.request], self._add))
-        self.fields['random_seed'].on_click(lambda _: self._set_random_seed())
-        self.fields['surprise'].on_click(lambda _: self._set_prompt(random.choice(self.prompts)))
-        for chip in self.fields['chips'].children:
-            chip.on_click(lambda button: self._set_prompt(button.description))
-
-    def _set_prompt(self, prompt: str):
-        self.fields['prompt'].value = prompt
-
-    def _set_random_seed(self):
-        self.fields['seed'].value = random.randrange(10**6)
-
     def _show_loaded(self):
         "Wait for the model, then show whether it is ready."
         self.session.ready.wait()
         if not self.panel.busy:
             self.panel.show_status(self.session.error or 'Ready.', error=bool(self.session.error))
 
-    @property
-    def request(self) -> GenerationRequest:
-        "What the fields say."
-        return GenerationRequest(
-            **prompt_values(self.fields),
-            **self.controls.values,
-            num_images_per_prompt=self.fields['pictures'].value,
-            num_previews=6 if self.fields['previews'].value else 0,
-        )
+# %% ../../nbs/apps/08_studio.ipynb #e289dec0
+@patch(as_prop=True)
+def request(self: StudioTab) -> GenerationRequest:
+    "What the fields say."
+    return GenerationRequest(
+        **prompt_values(self.fields),
+        **self.controls.values,
+        num_images_per_prompt=self.fields['pictures'].value,
+        num_previews=6 if self.fields['previews'].value else 0,
+    )
 
 # %% ../../nbs/apps/08_studio.ipynb #bb760052
 @patch
@@ -211,6 +199,25 @@ def _layout(self: StudioTab) -> w.Widget:
     ]
     return add_classes(w.Box(columns), 'fd-body')
 
+# %% ../../nbs/apps/08_studio.ipynb #d802b836
+@patch
+def _connect(self: StudioTab):
+    self.panel.start_button.on_click(lambda _: self.panel.start([self.request], self._add))
+    self.fields['random_seed'].on_click(lambda _: self._set_random_seed())
+    self.fields['surprise'].on_click(lambda _: self._set_prompt(random.choice(self.prompts)))
+    for chip in self.fields['chips'].children:
+        chip.on_click(lambda button: self._set_prompt(button.description))
+
+
+@patch
+def _set_prompt(self: StudioTab, prompt: str):
+    self.fields['prompt'].value = prompt
+
+
+@patch
+def _set_random_seed(self: StudioTab):
+    self.fields['seed'].value = random.randrange(10**6)
+
 # %% ../../nbs/apps/08_studio.ipynb #8820b049
 @patch
 def _add(self: StudioTab, results: list[list[GeneratedPicture]]):
@@ -225,7 +232,7 @@ def _add(self: StudioTab, results: list[list[GeneratedPicture]]):
     if unchanged and not self.fields['lock'].value:
         self._set_random_seed()
 
-
+# %% ../../nbs/apps/08_studio.ipynb #a19b5f3f
 @patch
 def _card(self: StudioTab, item: GeneratedPicture) -> w.Widget:
     button = w.Button(description='Use again', tooltip='Use these settings again')
@@ -278,16 +285,20 @@ class StudioPage:
         tab_class = dict(compare=CompareTab, blind=BlindTestTab)[name]
         return tab_class(self.session, example_prompts(workspace))
 
-    def _no_model_page(self) -> w.Widget:
-        button = w.Button(description='Check again')
-        button.on_click(lambda _: self._check_again())
-        return w.VBox([w.HTML(no_model_html(self.session.workspace)), add_classes(row(button), 'fd-center')])
+# %% ../../nbs/apps/08_studio.ipynb #99d066a8
+@patch
+def _no_model_page(self: StudioPage) -> w.Widget:
+    button = w.Button(description='Check again')
+    button.on_click(lambda _: self._check_again())
+    return w.VBox([w.HTML(no_model_html(self.session.workspace)), add_classes(row(button), 'fd-center')])
 
-    def _check_again(self):
-        "Open a new session, which finds a model that was trained meanwhile."
-        self.session = type(self.session)(self.session.workspace)
-        self.tabs.clear()
-        self._open(self.menu.value)
+
+@patch
+def _check_again(self: StudioPage):
+    "Open a new session, which finds a model that was trained meanwhile."
+    self.session = type(self.session)(self.session.workspace)
+    self.tabs.clear()
+    self._open(self.menu.value)
 
 # %% ../../nbs/apps/08_studio.ipynb #40798b7c
 WORKSPACE_ENV = 'FLOWERDIFF_WORKSPACE'  # environment variable of a kernel

@@ -38,7 +38,7 @@ def data_url(data: bytes, kind: str = 'image/png') -> str:
     "Return data as a URL that contains it."
     return f'data:{kind};base64,{base64.b64encode(data).decode()}'
 
-
+# %% ../../nbs/apps/02_widgets.ipynb #9c1be268
 def jpeg_url(picture, quality: int = 80) -> str:
     "Return a picture as the data URL of a JPEG file."
     buffer = io.BytesIO()
@@ -61,7 +61,7 @@ def preview_html(pictures: list) -> str:
     images = ''.join(f'<img alt="in progress" src="{jpeg_url(picture)}">' for picture in pictures)
     return f'<div class="fd-preview">{images}</div>'
 
-
+# %% ../../nbs/apps/02_widgets.ipynb #d0f88298
 def denoising_html(
     previews: list,  # of PIL.Image, from noise to picture
 ) -> str:
@@ -90,7 +90,7 @@ class GeneratedPicture:
     def png(self) -> bytes:
         return to_png(self.picture, self.request)
 
-
+# %% ../../nbs/apps/02_widgets.ipynb #170da737
 def figure_html(item: GeneratedPicture) -> str:
     "Return a picture with its caption, as HTML."
     request = item.request
@@ -133,7 +133,7 @@ def row(*children: w.Widget) -> w.Widget:
     "Return widgets side by side."
     return add_classes(w.HBox(children), 'fd-row')
 
-
+# %% ../../nbs/apps/02_widgets.ipynb #16750104
 def close_tree(widget: w.Widget) -> None:
     "Close a widget and everything inside it."
     for child in getattr(widget, 'children', ()):
@@ -158,25 +158,6 @@ class OptionButtons:
         self.widget = self._layout(title, options)
         self.value = next(option.name for option in options if not option.unavailable)
 
-    def _button(self, option: Option) -> w.ToggleButton:
-        reason = option.unavailable
-        button = w.ToggleButton(
-            description=option.label, disabled=bool(reason), tooltip=reason or option.label
-        )
-        button.observe(partial(self._on_toggle, option.name), 'value')
-        return button
-
-    def _layout(self, title: str, options: list[Option]) -> w.Widget:
-        buttons = add_classes(w.Box([*self.buttons.values()]), 'fd-chips')
-        reasons = [f'{option.label}: {option.unavailable}' for option in options if option.unavailable]
-        lines = ''.join(f'<div>{html.escape(reason)}</div>' for reason in reasons)
-        children = [buttons]
-        if title:
-            children.insert(0, w.HTML(f'<div class="fd-title">{title}</div>'))
-        if lines:
-            children.append(w.HTML(f'<div class="fd-reasons">{lines}</div>'))
-        return add_classes(w.VBox(children), 'fd-options')
-
     @property
     def value(self) -> str:
         return self._value
@@ -197,6 +178,27 @@ class OptionButtons:
         elif not change.new and name == self._value:
             self.buttons[name].value = True  # a second click does not deselect it
 
+# %% ../../nbs/apps/02_widgets.ipynb #515d23e2
+@patch
+def _button(self: OptionButtons, option: Option) -> w.ToggleButton:
+    reason = option.unavailable
+    button = w.ToggleButton(description=option.label, disabled=bool(reason), tooltip=reason or option.label)
+    button.observe(partial(self._on_toggle, option.name), 'value')
+    return button
+
+
+@patch
+def _layout(self: OptionButtons, title: str, options: list[Option]) -> w.Widget:
+    buttons = add_classes(w.Box([*self.buttons.values()]), 'fd-chips')
+    reasons = [f'{option.label}: {option.unavailable}' for option in options if option.unavailable]
+    lines = ''.join(f'<div>{html.escape(reason)}</div>' for reason in reasons)
+    children = [buttons]
+    if title:
+        children.insert(0, w.HTML(f'<div class="fd-title">{title}</div>'))
+    if lines:
+        children.append(w.HTML(f'<div class="fd-reasons">{lines}</div>'))
+    return add_classes(w.VBox(children), 'fd-options')
+
 # %% ../../nbs/apps/02_widgets.ipynb #1e28d169
 SLIDER = dict(continuous_update=False, layout=w.Layout(width='100%'))
 
@@ -206,7 +208,7 @@ def dropdown(title: str, options: list[Option]) -> w.Dropdown:
     labels = [(option.label, option.name) for option in options]
     return w.Dropdown(options=labels, description=title, layout=w.Layout(width='100%'))
 
-
+# %% ../../nbs/apps/02_widgets.ipynb #50d02b3d
 class Controls:
     "The settings of a request: `widgets` to show, and `values` by field of `GenerationRequest`."
 
@@ -263,7 +265,7 @@ def prompt_widgets(
         random_seed=w.Button(description='Random', tooltip='Select a random seed'),
     )
 
-
+# %% ../../nbs/apps/02_widgets.ipynb #f92ff698
 def prompt_values(fields: dict[str, w.Widget]) -> dict:
     "Return what the fields of `prompt_widgets` say, by field of `GenerationRequest`."
     prompt = fields['prompt']
@@ -304,6 +306,27 @@ class GenerationPanel:
 
 # %% ../../nbs/apps/02_widgets.ipynb #bdb7d5ce
 @patch
+def _show_progress(self: GenerationPanel, steps_done: int, seconds_per_step: float, pictures: list):
+    "Update the bar, the status line and the preview."
+    self.bar.value = steps_done / self.steps_total
+    if self.quiet:
+        self.show_status('Generating …')
+        return
+    seconds_left = seconds_per_step * (self.steps_total - steps_done)
+    remaining = f', {seconds_left:.0f} s left' if seconds_left >= 1 else ''
+    self.show_status(f'Step {steps_done} of {self.steps_total}{remaining}')
+    self.preview.value = preview_html(pictures)
+
+
+@patch
+def _show_position(self: GenerationPanel, queue):
+    "Show how many requests are ahead; `queue` is a `flowerdiff.apps.remote.QueuePosition`."
+    if queue.position:
+        wait = f', about {queue.seconds:.0f} s' if queue.seconds >= 1 else ''
+        self.show_status(f'{queue.position} ahead of you{wait} …')
+
+# %% ../../nbs/apps/02_widgets.ipynb #56f69425
+@patch
 def _on_step(self: GenerationPanel, step, request: GenerationRequest) -> bool:
     "Show the progress after a step, or the position in the queue. Return False to cancel."
     if hasattr(step, 'position'):
@@ -323,27 +346,6 @@ def _on_step(self: GenerationPanel, step, request: GenerationRequest) -> bool:
         seconds_per_step = (now - self.began) / (step.step - 1) if step.step > 1 else 0
         self._show_progress(self.steps_before + step.step, seconds_per_step, pictures)
     return not self.canceled.is_set()
-
-
-@patch
-def _show_progress(self: GenerationPanel, steps_done: int, seconds_per_step: float, pictures: list):
-    "Update the bar, the status line and the preview."
-    self.bar.value = steps_done / self.steps_total
-    if self.quiet:
-        self.show_status('Generating …')
-        return
-    seconds_left = seconds_per_step * (self.steps_total - steps_done)
-    remaining = f', {seconds_left:.0f} s left' if seconds_left >= 1 else ''
-    self.show_status(f'Step {steps_done} of {self.steps_total}{remaining}')
-    self.preview.value = preview_html(pictures)
-
-
-@patch
-def _show_position(self: GenerationPanel, queue):
-    "Show how many requests are ahead; `queue` is a `flowerdiff.apps.remote.QueuePosition`."
-    if queue.position:
-        wait = f', about {queue.seconds:.0f} s' if queue.seconds >= 1 else ''
-        self.show_status(f'{queue.position} ahead of you{wait} …')
 
 # %% ../../nbs/apps/02_widgets.ipynb #16f69dfe
 @patch
@@ -368,7 +370,35 @@ def start(
     self.thread = threading.Thread(target=self._run, args=(requests, done), daemon=True)
     self.thread.start()
 
+# %% ../../nbs/apps/02_widgets.ipynb #17ea5d5c
+@patch
+def _generate(self: GenerationPanel, requests: list) -> list[list[GeneratedPicture]]:
+    "Generate the requests one after the other."
+    self.steps_before = 0
+    self.steps_total = sum(request.num_inference_steps for request in requests)
+    results = []
+    for request in requests:
+        self.previews = []
+        self.updated = 0
+        pictures = self.session.generate(request, partial(self._on_step, request=request))
+        items = []
+        for i, picture in enumerate(pictures):
+            single = replace(request, seed=request.seed + i, num_images_per_prompt=1)
+            items.append(GeneratedPicture(single, picture, [step[i] for step in self.previews]))
+        results.append(items)
+        self.steps_before += request.num_inference_steps
+    return results
 
+# %% ../../nbs/apps/02_widgets.ipynb #186db73b
+@patch
+def _summary(self: GenerationPanel, results: list, seconds: float) -> str:
+    "Return the line that is shown at the end."
+    items = [item for group in results for item in group]
+    plural = 's' if len(items) > 1 else ''
+    notes = {item.note for item in items} - {''} if not self.quiet else ()
+    return f'{len(items)} picture{plural} in {seconds:.1f} s.' + ''.join(f' {note}.' for note in notes)
+
+# %% ../../nbs/apps/02_widgets.ipynb #88698711
 @patch
 def _run(self: GenerationPanel, requests: list, done: Callable):
     "Generate, hand over the results, and report what happened."
@@ -388,31 +418,3 @@ def _run(self: GenerationPanel, requests: list, done: Callable):
         self.cancel_button.disabled = True
         self.busy = False
         self.start_button.disabled = False  # last: from now on a click starts the next requests
-
-
-@patch
-def _generate(self: GenerationPanel, requests: list) -> list[list[GeneratedPicture]]:
-    "Generate the requests one after the other."
-    self.steps_before = 0
-    self.steps_total = sum(request.num_inference_steps for request in requests)
-    results = []
-    for request in requests:
-        self.previews = []
-        self.updated = 0
-        pictures = self.session.generate(request, partial(self._on_step, request=request))
-        items = []
-        for i, picture in enumerate(pictures):
-            single = replace(request, seed=request.seed + i, num_images_per_prompt=1)
-            items.append(GeneratedPicture(single, picture, [step[i] for step in self.previews]))
-        results.append(items)
-        self.steps_before += request.num_inference_steps
-    return results
-
-
-@patch
-def _summary(self: GenerationPanel, results: list, seconds: float) -> str:
-    "Return the line that is shown at the end."
-    items = [item for group in results for item in group]
-    plural = 's' if len(items) > 1 else ''
-    notes = {item.note for item in items} - {''} if not self.quiet else ()
-    return f'{len(items)} picture{plural} in {seconds:.1f} s.' + ''.join(f' {note}.' for note in notes)
