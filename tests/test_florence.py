@@ -305,7 +305,7 @@ def test_two_processes_give_the_same_captions_and_a_killed_one_is_reported(mini,
     killer = threading.Thread(target=kill_rank, args=('1', done))
     killer.start()
     try:
-        with pytest.raises(UserError, match=r'a process was killed.*run again to go on') as e:
+        with pytest.raises(UserError, match=r'a process was killed.*run again to continue') as e:
             run(ws.root)
     finally:
         done.set()
@@ -343,7 +343,7 @@ def test_an_interrupted_stage_ends_its_processes(mini, tmp_path, monkeypatch):
     assert started[0].poll() == -signal.SIGTERM
 
 
-def fail(*args):
+def fail(*args, **kwargs):
     raise ZeroDivisionError
 
 
@@ -381,7 +381,7 @@ def test_batches_are_halved_until_they_fit(mini, whole, tmp_path, monkeypatch, c
             raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
         return real_answers(self, inputs, task)
 
-    def out_of_memory(*args):
+    def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError('CUDA out of memory')
 
     monkeypatch.setattr(Florence, 'answers', small)
