@@ -93,16 +93,13 @@ def test_a_job_that_was_interrupted_is_the_run_that_was_not(amazon, tmp_path):
     ws, jobs_before = workspace(tmp_path / 'meadow', 'meadow'), len(amazon.jobs)
 
     def interrupt(job):
-        return (
-            len(
-                {
-                    k.split('/')[-2]
-                    for k in amazon.keys('flowers', 'meadow/jobs')
-                    if k.endswith('state.json') and '/.' not in k and int(k.split('/')[-2]) >= 8
-                }
-            )
-            > 2
-        )
+        "Are three whole checkpoints in S3? The newest will be torn."
+        local = [p.parent for p in amazon.folder.glob(f'{job.name}-1-*/checkpoints/**/state.json')]
+        size = max((sum(p.is_file() for p in folder.rglob('*')) for folder in local), default=1)
+        keys = [k for k in amazon.keys('flowers', 'meadow/jobs') if '/.' not in k]
+        folders = [k.removesuffix('state.json') for k in keys if k.endswith('/state.json')]
+        late = [folder for folder in folders if int(folder.split('/')[-2]) >= 8]
+        return sum(sum(k.startswith(folder) for k in keys) >= size for folder in late) > 2
 
     amazon.interrupt, amazon.tear = interrupt, True
 
