@@ -88,7 +88,7 @@ class Amazon:
         for job in self.jobs.values():
             job.kill()
         for job in self.jobs.values():
-            job.thread.join(60)
+            job.thread.join(120)
         self.proxy.shutdown()
         self.moto.stop()
 

@@ -93,13 +93,14 @@ def test_a_job_that_was_interrupted_is_the_run_that_was_not(amazon, tmp_path):
     ws, jobs_before = workspace(tmp_path / 'meadow', 'meadow'), len(amazon.jobs)
 
     def interrupt(job):
-        "Are three whole checkpoints in S3? The newest will be torn."
-        local = [p.parent for p in amazon.folder.glob(f'{job.name}-1-*/checkpoints/**/state.json')]
-        size = max((sum(p.is_file() for p in folder.rglob('*')) for folder in local), default=1)
+        "Are two whole checkpoints in S3? The newest will be torn."
+        roots = amazon.folder.glob(f'{job.name}-1-*')
+        walks = [files for root in roots for _, _, files in os.walk(root)]  # folders come and go meanwhile
+        size = max((len(files) for files in walks if 'state.json' in files), default=1)
         keys = [k for k in amazon.keys('flowers', 'meadow/jobs') if '/.' not in k]
         folders = [k.removesuffix('state.json') for k in keys if k.endswith('/state.json')]
         late = [folder for folder in folders if int(folder.split('/')[-2]) >= 8]
-        return sum(sum(k.startswith(folder) for k in keys) >= size for folder in late) > 2
+        return sum(sum(k.startswith(folder) for k in keys) >= size for folder in late) > 1
 
     amazon.interrupt, amazon.tear = interrupt, True
 
@@ -113,10 +114,10 @@ def test_a_job_that_was_interrupted_is_the_run_that_was_not(amazon, tmp_path):
     first = threading.Thread(target=follow, daemon=True)
     first.start()
     until(
-        lambda: any(e['event'] == 'start' for e in read_events(folder_of(ws) / 'events.jsonl')[0]), 200
+        lambda: any(e['event'] == 'start' for e in read_events(folder_of(ws) / 'events.jsonl')[0]), 600
     )  # it trains; who follows it dies
     subprocess.run(['pkill', '-9', '-f', f'flowerdiff.cloud.jobs {ws.root}'], check=True)
-    first.join(30)
+    first.join(120)
     assert 'train.log; the job goes on' in died[0], died
     open_workspace(ws.root, None, {'sagemaker.instance_count': 5})  # for the next job, not for this one
     result = run(ws.root)
@@ -175,7 +176,7 @@ def metrics_in_mlflow(ws):  # of rank 0, both sides of the interruption
         found = client.search_runs([e.experiment_id for e in client.search_experiments()])
         return [m.step for r in found for m in client.get_metric_history(r.info.run_id, 'train/loss')]
 
-    until(lambda: max(losses(), default=0) == 40, 60)
+    until(lambda: max(losses(), default=0) == 40, 300)
     assert min(losses()) < 8
 
 
@@ -320,7 +321,7 @@ def test_a_person_is_asked_before_a_job_is_stopped(amazon, tmp_path):
     with patch.object(jobs, 'start_follower'), patch.object(jobs, 'can_ask', return_value=True):
         thread = threading.Thread(target=attend, daemon=True)
         thread.start()
-        until(lambda: any('SageMaker: training' in n for n in notes(ws)), 60)
+        until(lambda: any('SageMaker: training' in n for n in notes(ws)), 300)
         name = jobs.job_of(ws)[1]['TrainingJobName']
         before = len(amazon.jobs)
         assert 'goes on' in jobs.ask_to_stop(ws, lambda question: 'n') and not amazon.jobs[name].asked_to_stop
@@ -328,7 +329,7 @@ def test_a_person_is_asked_before_a_job_is_stopped(amazon, tmp_path):
             'is being stopped' in jobs.ask_to_stop(ws, lambda question: 'y')
             and amazon.jobs[name].asked_to_stop
         )
-        thread.join(60)
+        thread.join(300)
         assert not thread.is_alive()
         assert 'it was stopped; run again' in read_events(folder_of(ws) / 'events.jsonl')[0][-1]['message']
         assert jobs.ask_to_stop(ws, lambda question: 'y') == ''

@@ -123,7 +123,7 @@ class Visitor(threading.Thread):
         return [x.position for x in self.heard if isinstance(x, QueuePosition)]
 
     def until(self, test):  # something that it hears
-        for _ in range(2000):
+        for _ in range(10_000):
             if any(test(x) for x in list(self.heard)):
                 return self
             time.sleep(0.02)
