@@ -1,4 +1,4 @@
-"""Train the bundled photographic autoencoder (`assets/photo`) again, from the photographs of six Debian packages.
+"""Train the bundled photographic autoencoder (`assets/photo`) again, from the pictures of six Debian packages.
 
     apt-get download gnome-backgrounds plasma-workspace-wallpapers mate-backgrounds \
         lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 ukui-wallpapers
@@ -28,17 +28,71 @@ BATCH = 8
 RATE = 1e-3
 SAVE_MINUTES = 4
 HELD_OUT = ('TwoWings', 'greentock', 'FallenLeaf', 'sunset_by')  # photographs for the curve
-PHOTOGRAPHS = (
-    'Bridge_by Dragonfly_by Picture_0B Picture_1A Wine_by aitzgorri free_by friends_by greentock life_by '
-    'picosdeeuropa seeding sunset_by Kleiber Aqua Blinds Dune FreshFlower Garden GreenMeadow LadyBird RainDrops '
-    'Storm TwoWings Wood YellowFlower BytheWater ColdRipple ColorfulCups DarkestHour EveningGlow FallenLeaf Grey '
-    'Kite OneStandsOut Path summer_1am'
-).split()
-OTHERS = (  # painted or computed, with colors and textures that the photographs lack
-    'analogpattern umang_by Painting-Colors Elephants_3840 Autumn/ Canopee Cascade Cluster Flow/contents/images/ '
-    'Honeywave Opal Shell Volna SafeLanding Altai FlyingKonqui pixels-l truchet-l grid-l 2004default rhythm '
-    'string.jpg calla'
-).split()
+PHOTOGRAPHS = [
+    'Bridge_by',
+    'Dragonfly_by',
+    'Picture_0B',
+    'Picture_1A',
+    'Wine_by',
+    'aitzgorri',
+    'free_by',
+    'friends_by',
+    'greentock',
+    'life_by',
+    'picosdeeuropa',
+    'seeding',
+    'sunset_by',
+    'Kleiber',
+    'Aqua',
+    'Blinds',
+    'Dune',
+    'FreshFlower',
+    'Garden',
+    'GreenMeadow',
+    'LadyBird',
+    'RainDrops',
+    'Storm',
+    'TwoWings',
+    'Wood',
+    'YellowFlower',
+    'BytheWater',
+    'ColdRipple',
+    'ColorfulCups',
+    'DarkestHour',
+    'EveningGlow',
+    'FallenLeaf',
+    'Grey',
+    'Kite',
+    'OneStandsOut',
+    'Path',
+    'summer_1am',
+]
+# Painted or computed, with colors and textures that the photographs lack.
+OTHERS = [
+    'analogpattern',
+    'umang_by',
+    'Painting-Colors',
+    'Elephants_3840',
+    'Autumn/',
+    'Canopee',
+    'Cascade',
+    'Cluster',
+    'Flow/contents/images/',
+    'Honeywave',
+    'Opal',
+    'Shell',
+    'Volna',
+    'SafeLanding',
+    'Altai',
+    'FlyingKonqui',
+    'pixels-l',
+    'truchet-l',
+    'grid-l',
+    '2004default',
+    'rhythm',
+    'string.jpg',
+    'calla',
+]
 SHARE_OF_OTHERS = 0.15
 
 
@@ -73,7 +127,7 @@ def random_crop(levels: list, rng) -> Image.Image:
 
 
 def recolored(crop: np.ndarray, rng) -> np.ndarray:
-    "Change a crop's colors at random: half of the time the order of its channels, always saturation and tone."
+    "Change a crop's colors at random: half of the time its channels' order, always saturation and tone."
     x = crop.astype(np.float32) / 255
     if rng.random() < 0.5:
         x = x[..., rng.permutation(3)]
@@ -164,7 +218,9 @@ class Training:
         ae.save_autoencoder(kept, self.args.out / 'autoencoder')
         parts = dict(model=self.model, ema=self.ema, optimizer=self.optimizer)
         state = {name: part.state_dict() for name, part in parts.items()}
-        torch.save(state | dict(step=self.step, spent=spent, frozen=self.frozen), self.file.with_suffix('.new'))
+        torch.save(
+            state | dict(step=self.step, spent=spent, frozen=self.frozen), self.file.with_suffix('.new')
+        )
         self.file.with_suffix('.new').replace(self.file)
         return ae.reconstruction_psnr(kept, self.pool['held_out'])
 
@@ -176,31 +232,42 @@ class Training:
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
             return [ae.MicroBatch(x, self.ema.encode(x).latents.float())]
 
+    def log(self, spent: float):
+        "Save, and note the quality on the held-out photographs."
+        row = dict(step=self.step, minutes=round(spent, 1), db=self.save(spent))
+        with open(self.args.out / 'log.jsonl', 'a') as file:
+            print(json.dumps(row), file=file)
+
+    def train_step(self, done: float, workers: ThreadPoolExecutor):
+        "Run one step; the learning rate falls with the time."
+        if done > 1 - ae.FROZEN and not self.frozen:
+            self.frozen = True
+            ae.freeze_encoder(self.model, self.ema, self.pool['train'][:2048])
+        rate = RATE * min(1, (self.step + 1) / 300) * max(1 - done, 0.01)
+        ae.set_learning_rate(self.optimizer, rate)
+        ae.train_step(self.model, self.optimizer, workers, self.batch(), bf16=True)
+        ae.update_average(self.ema, self.model, self.step)
+        self.step += 1
+
     def run(self):
-        "Train until the time is over; the learning rate falls with the time."
+        "Train until the time is over."
         started = saved = time.time()
         minutes = self.args.minutes
-        log = open(self.args.out / 'log.jsonl', 'a')
+        spent = self.spent
         with ThreadPoolExecutor(1) as workers:
-            while (spent := self.spent + (time.time() - started) / 60) < minutes:
-                done = spent / minutes
-                if done > 1 - ae.FROZEN and not self.frozen:
-                    self.frozen = True
-                    ae.freeze_encoder(self.model, self.ema, self.pool['train'][:2048])
-                rate = RATE * min(1, (self.step + 1) / 300) * max(1 - done, 0.01)
-                ae.set_learning_rate(self.optimizer, rate)
-                loss = ae.train_step(self.model, self.optimizer, workers, self.batch(), bf16=True)
-                ae.update_average(self.ema, self.model, self.step)
-                self.step += 1
+            while spent < minutes:
+                self.train_step(spent / minutes, workers)
+                spent = self.spent + (time.time() - started) / 60
                 if time.time() - saved > 60 * SAVE_MINUTES:
                     saved = time.time()
-                    db = self.save(spent)
-                    print(json.dumps(dict(step=self.step, minutes=round(spent, 1), loss=loss, db=db)), file=log, flush=True)
-        print(json.dumps(dict(step=self.step, minutes=minutes, db=self.save(minutes))), file=log, flush=True)
+                    self.log(spent)
+        self.log(minutes)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--pictures', type=Path, required=True, help='folder of the unpacked packages')
     parser.add_argument('--out', type=Path, required=True)
     parser.add_argument('--minutes', type=float, default=55.0)

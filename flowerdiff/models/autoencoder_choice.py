@@ -123,7 +123,7 @@ def measure(
 # %% ../../nbs/models/13_autoencoder_choice.ipynb #0402b991
 ENOUGH = 31.0  # dB that the eye does not tell from more
 LEAST_DB = 23.0  # below either of these, an image looks washed out
-LEAST_SSIM = 0.7
+LEAST_SSIM = 0.8
 
 
 def score(
