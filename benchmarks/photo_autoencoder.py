@@ -1,4 +1,4 @@
-"""Train the bundled photographic autoencoder (`assets/photo`) again, from the pictures of six Debian packages.
+"""Train the bundled autoencoder for photographs (`assets/photo`) again, from pictures of Debian packages.
 
     apt-get download gnome-backgrounds plasma-workspace-wallpapers mate-backgrounds \
         lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 ukui-wallpapers
