@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KNOWN_TERMS', 'DISTRIBUTION_METRICS', 'CARD_USE', 'CARD_QUALITY', 'CARD_ORIGIN', 'CARD', 'KNOWN_SOURCES', 'hub_id',
            'base_models', 'DataTerms', 'data_terms', 'metric_type', 'card_results', 'card_data', 'data_sentence',
-           'card_limits', 'card_texts', 'without_folder', 'training_settings', 'describe_engine', 'make_card']
+           'card_limits', 'card_texts', 'without_folder', 'autoencoder_name', 'training_settings', 'describe_engine',
+           'make_card']
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #804e582f
 import os
@@ -291,12 +292,18 @@ def without_folder(value):
     return Path(value).name if is_path else value
 
 
+def autoencoder_name(ws: Workspace) -> str:
+    "Return the autoencoder that the run chose; without a record of it, the one in the settings."
+    record = ws.encoded / 'autoencoder.json'
+    return read_json(record)['chosen'] if record.exists() else ws.settings.components.autoencoder
+
+
 def training_settings(ws: Workspace) -> dict:  # setting -> value
     "Return the settings of the training run that a reader wants to know."
     train = ws.settings.train
     trained = read_json(ws.root / 'train.json') if (ws.root / 'train.json').exists() else {}
     settings = {
-        'autoencoder': ws.settings.components.autoencoder,
+        'autoencoder': autoencoder_name(ws),
         'text encoder': ws.settings.components.text_encoder,
         'UNet channels': ', '.join(map(str, train.channels)),
         'prediction': train.prediction_type,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..core.fingerprints import file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import is_out_of_memory, read_json, write_json
-from ..services.hub_cache import BUNDLED, BUNDLED_PARTS, HUB_ID, snapshot
+from ..services.hub_cache import HUB_ID, bundled_part, snapshot
 
 # %% ../../nbs/models/01_components.ipynb #e15652bd
 FILES = dict(
@@ -95,8 +95,9 @@ PINNED = re.compile(r'[\w.-]+/[\w.-]+@[0-9a-f]{40}')
 
 def component_folder(spec: str, part: str, base: Path) -> Path:
     "Resolve a setting to a folder on this machine. Downloads a pinned Hub model if needed."
-    if spec == 'garden' and part in BUNDLED_PARTS:
-        return BUNDLED / BUNDLED_PARTS[part]
+    bundled = bundled_part(spec, part)
+    if bundled:
+        return bundled
     folder = Path(base) / Path(spec).expanduser()
     if folder.is_dir():
         return folder
@@ -262,7 +263,7 @@ AUTOENCODERS = ('AutoencoderKL', 'AutoencoderTiny')
 
 
 def load_autoencoder(
-    spec: str,  # 'garden', a folder, or org/name@commit
+    spec: str,  # 'garden', 'photo', a folder, or org/name@commit
     base: Path = '.',  # what a relative folder is relative to
 ) -> nn.Module:
     "Load an autoencoder in fp32. Raises `UserError` if it is missing, damaged or of another kind."

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
 from ..core.workspace import Workspace, atomic_write, open_workspace
 from ..services.hardware import gpus, has_aws, has_hub, has_package
+from ..services.hub_cache import ASSETS
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #1c78106e
 class StageSpec(NamedTuple):
@@ -127,10 +128,7 @@ def folder_state(
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #0b643608
 def _garden_assets() -> dict:  # file -> SHA-256
-    import flowerdiff
-
-    folder = Path(flowerdiff.__file__).parent / 'assets' / 'garden'
-    parts = [part for part in sorted(folder.glob('*')) if part.is_dir()]
+    parts = [part for part in sorted((ASSETS / 'garden').glob('*')) if part.is_dir()]
     files = [file for part in parts for file in sorted(part.iterdir()) if file.is_file()]
     return {f'{file.parent.name}/{file.name}': file_sha256(file) for file in files}
 
@@ -139,6 +137,9 @@ def _asset_state(spec: str) -> object:
     "Return what identifies a component: file hashes, the state of a folder, or the name itself."
     if spec == 'garden':
         return _garden_assets()
+    if spec in ('auto', 'photo'):
+        photo = [file_sha256(file) for file in sorted((ASSETS / 'photo').iterdir())]
+        return [_garden_assets(), photo] if spec == 'auto' else photo
     return folder_state(spec) if Path(spec).is_dir() else spec
 
 

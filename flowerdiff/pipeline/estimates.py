@@ -24,7 +24,7 @@ from ..inference.benchmark import peak_memory_so_far
 from ..models.components import build_denoiser, load_autoencoder
 from ..models.finetune import add_lora, check_fit
 from ..models.vae import kl_autoencoder
-from .suggest import encoded_shapes, first_sizes
+from .suggest import encoded_shapes, first_sizes, likely_autoencoder
 from .survey import inspect_source
 from ..services.hardware import cores
 from ..services.hub_cache import locate_part
@@ -172,7 +172,7 @@ def time_training(
 
 # %% ../../nbs/pipeline/08_estimates.ipynb #8b051733
 def _autoencoder(settings, base: Path):
-    spec = settings.components.autoencoder
+    spec = likely_autoencoder(settings)
     if spec == 'train':
         return kl_autoencoder(settings.encode.vae_factor).eval()
     return load_autoencoder(str(locate_part(spec, 'vae', base)))

@@ -253,7 +253,7 @@ def _follow(run: _DvcRun) -> list[str]:
 PATH_SETTINGS = {
     'prepare.source': ('garden', 'oxford102', 'celeba'),
     'prepare.files': (),
-    'components.autoencoder': ('garden', 'train'),
+    'components.autoencoder': ('auto', 'garden', 'photo', 'train'),
     'components.text_encoder': ('garden', 'train'),
     'caption.model': (),
     'encode.vae_features': (),

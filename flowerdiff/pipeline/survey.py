@@ -72,6 +72,7 @@ class Survey:
     given_captions: float = 0.0  # captions per picture in metadata.jsonl, on average
     caption_words: int = 12  # of a long caption
     splits: dict = field(default_factory=dict)  # official split -> share of the pictures
+    sample: list = field(default_factory=list, repr=False)  # files of some readable pictures
 
 
 @dataclass
@@ -119,6 +120,7 @@ def survey_folder(
         given_captions=sum(len(row_captions(s.row)) for s in good) / len(good),
         caption_words=_percentile([s.caption_words for s in good], 0.98),
         splits=shares(official_split(s.name, s.row) or 'train' for s in good),
+        sample=[source / s.name for s in good],
     )
 
 # %% ../../nbs/pipeline/04_survey.ipynb #f9754d6d

@@ -31,7 +31,7 @@ from flowerdiff.data.encoding import (
     read_pictures,
     unique_captions,
 )
-from ..data.own_encoders import train_own_autoencoder, train_own_clip
+from ..data.own_encoders import ChosenAutoencoder, choose_autoencoder, train_own_clip
 from ..data.shards import Shards, open_shard_sets, shard_set_name
 from flowerdiff.models.components import (
     TextEncoder,
@@ -135,6 +135,7 @@ class Encoders:
     vae: torch.nn.Module
     text: TextEncoder
     fingerprints: dict  # of both
+    choice: ChosenAutoencoder  # how the first was chosen
 
 
 def open_encoders(
@@ -146,10 +147,8 @@ def open_encoders(
     components = ws.settings.components
     resolution = ws.settings.prepare.resolution
     train = inputs['train']
-    vae_spec = components.autoencoder
-    if vae_spec == 'train':
-        vae_spec = str(train_own_autoencoder(ws, train.files, pictures))
-    vae = load_autoencoder(vae_spec, ws.root)
+    choice = choose_autoencoder(ws, train.files, pictures)
+    vae = load_autoencoder(choice.spec, ws.root)
     factor = scale_factor(vae)
     if resolution % factor:
         raise UserError(
@@ -163,10 +162,10 @@ def open_encoders(
     vae.to(device, memory_format=torch.channels_last)
     text.model.to(device)
     fingerprints = dict(
-        autoencoder=component_fingerprint(find_component(vae_spec, 'vae', ws.root)),
+        autoencoder=component_fingerprint(find_component(choice.spec, 'vae', ws.root)),
         text_encoder=component_fingerprint(find_component(text_spec, 'text_encoder', ws.root)),
     )
-    return Encoders(vae, text, fingerprints)
+    return Encoders(vae, text, fingerprints, choice)
 
 # %% ../../nbs/stages/03_encode.ipynb #59d6369d
 def replace_folder(new: Path, old: Path):
@@ -278,7 +277,7 @@ def run(ws: Workspace) -> Result:
     manifest = finish(new, encoders, facts, texts)
     put_in_place(ws, new, key)
     shape = 'x'.join(map(str, manifest['shapes']['mean'][1:]))
-    summary += f', {shape} latents'
+    summary += f', {shape} latents by {encoders.choice}'
     if rate:
         summary += f', {rate:.0f} pictures/s'
     if manifest['captions_cut']:
@@ -367,6 +366,8 @@ def finish(new: Path, encoders: Encoders, facts: dict, texts: list[str]) -> dict
         leftover.unlink()  # of a killed run
     vae = encoders.vae.to('cpu', memory_format=torch.contiguous_format)
     save_components(new / 'components', vae, encoders.text)
+    for name in ('autoencoder.png', 'autoencoder.json'):
+        shutil.copyfile(encoders.choice.folder / name, new / name)
     mean, std = latent_statistics(max(open_shard_sets(new / 'train', 'latents'), key=len))
     facts = facts | dict(
         components=component_fingerprint(new / 'components'),
