@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'SHOWN_SETS', 'distribution_metrics', 'Measurements', 'ClipMetrics', 'add_clip_metrics', 'AttributeMetrics',
-           'attribute_metrics', 'measure']
+           'attribute_metrics', 'add_class_metrics', 'measure']
 
 # %% ../../nbs/evaluation/12_measure.ipynb #fa697424
 from collections.abc import Callable
@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..core.schema import UserError
 from ..core.workspace import Workspace, read_jsonl
+from .class_recognition import ClassRecognition, recognize_classes
 from .eval_prompts import ATTRIBUTES, EvalPrompt
 from .feature_extractors import ClipFeatures
 from .image_rows import Neighbor, open_pictures, reconstruct
@@ -80,6 +82,7 @@ class Measurements:
     tests: dict = field(default_factory=dict)  # metric -> the test of its instrument
     attributes: 'AttributeMetrics | None' = None
     clip: 'ClipMetrics | None' = None
+    classes: ClassRecognition | None = None
     features: str = ''  # name and fingerprint of the feature network
     n_real: int = 0  # number of test images
 
@@ -179,6 +182,24 @@ def attribute_metrics(
             k: confusion_matrix([w[k] for w in wanted], [p[k] for p in predictions]) for k in ATTRIBUTES
         },
     )
+
+# %% ../../nbs/evaluation/12_measure.ipynb #0bc5af75
+def add_class_metrics(
+    found: Measurements,
+    ws: Workspace,
+    generator,  # `Generator`
+    **sampling,  # arguments of the generator
+):
+    "Measure which classes are recognized when they are asked for by name."
+    if found.attributes:
+        return
+    try:
+        classes = recognize_classes(ws, generator, **sampling)
+    except UserError as error:
+        found.skipped['classes'] = str(error)
+        return
+    found.add('classes', classes.metrics(), classes.test)
+    found.classes = None if classes.test.problem else classes
 
 # %% ../../nbs/evaluation/12_measure.ipynb #8eacc781
 def _measure_attributes(found: Measurements, images: list, prompts: list[EvalPrompt], real: list):
