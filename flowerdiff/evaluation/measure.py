@@ -111,6 +111,7 @@ class ClipMetrics:
 
     nearest: list[Neighbor]  # the eight pairs with the smallest distances; empty if copies are not found
     order: list  # indices of the generated images, lowest CLIP score first; empty without a CLIP score
+    score: Callable | None = None  # (images, prompts) -> CLIP score of each; None if it cannot be trusted
 
 
 def _add_clip_score(found: Measurements, embeddings: dict, texts: np.ndarray, prompts: list[str]):
@@ -145,6 +146,10 @@ def add_clip_metrics(
     found.clip = ClipMetrics([], [])
     texts = [p.prompt for p in prompts]
     _add_clip_score(found, embeddings, clip.embed_texts(texts), texts)
+    if 'clip_score' in found.metrics:
+        found.clip.score = lambda images, prompts: clip_scores(
+            clip.embed_images(images), clip.embed_texts(prompts)
+        )
     sets = {k: v for k, v in embeddings.items() if k not in ('test', 'copies')}
     found.add_compared('cmmd', {name: cmmd(v, embeddings['test']) for name, v in sets.items()})
     _add_copies(found, embeddings, clip.embed_images(train_files))
