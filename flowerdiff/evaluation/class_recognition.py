@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_PICTURES', 'MAX_CLASSES', 'MAX_TRAINING_PICTURES', 'MAX_IMAGES', 'Classes', 'find_classes', 'ClassClassifier',
-           'try_classifier', 'train_class_classifier', 'ClassResult', 'ClassRecognition', 'class_results',
-           'class_prompt', 'recognize_classes', 'class_rows']
+           'try_classifier', 'train_class_classifier', 'images_of_each', 'ClassResult', 'ClassRecognition',
+           'class_results', 'class_prompt', 'recognize_classes', 'class_rows']
 
 # %% ../../nbs/evaluation/11_class_recognition.ipynb #eef52caa
 import tempfile
@@ -110,22 +110,31 @@ def train_class_classifier(
     "Train a classifier on the training split, and test it on held-out pictures."
     images, labels = _read_class_pictures(ws, ['train'], names, MAX_TRAINING_PICTURES)
     pixels = np.stack([np.asarray(image.convert('RGB').resize((64, 64))) for image in images])
+    steps = steps or min(600, 200 + 8 * len(names))
+    every = 50  # steps that `train_classifier` reports at a time
+    bar = progress(range(steps // every), label=f'{every} steps of the class classifier')
+    next(bar, None)
     with tempfile.TemporaryDirectory() as folder:
         model = train_classifier(
             pixels,
             [dict(label=label) for label in labels],
             dict(label=names),
             Path(folder) / 'classifier',
-            steps=steps or min(600, 200 + 8 * len(names)),
+            steps=steps,
             width=24,
             batch_size=48,
             seed=ws.settings.seed,
-            progress=lambda line: None,
+            progress=lambda line: next(bar, None),
         )
     return try_classifier(model, *_read_class_pictures(ws, ['val', 'test'], names, 300))
 
 # %% ../../nbs/evaluation/11_class_recognition.ipynb #ebdd7063
 MAX_IMAGES = 48  # over all classes
+
+
+def images_of_each(names: list[str]) -> int:
+    "Return how many images of each class are generated."
+    return max(2, min(8, MAX_IMAGES // max(1, len(names))))
 
 
 @dataclass
@@ -206,11 +215,11 @@ def recognize_classes(
     if not classes.names:
         raise UserError(classes.reason)
     asked = classes.names[:MAX_CLASSES]
-    n = max(2, min(8, MAX_IMAGES // len(asked)))
+    n = images_of_each(asked)
     classifier = train_class_classifier(ws, classes.names)
     images = {
         name: generator(class_prompt(name), num_images_per_prompt=n, seed=ws.settings.seed, **sampling)
-        for name in progress(asked, label=f'classes, {n} images of each')
+        for name in asked
     }
     return class_results(asked, images, classifier)
 
