@@ -43,7 +43,7 @@ pre {
   background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 14px 18px;
   overflow-x: auto; font-size: .88rem; line-height: 1.5
 }
-.missing b { font-size: 1.15rem; font-weight: 500; color: var(--soft) }
+.card.missing b { font-size: 1.15rem; font-weight: 500; color: var(--soft) }
 h1 { font-size: 2.3rem; line-height: 1.15; letter-spacing: -.02em; margin: 0 0 6px }
 h2 { font-size: 1.3rem; margin: 56px 0 6px; letter-spacing: -.01em }
 p { margin: 6px 0 14px; max-width: 72ch }
@@ -110,7 +110,7 @@ pre {
   background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 14px 18px;
   overflow-x: auto; font-size: .88rem; line-height: 1.5
 }
-.missing b { font-size: 1.15rem; font-weight: 500; color: var(--soft) }
+.card.missing b { font-size: 1.15rem; font-weight: 500; color: var(--soft) }
 h1 { font-size: 1.8rem }
 }
 """
