@@ -15,7 +15,7 @@ from ..core.workspace import Workspace, read_json
 from .class_recognition import ClassRecognition
 from .measure import Measurements
 from .metrics import Estimate
-from .report import percent
+from .report import NO_CARD, percent
 from ..models.model_folder import student_steps
 
 # %% ../../nbs/evaluation/14_verdict.ipynb #bf8f2e74
@@ -247,8 +247,9 @@ def decide(
         advice = 'more pictures, or captions that say what is in them; then train longer'
     if advice:
         lines.insert(1, f'{"Could help" if light == "green" else "Change first"}: {advice}.')
-    if found.skipped:
-        lines.append(f'Cannot be measured here: {", ".join(found.skipped)}. The report says why.')
+    missing = [name for name in found.skipped if name not in NO_CARD]
+    if missing:
+        lines.append(f'Cannot be measured here: {", ".join(missing)}. The report says why.')
     return Verdict(light, _headline(light, trained, findings), lines)
 
 # %% ../../nbs/evaluation/14_verdict.ipynb #8d6e414e
