@@ -17,7 +17,7 @@ import ipywidgets as w
 from fastcore.basics import patch
 
 from .widgets import add_classes, close_tree, data_url, image_html, jpeg_url, note_html, row
-from ..evaluation.report import line_chart, smooth
+from ..evaluation.report import LOSS_NOTE, line_chart, smooth
 
 # %% ../../nbs/apps/05_run_browser.ipynb #5610ed40
 def line_offsets(
@@ -160,7 +160,9 @@ def curves_html(workspace: Path) -> str:
         return note_html('No training yet', '<p>The loss curves appear here when training starts.</p>')
     smoothed = {name: smooth(curve) if len(curve) > 30 else curve for name, curve in curves.shown.items()}
     chart = line_chart(smoothed, 'steps')
-    summary = f'<div class="fd-soft">{html.escape(run_summary(curves))}</div>'
+    explained = LOSS_NOTE if len(curves.shown) > 1 else ''
+    texts = (run_summary(curves), explained)
+    summary = ''.join(f'<div class="fd-soft">{html.escape(text)}</div>' for text in texts if text)
     return f'<div class="fd-panel"><h2 class="fd-heading">Loss</h2>{chart}{summary}</div>'
 
 # %% ../../nbs/apps/05_run_browser.ipynb #550aa3a4

@@ -321,6 +321,8 @@ def progress(
         if now - printed > every:
             printed = now
             print(f'{label} {n}{f"/{total}" if total else ""}, {rate:.1f}/s', flush=True)
+    if state_file:
+        Path(state_file).write_text('{}')  # a full bar would promise that the stage is done
 
 # %% ../../nbs/core/07_workspace.ipynb #831ae8d9
 def record(ws: Workspace, name: str, result, seconds: float):

@@ -186,18 +186,24 @@ TensorRT engines are in `tensorrt/`, for {{ engines|join('; ') }}:
 # %% ../../nbs/evaluation/08_model_card.ipynb #9d46927b
 CARD_QUALITY = """## How good it is
 
-{% if results %}| metric | value (95 % interval) |
+{% if verdict %}{{ verdict.headline }}
+
+{% endif %}{% if results %}| metric | value (95 % interval) |
 |---|---|
 {% for name, value in results.items() %}| {{ name }} | {{ value }} |
 {% endfor %}
 {{ measured }}
 {% if controls %}Values that end in {{ controls|join(', ') }} are reference values:
-real images, wrong captions, or the autoencoder alone.
+real images, wrong captions, noise, or the autoencoder alone.
 {% endif %}
 {% if network %}KID, FID, precision and recall compare features of {{ network }}.
 The CLIP score uses the CLIP of the text encoder.
 Compare them with other models only if these networks are the same.
 {% endif %}
+{% if skipped %}Cannot be measured on this data:
+
+{% for name, reason in skipped.items() %}- {{ name }}: {{ reason }}
+{% endfor %}{% endif %}
 {% else %}Not measured: the model was published without a report.
 {% endif %}
 """
@@ -345,6 +351,8 @@ def make_card(
         card_data(ws, name, found, samples, network),
         template_str=CARD,
         network=network,
+        verdict=metrics.get('verdict'),
+        skipped=metrics.get('skipped'),
         name=name,
         repo=repo,
         grid=(ws.report / 'grid.png').exists(),

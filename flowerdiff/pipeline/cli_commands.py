@@ -73,9 +73,20 @@ def _example_prompt(root: Path) -> str:
         return 'a red rose under a blue sky'
 
 
+def _verdict(root: Path) -> list[str]:
+    "Return the first lines of the report's verdict on the model."
+    from flowerdiff.core.workspace import open_workspace
+
+    if not (root / 'params.yaml').exists() or not (root / 'report').is_dir():
+        return []
+    from flowerdiff.evaluation.verdict import read_verdict, verdict_lines
+
+    return verdict_lines(read_verdict(open_workspace(root)))
+
+
 def _next_steps(root: Path) -> list[str]:
     "Return lines about what a run has made, and what to try."
-    lines = []
+    lines = _verdict(root)
     for name, path in (('report', root / 'report/index.html'), ('model', root / 'model')):
         if path.exists():
             lines.append(f'{name:<10}{_short(path)}')

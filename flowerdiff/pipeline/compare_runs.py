@@ -148,6 +148,7 @@ class RunRecord:
     train: dict  # train.json
     settings: dict  # dotted name -> value
     adherence: dict  # name -> share of pictures that show what the prompt asks for
+    verdict: str = ''  # light of its report: green, yellow or red
 
 
 def _flatten(settings: dict, prefix: str = '') -> dict:
@@ -171,11 +172,14 @@ def read_run(
         message = f'{folder}: holds no trained run (no train.json); `flowerdiff run {folder}` makes one'
         raise UserError(message)
     report = folder / 'report' / 'metrics.json'
-    adherence = read_json(report).get('adherence') or {} if report.exists() else {}
+    metrics = read_json(report) if report.exists() else {}
+    adherence = metrics.get('adherence') or {}
+    verdict = metrics.get('verdict') or {}
     return RunRecord(
         train=read_json(folder / 'train.json'),
         settings=_flatten(yaml.safe_load((folder / 'params.yaml').read_text())),
         adherence={name: score['value'] for name, score in adherence.items()},
+        verdict=verdict.get('light', ''),
     )
 
 # %% ../../nbs/pipeline/10_compare_runs.ipynb #fc12e2c5
@@ -227,6 +231,8 @@ def _results(first: RunRecord, second: RunRecord) -> list[Row]:
         Row('samples/s', f'{a["samples_per_second"]:.0f}', f'{b["samples_per_second"]:.0f}'),
         Row('validation loss', f'{a["validation"]["loss"]:.4f}', f'{b["validation"]["loss"]:.4f}'),
     ]
+    if first.verdict and second.verdict:
+        rows.append(Row('verdict', first.verdict, second.verdict))
     for key, share in first.adherence.items():
         if key in second.adherence:
             name = f'correct {NAMES.get(key, key)}'
