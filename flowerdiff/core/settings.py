@@ -19,7 +19,7 @@ class Components(Section):
     "The networks around the denoiser."
 
     autoencoder: Pinned = 'garden'
-    'auto: the best for your pictures. garden, photo, train (its own), a folder, or a hub id `org/name@commit`.'
+    'auto: the best for your pictures. garden, photo, train (its own), a folder, or a hub `org/name@commit`.'
     text_encoder: Pinned = 'garden'
     'garden, train (the run trains a small CLIP), a folder, or a hub id `org/name@commit`.'
 

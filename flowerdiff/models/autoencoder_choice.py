@@ -121,7 +121,7 @@ def measure(
     return candidate
 
 # %% ../../nbs/models/13_autoencoder_choice.ipynb #0402b991
-ENOUGH = 31.0  # dB that the eye does not tell from more
+ENOUGH = 31.0  # dB more than that looks the same
 LEAST_DB = 23.0  # below either of these, an image looks washed out
 LEAST_SSIM = 0.8
 
