@@ -154,6 +154,23 @@ class Metadata:
             f.seek(place.offset)
             return json.loads(f.readline().decode('utf-8-sig'))
 
+    def texts(
+        self,
+        name: str,  # a picture, relative to the root
+    ) -> dict:  # column -> list of its values, one for each row of the picture
+        "Return everything that is written about a picture."
+        return {k: [v] for k, v in self.row(name).items() if k != 'file_name' and v not in (None, '')}
+
+    def facts(
+        self,
+        lost: list,  # from `missing`
+    ) -> dict:  # `metadata` of info.json
+        "Summarize which files and rows were used."
+        files = sorted({printable(place.file) for place in self.places.values()})
+        unmatched = [f'{row.file} {row.reason}' for row in lost[:20]]
+        rows = len(self.places)
+        return dict(files=files, rows=rows, matched=rows - len(lost), unmatched=unmatched, not_used=[])
+
     def missing(
         self,
         names,  # of the pictures that are there
@@ -226,6 +243,7 @@ class FolderScan(NamedTuple):
     names: list  # of the files to try, relative to the folder
     metadata: Metadata
     left_out: list  # of LeftOut
+    facts: dict  # `metadata` of info.json
 
 
 def _add_metadata(metadata: Metadata, name: str):
@@ -254,10 +272,12 @@ def scan_folder(
             _add_metadata(metadata, name)
         else:
             names.append(name)
-    left_out += metadata.problems + metadata.missing(names)
+    lost = metadata.missing(names)
+    facts = metadata.facts(lost)
+    left_out += metadata.problems + lost
     if len(names) > most:
         names = sorted(sorted(names, key=lambda name: fingerprint(printable(name)))[:most])
-    return FolderScan(names, metadata, left_out)
+    return FolderScan(names, metadata, left_out, facts)
 
 # %% ../../nbs/data/02_image_folder.ipynb #13eea182
 def _file_state(source: Path, name: str) -> list:  # changes when the file does

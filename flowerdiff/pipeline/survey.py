@@ -99,7 +99,7 @@ def survey_folder(
     sample: int = 400,  # files to open
 ) -> Survey:
     "Survey a folder of pictures. Raises `UserError` if no line of its metadata.jsonl can be used."
-    names, metadata, _ = scan_folder(source, most, leave_out)
+    names, metadata, *_ = scan_folder(source, most, leave_out)
     opened = evenly_spaced(names, min(1, sample / max(1, len(names))))
     samples = [_Sample(name, metadata.row(name), read_header(source / name)) for name in opened]
     good = [s for s in samples if s.header.side]
