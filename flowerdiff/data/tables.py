@@ -123,8 +123,8 @@ def picture_names(
         value = row.get(by_key.get(key))
         if isinstance(value, dict):  # a picture of 🤗 Datasets: bytes and path
             value = value.get('path')
-        if isinstance(value, int) and key == 'image_id':
-            value = str(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # the picture 12.jpg without its ending
         if isinstance(value, str) and value.strip() and not re.match(r'(?!file:)\w+://', value):
             names[by_key[key]] = value.strip()
     return names
