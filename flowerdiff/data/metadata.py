@@ -129,6 +129,7 @@ class Metadata:
         self.repeats = folder_repeats(names)
         self.count = Counter()  # 'rows', 'matched', 'sidecars'
         self.files = {}  # table -> its notes
+        self.boxes = False  # whether the caption files hold numbers instead
         self.problems = []  # of LeftOut: rows that cannot be read
         self.unmatched = []  # of LeftOut: rows and caption files without a picture
 

@@ -36,15 +36,15 @@ from flowerdiff.core.workspace import (
 )
 from ..data.datasets import DATASETS, prepare_dataset
 from flowerdiff.data.image_folder import (
-    Metadata,
     crop_pictures,
     crop_squares,
     picture_label,
     row_captions,
-    scan_folder,
 )
 from ..data.images import map_in_order, pixel_sha256, printable
+from ..data.metadata import Metadata
 from ..data.overview import show_overview
+from ..data.scan import scan_folder
 from ..data.splits import Selection, select_pictures
 from ..garden.flower_shapes import COLORS, SPECIES
 from ..garden.garden import BACKGROUNDS, draw, sample_attributes
