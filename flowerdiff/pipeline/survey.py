@@ -17,8 +17,9 @@ from PIL import Image
 from ..core.profiles import load_profile
 from ..core.schema import UserError
 from ..data.datasets import DATASETS
-from ..data.image_folder import picture_label, row_captions, scan_folder
+from ..data.image_folder import picture_label, row_captions
 from ..data.images import MAX_PIXELS, picture_formats
+from ..data.scan import scan_folder
 from ..data.splits import assign_splits, evenly_spaced, official_split
 
 # %% ../../nbs/pipeline/04_survey.ipynb #82df7c9d
@@ -99,7 +100,9 @@ def survey_folder(
     sample: int = 400,  # files to open
 ) -> Survey:
     "Survey a folder of pictures. Raises `UserError` if no line of its metadata.jsonl can be used."
-    names, metadata, _ = scan_folder(source, most, leave_out)
+    scan = scan_folder(source, most, leave_out)
+    names = scan.names
+    metadata = scan.metadata
     opened = evenly_spaced(names, min(1, sample / max(1, len(names))))
     samples = [_Sample(name, metadata.row(name), read_header(source / name)) for name in opened]
     good = [s for s in samples if s.header.side]
