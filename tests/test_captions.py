@@ -231,6 +231,16 @@ def test_up_to_the_limit_nothing_stops(stop, tmp_path):
     assert len(captions(pictures(tmp_path, texts, metadata=metadata))) == 5
 
 
+def test_lines_of_a_text_file_are_named_if_they_are_cut(tmp_path):
+    "Fails if ten captions in the lines of a file are cut without naming the setting for them."
+    lines = [f'the petals of flower {i} are long and white' for i in range(10)]
+    ws = pictures(tmp_path, [dict(sidecar=['\n'.join(lines[i:] + lines[:i])]) for i in range(4)])
+    with pytest.raises(UserError) as e:
+        caption.run(ws.root)
+    one_line(e, 'cut_captions', 'caption.lines to true')
+    assert captions(ws, lines=True)[0] == lines
+
+
 def test_no_captions_at_all(tmp_path):
     "Fails if a folder of nothing but pictures trains on 'a picture' without a word."
     ws = pictures(tmp_path, [{}] * 4)

@@ -105,8 +105,9 @@ def sample_stops(
     lint = Lint(token_counter(spec, base, [text for own in sample.captions for text in own]))
     for own in sample.captions:
         lint.add(own)
-    nothing = sample.overview.sources[SOURCES['nothing']]
-    report = lint.report() | dict(nothing=nothing, alike=sample.overview.alike)
+    sources = sample.overview.sources
+    counted = dict(nothing=sources[SOURCES['nothing']], alike=sample.overview.alike, sources=sources)
+    report = lint.report() | counted
     stops = metadata_stops(sample.metadata) | caption_stops(report, spec)
     return [text for name, text in stops.items() if text and name not in settings.caption.accept]
 

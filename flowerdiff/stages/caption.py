@@ -318,7 +318,8 @@ def run(ws: Workspace) -> Captioned:
         written = write_captions(new / 'metadata.jsonl', ws, answers)
         check_captioner(settings.captioner, written.used)
         lint = lint_captions(new / 'metadata.jsonl', ws)
-        counted = dict(nothing=written.used['nothing'], alike=written.overview.alike)
+        overview = written.overview
+        counted = dict(nothing=written.used['nothing'], alike=overview.alike, sources=overview.sources)
         report = dict(captioners=dict(written.used.most_common()), **counted, **lint.report())
         check_stops(caption_stops(report, ws.settings.components.text_encoder), settings.accept)
         found = findings(report, settings.least_pictures)
