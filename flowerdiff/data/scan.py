@@ -62,16 +62,7 @@ def first_row(
         return {}
 
 # %% ../../nbs/data/19_scan.ipynb #9c36517b
-CAPTION_WORDS = (
-    'metadata',
-    'meta',
-    'caption',
-    'captions',
-    'prompt',
-    'prompts',
-    'description',
-    'descriptions',
-)
+CAPTION_WORDS = ('metadata', 'caption', 'captions', 'prompt', 'prompts', 'description', 'descriptions')
 SPREADSHEETS = {'.xls', '.xlsx', '.ods', '.numbers'}
 ONLY_READ = 'only metadata.jsonl, .csv, .json and .parquet are read'
 
