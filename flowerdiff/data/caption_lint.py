@@ -70,6 +70,10 @@ def token_counter(
     from flowerdiff.models.tokenizer import own_tokenizer
     from flowerdiff.services.hub_cache import locate_part
 
+    if spec == 'auto':
+        from flowerdiff.models.text_encoder import choose_text_encoder
+
+        spec = choose_text_encoder(spec, Path(base) / 'encoded').spec
     folder = locate_part(spec, 'text_encoder', base)
     if spec == 'train':
         own = own_tokenizer(list(captions))
