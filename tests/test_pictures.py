@@ -275,7 +275,7 @@ def test_bad_metadata_lines_are_named(photos):
         and r['lily/1.png']['captions'] == ['a lily']
         and r['lily/1.png']['attributes'] == dict(color='white', petals=6)
     )
-    out = caption.run(photos.parent / 'ws')
+    out = caption.run(photos.parent / 'ws', overrides={'caption.accept': 'unmatched_rows'})
     by = {c['captioner'] for c in read_jsonl(out.folder / 'metadata.jsonl')}
     assert by == {'given', 'labels'} and 'given 2' in out.summary
 
@@ -474,7 +474,7 @@ def test_folder_without_captions_or_labels(tmp_path):
     for i in range(5):
         noise(i).save(tmp_path / 'IMG' / f'{i}.png')
     prepared(tmp_path / 'IMG')
-    out = caption.run(tmp_path / 'ws')
+    out = caption.run(tmp_path / 'ws', overrides={'caption.accept': 'same_captions'})
     assert {tuple(r['captions']) for r in read_jsonl(out.folder / 'metadata.jsonl')} == {
         ('a picture',)
     } and 'nothing' in out.summary
@@ -512,7 +512,7 @@ def test_lint_finds_problems(photos):
         ),
     )
     prepared(photos)
-    out = caption.run(photos.parent / 'ws')
+    out = caption.run(photos.parent / 'ws', overrides={'caption.class_captions': 0})
     lint = read_json(out.folder / 'lint.json')
     assert (
         lint['too_long'] == 1

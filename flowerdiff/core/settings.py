@@ -7,9 +7,10 @@ __all__ = ['Components', 'Prepare', 'Caption', 'Encode', 'Upload', 'Promote', 'E
            'Tracking', 'Settings', 'allowed_values', 'settings_table']
 
 # %% ../../nbs/core/03_settings.ipynb #9c8d01fd
+import re
 from typing import Annotated, Literal, get_args, get_origin
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .schema import Count, Pinned, Rate, Section, Share
 from .train_settings import Sagemaker, Train
@@ -48,12 +49,24 @@ class Prepare(Section):
 class Caption(Section):
     "Captions."
 
-    captioner: Literal['auto', 'given', 'attributes', 'labels', 'florence'] = 'auto'
+    captioner: Literal['auto', 'given', 'attributes', 'labels', 'filenames', 'florence'] = 'auto'
     'auto: given captions, else attributes, else labels. florence: Florence-2 describes each picture.'
+    column: str = ''
+    'Column with the captions, or sidecar. Empty: the first one that usually holds captions.'
+    language: str = 'en'
+    'Which caption to take if there is one in each of several languages.'
+    lines: bool = False
+    'Each line of a text is a caption. Otherwise all of its lines are one.'
+    shuffle_tags: bool = False
+    'Write lists of tags several times, in random order.'
+    keep_tokens: Annotated[int, Field(ge=0)] = 0
+    'How many tags stay in front when they are shuffled.'
     per_picture: Count = 3
-    'Captions per picture, from attributes and labels.'
-    class_captions: Annotated[int, Field(ge=0)] = 0
-    'Captions per picture that name its class, in addition.'
+    'Captions per picture, from attributes, labels and shuffled tags.'
+    class_captions: Annotated[int, Field(ge=0)] = 2
+    'Captions with the name of the class, in addition to those that do not name it.'
+    accept: list[Literal['unused_files', 'unmatched_rows', 'same_captions', 'cut_captions']] = []
+    'Findings that do not stop the run, such as unused_files,same_captions.'
     least_pictures: Annotated[int, Field(ge=0)] = 0
     'Warn if there are fewer pictures.'
     model: Pinned = 'florence-community/Florence-2-large@4271c66b88cdbc05735372ec13b2360108de5317'
@@ -70,6 +83,11 @@ class Caption(Section):
     'Longest caption, tokens.'
     num_processes: Count = 1
     'Processes on this machine, a GPU each.'
+
+    @field_validator('accept', mode='before')
+    @classmethod
+    def _split_at_commas(cls, value):
+        return re.findall(r'[^\s,]+', value) if isinstance(value, str) else value
 
 # %% ../../nbs/core/03_settings.ipynb #69928bb4
 class Encode(Section):

@@ -336,6 +336,7 @@ def record(ws: Workspace, name: str, result, seconds: float):
             status='skipped' if skipped else 'done',
             summary=summary,
             reason=skipped,
+            details=getattr(result, 'details', []),
             seconds=round(seconds, 2),
             finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
         ),

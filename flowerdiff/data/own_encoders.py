@@ -26,9 +26,9 @@ def caption_length(
     captions: list[str],
 ) -> int:  # positions, a multiple of 8 from 16 to 77
     "Return the positions that hold 98 % of the captions, with start and end token."
-    words = np.quantile([len(caption.split()) for caption in captions] or [0], 0.98)
-    tokens = words * 4 / 3 + 2
-    return int(min(77, max(16, -(-tokens // 8) * 8)))
+    from flowerdiff.models.tokenizer import own_tokenizer
+
+    return own_tokenizer(captions).model_max_length
 
 # %% ../../nbs/data/15_own_encoders.ipynb #a18ffada
 def resized_pictures(

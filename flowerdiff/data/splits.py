@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.schema import UserError
-from .image_folder import LeftOut, Metadata, picture_label
+from .image_folder import LeftOut, picture_label
 from .images import are_near_copies, printable
 
 # %% ../../nbs/data/12_splits.ipynb #278c51d2
@@ -138,7 +138,7 @@ class Picture:
 def usable_pictures(
     work: Path,  # with the cropped pictures and rows.jsonl
     names: list,  # the file of each row
-    metadata: Metadata,
+    metadata,  # of the folder, see `data.metadata`
 ) -> tuple:  # (list of Picture, list of LeftOut)
     "Read the rows of cropped pictures, and leave out bad files and exact copies."
     pictures = {}  # by the hash of their pixels
@@ -231,7 +231,7 @@ class Selection:
 def select_pictures(
     work: Path,  # with the cropped pictures and rows.jsonl
     names: list,  # the file of each row
-    metadata: Metadata,
+    metadata,  # of the folder, see `data.metadata`
     settings,  # settings.prepare
 ) -> Selection:
     "Select the pictures to use, and assign each to a split."

@@ -6,8 +6,8 @@
 __all__ = ['FILES', 'UNSAFE', 'HUB_FILES', 'PINNED', 'ORIGIN', 'VOLATILE', 'AUTOENCODERS', 'part_folder', 'weights',
            'cached_part', 'from_hub', 'component_folder', 'find_component', 'component_fingerprint', 'save_part',
            'quiet_libraries', 'one_line_errors', 'component_errors', 'load_strict', 'pil_to_tensor', 'tensor_to_pil',
-           'psnr', 'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'load_text',
-           'bf16_is_fast', 'why_not_compile', 'build_denoiser']
+           'psnr', 'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'find_tokenizer',
+           'load_text', 'bf16_is_fast', 'why_not_compile', 'build_denoiser']
 
 # %% ../../nbs/models/01_components.ipynb #ee23b767
 import contextlib
@@ -335,7 +335,7 @@ class TextEncoder:
         return [text for text, ids in zip(texts, token_ids) if len(ids) > self.length]
 
 # %% ../../nbs/models/01_components.ipynb #0a019c6b
-def _find_tokenizer(folder: Path) -> Path:
+def find_tokenizer(folder: Path) -> Path:
     "Return the folder of a text encoder's tokenizer."
     for candidate in (folder, folder.parent / 'tokenizer'):
         if (candidate / 'tokenizer.json').is_file() or (candidate / 'vocab.json').is_file():
@@ -356,7 +356,7 @@ def load_text(
     kind = read_json(folder / 'config.json').get('model_type')
     if kind not in ('clip', 'clip_text_model'):
         raise UserError(f"{folder}: is a {kind}; only CLIP's text model fits a Stable Diffusion pipeline")
-    tokenizer_folder = _find_tokenizer(folder)
+    tokenizer_folder = find_tokenizer(folder)
     is_whole_clip = kind == 'clip'
     model = load_strict(CLIPModel if is_whole_clip else CLIPTextModel, folder, dtype=torch.float32)
     with component_errors(folder):

@@ -196,6 +196,8 @@ def _interrupt(*_):
 
 def _print_result(ws: Workspace, stage: str, seconds: float):
     record = read_json(ws.work / 'records' / f'{stage}.json')
+    for detail in record.get('details', []):
+        print(stage_line(stage, '...', detail), flush=True)
     result = f'skipped: {record["reason"]}' if record['status'] == 'skipped' else record['summary']
     print(stage_line(stage, duration(seconds), result), flush=True)
 

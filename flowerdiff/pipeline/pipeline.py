@@ -219,7 +219,8 @@ class _DvcRun:
         elif self.stage and line.startswith(f'{self.stage:<10}'):
             self.show_messages()
             self.display.line(line)
-            self.stage = None
+            if not line.startswith(stage_line(self.stage, '...', '')):  # a detail of the stage
+                self.stage = None
 
     def stop(self) -> Stopped:
         "End all processes. Returns the exception to raise."

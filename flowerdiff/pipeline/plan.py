@@ -17,6 +17,7 @@ import torch
 from ..core.profiles import load_profile, load_settings
 from ..core.schema import UserError
 from ..core.workspace import format_bytes, free_bytes
+from ..data.caption_lint import overview_lines
 from ..data.images import BadPicture, load_picture
 from ..garden.garden import flower
 from ..models.autoencoder_choice import CANDIDATES, Choice, compare, sample_evenly, side_by_side
@@ -32,7 +33,7 @@ from flowerdiff.pipeline.estimates import (
 from .execute import duration
 from .pipeline import requested_settings
 from .suggest import encoded_shapes, first_sizes, gpu_gb, suggest, text_count
-from .survey import Survey, inspect_source, split_sizes
+from .survey import Survey, inspect_source, sample_stops, split_sizes
 from ..services.hardware import cores, memory_gb
 from ..training.trainer import steps_in_hours, total_steps
 
@@ -117,16 +118,16 @@ def _resolution_text(inputs: PlanInputs, numbers: dict) -> str:
 
 # %% ../../nbs/pipeline/09_plan.ipynb #f586b5c5
 def _captions_text(inputs: PlanInputs, numbers: dict) -> str:
-    captioner = inputs.settings.caption.captioner
-    source = captioner
-    if captioner in ('auto', 'given'):
-        source = ' and '.join(inputs.survey.caption_sources)
-    if source == 'nothing':
-        return 'none are given: each picture will be "a picture"'
+    settings = inputs.settings
+    survey = inputs.survey
     count = f'at most about {numbers["texts"] - 1:,} different ones'
-    if source == 'florence':
+    if settings.caption.captioner == 'florence':
         return f'from Florence-2, which reads each picture (speed not known); {count}'
-    return f'from {source}, {count}'
+    if survey.captions is None:
+        return f'from {survey.captioned_by}, {count}'
+    lines = overview_lines(survey.captions.overview, settings.caption.language, survey.pictures)
+    stops = sample_stops(survey.captions, settings, inputs.base)
+    return '\n'.join([f'{lines[0]}; {count}', *lines[1:], *(f'STOPS the run: {text}' for text in stops)])
 
 # %% ../../nbs/pipeline/09_plan.ipynb #f9f1123d
 def _encoded_text(
@@ -392,7 +393,7 @@ def plan(
     choice = choose_autoencoder(inputs)
 
     def line(name: str, text: str):
-        show(f'{name:<12}{text}')
+        show(f'{name:<12}' + text.replace('\n', '\n' + ' ' * 12))
 
     numbers = count_data(inputs)
     for name, describe in COUNTED.items():

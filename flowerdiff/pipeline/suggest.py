@@ -145,7 +145,8 @@ def _latent_shape(settings, base: Path) -> tuple | None:
 def _text_shape(settings, survey: Survey, base: Path) -> tuple | None:
     spec = settings.components.text_encoder
     if spec == 'train':  # the run's own CLIP: a multiple of 8 tokens that fits a long caption
-        tokens = -(-int(survey.caption_words * 4 / 3 + 2) // 8) * 8
+        words = survey.captions.words if survey.captions else 12
+        tokens = -(-int(words * 4 / 3 + 2) // 8) * 8
         return (min(77, max(16, tokens)), 128)
     folder = locate_part(spec, 'text_encoder', base)
     if not folder:
@@ -167,15 +168,13 @@ def encoded_shapes(
 def text_count(settings, survey: Survey) -> int:
     "Return an upper bound of the number of different captions, with the empty one."
     caption = settings.caption
-    given = caption.captioner in ('auto', 'given')
-    per_picture = len(caption.prompts) if caption.captioner == 'florence' else caption.per_picture
-    without = ('metadata.jsonl', 'nothing') if given else ()
-    generated = sum(share for source, share in survey.caption_sources.items() if source not in without)
-    return 1 + round(
-        survey.pictures * caption.class_captions
-        + survey.pictures * survey.given_captions * given
-        + survey.pictures * per_picture * generated
-    )
+    if caption.captioner == 'florence':
+        per_picture = len(caption.prompts) + caption.class_captions
+    elif survey.captions:
+        per_picture = survey.captions.per_picture
+    else:
+        per_picture = caption.per_picture + caption.class_captions
+    return 1 + round(survey.pictures * per_picture)
 
 
 def weight_bytes(

@@ -36,15 +36,15 @@ from flowerdiff.core.workspace import (
 )
 from ..data.datasets import DATASETS, prepare_dataset
 from flowerdiff.data.image_folder import (
-    Metadata,
     crop_pictures,
     crop_squares,
     picture_label,
     row_captions,
-    scan_folder,
 )
 from ..data.images import map_in_order, pixel_sha256, printable
+from ..data.metadata import Metadata
 from ..data.overview import show_overview
+from ..data.scan import scan_folder
 from ..data.splits import Selection, select_pictures
 from ..garden.flower_shapes import COLORS, SPECIES
 from ..garden.garden import BACKGROUNDS, draw, sample_attributes
@@ -295,7 +295,7 @@ def fill_splits(
 ):  # -> (split, row)
     "Put each picture into the folder of its split, under a number, and yield its row."
     count = Counter()
-    with open(work / 'rows.jsonl', 'rb') as f:
+    with open(work / 'rows.jsonl', 'rb') as f, open(new / 'texts.jsonl', 'w', encoding='utf-8') as texts:
         for picture in selection.pictures:
             f.seek(picture.offset)
             facts = squares.get(picture.name) or json.loads(f.readline())
@@ -304,6 +304,8 @@ def fill_splits(
             count[picture.split] += 1
             _link_or_copy(folder / facts['file'], new / picture.split / file_name)
             row = picture_row(picture.name, facts, metadata.row(picture.name))
+            known = dict(file_name=f'{picture.split}/{file_name}', texts=metadata.texts(picture.name))
+            texts.write(json.dumps(known, ensure_ascii=False) + '\n')
             yield picture.split, dict(file_name=file_name, **row)
 
 # %% ../../nbs/stages/01_prepare.ipynb #7f5d1386
@@ -345,9 +347,8 @@ def prepare_folder(
     written = write_rows(new, fill_splits(new, work, selection, scan.metadata, squares))
     write_jsonl(new / 'quarantine.jsonl', map(asdict, left_out))
     near_copies = [(printable(a.name), printable(b.name)) for a, b in selection.near_copies]
-    return dict(
-        kind='folder', source=prepare.source, **written, left_out=len(left_out), near_copies=near_copies
-    )
+    found = dict(left_out=len(left_out), near_copies=near_copies, metadata=scan.facts)
+    return dict(kind='folder', source=prepare.source, **written, **found)
 
 # %% ../../nbs/stages/01_prepare.ipynb #48daef50
 @dataclass
