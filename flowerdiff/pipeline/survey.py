@@ -7,6 +7,7 @@ __all__ = ['Header', 'read_header', 'caption_source', 'Survey', 'survey_folder',
 
 # %% ../../nbs/pipeline/04_survey.ipynb #a2dce2a5
 import os
+import tempfile
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from ..data.image_folder import picture_label, row_captions
 from ..data.images import MAX_PIXELS, picture_formats
 from ..data.scan import scan_folder
 from ..data.splits import assign_splits, evenly_spaced, official_split
+from ..data.unpacking import Unpacked, hub_folder, unpack_source
 
 # %% ../../nbs/pipeline/04_survey.ipynb #82df7c9d
 @dataclass
@@ -100,9 +102,17 @@ def survey_folder(
     sample: int = 400,  # files to open
 ) -> Survey:
     "Survey a folder of pictures. Raises `UserError` if no line of its metadata.jsonl can be used."
+    with tempfile.TemporaryDirectory() as work:
+        unpacked = unpack_source(source, Path(work), leave_out, sample)
+        return _survey_unpacked(unpacked, most, leave_out, sample)
+
+
+def _survey_unpacked(unpacked: Unpacked, most: int, leave_out, sample: int) -> Survey:
+    source = unpacked.folder
     scan = scan_folder(source, most, leave_out)
     names = scan.names
     metadata = scan.metadata
+    total = min(round(len(names) / unpacked.share), most)
     opened = evenly_spaced(names, min(1, sample / max(1, len(names))))
     samples = [_Sample(name, metadata.row(name), read_header(source / name)) for name in opened]
     good = [s for s in samples if s.header.side]
@@ -113,11 +123,11 @@ def survey_folder(
         return {value: count / len(good) for value, count in Counter(values).most_common()}
 
     return Survey(
-        pictures=round(len(names) * len(good) / len(samples)),
-        files=len(names),
+        pictures=round(total * len(good) / len(samples)),
+        files=total,
         side=sorted(s.header.side for s in good)[len(good) // 2],
         jpeg=sum(s.header.jpeg for s in good) / len(good),
-        exact=len(samples) == len(names),
+        exact=len(samples) == total,
         caption_sources=shares(caption_source(s.name, s.row) for s in good),
         given_captions=sum(len(row_captions(s.row)) for s in good) / len(good),
         caption_words=_percentile([s.caption_words for s in good], 0.98),
@@ -161,6 +171,8 @@ def inspect_source(
         )
     if source in DATASETS:
         return _dataset_survey(DATASETS[source], prepare, root)
+    if source.startswith('hub:'):
+        return survey_folder(hub_folder(source).folder, prepare.count)
     places = [Path(root) / Path(source).expanduser(), Path(source).expanduser()]
     folder = next((place for place in places if place.is_dir()), None)
     if not source or not folder:
