@@ -407,4 +407,6 @@ def run(ws: Workspace) -> Prepared:
         shutil.rmtree(old, ignore_errors=True)
     for row in read_jsonl(ws.pictures / 'quarantine.jsonl')[:5]:
         print(f'left out: {row["file"]} {row["reason"]}')
+    for note in info.get('metadata', {}).get('notes', [])[:5]:
+        print(note)
     return Prepared(_summary(info), ws.pictures, info)
