@@ -130,8 +130,7 @@ def unused_reason(
 ARCHIVES = {'.zip', '.tar', '.gz', '.tgz', '.7z', '.rar', '.bz2', '.xz'}
 NO_PICTURES = re.compile(
     r'\.(txt|caption|json|jsonl|ndjson|csv|tsv|parquet|arrow|cls|md|rst|ya?ml|xml|html?|pdf|docx?|rtf|xlsx?'
-    r'|ods|odt'
-    r'|py|ipynb|sh|bat|js|css|log|toml|ini|cfg|np[yz]|pkl|pth?|ckpt|safetensors|bin|db|sqlite|mat|lock|idx'
+    r'|ods|py|ipynb|sh|bat|js|css|log|toml|ini|cfg|np[yz]|pkl|pth?|ckpt|safetensors|bin|db|sqlite|mat|lock|idx'
     r'|odt|mp[34]|mov|avi|mkv|webm|wav)'
 )
 
@@ -149,8 +148,9 @@ def is_tried(
 
 # %% ../../nbs/data/19_scan.ipynb #fce880b9
 DOCUMENTS = re.compile(
-    r'(read.?me|licen[sc]e|notice|copying|change.?log|requirements|credits?|authors?|attributions?|info|notes?'
-    r'|todo|index|sources?|urls?|links?|classes|labels?|names|list|files?|train|val|valid|test|version|about)\b',
+    r'(read.?me|licen[sc]e|notice|copying|change.?log|requirements|credits?|authors?'
+    r'|attributions?|info|notes?|todo|index|sources?|urls?|links?'
+    r'|classes|labels?|names|list|files?|train|val|valid|test|version|about)\b',
     re.I,
 )
 LOST = 'is a caption file, but there is no picture of that name'
