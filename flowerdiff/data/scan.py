@@ -130,8 +130,8 @@ def unused_reason(
 ARCHIVES = {'.zip', '.tar', '.gz', '.tgz', '.7z', '.rar', '.bz2', '.xz'}
 NO_PICTURES = re.compile(
     r'\.(txt|caption|json|jsonl|ndjson|csv|tsv|parquet|arrow|cls|md|rst|ya?ml|xml|html?|pdf|docx?|rtf|xlsx?'
-    r'|ods|py|ipynb|sh|bat|js|css|log|toml|ini|cfg|np[yz]|pkl|pth?|ckpt|safetensors|bin|db|sqlite|mat|lock|idx'
-    r'|odt|mp[34]|mov|avi|mkv|webm|wav)'
+    r'|py|ipynb|sh|bat|js|css|log|toml|ini|cfg|np[yz]|pkl|pth?|ckpt|safetensors|bin|db|sqlite|mat|lock|idx'
+    r'|ods|odt|mp[34]|mov|avi|mkv|webm|wav)'
 )
 
 
