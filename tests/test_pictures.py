@@ -268,7 +268,6 @@ def test_bad_metadata_lines_are_named(photos):
         'metadata.jsonl line 3': 'has no file_name',
         'metadata.jsonl line 4': 'has no file_name',
         'metadata.jsonl line 5': 'describes rose/99.png, which does not exist',
-        'metadata.jsonl line 7': 'is a second row for rose/0.png; the first one is used',
     }
     assert (
         r['rose/0.png']['captions'] == ['a red rose', 'one rose']
@@ -281,10 +280,10 @@ def test_bad_metadata_lines_are_named(photos):
 
 
 def test_metadata_that_is_no_jsonl(photos):
-    (photos / 'metadata.jsonl').write_text('[{"file_name": "rose/0.png"}]')
+    (photos / 'metadata.jsonl').write_text('rose/0.png: a rose')
     with pytest.raises(UserError) as e:
         prepared(photos)
-    one_line(e, 'metadata.jsonl', 'no line can be used', 'one JSON object per line')
+    one_line(e, 'metadata.jsonl', 'no row can be used', 'one row per picture')
 
 
 def test_names_from_a_mac(photos):  # ü in two characters in the table, in one on the disk

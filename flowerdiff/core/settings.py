@@ -29,7 +29,7 @@ class Prepare(Section):
     "Pictures and splits."
 
     source: str = 'garden'
-    'garden (drawn by the library), oxford102, celeba, or a folder of pictures.'
+    'garden (drawn by the library), oxford102, celeba, a folder of pictures, or hub:org/name.'
     files: str = ''
     'Folder with the official files of oxford102 or celeba. Empty: the cache, or download.'
     count: Count = 6000

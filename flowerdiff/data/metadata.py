@@ -172,6 +172,11 @@ class Metadata:
         "Summarize which files and rows were used, for info.json."
         lost = [f'{row.file} {row.reason}' for row in (self.problems + self.unmatched)[:20]]
         notes = [f'{printable(file)} {note}' for file, notes in self.files.items() for note in sorted(notes)]
+        notes += [
+            f'{printable(folder)}: each picture counts {repeats.count} times, class {repeats.label!r}'
+            for folder, repeats in self.repeats.items()
+            if repeats.count > 1
+        ]
         counts = {key: self.count[key] for key in ('rows', 'matched', 'sidecars')}
         return dict(files=[printable(file) for file in self.files], **counts, unmatched=lost, notes=notes)
 

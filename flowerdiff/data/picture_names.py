@@ -61,7 +61,7 @@ def shorter_paths(
 ) -> list:  # of paths without one, two and so on of the first folders
     "Return the paths that a name may have inside of a folder, the longest first."
     parts = [part for part in path.split('/') if part not in ('', '.')]
-    own = [part.casefold() for part in folder.split('/')]
+    own = [part.casefold() for part in folder.rstrip('/').split('/')]
     found = []
     for k in range(1, len(parts)):
         dropped = [part.casefold() for part in parts[:k]]

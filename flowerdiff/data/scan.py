@@ -93,7 +93,7 @@ def _text_reason(path: Path) -> str:  # of a text file with pictures and caption
         lines = decode_text(f.read(8192))[0].splitlines()
     described = sum(bool(re.search(rf'{PICTURE_NAME.pattern[:-4]}\b\W+\w', line, re.I)) for line in lines)
     if is_about_captions(path.stem) or (described > 1 and described * 2 > len(lines)):
-        return 'looks like captions of many pictures; write metadata.csv with the columns file_name and text'
+        return 'looks like captions of many pictures; write metadata.csv with file_name and text'
     return ''
 
 
@@ -129,9 +129,9 @@ def unused_reason(
 # %% ../../nbs/data/19_scan.ipynb #874e6250
 ARCHIVES = {'.zip', '.tar', '.gz', '.tgz', '.7z', '.rar', '.bz2', '.xz'}
 NO_PICTURES = re.compile(
-    r'\.(txt|caption|json|jsonl|ndjson|csv|tsv|parquet|arrow|cls|md|rst|ya?ml|xml|html?|pdf|docx?|rtf|xlsx?|ods|odt'
+    r'\.(txt|caption|json|jsonl|ndjson|csv|tsv|parquet|arrow|cls|md|rst|ya?ml|xml|html?|pdf|docx?|rtf|xlsx?'
     r'|py|ipynb|sh|bat|js|css|log|toml|ini|cfg|np[yz]|pkl|pth?|ckpt|safetensors|bin|db|sqlite|mat|lock|idx'
-    r'|mp[34]|mov|avi|mkv|webm|wav)'
+    r'|ods|odt|mp[34]|mov|avi|mkv|webm|wav)'
 )
 
 
@@ -148,8 +148,9 @@ def is_tried(
 
 # %% ../../nbs/data/19_scan.ipynb #fce880b9
 DOCUMENTS = re.compile(
-    r'(read.?me|licen[sc]e|notice|copying|change.?log|requirements|credits?|authors?|attributions?|info|notes?|todo'
-    r'|index|sources?|urls?|links?|classes|labels?|names|list|files?|train|val|valid|test|version|about)\b',
+    r'(read.?me|licen[sc]e|notice|copying|change.?log|requirements|credits?|authors?'
+    r'|attributions?|info|notes?|todo|index|sources?|urls?|links?'
+    r'|classes|labels?|names|list|files?|train|val|valid|test|version|about)\b',
     re.I,
 )
 LOST = 'is a caption file, but there is no picture of that name'

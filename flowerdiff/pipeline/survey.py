@@ -8,6 +8,7 @@ __all__ = ['Header', 'read_header', 'CaptionSample', 'sample_captions', 'sample_
 
 # %% ../../nbs/pipeline/04_survey.ipynb #a2dce2a5
 import os
+import tempfile
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,19 +18,13 @@ from PIL import Image
 
 from ..core.profiles import load_profile
 from ..core.schema import UserError
-from flowerdiff.data.caption_lint import (
-    SOURCES,
-    Lint,
-    Overview,
-    caption_stops,
-    metadata_stops,
-    token_counter,
-)
+from ..data.caption_lint import SOURCES, Lint, Overview, caption_stops, metadata_stops, token_counter
 from ..data.datasets import DATASETS
 from ..data.image_folder import picture_label
 from ..data.images import MAX_PIXELS, picture_formats, printable
 from ..data.scan import FolderScan, scan_folder
 from ..data.splits import assign_splits, evenly_spaced, official_split
+from ..data.unpacking import hub_folder
 from ..stages.caption import caption
 from ..stages.prepare import other_columns
 
@@ -203,6 +198,8 @@ def inspect_source(
         )
     if source in DATASETS:
         return _dataset_survey(DATASETS[source], prepare, root)
+    if source.startswith('hub:'):
+        return survey_folder(hub_folder(source).folder, prepare.count)
     places = [Path(root) / Path(source).expanduser(), Path(source).expanduser()]
     folder = next((place for place in places if place.is_dir()), None)
     if not source or not folder:

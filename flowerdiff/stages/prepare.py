@@ -46,6 +46,8 @@ from ..data.metadata import Metadata
 from ..data.overview import show_overview
 from ..data.scan import scan_folder
 from ..data.splits import Selection, select_pictures
+from ..data.tables import NAME_COLUMNS
+from ..data.unpacking import hub_folder, unpack_source
 from ..garden.flower_shapes import COLORS, SPECIES
 from ..garden.garden import BACKGROUNDS, draw, sample_attributes
 
@@ -214,6 +216,8 @@ def source_folder(ws: Workspace) -> Path:
         )
     if not given:
         raise UserError('prepare.source: names no folder of pictures; give one, such as --pictures my/photos')
+    if given.startswith('hub:'):
+        return hub_folder(given).folder
     path = find_path(ws, given)
     if path is None:
         raise UserError(f'{given}: does not exist; give a folder of pictures {hint}')
@@ -236,9 +240,13 @@ KNOWN_COLUMNS = {
     'label_name',
     'class',
     'class_name',
+    'repeats',
     'captions',
     'caption',
     'text',
+    'prompt',
+    'description',
+    'tags',
     'official_split',
     'split',
     'attributes',
@@ -257,7 +265,10 @@ def other_columns(
     return {
         key: value
         for key, value in columns.items()
-        if key not in KNOWN_COLUMNS and isinstance(value, str | int | float) and value != ''
+        if key not in KNOWN_COLUMNS
+        and key not in NAME_COLUMNS
+        and isinstance(value, str | int | float)
+        and value != ''
     }
 
 
@@ -271,6 +282,7 @@ def picture_row(
         bucket=facts.get('bucket'),
         source=printable(name),
         sha256=facts['sha256'],
+        repeats=described.get('repeats'),
         note=facts['note'],
         label=picture_label(name, described),
         captions=row_captions(described),
@@ -328,8 +340,10 @@ def prepare_folder(
 ) -> dict:  # for `info.json`
     "Crop, select and split the pictures of a folder."
     prepare = ws.settings.prepare
-    source = source_folder(ws)
-    scan = scan_folder(source, prepare.count, [ws.root])
+    original = source_folder(ws)
+    unpacked = ws.root / 'work' / f'prepare-unpacked-{fingerprint(str(original))[:12]}'
+    source = unpack_source(original, unpacked, [ws.root]).folder
+    scan = scan_folder(source, prepare.count, [] if source.is_relative_to(unpacked) else [ws.root])
     code = code_fingerprint('flowerdiff.data.images')
     key = fingerprint([str(source), prepare.resolution, prepare.crop, code])
     work = ws.work_dir('prepare', key)
@@ -348,6 +362,8 @@ def prepare_folder(
     write_jsonl(new / 'quarantine.jsonl', map(asdict, left_out))
     near_copies = [(printable(a.name), printable(b.name)) for a, b in selection.near_copies]
     found = dict(left_out=len(left_out), near_copies=near_copies, metadata=scan.facts)
+    if prepare.source.startswith('hub:'):
+        found['source_commit'] = original.name
     return dict(kind='folder', source=prepare.source, **written, **found)
 
 # %% ../../nbs/stages/01_prepare.ipynb #48daef50
@@ -391,4 +407,6 @@ def run(ws: Workspace) -> Prepared:
         shutil.rmtree(old, ignore_errors=True)
     for row in read_jsonl(ws.pictures / 'quarantine.jsonl')[:5]:
         print(f'left out: {row["file"]} {row["reason"]}')
+    for note in info.get('metadata', {}).get('notes', [])[:5]:
+        print(note)
     return Prepared(_summary(info), ws.pictures, info)
