@@ -17,7 +17,8 @@ from PIL import Image
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import read_json, read_jsonl
 from flowerdiff.data import image_folder
-from flowerdiff.data.images import MAX_PIXELS, BadPicture, load_picture
+from flowerdiff.data.images import load_picture
+from flowerdiff.services.image_files import MAX_PIXELS, BadPicture
 from flowerdiff.stages import caption, prepare
 
 SIDE = 32
@@ -121,7 +122,7 @@ def test_bad_files_go_to_quarantine(photos):
         'huge.png': 'million pixels',
         'pipe.jpg': 'not a file',
         'gone.jpg': 'broken link',
-        'program.eps': 'not a picture',
+        'program.eps': 'is PostScript; convert it',
     }
     assert set(why) == set(expected) and all(w in why[f] for f, w in expected.items()), why
     assert all('\n' not in r for r in why.values())

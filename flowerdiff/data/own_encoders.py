@@ -15,6 +15,7 @@ import torch
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import Workspace, progress, write_json
+from .images import open_picture
 
 # %% ../../nbs/data/15_own_encoders.ipynb #0df316c2
 def caption_length(
@@ -38,9 +39,8 @@ def resized_pictures(
 
     pictures = np.lib.format.open_memmap(path, 'w+', np.uint8, (len(files), side, side, 3))
     for i, file in enumerate(progress(files, label=label)):
-        with Image.open(ws.pictures / 'train' / file) as image:
-            square = ImageOps.fit(image.convert('RGB'), (side, side), Image.Resampling.BOX)
-            pictures[i] = np.asarray(square)
+        picture = open_picture(ws.pictures / 'train' / file)
+        pictures[i] = np.asarray(ImageOps.fit(picture, (side, side), Image.Resampling.BOX))
     return pictures
 
 # %% ../../nbs/data/15_own_encoders.ipynb #90af774b
