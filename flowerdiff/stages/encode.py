@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from flowerdiff.data.encoding import (
 )
 from ..data.own_encoders import train_own_autoencoder, train_own_clip
 from ..data.shards import Shards, open_shard_sets, shard_set_name
+from ..data.trained_on import KEYS, picture_key
 from flowerdiff.models.components import (
     TextEncoder,
     component_fingerprint,
@@ -80,6 +81,7 @@ class Inputs:
     files: list[str]
     captions: list[list[str]]  # for each file
     buckets: list  # (width, height) of each file that is not square, else None
+    keys: list = field(default_factory=list)  # of the content of each file, see `picture_key`
 
 
 def read_inputs(ws: Workspace) -> dict[str, Inputs]:  # split -> Inputs
@@ -98,6 +100,7 @@ def read_inputs(ws: Workspace) -> dict[str, Inputs]:  # split -> Inputs
             files,
             [captions[f'{split}/{file}'] for file in files],
             [row.get('bucket') for row in rows],
+            [picture_key(row) for row in rows],
         )
     if not inputs['train'].files:
         raise UserError(f'{ws.pictures}: has no picture to train on; add pictures and run the stage prepare')
@@ -356,6 +359,7 @@ def write_indices(new: Path, inputs: dict[str, Inputs], texts: list[str], indice
     indices = iter(indices)
     for split, own in inputs.items():
         write_json(new / split / 'files.json', own.files)
+        write_json(new / split / KEYS, own.keys)
         captions = list(itertools.islice(indices, len(own.files)))
         (new / split / 'captions.json').write_text(json.dumps(captions))
     write_json(new / 'text' / 'texts.json', texts)

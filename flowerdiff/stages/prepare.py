@@ -45,7 +45,7 @@ from flowerdiff.data.image_folder import (
 )
 from ..data.images import map_in_order, pixel_sha256, printable
 from ..data.overview import show_overview
-from ..data.splits import Selection, select_pictures
+from ..data.splits import KEY_DIGITS, Selection, read_splits, save_splits, select_pictures
 from ..garden.flower_shapes import COLORS, SPECIES
 from ..garden.garden import BACKGROUNDS, draw, sample_attributes
 
@@ -232,6 +232,7 @@ KNOWN_COLUMNS = {
     'height',
     'source',
     'sha256',
+    'content_hash',
     'label',
     'label_name',
     'class',
@@ -271,6 +272,7 @@ def picture_row(
         bucket=facts.get('bucket'),
         source=printable(name),
         sha256=facts['sha256'],
+        content_hash=facts['content'][:KEY_DIGITS],
         note=facts['note'],
         label=picture_label(name, described),
         captions=row_captions(described),
@@ -315,7 +317,7 @@ def _check_enough(source: str, selection: Selection, left_out: list):
         first = left_out[0]
         hint = f'{len(left_out)} left out, such as {first.file}, which {first.reason}'
     else:
-        hint = 'add pictures (jpg, png, webp, gif, bmp, tiff, avif)'
+        hint = 'add pictures (jpg, png, webp, gif, bmp, tiff, avif, heic)'
     pictures = 'picture' if n == 1 else 'pictures'
     raise UserError(f'{source}: has {n} {pictures} that can be used, a run needs at least 3; {hint}')
 
@@ -329,21 +331,25 @@ def prepare_folder(
     source = source_folder(ws)
     scan = scan_folder(source, prepare.count, [ws.root])
     code = code_fingerprint('flowerdiff.data.images')
-    key = fingerprint([str(source), prepare.resolution, prepare.crop, code])
+    key = fingerprint([str(source), prepare.resolution, prepare.crop, prepare.background, code])
     work = ws.work_dir('prepare', key)
-    crop_pictures(source, scan.names, prepare.resolution, work, prepare.crop)
-    selection = select_pictures(work, scan.names, scan.metadata, prepare)
+    background = prepare.background
+    crop_pictures(source, scan.names, prepare.resolution, work, prepare.crop, background=background)
+    record = ws.work / 'splits.json'
+    known = read_splits(record, prepare)
+    selection = select_pictures(work, scan.names, scan.metadata, prepare, known)
     left_out = scan.left_out + selection.left_out
     _check_enough(prepare.source, selection, left_out)
 
     squares = {}
     if prepare.crop == 'buckets':
         held = [picture.name for picture in selection.pictures if picture.split != 'train']
-        squares = crop_squares(source, held, prepare.resolution, work / 'held')
+        squares = crop_squares(source, held, prepare.resolution, work / 'held', background=background)
     for split in SPLITS:
         (new / split).mkdir()
     written = write_rows(new, fill_splits(new, work, selection, scan.metadata, squares))
     write_jsonl(new / 'quarantine.jsonl', map(asdict, left_out))
+    save_splits(record, prepare, known, selection.pictures)
     near_copies = [(printable(a.name), printable(b.name)) for a, b in selection.near_copies]
     return dict(
         kind='folder', source=prepare.source, **written, left_out=len(left_out), near_copies=near_copies
@@ -373,7 +379,9 @@ def _summary(info: dict) -> str:
         line += ' (see pictures/quarantine.jsonl)'
     near_copies = len(info.get('near_copies', []))
     if near_copies:
-        line += f', {near_copies} near {"copy" if near_copies == 1 else "copies"} kept in train'
+        line += f', {near_copies} near {"copy" if near_copies == 1 else "copies"} in one split each'
+    notes = [f'{count} {note}' for note, count in info.get('notes', {}).items()]
+    line = ', '.join([line, *notes[:3]])
     return line
 
 
