@@ -17,7 +17,7 @@ from ..core.schema import UserError
 from ..data.datasets import DATASETS
 from ..data.image_folder import picture_label, row_captions, scan_folder
 from ..data.images import check_size, largest_resolution
-from ..data.splits import assign_splits, evenly_spaced, official_split
+from ..data.splits import evenly_spaced, official_split
 from ..services.image_files import BadPicture, open_image
 
 # %% ../../nbs/pipeline/04_survey.ipynb #82df7c9d
@@ -219,16 +219,12 @@ def split_sizes(
     prepare,  # settings.prepare
     official: dict | None = None,  # official split -> share of the pictures
 ) -> dict:  # train, val, test
-    "Return the number of pictures in each split."
-    if prepare.source == 'garden':
-        val = max(1, round(n * prepare.val))
-        test = max(1, round(n * prepare.test))
-        return dict(train=n - val - test, val=val, test=test)
-    names = ('train', 'val', 'test')
-    if prepare.split == 'official':
+    "Return the number of pictures in each split: exactly for the garden, on average for a folder."
+    if prepare.split == 'official' and prepare.source != 'garden':
         shares = official or {}
-        return {name: round(n * shares.get(name, 0)) for name in names}
+        return {name: round(n * shares.get(name, 0)) for name in ('train', 'val', 'test')}
     if n <= 2:
         return dict(train=n, val=0, test=0)
-    counts = Counter(assign_splits([''] * n, range(n), prepare.val, prepare.test))
-    return {name: counts[name] for name in names}
+    val = max(1, round(n * prepare.val))
+    test = max(1, round(n * prepare.test))
+    return dict(train=max(1, n - val - test), val=val, test=test)
