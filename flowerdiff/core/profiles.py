@@ -101,6 +101,8 @@ def parse_overrides(
 def _parse_value(text: str, key: str):
     from ruamel.yaml import YAML, YAMLError
 
+    if text.strip().startswith('#'):  # a color, not a comment
+        return text.strip()
     try:
         return YAML(typ='safe').load(text) if text.strip() else ''
     except YAMLError:

@@ -173,13 +173,18 @@ def crop_pictures(
     side: int,  # pixels
     work: Path,  # where the pictures go, and `rows.jsonl`, with one row per name
     crop: str = 'center',  # see `load_picture`
+    *,
+    background: str = 'white',  # a color
 ):
     "Crop files in worker processes. Continues where a stopped run was."
     done = keep_finished(work / 'rows.jsonl', source, names)
     if done:
         print(f'{done} of {len(names)} files are done already')
     todo = names[done:]
-    tasks = (CropTask(source / name, work / fingerprint(printable(name))[:20], side, crop) for name in todo)
+    tasks = (
+        CropTask(source / name, work / fingerprint(printable(name))[:20], side, crop, background)
+        for name in todo
+    )
     results = map_in_order(crop_picture, tasks, workers=1 if len(todo) < 50 else None)
     with open(work / 'rows.jsonl', 'a', encoding='utf-8') as f:
         for name, row in zip(todo, progress(results, len(todo), 'pictures')):
@@ -192,10 +197,12 @@ def crop_squares(
     names: list,  # of files in it that were cropped before
     side: int,  # pixels
     work: Path,  # a folder, made if it is not there
+    *,
+    background: str = 'white',  # a color
 ) -> dict:  # name -> facts about its square
     "Crop pictures to squares that already have a row in buckets."
     work.mkdir(exist_ok=True)
-    crop_pictures(source, names, side, work)
+    crop_pictures(source, names, side, work, background=background)
     squares = dict(zip(names, read_rows(work / 'rows.jsonl')))
     for name, facts in squares.items():
         if 'reason' in facts:

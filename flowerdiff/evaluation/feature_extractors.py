@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from ..core.fingerprints import file_sha256
 from ..core.schema import UserError
 from ..core.workspace import progress, read_json
+from ..data.images import open_picture
 from .metrics import normalize_for_kid
 from ..models.components import component_fingerprint
 from ..models.model_folder import load_part, model_errors
@@ -57,7 +58,7 @@ class ClipFeatures:
     def _pixels(self, image: Image.Image | str | Path) -> np.ndarray:  # [side, side, 3] float32, 0..255
         side = self.model.config.vision_config.image_size
         if isinstance(image, (str, Path)):
-            image = Image.open(image)
+            image = open_picture(image)
         return np.asarray(ImageOps.fit(image.convert('RGB'), (side, side)), np.float32)
 
     @torch.inference_mode()

@@ -33,7 +33,14 @@ from flowerdiff.pipeline.estimates import (
 from .execute import duration
 from .pipeline import requested_settings
 from .suggest import encoded_shapes, first_sizes, gpu_gb, suggest, text_count
-from .survey import Survey, inspect_source, sample_stops, split_sizes
+from flowerdiff.pipeline.survey import (
+    Survey,
+    at_resolution,
+    check_enough,
+    inspect_source,
+    sample_stops,
+    split_sizes,
+)
 from ..services.hardware import cores, memory_gb
 from ..training.trainer import steps_in_hours, total_steps
 
@@ -63,15 +70,11 @@ def resolve_settings(
     start = str(params) if params.exists() else profile
     settings = load_profile(start, overrides)
     survey = inspect_source(settings, root)
-    if survey.pictures < 3:
-        noun = 'picture' if survey.pictures == 1 else 'pictures'
-        raise UserError(
-            f'{settings.prepare.source}: has {survey.pictures} {noun} that can be used, '
-            'a run needs at least 3; add pictures'
-        )
     suggestions = suggest(settings, survey, gpu_gb(), overrides) if start == 'folder' else {}
     values = {key: suggestion.value for key, suggestion in suggestions.items()}
-    return RunSettings(load_profile(start, values | overrides), survey, suggestions)
+    settings = load_profile(start, values | overrides)
+    check_enough(survey, settings.prepare)
+    return RunSettings(settings, at_resolution(survey, settings.prepare.resolution), suggestions)
 
 # %% ../../nbs/pipeline/09_plan.ipynb #72549e64
 @dataclass
@@ -114,7 +117,11 @@ def _pictures_text(inputs: PlanInputs, numbers: dict) -> str:
 
 
 def _resolution_text(inputs: PlanInputs, numbers: dict) -> str:
-    return f'{inputs.settings.prepare.resolution} px'
+    text = f'{inputs.settings.prepare.resolution} px'
+    enlarged = inputs.survey.enlarged
+    if enlarged > 0.01:
+        text += f', which enlarges {enlarged:.0%} of the pictures; enlarged ones are blurred'
+    return text
 
 # %% ../../nbs/pipeline/09_plan.ipynb #f586b5c5
 def _captions_text(inputs: PlanInputs, numbers: dict) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.profiles import load_profile
 from ..core.schema import UserError
 from ..core.workspace import format_bytes, free_bytes, read_json
-from .survey import Survey, inspect_source, split_sizes
+from .survey import Survey, at_resolution, inspect_source, split_sizes
 from ..services.hardware import cores, gpus, package_version
 from ..services.hub_cache import locate_part
 
@@ -23,7 +23,7 @@ from ..services.hub_cache import locate_part
 STEPS = dict(CPU=2000, GPU=4000)  # of a training run
 MIN_EPOCHS = 12
 MAX_EPOCHS = 400
-RESOLUTIONS = {64: 0.0, 128: 6.0, 256: 12.0}  # pixels -> GB of GPU memory that it needs
+RESOLUTIONS = {32: 0.0, 64: 0.0, 128: 6.0, 256: 12.0}  # pixels -> GB of GPU memory that it needs
 
 
 @dataclass
@@ -48,14 +48,16 @@ def _suggest_resolution(
     gpu: float,  # GB
 ) -> Suggestion:
     fitting = [pixels for pixels, needed in RESOLUTIONS.items() if pixels <= side and gpu >= needed]
-    resolution = max(fitting or [64])
-    if not gpu:
+    resolution = max(fitting) if side >= 64 else 64 if side >= 48 else 32
+    if resolution >= side:
+        reason = 'more would only enlarge them'
+    elif not gpu:
         reason = 'training larger ones on a CPU is too slow'
     elif resolution < 256 <= side:
         reason = f'{gpu:.0f} GB of GPU memory are too little for larger ones'
     else:
         reason = 'the largest that is sensible here'
-    smaller = f'half of the pictures are smaller than {side} px'
+    smaller = f'half of the pictures have {side} px or less'
     pictures = smaller if side < 2 * resolution else f'the pictures are {side} px'
     return Suggestion(resolution, f'{pictures}; {reason}')
 
@@ -103,8 +105,9 @@ def suggest(
         suggestions[key] = suggestion
         return suggestion.value
 
+    resolution = take('prepare.resolution', _suggest_resolution(survey.side, gpu))
+    survey = at_resolution(survey, resolution)
     n = max(1, split_sizes(survey.pictures, settings.prepare, survey.splits)['train'])
-    take('prepare.resolution', _suggest_resolution(survey.side, gpu))
     batch_size = take('train.batch_size', _suggest_batch_size(n, settings.train))
     epochs = take('train.epochs', _suggest_epochs(n, batch_size, 'GPU' if gpu else 'CPU'))
     steps = max(1, math.ceil(epochs * n / batch_size))
@@ -248,8 +251,8 @@ def suggested_settings(
     if profile == 'folder' and survey.pictures > 2:
         found = suggest(settings, survey, gpu_gb(), overrides)
         values = {key: suggestion.value for key, suggestion in found.items()}
-        new = NewSettings(values | overrides, survey, found)
-        settings = load_profile(profile, new.overrides)
+        settings = load_profile(profile, values | overrides)
+        new = NewSettings(values | overrides, at_resolution(survey, settings.prepare.resolution), found)
     _check_disk(settings, survey, root)
     return new
 

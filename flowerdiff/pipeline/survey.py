@@ -4,27 +4,25 @@
 
 # %% auto #0
 __all__ = ['Header', 'read_header', 'CaptionSample', 'sample_captions', 'sample_stops', 'Survey', 'survey_folder',
-           'inspect_source', 'split_sizes']
+           'at_resolution', 'check_enough', 'inspect_source', 'split_sizes']
 
 # %% ../../nbs/pipeline/04_survey.ipynb #a2dce2a5
 import os
 import tempfile
-import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-from PIL import Image
 
 from ..core.profiles import load_profile
 from ..core.schema import UserError
 from ..data.caption_lint import SOURCES, Lint, Overview, caption_stops, metadata_stops, token_counter
 from ..data.datasets import DATASETS
 from ..data.image_folder import picture_label
-from ..data.images import MAX_PIXELS, picture_formats, printable
+from ..data.images import check_size, largest_resolution, printable
 from ..data.scan import FolderScan, scan_folder
-from ..data.splits import assign_splits, evenly_spaced, official_split
+from ..data.splits import evenly_spaced, official_split
 from ..data.unpacking import hub_folder
+from ..services.image_files import BadPicture, open_image
 from ..stages.caption import caption
 from ..stages.prepare import other_columns
 
@@ -33,8 +31,14 @@ from ..stages.prepare import other_columns
 class Header:
     "What the first bytes of a picture file say."
 
-    side: int = 0  # shorter side in pixels, 0 if the file is not a readable picture
+    width: int = 0  # pixels, 0 if the file is not a readable picture
+    height: int = 0
     jpeg: bool = False
+
+    @property
+    def side(self) -> int:
+        "Shorter side in pixels."
+        return min(self.width, self.height)
 
 
 def read_header(
@@ -42,13 +46,9 @@ def read_header(
 ) -> Header:
     "Read the size and format of a picture. The stage prepare checks later whether the rest is intact."
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            with Image.open(path, formats=picture_formats()) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    return Header()
-                return Header(min(image.size), image.format in ('JPEG', 'MPO'))
-    except Exception:
+        with open_image(path) as image:
+            return Header(*image.size, image.format in ('JPEG', 'MPO'))
+    except BadPicture:
         return Header()
 
 # %% ../../nbs/pipeline/04_survey.ipynb #c403db0c
@@ -161,6 +161,49 @@ def survey_folder(
         sample=[source / s.name for s in good],
     )
 
+# %% ../../nbs/pipeline/04_survey.ipynb #68e17ca9
+def _fits(size: tuple, resolution: int) -> bool:
+    try:
+        check_size(*size, resolution)
+    except BadPicture:
+        return False
+    return True
+
+
+def at_resolution(
+    survey: Survey,
+    resolution: int,  # prepare.resolution
+) -> Survey:
+    "Count only the pictures that can be used at a resolution, and how many of them it enlarges."
+    if not survey.sizes:
+        return replace(survey, enlarged=float(survey.side < resolution))
+    fitting = [size for size in survey.sizes if _fits(size, resolution)]
+    small = sum(min(size) < resolution for size in fitting)
+    return replace(
+        survey,
+        pictures=round(survey.pictures * len(fitting) / len(survey.sizes)),
+        sizes=fitting,
+        enlarged=small / max(1, len(fitting)),
+    )
+
+
+def check_enough(survey: Survey, prepare):
+    "Raise `UserError` if a run would have too few pictures. `prepare` is settings.prepare."
+    usable = at_resolution(survey, prepare.resolution)
+    n = usable.pictures
+    if n >= 3:
+        return
+    noun = 'picture' if n == 1 else 'pictures'
+    hint = 'add pictures'
+    fitting = largest_resolution(survey.side)
+    if survey.pictures >= 3 and fitting and fitting < prepare.resolution:
+        way = f'--set prepare.resolution={fitting} would take them'
+        hint = f'half of the pictures have {survey.side} px or less, {way}'
+    raise UserError(
+        f'{prepare.source}: has {n} {noun} that can be used at {prepare.resolution} px, '
+        f'a run needs at least 3; {hint}'
+    )
+
 # %% ../../nbs/pipeline/04_survey.ipynb #f9754d6d
 def _dataset_survey(dataset, prepare, root: Path) -> Survey:
     "Survey a known data set from its published numbers."
@@ -214,16 +257,12 @@ def split_sizes(
     prepare,  # settings.prepare
     official: dict | None = None,  # official split -> share of the pictures
 ) -> dict:  # train, val, test
-    "Return the number of pictures in each split."
-    if prepare.source == 'garden':
-        val = max(1, round(n * prepare.val))
-        test = max(1, round(n * prepare.test))
-        return dict(train=n - val - test, val=val, test=test)
-    names = ('train', 'val', 'test')
-    if prepare.split == 'official':
+    "Return the number of pictures in each split: exactly for the garden, on average for a folder."
+    if prepare.split == 'official' and prepare.source != 'garden':
         shares = official or {}
-        return {name: round(n * shares.get(name, 0)) for name in names}
+        return {name: round(n * shares.get(name, 0)) for name in ('train', 'val', 'test')}
     if n <= 2:
         return dict(train=n, val=0, test=0)
-    counts = Counter(assign_splits([''] * n, range(n), prepare.val, prepare.test))
-    return {name: counts[name] for name in names}
+    val = max(1, round(n * prepare.val))
+    test = max(1, round(n * prepare.test))
+    return dict(train=max(1, n - val - test), val=val, test=test)

@@ -34,6 +34,7 @@ from flowerdiff.data.encoding import (
 )
 from ..data.own_encoders import ChosenAutoencoder, choose_autoencoder, train_own_clip
 from ..data.shards import Shards, open_shard_sets, shard_set_name
+from ..data.trained_on import KEYS
 from flowerdiff.models.components import (
     TextEncoder,
     component_fingerprint,
@@ -368,6 +369,7 @@ def write_indices(new: Path, inputs: dict[str, Inputs], texts: list[str], indice
     indices = iter(indices)
     for split, own in inputs.items():
         write_json(new / split / 'files.json', own.files)
+        write_json(new / split / KEYS, own.keys)
         captions = list(itertools.islice(indices, len(own.files)))
         if own.repeats:
             write_json(new / split / 'repeats.json', own.repeats)

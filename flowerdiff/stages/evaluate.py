@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASELINE_IMAGES', 'EvaluatedModel', 'use_student_settings', 'load_model', 'count_pictures', 'generate_samples',
-           'compare_with_baseline', 'to_json', 'measure_latency', 'make_protocol', 'instrument_results', 'class_table',
-           'collect_metrics', 'write_report', 'summarize', 'Result', 'add_baseline', 'add_attention', 'run']
+           'count_seen', 'compare_with_baseline', 'to_json', 'measure_latency', 'make_protocol', 'instrument_results',
+           'class_table', 'collect_metrics', 'write_report', 'summarize', 'Result', 'add_baseline', 'add_attention',
+           'run']
 
 # %% ../../nbs/stages/07_evaluate.ipynb #3ef5694a
 import time
@@ -16,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from ..core.schema import UserError
-from ..core.workspace import Workspace, atomic_dir, read_json, stage, write_json
+from ..core.workspace import Workspace, atomic_dir, read_json, read_jsonl, stage, write_json
+from ..data.trained_on import picture_key, read_trained_on
 from ..evaluation.class_recognition import MAX_CLASSES, find_classes, images_of_each
 from flowerdiff.evaluation.eval_prompts import (
     CountedGenerator,
@@ -119,6 +121,12 @@ def generate_samples(ws: Workspace, model: EvaluatedModel) -> Samples:
         real=real,
         rebuilt=reconstruct(model.generator.backend, real),
     )
+
+# %% ../../nbs/stages/07_evaluate.ipynb #7bfa89e0
+def count_seen(ws: Workspace) -> int:
+    "Count the test pictures that the model was trained on, as far as is known."
+    seen = read_trained_on(ws.model) or set()
+    return sum(picture_key(row) in seen for row in read_jsonl(ws.pictures / 'test' / 'metadata.jsonl'))
 
 # %% ../../nbs/stages/07_evaluate.ipynb #c6177b2b
 BASELINE_IMAGES = 100  # from each model
@@ -313,9 +321,15 @@ def run(ws: Workspace) -> Result:
     add_baseline(ws, model, samples, found)
     metrics = collect_metrics(ws, model, samples, found)
     sections += image_sections(ws, model.generator, samples, found)
+    metrics['test_pictures_seen'] = count_seen(ws)
     metrics['seconds'] = round(time.time() - start, 1)
     report = make_report(ws, samples, found, sections, metrics)
     columns = min(4, len(samples.grid_prompts))
     grid = montage(samples.grid[::4], columns, 192)
     write_report(ws, report, metrics, grid)
-    return Result(summarize(found.metrics, found.skipped), grid, metrics, ws.report / 'index.html')
+    summary = summarize(found.metrics, found.skipped)
+    if metrics['test_pictures_seen']:
+        summary += (
+            f'; {metrics["test_pictures_seen"]} test pictures were trained on, which flatters the numbers'
+        )
+    return Result(summary, grid, metrics, ws.report / 'index.html')

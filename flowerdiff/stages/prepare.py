@@ -35,17 +35,12 @@ from flowerdiff.core.workspace import (
     write_jsonl,
 )
 from ..data.datasets import DATASETS, prepare_dataset
-from flowerdiff.data.image_folder import (
-    crop_pictures,
-    crop_squares,
-    picture_label,
-    row_captions,
-)
+from ..data.image_folder import crop_pictures, crop_squares, picture_label, row_captions
 from ..data.images import map_in_order, pixel_sha256, printable
 from ..data.metadata import Metadata
 from ..data.overview import show_overview
 from ..data.scan import scan_folder
-from ..data.splits import Selection, select_pictures
+from ..data.splits import Selection, read_splits, save_splits, select_pictures
 from ..data.tables import NAME_COLUMNS
 from ..data.unpacking import hub_folder, unpack_source
 from ..garden.flower_shapes import COLORS, SPECIES
@@ -329,7 +324,7 @@ def _check_enough(source: str, selection: Selection, left_out: list):
         first = left_out[0]
         hint = f'{len(left_out)} left out, such as {first.file}, which {first.reason}'
     else:
-        hint = 'add pictures (jpg, png, webp, gif, bmp, tiff, avif)'
+        hint = 'add pictures (jpg, png, webp, gif, bmp, tiff, avif, heic)'
     pictures = 'picture' if n == 1 else 'pictures'
     raise UserError(f'{source}: has {n} {pictures} that can be used, a run needs at least 3; {hint}')
 
@@ -345,21 +340,25 @@ def prepare_folder(
     source = unpack_source(original, unpacked, [ws.root]).folder
     scan = scan_folder(source, prepare.count, [] if source.is_relative_to(unpacked) else [ws.root])
     code = code_fingerprint('flowerdiff.data.images')
-    key = fingerprint([str(source), prepare.resolution, prepare.crop, code])
+    key = fingerprint([str(source), prepare.resolution, prepare.crop, prepare.background, code])
     work = ws.work_dir('prepare', key)
-    crop_pictures(source, scan.names, prepare.resolution, work, prepare.crop)
-    selection = select_pictures(work, scan.names, scan.metadata, prepare)
+    background = prepare.background
+    crop_pictures(source, scan.names, prepare.resolution, work, prepare.crop, background=background)
+    record = ws.work / 'splits.json'
+    known = read_splits(record, prepare)
+    selection = select_pictures(work, scan.names, scan.metadata, prepare, known)
     left_out = scan.left_out + selection.left_out
     _check_enough(prepare.source, selection, left_out)
 
     squares = {}
     if prepare.crop == 'buckets':
         held = [picture.name for picture in selection.pictures if picture.split != 'train']
-        squares = crop_squares(source, held, prepare.resolution, work / 'held')
+        squares = crop_squares(source, held, prepare.resolution, work / 'held', background=background)
     for split in SPLITS:
         (new / split).mkdir()
     written = write_rows(new, fill_splits(new, work, selection, scan.metadata, squares))
     write_jsonl(new / 'quarantine.jsonl', map(asdict, left_out))
+    save_splits(record, prepare, known, selection.pictures)
     near_copies = [(printable(a.name), printable(b.name)) for a, b in selection.near_copies]
     found = dict(left_out=len(left_out), near_copies=near_copies, metadata=scan.facts)
     if prepare.source.startswith('hub:'):
@@ -390,7 +389,9 @@ def _summary(info: dict) -> str:
         line += ' (see pictures/quarantine.jsonl)'
     near_copies = len(info.get('near_copies', []))
     if near_copies:
-        line += f', {near_copies} near {"copy" if near_copies == 1 else "copies"} kept in train'
+        line += f', {near_copies} near {"copy" if near_copies == 1 else "copies"} in one split each'
+    notes = [f'{count} {note}' for note, count in info.get('notes', {}).items()]
+    line = ', '.join([line, *notes[:3]])
     return line
 
 

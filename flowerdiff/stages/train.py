@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..core.schema import UserError
 from ..core.workspace import Workspace, read_json, stage
+from ..services.image_files import read_image
 from ..services.processes import RunMonitor, follow, is_training, launch_torchrun, start_process
 from ..training.worker import run_fingerprint
 
@@ -50,14 +51,13 @@ class Result:
     def plot_samples(self):
         "Show up to four sample grids, from the first to the last."
         import matplotlib.pyplot as plt
-        from PIL import Image
 
         files = self.samples
         if len(files) > 4:
             files = [files[i * (len(files) - 1) // 3] for i in range(4)]
         fig, axes = plt.subplots(len(files), 1, figsize=(9, 1.25 * len(files)), squeeze=False)
         for file, ax in zip(files, axes[:, 0]):
-            ax.imshow(Image.open(file))
+            ax.imshow(read_image(file))
             ax.set(xticks=[], yticks=[])
             ax.set_ylabel(f'{int(Path(file).stem):,}', fontsize=7)  # the step
         fig.tight_layout()

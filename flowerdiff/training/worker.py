@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEUTRAL_SETTINGS', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint', 'run_fingerprint', 'git_commit',
-           'write_result', 'write_candidate', 'load_training', 'shard_fetcher', 'finetuning_setup', 'new_model_setup',
-           'start_run', 'default_threads', 'run_facts', 'median_rate', 'train_run', 'load_validation', 'resume',
-           'log_start', 'finish_run', 'run_worker', 'explain_out_of_memory']
+           'write_result', 'base_models', 'write_candidate', 'load_training', 'shard_fetcher', 'finetuning_setup',
+           'new_model_setup', 'start_run', 'default_threads', 'run_facts', 'median_rate', 'train_run',
+           'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker', 'explain_out_of_memory']
 
 # %% ../../nbs/training/10_worker.ipynb #c3d97a58
 import math
@@ -32,6 +32,7 @@ from flowerdiff.core.workspace import (
 from ..data.batches import Split, load_split
 from ..data.shards import Shards
 from ..data.streaming import StreamedSplit
+from ..data.trained_on import read_keys, write_trained_on
 from flowerdiff.models.finetune import (
     add_lora,
     adopt_settings,
@@ -154,6 +155,13 @@ def write_result(
     write_json(ws.root / 'train.json', report)
 
 
+def base_models(ws: Workspace) -> list[Path]:
+    "Return the folders of the models that a run starts or learns from."
+    init = ws.settings.train.init
+    bases = [find_base(init, ws.root)] if init else []
+    return [*bases, ws.model] if ws.settings.train.distill else bases
+
+
 def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
     "Write `candidate/`: the pipeline, and the settings it was trained with."
     from flowerdiff.models.saving import save_pipeline
@@ -171,6 +179,7 @@ def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
         net = net.to(memory_format=torch.contiguous_format)
         save_pipeline(new, net, ws.encoded / 'components', trainer.objective.sampler())
         write_json(new / 'train_settings.json', settings)
+        write_trained_on(new, read_keys(ws.encoded / 'train'), base_models(ws))
 
 # %% ../../nbs/training/10_worker.ipynb #e25c9507
 def load_training(ws: Workspace) -> Split:
