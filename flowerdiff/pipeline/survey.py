@@ -21,7 +21,7 @@ from ..data.image_folder import picture_label
 from ..data.images import check_size, largest_resolution, printable
 from ..data.scan import FolderScan, scan_folder
 from ..data.splits import evenly_spaced, official_split
-from ..data.unpacking import hub_folder
+from ..data.unpacking import Unpacked, hub_folder, unpack_source
 from ..services.image_files import BadPicture, open_image
 from ..stages.caption import caption
 from ..stages.prepare import other_columns
@@ -120,6 +120,9 @@ class Survey:
     captioned_by: str = ''  # of anything else
     splits: dict = field(default_factory=dict)  # official split -> share of the pictures
     sample: list = field(default_factory=list, repr=False)  # files of some readable pictures
+    sizes: list = field(default_factory=list, repr=False)  # (width, height) of the pictures opened
+    enlarged: float = 0.0  # share of the pictures that are smaller than the resolution, see `at_resolution`
+    work: tempfile.TemporaryDirectory | None = field(default=None, repr=False)  # of the sample, if unpacked
 
 
 @dataclass
@@ -138,9 +141,19 @@ def survey_folder(
     settings=None,  # of the run; None: those of the profile `folder`
 ) -> Survey:
     "Survey a folder of pictures. Raises `UserError` if no line of its metadata.jsonl can be used."
+    work = tempfile.TemporaryDirectory()
+    unpacked = unpack_source(source, Path(work.name), leave_out, sample)
+    survey = _survey_unpacked(unpacked, most, leave_out, sample, settings or load_profile('folder'))
+    survey.work = work
+    return survey
+
+
+def _survey_unpacked(unpacked: Unpacked, most: int, leave_out, sample: int, settings) -> Survey:
+    source = unpacked.folder
     scan = scan_folder(source, most, leave_out)
     names = scan.names
     metadata = scan.metadata
+    total = min(round(len(names) / unpacked.share), most)
     opened = evenly_spaced(names, min(1, sample / max(1, len(names))))
     samples = [_Sample(name, metadata.row(name), read_header(source / name)) for name in opened]
     good = [s for s in samples if s.header.side]
@@ -151,14 +164,15 @@ def survey_folder(
         return {value: count / len(good) for value, count in Counter(values).most_common()}
 
     return Survey(
-        pictures=round(len(names) * len(good) / len(samples)),
-        files=len(names),
+        pictures=round(total * len(good) / len(samples)),
+        files=total,
         side=sorted(s.header.side for s in good)[len(good) // 2],
         jpeg=sum(s.header.jpeg for s in good) / len(good),
-        exact=len(samples) == len(names),
-        captions=sample_captions(scan, [s.name for s in good], settings or load_profile('folder')),
+        exact=len(samples) == total,
+        captions=sample_captions(scan, [s.name for s in good], settings),
         splits=shares(official_split(s.name, s.row) or 'train' for s in good),
         sample=[source / s.name for s in good],
+        sizes=[(s.header.width, s.header.height) for s in good],
     )
 
 # %% ../../nbs/pipeline/04_survey.ipynb #68e17ca9

@@ -34,7 +34,7 @@ from flowerdiff.data.encoding import (
 )
 from ..data.own_encoders import ChosenAutoencoder, choose_autoencoder, train_own_clip
 from ..data.shards import Shards, open_shard_sets, shard_set_name
-from ..data.trained_on import KEYS
+from ..data.trained_on import KEYS, picture_key
 from flowerdiff.models.components import (
     TextEncoder,
     component_fingerprint,
@@ -83,6 +83,7 @@ class Inputs:
     captions: list[list[str]]  # for each file
     buckets: list  # (width, height) of each file that is not square, else None
     repeats: list | tuple = ()  # how often each file counts, with no common factor; empty: once
+    keys: list | tuple = ()  # of the content of each file, see `picture_key`
 
 
 def relative_repeats(
@@ -110,6 +111,7 @@ def read_inputs(ws: Workspace) -> dict[str, Inputs]:  # split -> Inputs
             [captions[f'{split}/{file}'] for file in files],
             [row.get('bucket') for row in rows],
             relative_repeats([row.get('repeats', 1) for row in rows]) if split == 'train' else [],
+            [picture_key(row) for row in rows],
         )
     if not inputs['train'].files:
         raise UserError(f'{ws.pictures}: has no picture to train on; add pictures and run the stage prepare')

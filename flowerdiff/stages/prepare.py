@@ -40,7 +40,7 @@ from ..data.images import map_in_order, pixel_sha256, printable
 from ..data.metadata import Metadata
 from ..data.overview import show_overview
 from ..data.scan import scan_folder
-from ..data.splits import Selection, read_splits, save_splits, select_pictures
+from ..data.splits import KEY_DIGITS, Selection, read_splits, save_splits, select_pictures
 from ..data.tables import NAME_COLUMNS
 from ..data.unpacking import hub_folder, unpack_source
 from ..garden.flower_shapes import COLORS, SPECIES
@@ -231,6 +231,7 @@ KNOWN_COLUMNS = {
     'height',
     'source',
     'sha256',
+    'content_hash',
     'label',
     'label_name',
     'class',
@@ -277,6 +278,7 @@ def picture_row(
         bucket=facts.get('bucket'),
         source=printable(name),
         sha256=facts['sha256'],
+        content_hash=facts['content'][:KEY_DIGITS],
         repeats=described.get('repeats'),
         note=facts['note'],
         label=picture_label(name, described),
