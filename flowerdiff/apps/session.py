@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'BACKENDS', 'SCHEDULERS', 'MODELS', 'OPTIONS', 'LABELS', 'PACKAGES', 'GENERATOR_ARGS', 'GenerationRequest',
            'preview_steps', 'session_model_folder', 'available_models', 'SamplingDefaults', 'sampling_defaults',
            'unavailable_reason', 'available_schedulers', 'error_message', 'GenerationSession', 'Option', 'Choices',
-           'to_png', 'file_name']
+           'unknown_words_note', 'to_png', 'file_name']
 
 # %% ../../nbs/apps/01_session.ipynb #60f9b4f1
 import io
@@ -337,7 +337,7 @@ def generate(
     self: GenerationSession,
     request: GenerationRequest,
     on_step: Callable | None = None,  # called with a `sampling_loop.Step`; returning False cancels
-) -> list:  # of PIL.Image; `info['note']` tells if another backend was used
+) -> list:  # of PIL.Image; `info['note']` tells of another backend, and of words that are not learned
     "Generate the pictures of a request. Waits for the model and for earlier requests."
     self.ready.wait()
     with self.lock:
@@ -356,7 +356,18 @@ def _run(self: GenerationSession, request: GenerationRequest, on_step) -> list:
     settings = {name: getattr(request, name) for name in GENERATOR_ARGS}
     if request.scheduler != 'auto':
         settings['scheduler'] = request.scheduler
-    return generator(request.prompt, callback=on_step, **settings)
+    note = unknown_words_note(generator, request)
+    pictures = generator(request.prompt, callback=on_step, **settings)
+    for picture in pictures:
+        picture.info.update(dict(note=note) if note else {})
+    return pictures
+
+
+def unknown_words_note(generator, request: GenerationRequest) -> str:
+    "Name the words of a request that the model has not learned, in one line."
+    if not hasattr(generator, 'unknown_words'):
+        return ''
+    return ' · '.join(generator.unknown_words(request.prompt, request.negative_prompt))
 
 # %% ../../nbs/apps/01_session.ipynb #79e1d6f7
 @patch
@@ -394,9 +405,8 @@ def _retry_with_pytorch(
         raise error from None
     label = BACKENDS.get(failed, failed)
     for picture in pictures:
-        picture.info['note'] = (
-            f'{label} failed ({error_message(error, short=True)}); PyTorch was used instead'
-        )
+        failure = f'{label} failed ({error_message(error, short=True)}); PyTorch was used instead'
+        picture.info['note'] = '; '.join(filter(None, [failure, picture.info.get('note')]))
     return pictures
 
 # %% ../../nbs/apps/01_session.ipynb #52cdd896

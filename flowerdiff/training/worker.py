@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEUTRAL_SETTINGS', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint', 'run_fingerprint', 'git_commit',
-           'write_result', 'write_candidate', 'load_training', 'shard_fetcher', 'finetuning_setup', 'new_model_setup',
-           'start_run', 'default_threads', 'run_facts', 'median_rate', 'train_run', 'load_validation', 'resume',
-           'log_start', 'finish_run', 'run_worker', 'explain_out_of_memory']
+           'write_result', 'write_candidate', 'write_learned_words', 'load_training', 'shard_fetcher',
+           'finetuning_setup', 'new_model_setup', 'start_run', 'default_threads', 'run_facts', 'median_rate',
+           'train_run', 'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker', 'explain_out_of_memory']
 
 # %% ../../nbs/training/10_worker.ipynb #c3d97a58
 import math
@@ -41,6 +41,12 @@ from flowerdiff.models.finetune import (
     save_lora,
 )
 from ..models.model_folder import read_config
+from flowerdiff.models.vocabulary import (
+    copy_vocabulary,
+    merge_vocabularies,
+    read_vocabulary,
+    write_vocabulary,
+)
 from ..services.processes import STOPPED, StopSignal, run_lock
 from ..services.store import fetch, open_store, read_manifest
 from ..services.tracking import log_event, read_events, start_follower
@@ -171,6 +177,18 @@ def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
         net = net.to(memory_format=torch.contiguous_format)
         save_pipeline(new, net, ws.encoded / 'components', trainer.objective.sampler())
         write_json(new / 'train_settings.json', settings)
+        write_learned_words(ws, new)
+
+
+def write_learned_words(ws: Workspace, folder: Path):
+    "Write the words of the training captions, with those of a base model. If those are not known, write none."
+    if not ws.settings.train.init:
+        copy_vocabulary(ws.encoded, folder)
+        return
+    base = read_vocabulary(find_base(ws.settings.train.init, ws.root))
+    own = read_vocabulary(ws.encoded)
+    if base and own:
+        write_vocabulary(folder, merge_vocabularies(base, own))
 
 # %% ../../nbs/training/10_worker.ipynb #e25c9507
 def load_training(ws: Workspace) -> Split:
