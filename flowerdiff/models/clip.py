@@ -352,6 +352,7 @@ def train_clip(
     seed: int = 0,
     progress=print,  # called with a line every 200 steps
     watch=iter,  # wraps the steps, for example in a progress bar
+    monitor=None,  # ends the training and restores the best weights, such as `EarlyStopping`
 ) -> tuple:  # CLIPModel, CLIPTokenizer
     "Train a CLIP and its tokenizer on captioned images."
     torch.manual_seed(seed)
@@ -371,6 +372,10 @@ def train_clip(
         loss = loss_function(model, heads, batch, bf16)
         _update(optimizer, params, loss, model.logit_scale)
         log.update(loss.item())
+        if monitor and monitor.should_stop(model, tokenizer, step + 1):
+            break
+    if monitor:
+        monitor.restore(model)
     save_clip(model, tokenizer, out)
     return model.eval(), tokenizer
 

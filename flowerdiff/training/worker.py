@@ -181,7 +181,7 @@ def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
 
 
 def write_learned_words(ws: Workspace, folder: Path):
-    "Write the words of the training captions, with those of a base model. If those are not known, write none."
+    "Write the words of the training captions and of a base model; none if the base model keeps no words."
     if not ws.settings.train.init:
         copy_vocabulary(ws.encoded, folder)
         return
