@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'COMPARISONS', 'STOP_TEXT', 'STOP_WORDS', 'LEAST', 'FILES', 'words_of', 'stem', 'is_content_word',
            'Vocabulary', 'count_words', 'merge_vocabularies', 'embed_words', 'UnknownWord', 'nearest_meaning',
-           'unknown_words', 'describe_unknown', 'write_vocabulary', 'read_vocabulary', 'copy_vocabulary']
+           'unknown_words', 'describe_unknown', 'write_vocabulary', 'read_vocabulary', 'copy_vocabulary',
+           'write_learned_words']
 
 # %% ../../nbs/models/13_vocabulary.ipynb #e6f86c15
 import difflib
@@ -222,3 +223,17 @@ def copy_vocabulary(
     for name in FILES:
         if (Path(model) / name).is_file():
             shutil.copyfile(Path(model) / name, Path(folder) / name)
+
+
+def write_learned_words(
+    encoded: Path,  # written by the encode stage
+    folder: Path,  # of a new model
+    base: Path | None = None,  # the model that it was fine-tuned from
+):
+    "Write the words of a new model: of its captions and of its base model. If those are unknown, write none."
+    if not base:
+        copy_vocabulary(encoded, folder)
+        return
+    both = read_vocabulary(encoded), read_vocabulary(base)
+    if all(both):
+        write_vocabulary(folder, merge_vocabularies(*both))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEUTRAL_SETTINGS', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint', 'run_fingerprint', 'git_commit',
-           'write_result', 'write_candidate', 'write_learned_words', 'load_training', 'shard_fetcher',
+           'write_result', 'write_candidate', 'load_training', 'load_embedded_training', 'shard_fetcher',
            'finetuning_setup', 'new_model_setup', 'start_run', 'default_threads', 'run_facts', 'median_rate',
            'train_run', 'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker', 'explain_out_of_memory']
 
@@ -40,13 +40,15 @@ from flowerdiff.models.finetune import (
     merge_lora,
     save_lora,
 )
-from ..models.model_folder import read_config
-from flowerdiff.models.vocabulary import (
-    copy_vocabulary,
-    merge_vocabularies,
-    read_vocabulary,
-    write_vocabulary,
+from flowerdiff.models.joint_denoiser import (
+    JointDenoiser,
+    build_joint_denoiser,
+    prepare_texts,
+    save_joint_pipeline,
+    trains_text_encoder,
 )
+from ..models.model_folder import read_config
+from ..models.vocabulary import write_learned_words
 from ..services.processes import STOPPED, StopSignal, run_lock
 from ..services.store import fetch, open_store, read_manifest
 from ..services.tracking import log_event, read_events, start_follower
@@ -175,24 +177,24 @@ def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
             save_lora(net, new / 'lora')
             net = merge_lora(net)
         net = net.to(memory_format=torch.contiguous_format)
-        save_pipeline(new, net, ws.encoded / 'components', trainer.objective.sampler())
+        scheduler = trainer.objective.sampler()
+        if isinstance(net, JointDenoiser):
+            save_joint_pipeline(new, net, ws.encoded / 'components', scheduler)
+        else:
+            save_pipeline(new, net, ws.encoded / 'components', scheduler)
         write_json(new / 'train_settings.json', settings)
-        write_learned_words(ws, new)
-
-
-def write_learned_words(ws: Workspace, folder: Path):
-    "Write the words of the training captions and of a base model; none if the base model keeps no words."
-    if not ws.settings.train.init:
-        copy_vocabulary(ws.encoded, folder)
-        return
-    base = read_vocabulary(find_base(ws.settings.train.init, ws.root))
-    own = read_vocabulary(ws.encoded)
-    if base and own:
-        write_vocabulary(folder, merge_vocabularies(base, own))
+        write_learned_words(
+            ws.encoded, new, ws.settings.train.init and find_base(trainer.settings.init, ws.root)
+        )
 
 # %% ../../nbs/training/10_worker.ipynb #e25c9507
 def load_training(ws: Workspace) -> Split:
     "Load the training split, in memory or streamed."
+    return prepare_texts(ws, load_embedded_training(ws))
+
+
+def load_embedded_training(ws: Workspace) -> Split:
+    "Load the training split with text embeddings."
     settings = ws.settings.train
     if not settings.stream:
         return load_split(ws.encoded, 'train').to_gpu()
@@ -247,6 +249,8 @@ def new_model_setup(ws: Workspace, split: Split) -> RunSetup:
     channels, side, _ = split.shape
 
     def make_unet():
+        if trains_text_encoder(ws):
+            return build_joint_denoiser(ws, channels, side)
         return build_denoiser(ws.settings, channels, split.texts.shape[-1], side)
 
     return RunSetup(ws.settings.train, make_unet)
@@ -344,7 +348,7 @@ def load_validation(ws: Workspace, split: Split) -> Split:
     if not len(split):
         raise UserError('train: there is no training picture; add pictures and run prepare again')
     val = load_split(ws.encoded, 'val')
-    return val if len(val) else split.first(64)
+    return prepare_texts(ws, val) if len(val) else split.first(64)
 
 
 def resume(trainer: Trainer, folder: Path) -> int:  # the step to continue from
