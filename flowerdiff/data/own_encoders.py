@@ -95,7 +95,7 @@ def fit_clip(
     work: Path,  # gets clip/ and done.json
 ):
     "Train a small CLIP until it finds held-out pictures no better, and test it against chance."
-    from flowerdiff.models.clip import train_clip
+    from flowerdiff.models.clip import save_clip, train_clip
     from flowerdiff.models.clip_retrieval import EarlyStopping, HeldOut, check_against_chance
 
     files = [file for own in pairs.values() for file in own.files]
@@ -119,6 +119,8 @@ def fit_clip(
         watch=partial(progress, total=steps, label='steps of CLIP'),
         monitor=stopping,
     )
+    stopping.restore(model)
+    save_clip(model, tokenizer, work / 'clip')
     test = check_against_chance(model, tokenizer, shown['test'])
     (work / 'pictures.npy').unlink()
     facts = dict(most_steps=steps, best_step=stopping.best_step, curve=stopping.curve)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST_PICTURES', 'BEYOND_CHANCE', 'EPOCHS', 'PATIENCE', 'MOST_HOURS', 'HeldOut', 'similarities', 'matches',
            'Retrieval', 'recall', 'retrieval', 'chance_p_value', 'ChanceTest', 'check_against_chance', 'most_steps',
-           'EarlyStopping']
+           'time_clip_step', 'EarlyStopping']
 
 # %% ../../nbs/models/14_clip_retrieval.ipynb #95c22c92
 import math
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .clip import pixels
-from .tokenizer import tokenize
+from .clip import Batch, joint_loss, pixels, small_clip
+from .components import bf16_is_fast
+from .tokenizer import tokenize, train_tokenizer
 from .vocabulary import words_of
 
 # %% ../../nbs/models/14_clip_retrieval.ipynb #0c1c4953
@@ -145,6 +146,26 @@ def most_steps(
 ) -> int:
     "Return after how many steps a CLIP stops at the latest."
     return min(6000, max(300, math.ceil(EPOCHS * n / batch_size)))
+
+# %% ../../nbs/models/14_clip_retrieval.ipynb #0e36e941
+def time_clip_step(
+    side: int = 64,  # pixels
+    batch_size: int = 32,
+    steps: int = 2,  # to measure, after one to warm up
+) -> float:  # seconds
+    "Measure a training step of a CLIP of the run's own."
+    tokenizer = train_tokenizer(['a rose'], max_length=32)
+    model = small_clip(tokenizer, side).train()
+    batch = Batch(
+        torch.randn(batch_size, 3, side, side),
+        tokenize(tokenizer, ['a rose'] * batch_size),
+        torch.arange(batch_size),
+    )
+    for step in range(steps + 1):
+        if step == 1:
+            start = time.perf_counter()
+        joint_loss(model, [], batch, bf16_is_fast()).backward()
+    return (time.perf_counter() - start) / steps
 
 # %% ../../nbs/models/14_clip_retrieval.ipynb #ccb2e038
 MOST_HOURS = 3.0

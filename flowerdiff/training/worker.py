@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEUTRAL_SETTINGS', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint', 'run_fingerprint', 'git_commit',
-           'write_result', 'write_candidate', 'load_training', 'load_embedded_training', 'shard_fetcher',
-           'finetuning_setup', 'new_model_setup', 'start_run', 'default_threads', 'run_facts', 'median_rate',
-           'train_run', 'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker', 'explain_out_of_memory']
+           'write_result', 'write_candidate', 'load_training', 'shard_fetcher', 'finetuning_setup', 'new_model_setup',
+           'start_run', 'default_threads', 'run_facts', 'median_rate', 'train_run', 'load_validation', 'resume',
+           'log_start', 'finish_run', 'run_worker', 'explain_out_of_memory']
 
 # %% ../../nbs/training/10_worker.ipynb #c3d97a58
 import math
@@ -40,13 +40,7 @@ from flowerdiff.models.finetune import (
     merge_lora,
     save_lora,
 )
-from flowerdiff.models.joint_denoiser import (
-    JointDenoiser,
-    build_joint_denoiser,
-    prepare_texts,
-    save_joint_pipeline,
-    trains_text_encoder,
-)
+from ..models.joint_denoiser import build_new_denoiser, prepare_texts, save_trained_pipeline
 from ..models.model_folder import read_config
 from ..models.vocabulary import write_learned_words
 from ..services.processes import STOPPED, StopSignal, run_lock
@@ -164,8 +158,6 @@ def write_result(
 
 def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
     "Write `candidate/`: the pipeline, and the settings it was trained with."
-    from flowerdiff.models.saving import save_pipeline
-
     settings = dict(
         train=trainer.settings.model_dump(),
         run_id=facts['run_id'],
@@ -178,31 +170,22 @@ def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
             net = merge_lora(net)
         net = net.to(memory_format=torch.contiguous_format)
         scheduler = trainer.objective.sampler()
-        if isinstance(net, JointDenoiser):
-            save_joint_pipeline(new, net, ws.encoded / 'components', scheduler)
-        else:
-            save_pipeline(new, net, ws.encoded / 'components', scheduler)
+        save_trained_pipeline(new, net, ws.encoded / 'components', scheduler)
         write_json(new / 'train_settings.json', settings)
-        write_learned_words(
-            ws.encoded, new, ws.settings.train.init and find_base(trainer.settings.init, ws.root)
-        )
+        init = ws.settings.train.init
+        write_learned_words(ws.encoded, new, find_base(init, ws.root) if init else None)
 
 # %% ../../nbs/training/10_worker.ipynb #e25c9507
 def load_training(ws: Workspace) -> Split:
     "Load the training split, in memory or streamed."
-    return prepare_texts(ws, load_embedded_training(ws))
-
-
-def load_embedded_training(ws: Workspace) -> Split:
-    "Load the training split with text embeddings."
     settings = ws.settings.train
     if not settings.stream:
-        return load_split(ws.encoded, 'train').to_gpu()
+        return prepare_texts(ws, load_split(ws.encoded, 'train').to_gpu())
     folder = ws.encoded / 'train'
     texts = torch.from_numpy(Shards(ws.encoded / 'text', 'text').load()['embedding'])
     captions = read_json(folder / 'captions.json')
     fetcher = shard_fetcher(ws, settings.stream_from) if settings.stream_from else None
-    return StreamedSplit(folder, texts, captions, settings.stream, fetcher)
+    return prepare_texts(ws, StreamedSplit(folder, texts, captions, settings.stream, fetcher))
 
 # %% ../../nbs/training/10_worker.ipynb #4681661f
 def shard_fetcher(
@@ -244,14 +227,10 @@ def finetuning_setup(
 
 def new_model_setup(ws: Workspace, split: Split) -> RunSetup:
     "Set up a run that trains a new model."
-    from flowerdiff.models.components import build_denoiser
-
     channels, side, _ = split.shape
 
     def make_unet():
-        if trains_text_encoder(ws):
-            return build_joint_denoiser(ws, channels, side)
-        return build_denoiser(ws.settings, channels, split.texts.shape[-1], side)
+        return build_new_denoiser(ws, channels, side, split.texts.shape[-1])
 
     return RunSetup(ws.settings.train, make_unet)
 
