@@ -59,9 +59,8 @@ def open_run_text_encoder(
         own = train_own_clip(ws, inputs, pictures)
         spec = str(own.folder)
         facts |= dict(clip=own.facts, trained_with_denoiser=not own.facts['test']['passed'])
-    print(f'text encoder: {choice.line()}')
-    for line in clip_lines(facts):
-        print(line)
+    if setting in ('auto', 'train'):
+        print(f'text encoder: {choice.line()}', *clip_lines(facts), sep='\n')
     return RunTextEncoder(load_text(spec, ws.root), find_component(spec, 'text_encoder', ws.root), facts)
 
 
