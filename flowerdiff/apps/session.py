@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'BACKENDS', 'SCHEDULERS', 'MODELS', 'OPTIONS', 'LABELS', 'PACKAGES', 'GENERATOR_ARGS', 'GenerationRequest',
            'preview_steps', 'session_model_folder', 'available_models', 'SamplingDefaults', 'sampling_defaults',
            'unavailable_reason', 'available_schedulers', 'error_message', 'GenerationSession', 'Option', 'Choices',
-           'unknown_words_note', 'to_png', 'file_name']
+           'to_png', 'file_name']
 
 # %% ../../nbs/apps/01_session.ipynb #60f9b4f1
 import io
@@ -356,18 +356,12 @@ def _run(self: GenerationSession, request: GenerationRequest, on_step) -> list:
     settings = {name: getattr(request, name) for name in GENERATOR_ARGS}
     if request.scheduler != 'auto':
         settings['scheduler'] = request.scheduler
-    note = unknown_words_note(generator, request)
+    unknown_words = getattr(generator, 'unknown_words', lambda *texts: [])  # the demo has no such method
+    note = ' · '.join(unknown_words(request.prompt, request.negative_prompt))
     pictures = generator(request.prompt, callback=on_step, **settings)
     for picture in pictures:
         picture.info.update(dict(note=note) if note else {})
     return pictures
-
-
-def unknown_words_note(generator, request: GenerationRequest) -> str:
-    "Name the words of a request that the model has not learned, in one line."
-    if not hasattr(generator, 'unknown_words'):
-        return ''
-    return ' · '.join(generator.unknown_words(request.prompt, request.negative_prompt))
 
 # %% ../../nbs/apps/01_session.ipynb #79e1d6f7
 @patch
