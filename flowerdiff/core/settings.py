@@ -22,7 +22,7 @@ class Components(Section):
     autoencoder: Pinned = 'garden'
     'auto: the best for your pictures. garden, photo, train (its own), a folder, or a hub `org/name@commit`.'
     text_encoder: Pinned = 'garden'
-    'garden, train (the run trains a small CLIP), a folder, or a hub id `org/name@commit`.'
+    'auto: a pretrained CLIP if at hand, else train. garden, train (a small CLIP), folder, `org/name@commit`.'
 
 # %% ../../nbs/core/03_settings.ipynb #b36be47c
 def check_color(name: str) -> str:
@@ -117,8 +117,8 @@ class Encode(Section):
     'Records per file.'
     num_processes: Count = 1
     'Processes on this machine, a GPU each.'
-    clip_minutes: Rate = 4.0
-    "Minutes of training for the run's own CLIP (components.text_encoder: train)."
+    clip_steps: Annotated[int, Field(ge=0)] = 0
+    "Most steps of the run's own CLIP. 0: sixty passes over the pictures, from 300 to 6,000."
     vae_minutes: Rate = 30.0
     "Minutes of training for the run's own autoencoder (components.autoencoder: train)."
     vae_factor: Literal[2, 4, 8] = 2

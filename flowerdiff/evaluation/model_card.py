@@ -17,6 +17,7 @@ from pathlib import Path
 from ..core.workspace import Workspace, read_json
 from .eval_prompts import display_settings
 from .metric_table import REFERENCES, format_value, measured_values
+from ..models.text_encoder import recorded_text_encoder
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #9fcf241a
 def hub_id(spec: str) -> str:
@@ -310,7 +311,7 @@ def training_settings(ws: Workspace) -> dict:  # setting -> value
     trained = read_json(ws.root / 'train.json') if (ws.root / 'train.json').exists() else {}
     settings = {
         'autoencoder': autoencoder_name(ws),
-        'text encoder': ws.settings.components.text_encoder,
+        'text encoder': recorded_text_encoder(ws.encoded).get('spec', ws.settings.components.text_encoder),
         'UNet channels': ', '.join(map(str, train.channels)),
         'prediction': train.prediction_type,
         'epochs': train.epochs,

@@ -10,6 +10,7 @@ __all__ = ['add_command', 'run_command', 'plan_command', 'init_command', 'downlo
 # %% ../../nbs/pipeline/14_cli_commands.ipynb #558dc400
 import os
 import re
+import sys
 from pathlib import Path
 
 # %% ../../nbs/pipeline/14_cli_commands.ipynb #732beaa5
@@ -308,7 +309,10 @@ def generate_command(args) -> int:
     out = _output_path(args.prompt, args.output)
     from flowerdiff.inference.generator import Generator
 
-    images = Generator.from_pretrained(model, backend=args.backend)(
+    generator = Generator.from_pretrained(model, backend=args.backend)
+    for line in generator.unknown_words(args.prompt, args.negative):
+        print(line, file=sys.stderr)
+    images = generator(
         args.prompt,
         num_images_per_prompt=args.n,
         seed=args.seed,

@@ -255,7 +255,7 @@ PATH_SETTINGS = {
     'prepare.source': ('garden', 'oxford102', 'celeba'),
     'prepare.files': (),
     'components.autoencoder': ('auto', 'garden', 'photo', 'train'),
-    'components.text_encoder': ('garden', 'train'),
+    'components.text_encoder': ('auto', 'garden', 'train'),
     'caption.model': (),
     'encode.vae_features': (),
     'train.init': (),
@@ -331,6 +331,7 @@ def run(
 
     Raises `UserError` for errors in your input, `Stopped` at Ctrl-C, `StageFailed` otherwise.
     """
+    from flowerdiff.models.text_encoder import choose_text_encoder
     from flowerdiff.pipeline.suggest import suggested_settings, suggestion_line
 
     display = Display(out or sys.stdout)
@@ -342,6 +343,8 @@ def run(
         display.line(suggestion_line(new))
     if not ws.settings.prepare.source:
         raise UserError('prepare.source is empty; give --pictures DIR, a folder of pictures')
+    if 'encode' in stages and ws.settings.components.text_encoder == 'auto':
+        display.line(f'text encoder: {choose_text_encoder("auto", ws.encoded).line()}')
     with disk_errors(), lock(ws):
         _prepare_workspace(ws, stages, force)
         with _signals_as_interrupt():

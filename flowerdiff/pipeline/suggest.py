@@ -15,6 +15,7 @@ from pathlib import Path
 from ..core.profiles import load_profile
 from ..core.schema import UserError
 from ..core.workspace import format_bytes, free_bytes, read_json
+from ..models.text_encoder import HUB_CLIP_SHAPE, choose_text_encoder
 from .survey import Survey, at_resolution, inspect_source, split_sizes
 from ..services.hardware import cores, gpus, package_version
 from ..services.hub_cache import locate_part
@@ -146,11 +147,14 @@ def _latent_shape(settings, base: Path) -> tuple | None:
 
 
 def _text_shape(settings, survey: Survey, base: Path) -> tuple | None:
-    spec = settings.components.text_encoder
+    setting = settings.components.text_encoder
+    spec = choose_text_encoder(setting, Path(base) / 'encoded').spec
     if spec == 'train':  # the run's own CLIP: a multiple of 8 tokens that fits a long caption
         words = survey.captions.words if survey.captions else 12
         tokens = -(-int(words * 4 / 3 + 2) // 8) * 8
         return (min(77, max(16, tokens)), 128)
+    if setting == 'auto':
+        return HUB_CLIP_SHAPE
     folder = locate_part(spec, 'text_encoder', base)
     if not folder:
         return None
@@ -197,7 +201,8 @@ def first_sizes(
     side = settings.prepare.resolution
     texts = text_count(settings, survey)
     shapes = encoded_shapes(settings, survey, base)
-    own_clip = settings.components.text_encoder == 'train'
+    text_spec = choose_text_encoder(settings.components.text_encoder, Path(base) / 'encoded').spec
+    own_clip = text_spec == 'train'
     sizes = dict(
         pictures=round(n * (side * side * (2 - survey.jpeg) + 400)),
         captions=n * 200 + 100 * texts,
@@ -209,7 +214,7 @@ def first_sizes(
     if own_clip:
         sizes['pictures for its CLIP'] = n * 3 * min(64, side) ** 2
     autoencoder = locate_part(likely_autoencoder(settings), 'vae', base)
-    text_encoder = None if own_clip else locate_part(settings.components.text_encoder, 'text_encoder', base)
+    text_encoder = None if own_clip else locate_part(text_spec, 'text_encoder', base)
     return sizes | dict(components=weight_bytes(autoencoder, text_encoder))
 
 # %% ../../nbs/pipeline/05_suggest.ipynb #1bac6fcc

@@ -32,7 +32,8 @@ from flowerdiff.data.encoding import (
     read_pictures,
     unique_captions,
 )
-from ..data.own_encoders import ChosenAutoencoder, choose_autoencoder, train_own_clip
+from ..data.own_encoders import ChosenAutoencoder, choose_autoencoder
+from ..data.run_text_encoder import open_run_text_encoder, text_summary, write_words
 from ..data.shards import Shards, open_shard_sets, shard_set_name
 from ..data.trained_on import KEYS, picture_key
 from flowerdiff.models.components import (
@@ -148,6 +149,7 @@ class Encoders:
 
     vae: torch.nn.Module
     text: TextEncoder
+    text_facts: dict  # which text encoder it is, and why
     fingerprints: dict  # of both
     choice: ChosenAutoencoder  # how the first was chosen
 
@@ -158,7 +160,6 @@ def open_encoders(
     pictures: str,  # fingerprint of the pictures
 ) -> Encoders:
     "Open the encoders that the settings name, or train them."
-    components = ws.settings.components
     resolution = ws.settings.prepare.resolution
     train = inputs['train']
     choice = choose_autoencoder(ws, train.files, pictures)
@@ -168,18 +169,17 @@ def open_encoders(
         raise UserError(
             f'prepare.resolution: {resolution} is not a multiple of {factor}, as components.autoencoder needs'
         )
-    text_spec = components.text_encoder
-    if text_spec == 'train':
-        text_spec = str(train_own_clip(ws, train.files, train.captions, pictures))
-    text = load_text(text_spec, ws.root)
+    own = open_run_text_encoder(ws, inputs, pictures)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     vae.to(device, memory_format=torch.channels_last)
-    text.model.to(device)
+    own.text.model.to(device)
     fingerprints = dict(
         autoencoder=component_fingerprint(find_component(choice.spec, 'vae', ws.root)),
-        text_encoder=component_fingerprint(find_component(text_spec, 'text_encoder', ws.root)),
+        text_encoder=component_fingerprint(own.folder),
     )
-    return Encoders(vae, text, fingerprints, choice)
+    if own.facts['trained_with_denoiser']:
+        fingerprints['trained_with_denoiser'] = 'text_encoder'
+    return Encoders(vae, own.text, own.facts, fingerprints, choice)
 
 # %% ../../nbs/stages/03_encode.ipynb #59d6369d
 def replace_folder(new: Path, old: Path):
@@ -288,10 +288,11 @@ def run(ws: Workspace) -> Result:
     encode_all_captions(ws, encoders.text, texts, new)
     rate = encode_all_pictures(ws, encoders.vae, inputs, new)
     write_indices(new, inputs, texts, indices)
+    write_words(new, inputs['train'].captions, encoders.text)
     manifest = finish(new, encoders, facts, texts)
     put_in_place(ws, new, key)
     shape = 'x'.join(map(str, manifest['shapes']['mean'][1:]))
-    summary += f', {shape} latents by {encoders.choice}'
+    summary += f', {shape} latents by {encoders.choice}, {text_summary(encoders.text_facts)}'
     if rate:
         summary += f', {rate:.0f} pictures/s'
     if manifest['captions_cut']:
@@ -392,6 +393,7 @@ def finish(new: Path, encoders: Encoders, facts: dict, texts: list[str]) -> dict
         components=component_fingerprint(new / 'components'),
         latent_mean=mean,
         latent_std=std,
+        text_encoder=encoders.text_facts,
         captions_cut=len(encoders.text.too_long(texts)),
     )
     manifest = make_manifest(new, facts)

@@ -41,7 +41,9 @@ from flowerdiff.models.finetune import (
     merge_lora,
     save_lora,
 )
+from ..models.joint_denoiser import build_new_denoiser, prepare_texts, save_trained_pipeline
 from ..models.model_folder import read_config
+from ..models.vocabulary import write_learned_words
 from ..services.processes import STOPPED, StopSignal, run_lock
 from ..services.store import fetch, open_store, read_manifest
 from ..services.tracking import log_event, read_events, start_follower
@@ -164,8 +166,6 @@ def base_models(ws: Workspace) -> list[Path]:
 
 def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
     "Write `candidate/`: the pipeline, and the settings it was trained with."
-    from flowerdiff.models.saving import save_pipeline
-
     settings = dict(
         train=trainer.settings.model_dump(),
         run_id=facts['run_id'],
@@ -177,7 +177,10 @@ def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
             save_lora(net, new / 'lora')
             net = merge_lora(net)
         net = net.to(memory_format=torch.contiguous_format)
-        save_pipeline(new, net, ws.encoded / 'components', trainer.objective.sampler())
+        scheduler = trainer.objective.sampler()
+        save_trained_pipeline(new, net, ws.encoded / 'components', scheduler)
+        init = ws.settings.train.init
+        write_learned_words(ws.encoded, new, find_base(init, ws.root) if init else None)
         write_json(new / 'train_settings.json', settings)
         write_trained_on(new, read_keys(ws.encoded / 'train'), base_models(ws))
 
@@ -186,12 +189,12 @@ def load_training(ws: Workspace) -> Split:
     "Load the training split, in memory or streamed."
     settings = ws.settings.train
     if not settings.stream:
-        return load_split(ws.encoded, 'train').to_gpu()
+        return prepare_texts(ws, load_split(ws.encoded, 'train').to_gpu())
     folder = ws.encoded / 'train'
     texts = torch.from_numpy(Shards(ws.encoded / 'text', 'text').load()['embedding'])
     captions = read_json(folder / 'captions.json')
     fetcher = shard_fetcher(ws, settings.stream_from) if settings.stream_from else None
-    return StreamedSplit(folder, texts, captions, settings.stream, fetcher)
+    return prepare_texts(ws, StreamedSplit(folder, texts, captions, settings.stream, fetcher))
 
 # %% ../../nbs/training/10_worker.ipynb #4681661f
 def shard_fetcher(
@@ -233,12 +236,10 @@ def finetuning_setup(
 
 def new_model_setup(ws: Workspace, split: Split) -> RunSetup:
     "Set up a run that trains a new model."
-    from flowerdiff.models.components import build_denoiser
-
     channels, side, _ = split.shape
 
     def make_unet():
-        return build_denoiser(ws.settings, channels, split.texts.shape[-1], side)
+        return build_new_denoiser(ws, channels, side, split.texts.shape[-1])
 
     return RunSetup(ws.settings.train, make_unet)
 
@@ -335,7 +336,7 @@ def load_validation(ws: Workspace, split: Split) -> Split:
     if not len(split):
         raise UserError('train: there is no training picture; add pictures and run prepare again')
     val = load_split(ws.encoded, 'val')
-    return val if len(val) else split.first(64)
+    return prepare_texts(ws, val) if len(val) else split.first(64)
 
 
 def resume(trainer: Trainer, folder: Path) -> int:  # the step to continue from
