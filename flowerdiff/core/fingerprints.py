@@ -49,6 +49,7 @@ NEUTRAL_MODULES = {
     'flowerdiff.core.settings',
     'flowerdiff.core.profiles',
     'flowerdiff.core.fingerprints',
+    'flowerdiff.core.files',
     'flowerdiff.core.workspace',
     'flowerdiff.services.hardware',
     'flowerdiff.services.processes',
