@@ -26,7 +26,7 @@ from flowerdiff.pipeline.estimates import (
     workspace_bytes,
 )
 from .execute import duration
-from .pipeline import requested_settings
+from .request import check_paths, requested_settings
 from .suggest import encoded_shapes, first_sizes, gpu_gb, suggest, text_count
 from .survey import Survey, inspect_source, split_sizes
 from ..services.hardware import cores, memory_gb
@@ -345,6 +345,7 @@ def plan(
     Raises `UserError` for what would stop the run at once.
     """
     request = requested_settings(workspace, profile, overrides, pictures)
+    check_paths(request.overrides, request.root, hub=False)
     resolved = resolve_settings(request.root, request.profile, request.overrides)
     inputs = PlanInputs(resolved.settings, resolved.survey, request.root)
 
