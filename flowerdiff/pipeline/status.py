@@ -92,7 +92,7 @@ def _all_stages(ws: Workspace, running: Running | None) -> list[StageStatus]:
     stale = {}  # output -> the stage that has to write it again
     for stage, spec in GRAPH.items():
         record = _read_record(ws, stage)
-        why = _reasons_text(changes.get(stage, [] if not record else ['it was not finished']))
+        why = _reasons_text(changes.get(stage, [] if not record else ['dvc.lock does not know its last run']))
         upstream = next((stale[name] for name in spec.reads if name in stale), None)
         if upstream and not why:
             why = f'{upstream} is stale'
