@@ -15,7 +15,7 @@ import torch
 
 from ..core.profiles import load_profile, load_settings
 from ..core.schema import UserError
-from ..core.workspace import format_bytes, free_bytes
+from ..core.workspace import format_bytes, free_bytes, preview_workspace
 from flowerdiff.pipeline.estimates import (
     TrainingSpeed,
     count_weights,
@@ -346,6 +346,7 @@ def plan(
     """
     request = requested_settings(workspace, profile, overrides, pictures)
     check_paths(request.overrides, request.root, hub=False)
+    preview_workspace(request.root, request.profile, request.overrides)
     resolved = resolve_settings(request.root, request.profile, request.overrides)
     inputs = PlanInputs(resolved.settings, resolved.survey, request.root)
 
