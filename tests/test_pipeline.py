@@ -183,7 +183,6 @@ def test_refused_commands_change_nothing(toy, ws, tmp_path):
     refused = [
         ['run', ws, '--set', 'train.init=123'],
         ['run', ws, '--set', 'train.lr=0'],
-        ['run', ws, '--set', 'train.lr=0.1', '--set', 'train.lr=0.2'],
         ['run', ws, '--set', 'train.lr=0.1', '--only', 'train', '--from', 'encode'],
         ['run', ws, '--set', 'train.lr=0.1', '--only', 'train', '--to', 'encode'],
         ['run', ws, '--set', 'train.lr=0.1', '--from', 'train', '--to', 'encode'],

@@ -82,7 +82,7 @@ def load_settings(
 def parse_overrides(
     overrides,  # `['train.epochs=3', ...]`, a dictionary of dotted keys, one string, or None
 ) -> dict:  # dotted key -> value
-    "Parse settings given as `key=value`. Raises `UserError` for one that is not, or is given twice."
+    "Parse settings given as `key=value`. The last of a key counts. Raises `UserError` for no `key=YAML`."
     if not overrides:
         return {}
     if isinstance(overrides, dict):
@@ -95,10 +95,7 @@ def parse_overrides(
         key = key.strip()
         if not equals:
             raise UserError(f'{override!r} is not a setting; write key=value, such as train.epochs=3')
-        value = _parse_value(text.strip(), key)
-        if key in parsed and parsed[key] != value:
-            raise UserError(f'{key} is given twice, as {parsed[key]!r} and {value!r}; give one of them')
-        parsed[key] = value
+        parsed[key] = _parse_value(text.strip(), key)
     return parsed
 
 
