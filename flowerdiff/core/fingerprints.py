@@ -53,6 +53,7 @@ NEUTRAL_MODULES = {
     'flowerdiff.core.workspace',
     'flowerdiff.services.hardware',
     'flowerdiff.services.processes',
+    'flowerdiff.services.mlflow_paths',
     'flowerdiff.services.tracking',
     'flowerdiff.evaluation.report',
     'flowerdiff.cloud.sagemaker',

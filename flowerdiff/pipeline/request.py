@@ -6,6 +6,7 @@
 __all__ = ['PATH_SETTINGS', 'choose_stages', 'check_paths', 'Request', 'requested_settings']
 
 # %% ../../nbs/pipeline/05_request.ipynb #e538b5c5
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,12 +51,18 @@ PATH_SETTINGS = {
 }  # settings that may be a path -> values that are not
 
 
+def _absolute(path: Path) -> Path:
+    "Return an absolute path without `..`, which would break when the folder before it is moved."
+    plain = Path(os.path.abspath(path))
+    return plain if plain.exists() and plain.samefile(path) else path.resolve()
+
+
 def _make_absolute(overrides: dict):
     for key, keywords in PATH_SETTINGS.items():
         value = str(overrides.get(key) or '')
         path = Path(value).expanduser()
         if value and value not in keywords and path.exists():
-            overrides[key] = str(path.absolute())
+            overrides[key] = str(_absolute(path))
 
 # %% ../../nbs/pipeline/05_request.ipynb #14fa5f5f
 def _check_hub(key: str, spec: str):
@@ -117,7 +124,7 @@ def requested_settings(
     "Complete the arguments of a run. Raises `UserError` if `pictures` is not a folder."
     overrides = parse_overrides(overrides)
     if pictures:
-        folder = Path(pictures).expanduser().absolute()
+        folder = _absolute(Path(pictures).expanduser())
         if not folder.is_dir():
             raise UserError(f'{folder}: is not a folder; give --pictures a folder of pictures')
         if overrides.get('prepare.source', str(folder)) != str(folder):
