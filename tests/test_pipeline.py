@@ -207,7 +207,7 @@ def test_run_to_a_stage(toy, ws):
     p = toy('run', ws, '--set', 'prepare.count=5', '--to', 'caption')
     assert ran(p) == ['prepare', 'caption'], p.stdout + p.stderr
     out = status_lines(toy, ws)
-    assert 'pictures has changed, captions has changed' in out['encode']
+    assert out['encode'].endswith('pictures has changed')
 
 
 def test_text_settings_take_what_looks_like_a_number(toy, ws):
