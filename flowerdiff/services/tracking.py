@@ -260,11 +260,8 @@ def forward_events(
 
 def _with_own_file(event: dict, folder: Path) -> dict:
     "Return an event with its file in the folder of the run, which may have been moved."
-    if 'file' not in event:
-        return event
-    file = Path(event['file'])
-    own = folder / file.parent.name / file.name
-    return event | dict(file=str(own)) if own.exists() else event
+    own = folder.joinpath(*Path(event.get('file', '')).parts[-2:])
+    return event | dict(file=str(own)) if own.is_file() else event
 
 
 def _forward_locked(ws: Workspace, folder: Path, sinks: dict, destinations: dict) -> dict[str, str]:
