@@ -276,10 +276,11 @@ def rollback_command(args) -> int:
     "Restore the champion before the present one. The same command again undoes it."
     from flowerdiff.core.workspace import read_workspace
     from flowerdiff.pipeline.pipeline import lock
-    from flowerdiff.stages.promote import roll_back
 
     workspace = _workspace(args.workspace, 'garden')
     with lock(read_workspace(workspace)):
+        from flowerdiff.stages.promote import roll_back
+
         record = roll_back(workspace)
     model = _short(Path(workspace).absolute() / 'model')
     date = record.get('promoted', 'an unknown date')
