@@ -39,6 +39,7 @@ from flowerdiff.pipeline.cli_options import (
     run_options,
     settings_options,
     space_options,
+    status_options,
     studio_options,
     sweep_options,
 )
@@ -58,7 +59,7 @@ class Command:
 COMMANDS = [
     Command('run', run_command, 'run the stages, from pictures to a published model', run_options),
     Command('plan', plan_command, 'predict a run: network, steps, time, memory, disk', plan_options),
-    Command('status', status_command, 'show which stages are fresh or stale, and why'),
+    Command('status', status_command, 'show which stages are fresh or stale, and why', status_options),
     Command('download', download_command, 'get prepared data, to train here', download_options, False),
     Command('compare', compare_command, 'show how two runs differ', compare_options, False),
     Command('sweep', sweep_command, 'run a grid of settings, such as train.lr=1e-4,2e-4', sweep_options),

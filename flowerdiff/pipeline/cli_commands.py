@@ -8,6 +8,8 @@ __all__ = ['add_command', 'run_command', 'plan_command', 'init_command', 'downlo
            'studio_command', 'space_command']
 
 # %% ../../nbs/pipeline/14_cli_commands.ipynb #558dc400
+import contextlib
+import json
 import os
 import re
 import sys
@@ -105,11 +107,11 @@ def _next_steps(root: Path) -> list[str]:
 # %% ../../nbs/pipeline/14_cli_commands.ipynb #3561b41f
 def _ask_about_job(root: Path):
     "After Ctrl-C, ask whether to stop the training job of a workspace, if it trains at SageMaker."
-    from flowerdiff.core.workspace import open_workspace
+    from flowerdiff.core.workspace import read_workspace
 
     if not (root / 'params.yaml').exists():
         return  # stopped before the workspace was made
-    ws = open_workspace(root)
+    ws = read_workspace(root)
     if ws.settings.train.where != 'sagemaker':
         return
     from flowerdiff.cloud.jobs import ask_to_stop
@@ -119,16 +121,18 @@ def _ask_about_job(root: Path):
         print(answer)
 
 
-def _check_attach(root: Path, changes: list):
+def _check_attach(root: Path, args):
     "Raise `UserError` if there is no training job to follow."
     from flowerdiff.core.schema import UserError
-    from flowerdiff.core.workspace import open_workspace
+    from flowerdiff.core.workspace import read_workspace
 
     if not (root / 'params.yaml').exists():
         raise UserError(f'{_short(root)}: is not a workspace; give the one whose job runs')
-    if changes:
-        raise UserError('--attach follows the job with its own settings; leave --set out')
-    ws = open_workspace(root)
+    if args.set or args.pictures:
+        raise UserError('--attach follows the job with its own settings; leave --set and --pictures out')
+    if args.from_stage or args.only or args.force:
+        raise UserError('--attach starts with the training that runs; leave --from, --only and --force out')
+    ws = read_workspace(root)
     if ws.settings.train.where == 'sagemaker':
         from flowerdiff.cloud.jobs import can_attach
 
@@ -139,8 +143,15 @@ def _check_attach(root: Path, changes: list):
     )
 
 # %% ../../nbs/pipeline/14_cli_commands.ipynb #4cea0caf
+def _read_verdict(root: Path) -> dict | None:
+    from flowerdiff.core.workspace import read_workspace
+    from flowerdiff.pipeline.status import read_verdict
+
+    return read_verdict(read_workspace(root)) if (root / 'params.yaml').exists() else None
+
+
 def _print_nothing_to_do(args):
-    which = 'these stages are' if args.from_stage else 'all stages are'
+    which = 'these stages are' if args.from_stage or args.to_stage else 'all stages are'
     if args.only:
         which = f'{args.only} is'
     print(f'nothing to do: {which} fresh; --force runs them anyway')
@@ -153,7 +164,7 @@ def run_command(args) -> int:
 
     root = _run_root(args)
     if args.attach:
-        _check_attach(root, args.set)
+        _check_attach(root, args)
         args.from_stage = 'train'
     try:
         ran = pipeline.run(
@@ -162,6 +173,7 @@ def run_command(args) -> int:
             args.set,
             args.pictures,
             from_stage=args.from_stage,
+            to_stage=args.to_stage,
             only=args.only,
             force=args.force,
         )
@@ -170,7 +182,7 @@ def run_command(args) -> int:
         raise
     if not ran:
         _print_nothing_to_do(args)
-    for line in _next_steps(root):
+    for line in [*_verdict_lines(_read_verdict(root)), *_next_steps(root)]:
         print(line)
     return 0
 
@@ -189,13 +201,18 @@ def plan_command(args) -> int:
 # %% ../../nbs/pipeline/14_cli_commands.ipynb #de0f23f6
 def init_command(args) -> int:
     "Create a workspace with its params.yaml, which lists every setting with a comment. Nothing runs."
-    from flowerdiff.core.workspace import open_workspace
+    from flowerdiff.core.workspace import open_workspace, preview_workspace
+    from flowerdiff.pipeline.pipeline import lock
+    from flowerdiff.pipeline.request import check_paths, requested_settings
 
     root = Path(_workspace(args.workspace, Path(args.profile or 'garden').stem))
-    params = (root / 'params.yaml').absolute()
+    request = requested_settings(root, args.profile, args.set)
+    check_paths(request.overrides, root)
+    ws = preview_workspace(root, request.profile, request.overrides)
+    params = ws.root / 'params.yaml'
     new = not params.exists()
-    profile = args.profile or ('garden' if new else None)
-    open_workspace(root, profile, args.set)
+    with contextlib.nullcontext() if new else lock(ws):
+        open_workspace(root, request.profile, request.overrides)
     state = 'created' if new else 'exists already'
     print(f'{_short(params)} {state}; edit it, then: flowerdiff run {_short(root.absolute())}')
     return 0
@@ -213,20 +230,32 @@ def download_command(args) -> int:
     return 0
 
 # %% ../../nbs/pipeline/14_cli_commands.ipynb #b827b673
-def _status_line(stage) -> str:  # stage: a `StageStatus`
+def _status_line(stage: dict) -> str:  # of a `StageStatus`
     from flowerdiff.pipeline.execute import duration
 
-    took = '' if stage.state == 'never run' else duration(stage.seconds)
-    text = stage.why if stage.state in ('stale', 'skipped') else stage.summary
-    return f'{stage.stage:<10}{stage.state:<11}{took:<13}{text}'.rstrip()
+    state = stage['state']
+    took = '' if state == 'never run' else duration(stage['seconds'])
+    text = stage['why'] if state in ('stale', 'skipped', 'running') else stage['summary']
+    return f'{stage["stage"]:<10}{state:<11}{took:<13}{text}'.rstrip()
 
 
 def status_command(args) -> int:
-    "Show which stages are fresh, stale, skipped or were never run, and why."
-    from flowerdiff.pipeline.status import status
+    """Show which stages are fresh, stale, skipped, running or were never run, and why.
+    Writes nothing, and may be asked while a run is under way."""
+    from flowerdiff.pipeline.progress import Display
+    from flowerdiff.pipeline.status import status_data
 
-    for stage in status(_workspace(args.workspace, 'garden')):
-        print(_status_line(stage))
+    data = status_data(_workspace(args.workspace, 'garden'))
+    if args.json:
+        print(json.dumps(data, indent=1, ensure_ascii=False))
+        return 0
+    display = Display(sys.stdout)
+    for stage in data['stages']:
+        display.line(_status_line(stage))
+    if data['running'] and not data['running']['stage']:
+        print('a run is under way, between two stages')
+    for line in _verdict_lines(data['verdict']):
+        display.line(line)
     return 0
 
 # %% ../../nbs/pipeline/14_cli_commands.ipynb #440ccb7e
@@ -248,10 +277,14 @@ def compare_command(args) -> int:
 # %% ../../nbs/pipeline/14_cli_commands.ipynb #2a70e035
 def rollback_command(args) -> int:
     "Restore the champion before the present one. The same command again undoes it."
-    from flowerdiff.stages.promote import roll_back
+    from flowerdiff.core.workspace import read_workspace
+    from flowerdiff.pipeline.pipeline import lock
 
     workspace = _workspace(args.workspace, 'garden')
-    record = roll_back(workspace)
+    with lock(read_workspace(workspace)):
+        from flowerdiff.stages.promote import roll_back
+
+        record = roll_back(workspace)
     model = _short(Path(workspace).absolute() / 'model')
     date = record.get('promoted', 'an unknown date')
     run_id = record.get('run_id', 'unknown')
@@ -344,9 +377,15 @@ def bench_command(args) -> int:
 
 def studio_command(args) -> int:
     "Open a page in your browser where you can generate images. Ctrl-C ends it."
+    from flowerdiff.core.schema import UserError
+
+    workspace = _workspace(args.workspace, 'garden')
+    known = ('params.yaml', 'model_index.json', 'model/model_index.json')
+    if not any((Path(workspace).expanduser() / name).is_file() for name in known):
+        raise UserError(f'{workspace}: is neither a workspace nor a model; `flowerdiff run` makes one')
     from flowerdiff.apps.serving import serve
 
-    return serve(_workspace(args.workspace, 'garden'), args.port) or 0
+    return serve(workspace, args.port) or 0
 
 # %% ../../nbs/pipeline/14_cli_commands.ipynb #0a2fcd53
 def _push_hint(source: str, out: str, wheel: str | None) -> str:

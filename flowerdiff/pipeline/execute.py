@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..core.schema import UserError
 from ..core.workspace import STAGES, Workspace, open_workspace, read_json, write_json
+from .dvc_graph import remember_inputs
 
 # %% ../../nbs/pipeline/02_execute.ipynb #400ccf5c
 def notebook_name(stage: str) -> str:
@@ -236,6 +237,7 @@ def drive(
             thread.join(0.1)
         status = _record_failure(ws, stage, errors[0]) if errors else 0
         if not status:
+            remember_inputs(ws, stage)
             _print_result(ws, stage, time.time() - start)
     except KeyboardInterrupt:
         stop_tree(os.getpid(), str(ws.root))

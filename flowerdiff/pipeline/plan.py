@@ -16,7 +16,7 @@ import torch
 
 from ..core.profiles import load_profile, load_settings
 from ..core.schema import UserError
-from ..core.workspace import format_bytes, free_bytes
+from ..core.workspace import format_bytes, free_bytes, preview_workspace
 from ..data.caption_lint import overview_lines
 from ..data.images import BadPicture, load_picture
 from ..garden.garden import flower
@@ -33,7 +33,7 @@ from flowerdiff.pipeline.estimates import (
     workspace_bytes,
 )
 from .execute import duration
-from .pipeline import requested_settings
+from .request import check_paths, requested_settings
 from .suggest import encoded_shapes, first_sizes, gpu_gb, suggest, text_count
 from flowerdiff.pipeline.survey import (
     Survey,
@@ -412,6 +412,8 @@ def plan(
     Raises `UserError` for what would stop the run at once.
     """
     request = requested_settings(workspace, profile, overrides, pictures)
+    check_paths(request.overrides, request.root, hub=False)
+    preview_workspace(request.root, request.profile, request.overrides)
     resolved = resolve_settings(request.root, request.profile, request.overrides)
     inputs = PlanInputs(resolved.settings, resolved.survey, request.root)
     choice = choose_autoencoder(inputs)

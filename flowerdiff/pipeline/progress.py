@@ -7,8 +7,10 @@ __all__ = ['CLEAR_LINE', 'last_event', 'Progress', 'how_far', 'Messages', 'Displ
 
 # %% ../../nbs/pipeline/03_progress.ipynb #4c0211c6
 import contextlib
+import errno
 import json
 import os
+import textwrap
 import time
 from dataclasses import dataclass
 
@@ -61,9 +63,15 @@ class Progress:
             decimals = 0 if self.rate >= 10 else 1
             items = f' {self.items}' if self.items else ''
             text += f', {self.rate:.{decimals}f}{items}/s'
-        if self.total and self.speed:
-            text += f', {duration((self.total - self.done) / self.speed)} left'
+        if self.seconds_left is not None:
+            text += f', {duration(self.seconds_left)} left'
         return text
+
+    @property
+    def seconds_left(self) -> float | None:
+        if not self.total or not self.speed:
+            return None
+        return (self.total - self.done) / self.speed
 
 
 def _training_progress(ws: Workspace, since: float) -> Progress:
@@ -86,9 +94,9 @@ def how_far(
     ws: Workspace,
     stage: str,  # one of `STAGES`
     since: float,  # Unix time when the stage started
-) -> str:
-    "Return the progress of a stage as text, such as `step 812/2,000, 155 samples/s, 4 min 05 s left`."
-    return str(_training_progress(ws, since) if stage == 'train' else _bar_progress(ws))
+) -> Progress:  # as text: `step 812/2,000, 155 samples/s, 4 min 05 s left`
+    "Return the progress of a stage."
+    return _training_progress(ws, since) if stage == 'train' else _bar_progress(ws)
 
 # %% ../../nbs/pipeline/03_progress.ipynb #3d5c100e
 class Messages:

@@ -17,14 +17,15 @@ import sys
 import time
 from pathlib import Path
 
-from ..core.profiles import load_profile, parse_overrides
+from ..core.profiles import parse_overrides
 from ..core.schema import UserError
-from ..core.workspace import Workspace, open_workspace, read_json, write_json
+from ..core.workspace import Workspace, open_workspace, preview_workspace, read_json, write_json
 from .dvc_graph import GRAPH, folder_state
 from .execute import duration
 from .pipeline import StageFailed
 from .pipeline import run as run_pipeline
 from .progress import CLEAR_LINE
+from .request import check_paths
 
 # %% ../../nbs/pipeline/12_sweep.ipynb #23be56a9
 def split_values(text: str) -> list[str]:
@@ -56,6 +57,8 @@ def grid(
 ) -> tuple[list[dict], dict]:  # the points, each {key: value}; the settings that all share
     "Return the points of a sweep, the last key changing fastest. Raises `UserError` for none, or too many."
     values = dict(_values(setting) for setting in sets)
+    if len(values) < len(sets):
+        raise UserError('sweep: a setting is given twice; give its values in one --set, such as train.lr=1,2')
     varied = {key: found for key, found in values.items() if len(found) > 1}
     common = {key: found[0] if found else '' for key, found in values.items() if key not in varied}
     if not varied:
@@ -266,9 +269,11 @@ def sweep(
     points, common = grid(sets, limit)
     out = out or sys.stdout
     first = first_stage([*points[0], *common])
-    parent = open_workspace(Path(workspace), profile)
-    for point in points:
-        load_profile(str(parent.root / 'params.yaml'), as_sets(common | point))  # raises for a wrong value
+    for point in points:  # raises for a wrong value, before anything is written
+        overrides = parse_overrides(as_sets(common | point))
+        check_paths(overrides, Path(workspace))
+        preview_workspace(workspace, profile, overrides)
+    parent = open_workspace(workspace, profile)
     shared = between('prepare', first)[:-1]
     if shared:
         run_pipeline(parent.root, only=shared, out=out)

@@ -98,6 +98,8 @@ def launch_torchrun(
 ) -> subprocess.Popen:
     "Start the workers with torchrun."
     torchrun = ['torch.distributed.run', '--standalone', '--nproc_per_node', processes]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: torchrun would handle it otherwise
+        torchrun += ['--signals-to-handle', 'SIGTERM,SIGINT,SIGQUIT']
     return start_process([*torchrun, '-m', module, root, folder], folder / log, MALLOC_ENV)
 
 # %% ../../nbs/services/03_processes.ipynb #481e2d5b

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALARS', 'MLFLOW_ENV', 'RUN_STATUS', 'DESTINATIONS', 'TORCHRUN_ENV', 'log_event', 'read_events', 'curve', 'scalars',
            'TensorBoard', 'mlflow_client', 'experiment_name', 'experiment_id', 'Mlflow', 'forward_events', 'is_alive',
-           'follow', 'start_follower', 'name_champion', 'new_version']
+           'report_failures', 'follow', 'start_follower', 'name_champion', 'new_version']
 
 # %% ../../nbs/services/02_tracking.ipynb #a6d671f8
 import errno
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from ..core.workspace import Workspace, open_workspace, read_json, write_json
+from .mlflow_paths import adopt_database
 
 # %% ../../nbs/services/02_tracking.ipynb #2090b0a8
 def log_event(
@@ -140,8 +141,12 @@ def mlflow_client(
         logging.getLogger(name).setLevel(logging.ERROR)
     from mlflow import MlflowClient
 
-    local = f'sqlite:///{Path(root).absolute() / "mlflow.db"}'
-    return MlflowClient(os.environ.get('MLFLOW_TRACKING_URI') or local)
+    remote = os.environ.get('MLFLOW_TRACKING_URI')
+    if remote:
+        return MlflowClient(remote)
+    root = Path(root).absolute()
+    adopt_database(root)
+    return MlflowClient(f'sqlite:///{root / "mlflow.db"}')
 
 # %% ../../nbs/services/02_tracking.ipynb #afed12b7
 def experiment_name(ws: Workspace) -> str:
@@ -253,6 +258,12 @@ def forward_events(
         return _forward_locked(ws, folder, sinks, destinations)
 
 
+def _with_own_file(event: dict, folder: Path) -> dict:
+    "Return an event with its file in the folder of the run, which may have been moved."
+    own = folder.joinpath(*Path(event.get('file', '')).parts[-2:])
+    return event | dict(file=str(own)) if own.is_file() else event
+
+
 def _forward_locked(ws: Workspace, folder: Path, sinks: dict, destinations: dict) -> dict[str, str]:
     file = folder / 'tracked.json'
     state = read_json(file) if file.exists() else {}
@@ -262,13 +273,15 @@ def _forward_locked(ws: Workspace, folder: Path, sinks: dict, destinations: dict
         events, end = read_events(folder / 'events.jsonl', progress['offset'])
         if not events:
             continue
+        events = [_with_own_file(event, folder) for event in events]
         try:
             if name not in sinks:
                 sinks[name] = open_sink(ws, folder, progress)
             sinks[name].state = progress
             sinks[name].send(events)
-            if events[-1]['event'] in RUN_STATUS:
-                sinks.pop(name).close(RUN_STATUS[events[-1]['event']])
+            last = next((event['event'] for event in reversed(events) if event['event'] != 'note'), '')
+            if last in RUN_STATUS:
+                sinks.pop(name).close(RUN_STATUS[last])
             progress['offset'] = end
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else ''
@@ -287,6 +300,19 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def report_failures(
+    folder: Path,  # of a run
+    failed: dict[str, str],  # destination -> why it failed
+    reported: set[str],  # destinations that were reported; filled here
+):
+    "Log a message for each destination that fails for the first time."
+    for name, reason in failed.items():
+        if name != 'lock' and name not in reported:
+            reported.add(name)
+            text = f'tracking: {name} failed ({reason[:120]}); the run goes on, a later one sends it again'
+            log_event(folder / 'events.jsonl', 'note', text=text)
+
+
 def follow(
     root: str,  # of the workspace
     folder: str,  # of the run to follow
@@ -296,6 +322,7 @@ def follow(
     ws = open_workspace(root)
     folder = Path(folder)
     sinks = {}
+    reported = set()
     rounds_after_end = 0
     os.nice(19)
     for earlier in sorted(ws.work.glob('train-*')):
@@ -305,6 +332,7 @@ def follow(
         alive = is_alive(pid)
         failed = forward_events(ws, folder, sinks)
         write_json(folder / 'tracking.json', dict(failed=failed))
+        report_failures(folder, failed, reported)
         rounds_after_end = 0 if alive else rounds_after_end + 1
         if rounds_after_end and (not failed or rounds_after_end > 5):
             return

@@ -21,9 +21,9 @@ from ..core.schema import UserError
 from flowerdiff.core.workspace import (
     Workspace,
     atomic_dir,
-    open_workspace,
     read_json,
     read_jsonl,
+    read_workspace,
     stage,
     write_json,
 )
@@ -369,11 +369,7 @@ def roll_back(
     workspace: str = '.',
 ) -> dict:  # the record of the restored champion
     "Exchange `model/` and the previous champion. Raises `UserError` if there is no previous champion."
-    if not (Path(workspace) / 'params.yaml').exists():
-        raise UserError(
-            f'{workspace}: is not a workspace (no params.yaml); `flowerdiff run {workspace}` makes it'
-        )
-    ws = open_workspace(workspace)
+    ws = read_workspace(workspace)
     previous = ws.work / 'previous'
     removed = ws.work / 'rolling-back'  # exists while an exchange is under way
     if not removed.exists():
