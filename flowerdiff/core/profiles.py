@@ -93,7 +93,7 @@ def load_settings(
 def parse_overrides(
     overrides,  # `['train.epochs=3', ...]`, a dictionary of dotted keys, one string, or None
 ) -> dict:  # dotted key -> value
-    "Parse settings given as `key=value`. Raises `UserError` for one that is not `key=YAML`."
+    "Parse settings given as `key=value`. The last of a key counts. Raises `UserError` for no `key=YAML`."
     if not overrides:
         return {}
     if isinstance(overrides, dict):
@@ -102,20 +102,27 @@ def parse_overrides(
         overrides = re.split(r'[\s,;]+(?=[\w.]+=)', overrides.strip())
     parsed = {}
     for override in overrides:
-        key, equals, value = override.partition('=')
+        key, equals, text = override.partition('=')
+        key = key.strip()
         if not equals:
             raise UserError(f'{override!r} is not a setting; write key=value, such as train.epochs=3')
-        parsed[key.strip()] = _parse_value(value, key.strip())
+        parsed[key] = _parse_value(text.strip(), key)
     return parsed
+
+
+def _is_text(key: str) -> bool:
+    "Return whether a setting holds any text."
+    field = setting_fields().get(key)
+    return field is not None and field.annotation is str
 
 
 def _parse_value(text: str, key: str):
     from ruamel.yaml import YAML, YAMLError
 
-    if text.strip().startswith('#'):  # a color, not a comment
-        return text.strip()
+    if not text or (_is_text(key) and text[0] not in '\'"'):
+        return text
     try:
-        return YAML(typ='safe').load(text) if text.strip() else ''
+        return YAML(typ='safe').load(text)
     except YAMLError:
         raise UserError(f'{key}={text}: the value is not YAML; quote it') from None
 

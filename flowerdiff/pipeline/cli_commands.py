@@ -76,20 +76,18 @@ def _example_prompt(root: Path) -> str:
         return 'a red rose under a blue sky'
 
 
-def _verdict(root: Path) -> list[str]:
-    "Return the first lines of the report's verdict on the model."
-    from flowerdiff.core.workspace import open_workspace
-
-    if not (root / 'params.yaml').exists() or not (root / 'report').is_dir():
+def _verdict_lines(verdict: dict | None) -> list[str]:
+    "Return the verdict of the report as lines."
+    if not verdict:
         return []
-    from flowerdiff.evaluation.verdict import read_verdict, verdict_lines
-
-    return verdict_lines(read_verdict(open_workspace(root)))
+    lines = [str(line) for line in verdict.get('lines') or []][:3]
+    headline = f'{verdict["light"].upper()}: {verdict["headline"]}'
+    return [f'{"verdict":<10}{headline}', *(f'{"":<10}{line}' for line in lines)]
 
 
 def _next_steps(root: Path) -> list[str]:
     "Return lines about what a run has made, and what to try."
-    lines = _verdict(root)
+    lines = []
     for name, path in (('report', root / 'report/index.html'), ('model', root / 'model')):
         if path.exists():
             lines.append(f'{name:<10}{_short(path)}')

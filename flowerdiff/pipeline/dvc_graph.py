@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRAPH', 'DVC_CONFIG', 'DVC_IGNORE', 'VERSIONED', 'GIT_IGNORE', 'StageSpec', 'code_file', 'stage_command', 'dvc_yaml',
-           'folder_state', 'external_state', 'input_texts', 'refresh', 'remember_inputs', 'remembered_inputs']
+           'folder_state', 'path_state', 'asset_state', 'external_state', 'input_texts', 'refresh', 'remember_inputs',
+           'remembered_inputs']
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #0737c0a8
 import contextlib
@@ -140,43 +141,73 @@ def folder_state(
     return dict(files=len(rows), bytes=sum(size for _, size, _ in rows), fingerprint=fingerprint(rows)[:32])
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #0b643608
-def _garden_assets() -> dict:  # file -> SHA-256
-    parts = [part for part in sorted((ASSETS / 'garden').glob('*')) if part.is_dir()]
-    files = [file for part in parts for file in sorted(part.iterdir()) if file.is_file()]
-    return {f'{file.parent.name}/{file.name}': file_sha256(file) for file in files}
+def _bundled_assets(name: str) -> dict:  # file -> SHA-256; empty: no such assets
+    import flowerdiff
+
+    folder = Path(flowerdiff.__file__).parent / 'assets' / name
+    files = [file for file in sorted(folder.rglob('*')) if file.is_file()]
+    return {str(file.relative_to(folder)): file_sha256(file) for file in files}
 
 
-def _asset_state(spec: str) -> object:
-    "Return what identifies a component: file hashes, the state of a folder, or the name itself."
-    if spec == 'garden':
-        return _garden_assets()
-    if spec in ('auto', 'photo'):
-        photo = [file_sha256(file) for file in sorted((ASSETS / 'photo').iterdir())]
-        return [_garden_assets(), photo] if spec == 'auto' else photo
-    return folder_state(spec) if Path(spec).is_dir() else spec
+def path_state(path: Path) -> dict:
+    "Summarize a file or a folder. Empty if it is not there."
+    if path.is_file():
+        stat = path.stat()
+        return dict(bytes=stat.st_size, modified=stat.st_mtime_ns)
+    return folder_state(path)
 
 
-def _source_state(ws: Workspace) -> str:
+def asset_state(
+    spec: str,  # the name of bundled assets, a folder, a file, or any other name
+    base: Path,  # where a relative path starts
+) -> object:
+    "Return what identifies a model or a file: hashes, the state of a folder or file, or the name itself."
+    if not spec:
+        return ''
+    if spec == 'auto':  # chooses among these
+        return {name: _bundled_assets(name) for name in ('garden', 'photo')}
+    bundled = _bundled_assets(spec) if spec.isidentifier() else {}
+    if bundled:
+        return bundled
+    path = base / Path(spec).expanduser()
+    if (path / 'model' / 'model_index.json').is_file():
+        path = path / 'model'  # of a workspace
+    return path_state(path) or spec
+
+
+def _source_state(ws: Workspace) -> object:
     prepare = ws.settings.prepare
     source = prepare.files or prepare.source  # a known data set is identified by its official files
-    if source == 'garden':
-        return 'garden'
-    return folder_state(ws.root / Path(source).expanduser()) if source else ''
+    path = Path(source).expanduser()
+    if not source or source.startswith('hub:'):
+        return source
+    if (ws.root / path).is_dir() or path.is_absolute():
+        return folder_state(ws.root / path, [ws.root])
+    return path_state(ws.root / path) or source
 
 
-def external_state(ws: Workspace) -> dict:  # name of a file in .flowerdiff/state -> its content
+def external_state(
+    ws: Workspace,
+) -> dict[str, dict]:  # name of a file in .flowerdiff/state -> what the file describes -> its state
     "Return what the stages depend on outside the workspace."
     settings = ws.settings
+
+    def assets(*keys: str) -> dict:
+        specs = {key: getattr(getattr(settings, key.split('.')[0]), key.split('.')[1]) for key in keys}
+        return {key: asset_state(spec, ws.root) for key, spec in specs.items()}
+
+    s3 = settings.upload.destination.startswith('s3:')
+    hub = settings.publish.destination.startswith('hub')
     return dict(
-        source=_source_state(ws),
-        components=[
-            _asset_state(settings.components.autoencoder),
-            _asset_state(settings.components.text_encoder),
-        ],
-        storage=has_aws() if settings.upload.destination.startswith('s3:') else 'local',
-        teacher=_asset_state(str(ws.model / 'unet')) if settings.train.distill else '',
-        gpu=[gpus(), has_package('tensorrt'), has_package('tensorrt_rtx')],
-        hub=has_hub() if settings.publish.destination.startswith('hub') else 'local',
+        source={'prepare.source': _source_state(ws)},
+        captioner=assets('caption.model') if settings.caption.captioner == 'florence' else {},
+        components=assets('components.autoencoder', 'components.text_encoder', 'encode.vae_features'),
+        storage={'access to S3': has_aws()} if s3 else {},
+        teacher={'the champion': folder_state(ws.model / 'unet')} if settings.train.distill else {},
+        init=assets('train.init'),
+        measures=assets('evaluate.features', 'evaluate.baseline'),
+        gpu={'GPUs': gpus(), 'TensorRT': [has_package('tensorrt'), has_package('tensorrt_rtx')]},
+        hub={'access to the Hub': has_hub()} if hub else {},
     )
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #359e44f5

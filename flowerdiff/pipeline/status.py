@@ -116,13 +116,14 @@ def status(
 # %% ../../nbs/pipeline/07_status.ipynb #ff687154
 def read_verdict(
     ws: Workspace,
-) -> dict | None:  # light, headline, lines; None: the report has none
+) -> dict | None:  # light, headline, lines; None without a report of this model
     "Return the verdict of the report."
     path = ws.report / 'metrics.json'
-    found = None
+    record = ws.model / 'record.json'
     with contextlib.suppress(UserError, OSError):
-        found = read_json(path).get('verdict')
-    return found if isinstance(found, dict) and found.get('headline') else None
+        if not record.exists() or record.stat().st_mtime <= path.stat().st_mtime:
+            return read_json(path).get('verdict')
+    return None
 
 
 def status_data(
