@@ -152,6 +152,7 @@ def run_command(args) -> int:
             from_stage=args.from_stage,
             only=args.only,
             force=args.force,
+            go_on=args.go_on,
         )
     except pipeline.Stopped:
         _ask_about_job(root)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
-from ..core.workspace import Workspace, atomic_write, open_workspace
+from ..core.workspace import Workspace, atomic_write, open_workspace, read_json
 from ..services.hardware import gpus, has_aws, has_hub, has_package
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #1c78106e
@@ -47,7 +47,7 @@ GRAPH = {
         writes=['upload.json'],
     ),
     'train': StageSpec(
-        reads=['encoded', '.flowerdiff/state/teacher.json'],
+        reads=['encoded', '.flowerdiff/state/teacher.json', '.flowerdiff/state/continued.json'],
         settings=['train', 'seed'],
         writes=['candidate', 'train.json'],
     ),
@@ -150,6 +150,13 @@ def _source_state(ws: Workspace) -> str:
     return folder_state(ws.root / Path(source).expanduser()) if source else ''
 
 
+def _continued_run(ws: Workspace) -> list:  # run id and step
+    "Return which finished run `flowerdiff run --continue` goes on from."
+    path = ws.work / 'continue.json'
+    request = read_json(path) if path.exists() else {}
+    return [request.get('run_id'), request.get('step')]
+
+
 def external_state(ws: Workspace) -> dict:  # name of a file in .flowerdiff/state -> its content
     "Return what the stages depend on outside the workspace."
     settings = ws.settings
@@ -161,6 +168,7 @@ def external_state(ws: Workspace) -> dict:  # name of a file in .flowerdiff/stat
         ],
         storage=has_aws() if settings.upload.destination.startswith('s3:') else 'local',
         teacher=_asset_state(str(ws.model / 'unet')) if settings.train.distill else '',
+        continued=_continued_run(ws),
         gpu=[gpus(), has_package('tensorrt'), has_package('tensorrt_rtx')],
         hub=has_hub() if settings.publish.destination.startswith('hub') else 'local',
     )

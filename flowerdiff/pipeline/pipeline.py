@@ -99,6 +99,8 @@ def _check_cloud(ws: Workspace, stages: list[str]):
 
 # %% ../../nbs/pipeline/06_pipeline.ipynb #7ad2a260
 def _discard_unfinished_work(ws: Workspace, stages: list[str]):
+    if 'train' in stages:
+        (ws.work / 'continue.json').unlink(missing_ok=True)
     for stage in set(stages) - {'promote'}:
         for folder in ws.work.glob(f'{stage}-*'):
             shutil.rmtree(folder, ignore_errors=True)
@@ -302,6 +304,21 @@ def requested_settings(
         profile = profile or default
     return Request(root, profile, overrides)
 
+# %% ../../nbs/pipeline/06_pipeline.ipynb #87825538
+def _check_continuing(request: Request, stages: list[str], force: bool):
+    "Raise `UserError` if training cannot go on from the finished run."
+    from flowerdiff.core.profiles import load_profile
+    from flowerdiff.training.continuing import check_continuing
+
+    if force:
+        raise UserError('--force starts over and --continue goes on; give one of them')
+    if 'train' not in stages:
+        raise UserError('--continue goes on with training, and the chosen stages leave train out')
+    params = request.root / 'params.yaml'
+    if not params.exists():
+        raise UserError(f'{request.root}: has no finished run to go on from; leave --continue out')
+    check_continuing(Workspace(request.root.absolute(), load_profile(str(params), request.overrides)))
+
 # %% ../../nbs/pipeline/06_pipeline.ipynb #c58843dd
 def _prepare_workspace(ws: Workspace, stages: list[str], force: bool):
     "Update what DVC reads, check the inputs, and remove what an earlier run left."
@@ -315,6 +332,12 @@ def _prepare_workspace(ws: Workspace, stages: list[str], force: bool):
     (ws.root / '.flowerdiff' / 'failure.json').unlink(missing_ok=True)
 
 
+def _request_continuing(ws: Workspace):
+    from flowerdiff.training.continuing import request_continuing  # imports PyTorch
+
+    request_continuing(ws)
+
+
 def run(
     workspace: str | None = None,  # the folder; None: the profile's name
     profile: str | None = None,  # of a new workspace: 'garden', 'folder' (default with `pictures`) or another
@@ -324,6 +347,7 @@ def run(
     from_stage: str | None = None,  # leave the stages before it alone
     only=None,  # just this stage, or a list of them
     force: bool = False,  # run the chosen stages even if they are fresh
+    go_on: bool = False,  # train the finished run longer, see `flowerdiff.training.continuing`
     out=None,  # where lines go; None: standard output
 ) -> list[str]:  # names of the stages that ran
     """Run the stages that are not fresh.
@@ -335,6 +359,8 @@ def run(
     display = Display(out or sys.stdout)
     stages = _choose_stages(from_stage, only)
     request = requested_settings(workspace, profile, overrides, pictures)
+    if go_on:
+        _check_continuing(request, stages, force)
     new = suggested_settings(request.root, request.profile, request.overrides)
     ws = open_workspace(request.root, request.profile, new.overrides)
     if new.suggestions:
@@ -342,6 +368,8 @@ def run(
     if not ws.settings.prepare.source:
         raise UserError('prepare.source is empty; give --pictures DIR, a folder of pictures')
     with disk_errors(), lock(ws):
+        if go_on:
+            _request_continuing(ws)
         _prepare_workspace(ws, stages, force)
         with _signals_as_interrupt():
             return _follow(_DvcRun(ws, stages, force, display))
