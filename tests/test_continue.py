@@ -115,28 +115,33 @@ def test_interrupted_continuing_is_the_undisturbed(toy, undisturbed):  # noqa: F
 
 
 def test_again_and_again_with_one_run_on_the_disk(toy):  # noqa: F811
-    "The stage keeps the checkpoints of one finished run; a plain change starts anew and says how to go on."
+    "The checkpoints of one finished run stay; a plain change starts anew and says how to go on."
     from flowerdiff.core.schema import UserError
     from flowerdiff.core.workspace import open_workspace
     from flowerdiff.stages.train import run
-    from flowerdiff.training.continuing import request_continuing
+    from flowerdiff.training.continuing import drop_old_checkpoints, request_continuing
 
     ws = toy('again', train__epochs=0.5)
-    run(ws.root)
+    assert worker(ws).exitcode == 0
     for epochs in (1, 1.5):
         ws = go_on(ws, epochs=epochs)
-        assert f'continued from step {int(8 * epochs) - 4} of ' in run(ws.root).summary
+        assert worker(ws).exitcode == 0
+        drop_old_checkpoints(ws, run_of(ws))
         kept = [folder.parent for folder in ws.work.glob('train-*/checkpoints')]
         assert kept == [run_of(ws)] and len(list(kept[0].glob('checkpoints/*'))) <= 3
+        assert trained(ws)['continued_from']['step'] == 8 * epochs - 4
         request_continuing(ws)  # the same again: done
-        assert run(ws.root).train['steps'] == 8 * epochs
+        assert worker(ws).exitcode == 0 and trained(ws)['steps'] == 8 * epochs
     with pytest.raises(UserError, match=r'train.epochs: 1.5 epochs are done and 1 are asked for'):
         go_on(ws, epochs=1)
     ws = open_workspace(ws.root, overrides={'train.epochs': 0.5, 'train.lr': 1e-3})
-    assert run(ws.root).train['continued_from'] is None
+    old = run_of(ws)
+    result = run(ws.root)
+    assert result.train['continued_from'] is None and 'continued' not in result.summary
+    assert [folder.parent for folder in ws.work.glob('train-*/checkpoints')] == [old]
     notes = [e['text'] for e in events(ws) if e['event'] == 'note']
     assert 'starts from the beginning; to go on from the 12 steps of the run before, use --continue' in str(
-        notes[-1]
+        notes
     )
 
 
@@ -187,14 +192,13 @@ def open_with(ws, **settings):
 @pytest.mark.parametrize('distributed', ['ddp', 'zero2'])
 def test_two_processes_go_on(toy, distributed):  # noqa: F811
     from test_train import NEAR, apart
-
-    from flowerdiff.stages.train import run
+    from train_worker import ranks, run_in_process
 
     options = dict(train__lr_schedule='constant', train__num_processes=2, train__distributed=distributed)
     part = toy('part', train__epochs=0.5, **options)
-    run(part.root)
+    ranks(run_in_process, str(part.root), '', (), n=2)
     part = go_on(part, epochs=1)
-    run(part.root)
+    ranks(run_in_process, str(part.root), '', (), n=2)
     whole = toy('whole', train__epochs=1, train__lr_schedule='constant')
     assert worker(whole).exitcode == 0
     assert trained(part)['processes'] == 2 and trained(part)['continued_from']['step'] == 4
