@@ -332,10 +332,20 @@ def _prepare_workspace(ws: Workspace, stages: list[str], force: bool):
     (ws.root / '.flowerdiff' / 'failure.json').unlink(missing_ok=True)
 
 
-def _request_continuing(ws: Workspace):
-    from flowerdiff.training.continuing import request_continuing  # imports PyTorch
+@contextlib.contextmanager
+def _continuing(ws: Workspace, go_on: bool):
+    "Let training go on from the finished run inside a `with` block."
+    if not go_on:
+        yield
+        return
+    from flowerdiff.training.continuing import MUST_GO_ON, request_continuing  # imports PyTorch
 
     request_continuing(ws)
+    os.environ[MUST_GO_ON] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[MUST_GO_ON]
 
 
 def run(
@@ -367,9 +377,6 @@ def run(
         display.line(suggestion_line(new))
     if not ws.settings.prepare.source:
         raise UserError('prepare.source is empty; give --pictures DIR, a folder of pictures')
-    with disk_errors(), lock(ws):
-        if go_on:
-            _request_continuing(ws)
+    with disk_errors(), lock(ws), _continuing(ws, go_on), _signals_as_interrupt():
         _prepare_workspace(ws, stages, force)
-        with _signals_as_interrupt():
-            return _follow(_DvcRun(ws, stages, force, display))
+        return _follow(_DvcRun(ws, stages, force, display))

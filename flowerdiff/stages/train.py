@@ -88,8 +88,7 @@ def read_result(
         f'validation {train["validation"]["loss"]:.4f}',
     ]
     if train.get('continued_from'):
-        before = train['continued_from']
-        parts.append(f'continued from step {before["step"]:,} of {before["run_id"]}')
+        parts.append(f'continued from step {train["continued_from"]["step"]:,}')
     if train['resumed_from']:
         parts.append(f'resumed from step {train["resumed_from"]:,}')
     if 'job' in train:
