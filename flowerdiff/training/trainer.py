@@ -28,6 +28,7 @@ from flowerdiff.training.spikes_and_oom import (
     MAX_SPIKES,
     NORM_HISTORY,
     out_of_memory_message,
+    picture_names,
     skip_reason,
     spike_limit,
 )
@@ -93,6 +94,8 @@ class Trainer:
         self.norms = []  # gradient norms of the last updates
         self.spikes = 0  # in a row
         self.reported_total = None  # the last length that a time limit allowed
+
+    picture_names = picture_names
 
     def _prepare_model(self, make_unet):
         "Create the model and its optimizer and hand them to the engine."
@@ -176,26 +179,6 @@ def forward_backward(
         losses.append(micro_losses.detach())
     return torch.cat(losses)
 
-# %% ../../nbs/training/09_trainer.ipynb #254d1180
-@patch
-def picture_names(
-    self: Trainer,
-    losses: Tensor | None = None,  # [b] of this process; None: name all pictures
-) -> str:  # file names, or numbers where the files are not known; eight at most
-    "Name the pictures of the next step: those whose loss is not finite, or all if there are none."
-    found = self.split.pictures(self.step, self.settings.batch_size, self.seed)
-    if losses is not None:
-        engine, n = self.engine, len(found)
-        mine = slice(engine.rank * n // engine.world_size, (engine.rank + 1) * n // engine.world_size)
-        flags = torch.zeros(1, n, device=engine.device)
-        flags[0, mine] = (~torch.isfinite(losses.detach())).float()
-        is_broken = engine.gather(flags).any(0).cpu().numpy()
-        if is_broken.any():
-            found = found[is_broken]
-    names = [self.files[i] if self.files else str(i) for i in found]
-    more = f' and {len(names) - 8} more' if len(names) > 8 else ''
-    return ', '.join(names[:8]) + more
-
 # %% ../../nbs/training/09_trainer.ipynb #5f607182
 @patch
 def optimizer_step(
@@ -259,14 +242,8 @@ def train_step(
     losses = self.forward_backward(batch)
     settings = self.settings
     start = self.origin.step  # the schedule is that of the remaining steps
-    lr = learning_rate(
-        self.step - start,
-        self.total - start,
-        settings.lr,
-        settings.warmup_steps,
-        settings.lr_schedule,
-        start=self.origin.lr,
-    )
+    schedule = (settings.lr, settings.warmup_steps, settings.lr_schedule)
+    lr = learning_rate(self.step - start, self.total - start, *schedule, start=self.origin.lr)
     limit = spike_limit(self.norms, settings.spike_factor)
     grad_norm = self.optimizer_step(lr, limit, losses)
     metrics = dict(lr=lr, grad_norm=grad_norm)

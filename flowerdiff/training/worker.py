@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['NEUTRAL_SETTINGS', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint', 'relevant_settings',
-           'new_run_fingerprint', 'continuation', 'run_fingerprint', 'git_commit', 'write_result', 'write_candidate',
-           'load_training', 'shard_fetcher', 'finetuning_setup', 'new_model_setup', 'start_run', 'default_threads',
-           'run_facts', 'median_rate', 'train_run', 'load_validation', 'resume', 'log_start', 'finish_run',
-           'run_worker', 'explain_out_of_memory']
+           'new_run_fingerprint', 'continuation', 'run_fingerprint', 'write_result', 'write_candidate', 'load_training',
+           'shard_fetcher', 'finetuning_setup', 'new_model_setup', 'start_run', 'default_threads', 'run_facts',
+           'median_rate', 'train_run', 'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker']
 
 # %% ../../nbs/training/10_worker.ipynb #c3d97a58
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,12 +18,11 @@ from pathlib import Path
 
 import torch
 
-from ..core.fingerprints import code_fingerprint, fingerprint
+from ..core.fingerprints import code_fingerprint, fingerprint, git_commit
 from ..core.schema import UserError
 from flowerdiff.core.workspace import (
     Workspace,
     atomic_dir,
-    is_out_of_memory,
     open_workspace,
     read_json,
     write_json,
@@ -48,6 +45,7 @@ from ..services.tracking import log_event, read_events, start_follower
 from .checkpoints import Origin, load_run, read_origin
 from .deepspeed import make_engine
 from .distillation import RunSetup, distillation_setup
+from .spikes_and_oom import explain_out_of_memory
 from .trainer import Trainer, train_loop
 from .validation import ValidationCallback, final_validation
 
@@ -138,20 +136,6 @@ def run_fingerprint(ws: Workspace) -> str:
     new_run = new_run_fingerprint(ws)
     before = continuation(ws, new_run)
     return fingerprint([new_run, before['run_id'], before['step']]) if before else new_run
-
-# %% ../../nbs/training/10_worker.ipynb #bcde9683
-def git_commit() -> str:
-    "Return the commit of the code that runs, '' outside of a repository."
-    try:
-        done = subprocess.run(
-            ['git', 'rev-parse', 'HEAD'],
-            cwd=Path(sys.modules['flowerdiff'].__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-    except (KeyError, OSError):
-        return ''  # no library, or no git
-    return done.stdout.strip() if done.returncode == 0 else ''
 
 # %% ../../nbs/training/10_worker.ipynb #00c11db3
 def write_result(
@@ -328,8 +312,7 @@ def train_run(
     "Train a run from its newest checkpoint to the end, and write its result."
     split = load_training(ws)
     val = load_validation(ws, split)
-    origin = read_origin(folder)
-    trainer, facts = start_run(ws, split, origin)
+    trainer, facts = start_run(ws, split, read_origin(folder))
     trainer.files = read_json(ws.encoded / 'train' / 'files.json')
     is_main = trainer.engine.is_main
     facts['run_id'] = f'{folder.name.removeprefix("train-")}-s{ws.settings.seed}'
@@ -384,14 +367,8 @@ def log_start(ws: Workspace, trainer: Trainer, folder: Path, facts: dict):
     "Record the start of a run and start the experiment tracking."
     params = {f'train.{name}': value for name, value in trainer.settings.model_dump().items()}
     params |= dict(seed=trainer.seed, profile=ws.settings.profile)
-    log_event(
-        folder / 'events.jsonl',
-        'start',
-        step=trainer.step,
-        total=trainer.total,
-        params=params,
-        **facts,
-    )
+    facts = facts | dict(step=trainer.step, total=trainer.total, params=params)
+    log_event(folder / 'events.jsonl', 'start', **facts)
     start_follower(ws, folder)
 
 
@@ -438,16 +415,6 @@ def run_worker(
                 raise
             print(error, file=sys.stderr)
             return 2
-
-
-def explain_out_of_memory(error: Exception, settings) -> Exception:
-    "Return a `UserError` for an out-of-memory error, and any other error as it is."
-    if not is_out_of_memory(error):
-        return error
-    return UserError(
-        f'train: not enough memory ({type(error).__name__}); lower train.channels, now {settings.channels}, '
-        f'or train.batch_size, now {settings.batch_size}'
-    )
 
 # %% ../../nbs/training/10_worker.ipynb #0cd740af
 if __name__ == '__main__' and '__file__' in globals():  # a process of torchrun, not a notebook
