@@ -11,6 +11,7 @@ import math
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from ..core.schema import UserError
 from ..core.workspace import is_out_of_memory
