@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['NEUTRAL_MODULES', 'fingerprint', 'file_sha256', 'normalized_code', 'imported_modules', 'code_fingerprint',
-           'definitions', 'warn_if_stale']
+           'git_commit', 'definitions', 'warn_if_stale']
 
 # %% ../../nbs/core/06_fingerprints.ipynb #a806f2ba
 import ast
 import contextlib
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 # %% ../../nbs/core/06_fingerprints.ipynb #ed86d98a
@@ -102,6 +104,20 @@ def code_fingerprint(
         found[name] = fingerprint(normalized_code(source))[:16]
         todo += imported_modules(source, name.rpartition('.')[0])
     return dict(sorted(found.items()))
+
+# %% ../../nbs/core/06_fingerprints.ipynb #bcde9683
+def git_commit() -> str:
+    "Return the commit of the code that runs, '' outside of a repository."
+    try:
+        done = subprocess.run(
+            ['git', 'rev-parse', 'HEAD'],
+            cwd=Path(sys.modules['flowerdiff'].__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+    except (KeyError, OSError):
+        return ''  # no library, or no git
+    return done.stdout.strip() if done.returncode == 0 else ''
 
 # %% ../../nbs/core/06_fingerprints.ipynb #98ba0555
 _COMPOUND = (ast.FunctionDef, ast.ClassDef, ast.If, ast.With, ast.For, ast.While, ast.Try)

@@ -174,6 +174,7 @@ def run_command(args) -> int:
             to_stage=args.to_stage,
             only=args.only,
             force=args.force,
+            go_on=args.go_on,
         )
     except pipeline.Stopped:
         _ask_about_job(root)

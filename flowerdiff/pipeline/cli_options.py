@@ -20,6 +20,8 @@ EXAMPLES = """examples:
     flowerdiff plan flowers --pictures ~/photos/flowers
   Change a setting. Only the stages that depend on it run again:
     flowerdiff run garden --set train.epochs=20
+  Train a finished model longer, to 24 epochs in all, instead of a new one:
+    flowerdiff run garden --set train.epochs=24 --continue
   Leave the stages before training alone:
     flowerdiff run garden --from train --set train.lr=1e-3
   Train on data that another machine prepared:
@@ -103,6 +105,12 @@ def run_options(parser):
     )
     parser.add_argument('--only', metavar='STAGE', help='run just this stage')
     parser.add_argument('--force', action='store_true', help='run the chosen stages even if they are fresh')
+    parser.add_argument(
+        '--continue',
+        dest='go_on',
+        action='store_true',
+        help='train the finished run longer, with --set train.epochs=N more epochs than it has',
+    )
     parser.add_argument(
         '--attach',
         action='store_true',

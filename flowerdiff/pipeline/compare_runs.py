@@ -223,11 +223,16 @@ def _changed_settings(first: RunRecord, second: RunRecord) -> list[Row]:
     return [Row(key, first.settings.get(key, '-'), second.settings.get(key, '-')) for key in changed]
 
 
+def _steps(train: dict) -> str:  # train.json
+    before = train.get('continued_from')
+    return f'{train["steps"]:,}' + (f', the first {before["step"]:,} in an earlier run' if before else '')
+
+
 def _results(first: RunRecord, second: RunRecord) -> list[Row]:
     a = first.train
     b = second.train
     rows = [
-        Row('steps', f'{a["steps"]:,}', f'{b["steps"]:,}'),
+        Row('steps', _steps(a), _steps(b)),
         Row('samples/s', f'{a["samples_per_second"]:.0f}', f'{b["samples_per_second"]:.0f}'),
         Row('validation loss', f'{a["validation"]["loss"]:.4f}', f'{b["validation"]["loss"]:.4f}'),
     ]

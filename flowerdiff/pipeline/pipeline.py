@@ -103,6 +103,8 @@ def _check_cloud(ws: Workspace, stages: list[str]):
 
 # %% ../../nbs/pipeline/06_pipeline.ipynb #7ad2a260
 def _discard_unfinished_work(ws: Workspace, stages: list[str]):
+    if 'train' in stages:
+        (ws.work / 'continue.json').unlink(missing_ok=True)
     for stage in set(stages) - {'promote'}:
         for folder in ws.work.glob(f'{stage}-*'):
             shutil.rmtree(folder, ignore_errors=True)
@@ -321,3 +323,18 @@ def run(
             display.line(suggestion_line(new))
         _prepare_workspace(ws, stages, force)
         return _run_dvc(ws, stages, force, display)
+
+# %% ../../nbs/pipeline/06_pipeline.ipynb #87825538
+def _check_continuing(request: Request, stages: list[str], force: bool):
+    "Raise `UserError` if training cannot go on from the finished run."
+    from flowerdiff.core.profiles import load_profile
+    from flowerdiff.training.continuing import check_continuing
+
+    if force:
+        raise UserError('--force starts over and --continue goes on; give one of them')
+    if 'train' not in stages:
+        raise UserError('--continue goes on with training, and the chosen stages leave train out')
+    params = request.root / 'params.yaml'
+    if not params.exists():
+        raise UserError(f'{request.root}: has no finished run to go on from; leave --continue out')
+    check_continuing(Workspace(request.root.absolute(), load_profile(str(params), request.overrides)))

@@ -175,6 +175,13 @@ def experiment_id(
         raise
 
 # %% ../../nbs/services/02_tracking.ipynb #5af2fa10
+def _mlflow_run(ws: Workspace, run_id: str) -> str | None:  # its id; None: it was not tracked
+    for file in ws.work.glob('train-*/tracked.json'):
+        if run_id.startswith(file.parent.name.removeprefix('train-')):
+            return read_json(file).get('mlflow', {}).get('mlflow_run')
+    return None
+
+
 class Mlflow:
     "Send events to MLflow."
 
@@ -203,6 +210,11 @@ class Mlflow:
 
     def _new_run(self, start: dict) -> str:
         tags = {key: str(start[key]) for key in ('run_id', 'git', 'data', 'version') if start.get(key)}
+        before = (start.get('continued_from') or {}).get('run_id')
+        if before:
+            tags['continued_from'] = before
+            parent = _mlflow_run(self.ws, before)
+            tags |= {'mlflow.parentRunId': parent} if parent else {}
         experiment = experiment_id(self.client, self.ws)
         run = self.client.create_run(experiment, run_name=start.get('run_id'), tags=tags)
         return run.info.run_id
@@ -410,13 +422,6 @@ def new_version(
         source = f'{client.get_run(run).info.artifact_uri}/model'
     tags = dict(run_id=record['run_id'], validation=f'{record.get("validation", 0):.6f}')
     return client.create_model_version(name, source, run, tags=tags)
-
-
-def _mlflow_run(ws: Workspace, run_id: str) -> str | None:  # its id; None: it was not tracked
-    for file in ws.work.glob('train-*/tracked.json'):
-        if run_id.startswith(file.parent.name.removeprefix('train-')):
-            return read_json(file).get('mlflow', {}).get('mlflow_run')
-    return None
 
 # %% ../../nbs/services/02_tracking.ipynb #f437f5b0
 if __name__ == '__main__' and '__file__' in globals():
