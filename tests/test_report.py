@@ -60,7 +60,7 @@ def test_a_good_model_is_green_and_a_short_training_is_red_whatever_its_scores()
     short = decide(SHORT, measured(56, 0.06), 34.5, 'photos')
     assert short.light == 'red' and 'Not trained enough' in short.headline
     assert '8 of 8 planned steps' in short.lines[0] and '256 pictures' in short.lines[0]
-    assert 'train.epochs=285' in short.lines[1]
+    assert 'train.epochs=285 --continue' in short.lines[1]
 
 
 def test_a_model_that_draws_confetti_is_red_after_any_training():

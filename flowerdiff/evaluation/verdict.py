@@ -91,11 +91,11 @@ ENOUGH = 64_000  # pictures seen, to aim at
 def training_finding(t: Training, workspace: str) -> Finding:
     "Tell whether the training was long enough."
     epochs = min(400, max(2, math.ceil(ENOUGH / max(1, t.pictures))))
-    longer = f'train longer: flowerdiff run {workspace} --set train.epochs={epochs}'
+    longer = f'train longer: flowerdiff run {workspace} --set train.epochs={epochs} --continue'
     if t.from_scratch and t.samples < 15_000 and t.steps < 800:
         return Finding('red', '', longer, measured=False)
     if t.planned and t.steps < 0.9 * t.planned:
-        advice = f'let it finish, without train.max_hours: flowerdiff run {workspace}'
+        advice = f'let it finish, without train.max_hours: flowerdiff run {workspace} --continue'
         return Finding('yellow', 'The training was stopped before its planned end.', advice, measured=False)
     if t.from_scratch and t.samples < 30_000 and t.steps < 1500:
         return Finding('yellow', '', longer, measured=False)

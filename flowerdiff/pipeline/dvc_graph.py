@@ -50,7 +50,12 @@ GRAPH = {
         writes=['upload.json'],
     ),
     'train': StageSpec(
-        reads=['encoded', '.flowerdiff/state/teacher.json', '.flowerdiff/state/init.json'],
+        reads=[
+            'encoded',
+            '.flowerdiff/state/teacher.json',
+            '.flowerdiff/state/init.json',
+            '.flowerdiff/state/continued.json',
+        ],
         settings=['train', 'seed'],
         writes=['candidate', 'train.json'],
     ),
@@ -186,6 +191,13 @@ def _source_state(ws: Workspace) -> object:
     return path_state(ws.root / path) or source
 
 
+def _continued_run(ws: Workspace) -> list:  # run id and step
+    "Return which finished run `flowerdiff run --continue` goes on from."
+    path = ws.work / 'continue.json'
+    request = read_json(path) if path.exists() else {}
+    return [request.get('run_id'), request.get('step')]
+
+
 def external_state(
     ws: Workspace,
 ) -> dict[str, dict]:  # name of a file in .flowerdiff/state -> what the file describes -> its state
@@ -205,6 +217,7 @@ def external_state(
         storage={'access to S3': has_aws()} if s3 else {},
         teacher={'the champion': folder_state(ws.model / 'unet')} if settings.train.distill else {},
         init=assets('train.init'),
+        continued={'the run to go on from': _continued_run(ws)},
         measures=assets('evaluate.features', 'evaluate.baseline'),
         gpu={'GPUs': gpus(), 'TensorRT': [has_package('tensorrt'), has_package('tensorrt_rtx')]},
         hub={'access to the Hub': has_hub()} if hub else {},

@@ -26,7 +26,7 @@ from .changes import remember_hashes
 from .dvc_graph import GRAPH, refresh
 from .execute import stage_line, stop_tree
 from .progress import Display, Messages, how_far, last_event
-from .request import check_paths, choose_stages, requested_settings
+from .request import Request, check_paths, choose_stages, requested_settings
 
 # %% ../../nbs/pipeline/06_pipeline.ipynb #25ce1e6f
 def start_dvc(
@@ -289,6 +289,33 @@ def _run_dvc(ws: Workspace, stages: list[str], force: bool, display: Display) ->
     return ran
 
 
+@contextlib.contextmanager
+def _continuing(ws: Workspace, go_on: bool):
+    "Let training go on from the finished run inside a `with` block."
+    if not go_on:
+        yield
+        return
+    from flowerdiff.training.continuing import MUST_GO_ON, request_continuing  # imports PyTorch
+
+    request_continuing(ws)
+    os.environ[MUST_GO_ON] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[MUST_GO_ON]
+
+
+def _say_choices(display: Display, ws: Workspace, new, stages: list[str]):
+    "Say what was chosen for you: settings, and the text encoder."
+    from flowerdiff.models.text_encoder import choose_text_encoder
+    from flowerdiff.pipeline.suggest import suggestion_line
+
+    if new.suggestions:
+        display.line(suggestion_line(new))
+    if 'encode' in stages and ws.settings.components.text_encoder == 'auto':
+        display.line(f'text encoder: {choose_text_encoder("auto", ws.encoded).line()}')
+
+
 def run(
     workspace: str | None = None,  # the folder; None: the profile's name
     profile: str | None = None,  # of a new workspace: 'garden', 'folder' (default with `pictures`) or another
@@ -299,30 +326,30 @@ def run(
     to_stage: str | None = None,  # leave the stages after it alone
     only=None,  # just this stage, or a list of them
     force: bool = False,  # run the chosen stages even if they are fresh
+    go_on: bool = False,  # train the finished run longer, see `flowerdiff.training.continuing`
     out=None,  # where lines go; None: standard output
 ) -> list[str]:  # names of the stages that ran
     """Run the stages that are not fresh.
 
     Raises `UserError` for errors in your input, `Stopped` at Ctrl-C, `StageFailed` otherwise.
     """
-    from flowerdiff.models.text_encoder import choose_text_encoder
-    from flowerdiff.pipeline.suggest import suggested_settings, suggestion_line
+    from flowerdiff.pipeline.suggest import suggested_settings
 
     display = Display(out or sys.stdout)
     stages = choose_stages(from_stage, to_stage, only)
     request = requested_settings(workspace, profile, overrides, pictures)
     check_paths(request.overrides, request.root)
+    if go_on:
+        _check_continuing(request, stages, force)
     new = suggested_settings(request.root, request.profile, request.overrides)
     ws = preview_workspace(request.root, request.profile, new.overrides)
     _check(ws, stages)
-    if 'encode' in stages and ws.settings.components.text_encoder == 'auto':
-        display.line(f'text encoder: {choose_text_encoder("auto", ws.encoded).line()}')
     with disk_errors(), lock(ws):
         ws = open_workspace(request.root, request.profile, new.overrides)
-        if new.suggestions:
-            display.line(suggestion_line(new))
-        _prepare_workspace(ws, stages, force)
-        return _run_dvc(ws, stages, force, display)
+        _say_choices(display, ws, new, stages)
+        with _continuing(ws, go_on):
+            _prepare_workspace(ws, stages, force)
+            return _run_dvc(ws, stages, force, display)
 
 # %% ../../nbs/pipeline/06_pipeline.ipynb #87825538
 def _check_continuing(request: Request, stages: list[str], force: bool):
