@@ -408,7 +408,7 @@ def test_published_text_encoder_in_the_names_of_transformers_4(parts, tmp_path):
 
 
 def test_own_clip_is_trained_once(parts, tmp_path, monkeypatch):
-    library = pytest.importorskip('flowerdiff.data.own_encoders')
+    library = pytest.importorskip('flowerdiff.training.own_encoders')
     calls = []
 
     def fake(ws, pairs, steps, work):

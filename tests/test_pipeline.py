@@ -263,7 +263,11 @@ def test_a_mistake_is_one_line_and_a_bug_names_notebook_and_log(toy, ws):
     assert (p.returncode, p.stderr.strip()) == (2, 'prepare.count: 13 is unlucky; take another')
     p = toy('run', ws, '--set', 'prepare.count=14')
     assert p.returncode == 1 and p.stderr.count('\n') == 1
-    assert 'ZeroDivisionError: a bug' in p.stderr and '01_prepare.ipynb' in p.stderr and 'log' in p.stderr
+    assert (
+        'ZeroDivisionError: a bug' in p.stderr
+        and '../None/01_prepare.ipynb' in p.stderr
+        and 'log' in p.stderr
+    )
     assert (ws / 'pictures' / 'data.txt').exists()  # the old ones stay
 
 

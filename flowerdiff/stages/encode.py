@@ -32,10 +32,7 @@ from flowerdiff.data.encoding import (
     read_pictures,
     unique_captions,
 )
-from ..data.own_encoders import ChosenAutoencoder, choose_autoencoder
-from ..data.run_text_encoder import open_run_text_encoder, text_summary, write_words
 from ..data.shards import Shards, open_shard_sets, shard_set_name
-from ..data.trained_on import KEYS, picture_key
 from flowerdiff.models.components import (
     TextEncoder,
     component_fingerprint,
@@ -49,6 +46,9 @@ from flowerdiff.models.components import (
     tensor_to_pil,
 )
 from ..models.saving import save_components
+from ..training.own_encoders import ChosenAutoencoder, choose_autoencoder
+from ..training.run_text_encoder import open_run_text_encoder, text_summary, write_words
+from ..training.trained_on import KEYS, picture_key
 
 # %% ../../nbs/stages/03_encode.ipynb #91e198e6
 def show_latents(

@@ -18,7 +18,6 @@ from PIL import Image
 
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, read_json, read_jsonl, stage, write_json
-from ..data.trained_on import picture_key, read_trained_on
 from ..evaluation.class_recognition import MAX_CLASSES, find_classes, images_of_each
 from flowerdiff.evaluation.eval_prompts import (
     CountedGenerator,
@@ -50,6 +49,7 @@ from ..inference.generator import Generator, montage
 from ..inference.torch_backend import TorchBackend
 from ..models.components import pil_to_tensor, psnr
 from ..models.model_folder import student_steps, weights_fingerprint
+from ..training.trained_on import picture_key, read_trained_on
 
 # %% ../../nbs/stages/07_evaluate.ipynb #ca4f8531
 @dataclass

@@ -28,7 +28,6 @@ from flowerdiff.core.workspace import (
     write_json,
 )
 from ..data.batches import load_split
-from ..data.trained_on import read_keys, read_trained_on
 from ..evaluation.gate import GateResult, compare
 from ..evaluation.student_eval import StudentResult, evaluate_student
 from ..inference.generator import Generator
@@ -36,6 +35,7 @@ from ..inference.torch_backend import TorchBackend
 from ..models.components import component_fingerprint, load_text
 from ..models.model_folder import student_steps
 from ..services.tracking import log_event, name_champion
+from ..training.trained_on import read_keys, read_trained_on
 
 # %% ../../nbs/stages/06_promote.ipynb #ca5f4b07
 def with_champion_texts(
