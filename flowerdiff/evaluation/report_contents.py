@@ -139,10 +139,13 @@ def autoencoder_table(ws: Workspace) -> list[Table]:  # one, or none
     if not candidates and not image:
         return []
 
-    def text(value):
+    def text(row: dict, column: str) -> str:
+        value = row.get(column, '')
+        if row.get('problem') and column not in ('name', 'problem'):
+            return ''  # it was not measured
         return f'{value:.3g}' if isinstance(value, float) else str(value)
 
-    rows = [[text(row.get(column, '')) for column in columns] for row in candidates]
+    rows = [[text(row, column) for column in columns] for row in candidates]
     note = f'Chosen: {found.get("chosen", "")}. {found.get("reason", "")}'
     return [Table('The autoencoder', note, columns, rows, image)]
 
