@@ -17,7 +17,6 @@ from typing import NamedTuple
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
 from ..core.workspace import Workspace, atomic_write, open_workspace, read_json, write_json
 from ..services.hardware import gpus, has_aws, has_hub, has_package
-from ..services.hub_cache import ASSETS
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #1c78106e
 class StageSpec(NamedTuple):

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['STEPS', 'MIN_EPOCHS', 'MAX_EPOCHS', 'RESOLUTIONS', 'Suggestion', 'gpu_gb', 'suggest', 'likely_autoencoder',
            'EncodedShapes', 'encoded_shapes', 'text_count', 'weight_bytes', 'first_sizes', 'NewSettings',
-           'suggested_settings', 'suggestion_line']
+           'suggested_settings', 'suggestion_line', 'RunSettings', 'resolve_settings', 'show_suggestions']
 
 # %% ../../nbs/pipeline/07_suggest.ipynb #170bfdf8
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.profiles import load_profile
+from ..core.profiles import load_profile, load_settings
 from ..core.schema import UserError
 from ..core.workspace import format_bytes, free_bytes, read_json
 from ..models.text_encoder import HUB_CLIP_SHAPE, choose_text_encoder
-from .survey import Survey, at_resolution, inspect_source, split_sizes
+from .survey import Survey, at_resolution, check_enough, inspect_source, split_sizes
 from ..services.hardware import cores, gpus, package_version
 from ..services.hub_cache import locate_part
 
@@ -268,3 +268,47 @@ def suggestion_line(new: NewSettings) -> str:
     values = ', '.join(f'{key}={suggestion.value:g}' for key, suggestion in new.suggestions.items())
     pictures = f'{new.survey.pictures:,} pictures of {new.survey.side} px'
     return f'{pictures}, {machine}: {values}; flowerdiff plan --pictures DIR explains them'
+
+# %% ../../nbs/pipeline/07_suggest.ipynb #ef44fbaa
+@dataclass
+class RunSettings:
+    "The settings that a run would use, and where they come from."
+
+    settings: object
+    survey: Survey  # of the pictures
+    suggestions: dict = field(default_factory=dict)  # key -> `Suggestion`
+
+
+def resolve_settings(
+    root: Path,  # of the workspace, which may not exist yet
+    profile: str | None,  # of a new one
+    overrides: dict,  # settings to change
+) -> RunSettings:
+    "Return the settings of a run. Raises `UserError` where the run would."
+    params = root / 'params.yaml'
+    if params.exists() and profile:
+        existing = load_settings(params).profile
+        if existing != Path(profile).stem:
+            raise UserError(
+                f'{root}: is a workspace of the profile {existing}, not {profile}; leave --profile out'
+            )
+    start = str(params) if params.exists() else profile
+    settings = load_profile(start, overrides)
+    survey = inspect_source(settings, root)
+    suggestions = suggest(settings, survey, gpu_gb(), overrides) if start == 'folder' else {}
+    values = {key: suggestion.value for key, suggestion in suggestions.items()}
+    settings = load_profile(start, values | overrides)
+    check_enough(survey, settings.prepare)
+    return RunSettings(settings, at_resolution(survey, settings.prepare.resolution), suggestions)
+
+
+def show_suggestions(
+    suggestions: dict,  # key -> `Suggestion`
+    show,  # called with each line
+):
+    "Show suggested settings, one in a line with its reason."
+    if suggestions:
+        show('\nSettings of a new workspace for these pictures, unless you change them with --set:')
+    for key, suggestion in suggestions.items():
+        setting = f'{key}={suggestion.value:g}'
+        show(f'  {setting:<28}{suggestion.reason}')

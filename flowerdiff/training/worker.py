@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEUTRAL_SETTINGS', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint', 'relevant_settings',
-           'new_run_fingerprint', 'continuation', 'run_fingerprint', 'write_result', 'base_models', 'write_candidate',
-           'load_training', 'shard_fetcher', 'finetuning_setup', 'new_model_setup', 'start_run', 'default_threads',
-           'run_facts', 'median_rate', 'train_run', 'load_validation', 'resume', 'log_start', 'finish_run',
-           'run_worker']
+           'new_run_fingerprint', 'continuation', 'run_fingerprint', 'write_result', 'write_candidate', 'load_training',
+           'shard_fetcher', 'finetuning_setup', 'new_model_setup', 'start_run', 'default_threads', 'run_facts',
+           'median_rate', 'train_run', 'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker']
 
 # %% ../../nbs/training/11_worker.ipynb #c3d97a58
 import math
@@ -49,7 +48,7 @@ from .checkpoints import Origin, load_run, read_origin
 from .deepspeed import make_engine
 from .distillation import RunSetup, distillation_setup
 from .spikes_and_oom import explain_out_of_memory
-from .trained_on import read_keys, write_trained_on
+from .trained_on import base_models, read_keys, write_trained_on
 from .trainer import Trainer, train_loop
 from .validation import ValidationCallback, final_validation
 
@@ -164,13 +163,6 @@ def write_result(
         validation_curve=[*trainer.validations, [trainer.step, validation['loss']]],
     )
     write_json(ws.root / 'train.json', report)
-
-
-def base_models(ws: Workspace) -> list[Path]:
-    "Return the folders of the models that a run starts or learns from."
-    init = ws.settings.train.init
-    bases = [find_base(init, ws.root)] if init else []
-    return [*bases, ws.model] if ws.settings.train.distill else bases
 
 
 def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
