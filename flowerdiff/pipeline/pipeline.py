@@ -20,6 +20,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+from ..core.files import is_alive
 from ..core.schema import UserError
 from ..core.workspace import Workspace, disk_errors, open_workspace, preview_workspace, read_json
 from .changes import remember_hashes
@@ -110,21 +111,12 @@ def _discard_unfinished_work(ws: Workspace, stages: list[str]):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_alive(pid: int) -> bool:
-    import psutil
-
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _remove_stale_lock(ws: Workspace):
     "Remove the lock of a DVC process that no longer runs."
     path = ws.root / '.dvc' / 'tmp' / 'rwlock'
     if path.exists():
         pids = set(re.findall(r'"pid": *(\d+)', path.read_text()))
-        if not any(_is_alive(int(pid)) for pid in pids):
+        if not any(is_alive(int(pid)) for pid in pids):
             path.unlink()
 
 # %% ../../nbs/pipeline/08_pipeline.ipynb #4a622a14

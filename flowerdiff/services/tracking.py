@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'MLFLOW_ENV', 'RUN_STATUS', 'DESTINATIONS', 'TORCHRUN_ENV', 'log_event', 'read_events', 'curve', 'scalars',
-           'TensorBoard', 'mlflow_client', 'experiment_name', 'experiment_id', 'Mlflow', 'forward_events', 'is_alive',
+           'TensorBoard', 'mlflow_client', 'experiment_name', 'experiment_id', 'Mlflow', 'forward_events',
            'report_failures', 'follow', 'start_follower', 'name_champion', 'new_version']
 
 # %% ../../nbs/services/03_tracking.ipynb #a6d671f8
@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..core.files import is_alive
 from ..core.workspace import Workspace, open_workspace, read_json, write_json
 from .mlflow_paths import adopt_database
 
@@ -302,16 +303,6 @@ def _forward_locked(ws: Workspace, folder: Path, sinks: dict, destinations: dict
     return failed
 
 # %% ../../nbs/services/03_tracking.ipynb #451e5d38
-def is_alive(pid: int) -> bool:
-    "Return whether a process runs. A zombie does not."
-    import psutil
-
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def report_failures(
     folder: Path,  # of a run
     failed: dict[str, str],  # destination -> why it failed

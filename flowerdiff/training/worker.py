@@ -20,13 +20,7 @@ import torch
 
 from ..core.fingerprints import code_fingerprint, fingerprint, git_commit
 from ..core.schema import UserError
-from flowerdiff.core.workspace import (
-    Workspace,
-    atomic_dir,
-    open_workspace,
-    read_json,
-    write_json,
-)
+from ..core.workspace import Workspace, atomic_dir, open_workspace, read_json, write_json
 from ..data.batches import Split, load_split
 from ..data.shards import Shards
 from ..data.streaming import StreamedSplit
