@@ -32,7 +32,7 @@ STEPS = {
     'train.epochs': 10,
     'train.distributed': 'zero2',
     'train.checkpoint_minutes': 1e-4,
-    'train.keep_checkpoints': 3,
+    'train.keep_checkpoints': 40,  # all: what is whole in S3 stays whole
     'train.threads': 1,
     'train.samples_every': 20,
     'train.validate_every': 20,
