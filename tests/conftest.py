@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault('HF_ENDPOINT', 'http://127.0.0.1:9')  # nothing listens there: no test downloads a model
 STAGES = [
     'prepare',
     'caption',

@@ -50,7 +50,6 @@ TERMS = {
     r'crown(s|ed|ing)?\b': 'promote',
     r'graduat(e|es|ed|ion)\b': 'promote_student',
     r'\bexams?\b|\bexamin\w+': 'student evaluation',
-    r'\bverdicts?\b': 'gate result',
     r'\bladders?\b|\brungs?\b': 'timesteps, index',
     r'step(s|ping)?[ _]down': 'DDIM step',
     r'(?<!\.)strips?(?![(_])': 'image rows',

@@ -143,10 +143,11 @@ def test_pictures(cli, tmp_path):
 
 
 def give_up_root_rights():
-    "Drop CAP_DAC_OVERRIDE, with which root may write anywhere."
+    "Drop CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, with which root may write and read anything."
     import ctypes
 
-    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
 
 def test_read_only_workspace(cli, tmp_path):
@@ -195,10 +196,65 @@ def test_full_disk(cli, tmp_path):
             'give a folder',
         ),
         (['status', 'nowhere'], 'is not a workspace'),
+        (['rollback', 'nowhere'], 'is not a workspace'),
+        (['studio', 'nowhere'], 'is neither a workspace nor a model'),
+        (['studio', '--port', '99999'], 'is not a port'),
+        (['studio', '--port', 'x'], 'is not a port'),
+        (['space', 'nowhere'], 'not published'),
+        (['compare', 'nowhere', 'nowhere'], 'holds no trained run'),
+        (['download', 'nowhere'], 'holds no set'),
+        (['plan', 'notes'], 'is a file'),
+        (['run', 'notes/w'], 'lies in a file'),
+        (['init', 'notes'], 'is a file'),
+        (['status', 'notes'], 'is a file'),
+        (['rollback', 'notes'], 'is a file'),
+        (['sweep', 'notes', '--set', 'train.lr=1,2'], 'is a file'),
+        (['run', 'a' * 300], 'the name is too long'),
     ],
 )
 def test_bad_arguments(cli, tmp_path, args, says):
+    (tmp_path / 'notes').write_text('x')
     assert says in one_line(cli(*args, cwd=tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ['notes']
+
+
+@pytest.mark.parametrize('command', ['run', 'status', 'rollback', 'init', 'plan', 'studio', 'bench'])
+def test_workspace_without_permission(cli, tmp_path, command):
+    root = tmp_path / 'w'
+    root.mkdir()
+    (root / 'params.yaml').write_text('profile: garden\n')
+    root.chmod(0)
+    try:
+        message = one_line(cli(command, root, preexec_fn=give_up_root_rights))
+    finally:
+        root.chmod(0o755)
+    assert 'may not be written or read' in message
+    assert os.listdir(root) == ['params.yaml']
+
+
+def test_stage_notebooks_say_what_to_do_without_a_workspace(tmp_path):
+    "The run cells of all ten, in a folder that is no workspace: one line each, and nothing is left."
+    from flowerdiff.core.workspace import STAGES
+
+    code = """
+import importlib, sys
+from IPython.core.interactiveshell import InteractiveShell
+
+shell = InteractiveShell()
+for name in sys.argv[1:]:
+    shell.run_cell(f'from flowerdiff.stages.{name} import run\\nrun(".")')
+"""
+    names = list(STAGES)
+    env = {**os.environ, 'HOME': str(tmp_path), 'IPYTHONDIR': str(tmp_path / '.ipython')}
+    folder = tmp_path / 'empty'
+    folder.mkdir()
+    p = subprocess.run(
+        [sys.executable, '-c', code, *names], cwd=folder, env=env, capture_output=True, text=True
+    )
+    lines = p.stdout.strip().splitlines()
+    assert [line.split(':')[1].strip() for line in lines] == names, p.stdout + p.stderr
+    assert all(f'{folder} is not a workspace' in line for line in lines)
+    assert os.listdir(folder) == []
 
 
 def test_init_status_and_settings_inside_the_workspace(cli, tmp_path):

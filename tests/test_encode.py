@@ -408,30 +408,27 @@ def test_published_text_encoder_in_the_names_of_transformers_4(parts, tmp_path):
 
 
 def test_own_clip_is_trained_once(parts, tmp_path, monkeypatch):
-    clip = pytest.importorskip('flowerdiff.models.clip')
+    library = pytest.importorskip('flowerdiff.training.own_encoders')
     calls = []
 
-    def fake(pictures, captions, out, **kw):
-        assert (
-            pictures.shape == (8, 32, 32, 3)
-            and pictures.dtype == np.uint8
-            and len(captions) == 8
-            and kw['max_length'] == 16
-        )
-        calls.append(kw)
-        tiny_clip(out, 16)
+    def fake(ws, pairs, steps, work):
+        assert (len(pairs['train']), len(pairs['val']), len(pairs['test'])) == (8, 4, 4)
+        calls.append(steps)
+        tiny_clip(work / 'clip', 16)
+        test = dict(passed=True, text='beats chance', recall_5=1.0)
+        write_json(work / 'done.json', dict(best_step=1, most_steps=steps, complete=True, test=test))
 
-    monkeypatch.setattr(clip, 'train_clip', fake)
+    monkeypatch.setattr(library, 'fit_clip', fake)
     ws = make_workspace(
-        tmp_path / 'ws', parts, 8, **{'components.text_encoder': 'train', 'encode.clip_minutes': 0.01}
+        tmp_path / 'ws', parts, 8, **{'components.text_encoder': 'train', 'encode.clip_steps': 2}
     )
     encode(ws)
-    assert len(calls) == 1 and calls[0]['minutes'] == 0.01
+    assert calls == [2]
     assert (ws.encoded / 'components' / 'clip' / 'config.json').is_file()
     encode(open_workspace(ws.root, None, {'encode.shard_records': 5}))
-    assert len(calls) == 1, 'the same CLIP serves'
-    encode(open_workspace(ws.root, None, {'encode.clip_minutes': 0.02}))
-    assert len(calls) == 2
+    assert calls == [2], 'the same CLIP serves'
+    encode(open_workspace(ws.root, None, {'encode.clip_steps': 3}))
+    assert calls == [2, 3]
 
 
 def test_memory_does_not_grow_with_the_pictures(parts, tmp_path):

@@ -191,7 +191,7 @@ def test_several_prompts_and_a_grown_collection_ask_for_what_is_new(mini, tmp_pa
 
 def test_given_captions_win_unless_florence_is_asked_for(mini, whole, tmp_path):
     ws = make(tmp_path / 'ws', tmp_path / 'no model here')
-    run(change(ws, captioner='auto').root)
+    run(change(ws, captioner='auto', class_captions=0).root)
     captions = captions_of(ws)
     assert captions['train/000000.png'] == (['its own'], 'given')
     assert captions['train/000001.png'][1] == 'labels'

@@ -44,7 +44,21 @@ def wait(condition, seconds=60):
 @pytest.fixture(scope='module')
 def done(toy, tmp_path_factory):
     root = tmp_path_factory.mktemp('ws') / 'garden'
-    p = toy('run', root, '--set', 'train.epochs=2')
+    base = root.parent / 'outside' / 'base'
+    (base / 'model').mkdir(parents=True)
+    (base / 'model' / 'model_index.json').write_text('{}')
+    features = root.parent / 'outside' / 'squeeze.safetensors'
+    features.write_text('1')
+    sets = [
+        'train.epochs=2',
+        f'train.init={base}',
+        'caption.captioner=florence',
+        f'caption.model={base}',
+        f'evaluate.features={features}',
+        f'evaluate.baseline={base}',
+        f'encode.vae_features={features}',
+    ]
+    p = toy('run', root, *[word for setting in sets for word in ('--set', setting)])
     assert p.returncode == 0, p.stdout + p.stderr
     return root, p
 
@@ -86,6 +100,17 @@ def test_changed_setting_reruns_what_depends_on_it(toy, ws):
     )
 
 
+def test_status_hashes_as_dvc_does(done):
+    from flowerdiff.core.workspace import read_workspace
+    from flowerdiff.pipeline.changes import dvc_hash, read_lock
+
+    ws = read_workspace(done[0])
+    outputs = [output for entry in read_lock(ws).values() for output in entry['outs']]
+    assert len(outputs) == 12
+    for output in outputs:
+        assert dvc_hash(ws.root / output['path']) == output['md5'], output['path']
+
+
 def status_lines(toy, ws):
     return {line.split()[0]: line for line in toy('status', ws).stdout.splitlines()}
 
@@ -99,12 +124,96 @@ def test_status_says_what_is_stale_and_why(toy, ws):
     )
     out = status_lines(toy, ws)
     assert 'fresh' in out['prepare'] and 'fresh' in out['upload']
-    assert 'stale' in out['train'] and 'train.lr' in out['train']
+    assert re.search(r'stale .*train.lr 0.002 -> 0.00\d+$', out['train']), out['train']
     assert 'stale' in out['promote'] and 'train is stale' in out['promote']
     shutil.copy(ws / 'params.yaml', ws / 'keep')
     (ws / 'params.yaml').write_text(text)
     out = status_lines(toy, ws)
     assert 'skipped' in out['tensorrt'] and 'no GPU' in out['tensorrt']
+
+
+def snapshot(root):
+    "Return names, sizes and times of all files."
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob('*') if p.is_file()}
+
+
+def test_outside_inputs_are_dependencies_and_status_names_them(toy, ws, done):
+    outside = done[0].parent / 'outside'
+    kept = shutil.copytree(outside, outside.with_name('kept'))
+    base = outside / 'base'
+    try:
+        (base / 'model' / 'model_index.json').write_text('{"a": 1}')
+        (base / 'log').write_text('a workspace may go on; only its model counts')
+        (outside / 'squeeze.safetensors').write_text('12')
+        before = snapshot(ws)
+        out = status_lines(toy, ws)
+        assert snapshot(ws) == before  # status writes nothing
+        assert 'fresh' in out['prepare']
+        assert out['caption'].endswith('caption.model: the folder changed')
+        assert out['encode'].endswith('encode.vae_features: the file changed')
+        assert out['train'].endswith('train.init: the folder changed')
+        measures = 'evaluate.features: the file changed, evaluate.baseline: the folder changed'
+        assert out['evaluate'].endswith(measures)
+        shutil.rmtree(base)
+        assert f'train.init: {base} is gone' in status_lines(toy, ws)['train']
+    finally:
+        shutil.rmtree(outside)
+        kept.rename(outside)
+
+
+def test_status_of_a_copy_that_may_not_be_written(toy, ws):
+    from test_cli import give_up_root_rights
+
+    for path in [ws, *ws.rglob('*')]:  # a copy's files have new times: status has to hash them
+        os.utime(path)
+        if path.is_dir():
+            path.chmod(0o555)
+    try:
+        p = toy('status', ws, preexec_fn=give_up_root_rights)
+    finally:
+        for path in [ws, *ws.rglob('*')]:
+            if path.is_dir():
+                path.chmod(0o755)
+    assert p.returncode == 0 and 'stale' not in p.stdout, p.stdout + p.stderr
+    (ws / 'pictures' / 'data.txt').write_text('by hand')
+    assert 'pictures was changed by hand' in status_lines(toy, ws)['prepare']
+
+
+def test_refused_commands_change_nothing(toy, ws, tmp_path):
+    refused = [
+        ['run', ws, '--set', 'train.init=123'],
+        ['run', ws, '--set', 'train.lr=0'],
+        ['run', ws, '--set', 'train.lr=0.1', '--only', 'train', '--from', 'encode'],
+        ['run', ws, '--set', 'train.lr=0.1', '--only', 'train', '--to', 'encode'],
+        ['run', ws, '--set', 'train.lr=0.1', '--from', 'train', '--to', 'encode'],
+        ['run', ws, '--set', 'prepare.source=garden', '--pictures', tmp_path],
+        ['run', ws, '--set', f'prepare.source={tmp_path}/none'],
+        ['run', ws, '--set', 'seed=3', '--profile', 'folder'],
+        ['init', ws, '--set', 'evaluate.features=x.pt'],
+        ['sweep', ws, '--set', 'train.lr=0.1,0.2', '--set', 'seed=-1'],
+        ['run', tmp_path / 'new', '--set', 'train.init=123'],
+        ['run', tmp_path / 'new', '--set', 'seed=3', '--only', 'train'],
+        ['sweep', tmp_path / 'new', '--set', 'train.lr=0.1,-1'],
+    ]
+    before = snapshot(ws)
+    for command in refused:
+        p = toy(*command)
+        assert p.returncode == 2 and p.stderr.count('\n') == 1, (command, p.stdout, p.stderr)
+    assert snapshot(ws) == before
+    assert not (tmp_path / 'new').exists()
+
+
+def test_run_to_a_stage(toy, ws):
+    p = toy('run', ws, '--set', 'prepare.count=5', '--to', 'caption')
+    assert ran(p) == ['prepare', 'caption'], p.stdout + p.stderr
+    out = status_lines(toy, ws)
+    assert out['encode'].endswith('pictures has changed')
+
+
+def test_text_settings_take_what_looks_like_a_number(toy, ws):
+    p = toy('run', ws, '--set', 'publish.repo_name=2026-11-29', '--only', 'publish')
+    assert ran(p) == ['publish'], p.stdout + p.stderr
+    assert "repo_name: '2026-11-29'" in (ws / 'params.yaml').read_text()
 
 
 def test_no_better_model_leaves_what_follows_fresh(toy, ws):
@@ -154,7 +263,11 @@ def test_a_mistake_is_one_line_and_a_bug_names_notebook_and_log(toy, ws):
     assert (p.returncode, p.stderr.strip()) == (2, 'prepare.count: 13 is unlucky; take another')
     p = toy('run', ws, '--set', 'prepare.count=14')
     assert p.returncode == 1 and p.stderr.count('\n') == 1
-    assert 'ZeroDivisionError: a bug' in p.stderr and '01_prepare.ipynb' in p.stderr and 'log' in p.stderr
+    assert (
+        'ZeroDivisionError: a bug' in p.stderr
+        and '../None/01_prepare.ipynb' in p.stderr
+        and 'log' in p.stderr
+    )
     assert (ws / 'pictures' / 'data.txt').exists()  # the old ones stay
 
 
@@ -172,6 +285,66 @@ def test_ctrl_c_in_training_leaves_nothing_running_and_goes_on(toy, ws, number):
     assert (ws / 'candidate' / 'data.txt').exists()  # the old candidate
     p = toy('run', ws, '--set', f'train.epochs={step + 2}', '--only', 'train')
     assert ran(p) == ['train'] and f'"resumed_from": {step}' in events.read_text()
+
+
+def test_status_and_refusals_during_a_run(toy, ws):
+    p = toy('run', ws, '--set', 'train.epochs=400', popen=True)
+    events = ws / 'work' / 'train-toy' / 'events.jsonl'
+    try:
+        wait(lambda: '"total": 400' in events.read_text())
+        before = (ws / 'params.yaml').read_bytes()
+        q = toy('status', ws, '--json')
+        data = json.loads(q.stdout)
+        running = data['running']
+        assert running['stage'] == 'train' and running['total'] == 400 and running['rate'] == 100
+        assert 0 < running['done'] < 400 and running['seconds_left'] > 0
+        states = {stage['stage']: stage['state'] for stage in data['stages']}
+        assert (states['encode'], states['train'], states['promote']) == ('fresh', 'running', 'stale')
+        for command in (
+            ['run', ws, '--set', 'train.lr=0.005'],
+            ['init', ws, '--set', 'seed=4'],
+            ['rollback', ws],
+        ):
+            q = toy(*command)
+            assert q.returncode == 2 and 'another flowerdiff run works here' in q.stderr, command
+        assert (ws / 'params.yaml').read_bytes() == before
+        assert re.search(
+            r'^train +running .* step \d+/400, 100 samples/s, .* left$', toy('status', ws).stdout, re.M
+        )
+    finally:
+        os.killpg(p.pid, signal.SIGINT)
+        p.communicate(timeout=60)
+    assert json.loads(toy('status', ws, '--json').stdout)['running'] is None
+
+
+@pytest.mark.parametrize('ignored', [True, False])
+def test_hangup(toy, ws, ignored):
+    "Under nohup a run survives its terminal; else it stops cleanly."
+    words = ['run', ws, '--set', 'train.epochs=400', '--only', 'train']
+    action = signal.SIG_IGN if ignored else signal.SIG_DFL
+    p = toy(*words, popen=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, action))
+    events = ws / 'work' / 'train-toy' / 'events.jsonl'
+    wait(lambda: '"total": 400' in events.read_text())
+    if ignored:
+        family = [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)]
+        lines = [Path(f'/proc/{q.pid}/status').read_text() for q in family]
+        masks = [int(re.search(r'SigIgn:\s*(\w+)', text)[1], 16) for text in lines]
+        assert len(masks) > 3 and all(mask & 1 for mask in masks), masks
+        os.kill(p.pid, signal.SIGHUP)
+        time.sleep(1)
+        assert p.poll() is None
+        os.kill(p.pid, signal.SIGTERM)
+    else:
+        os.kill(p.pid, signal.SIGHUP)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode == 130 and re.fullmatch(r'stopped in train at step \d+; run the same .*\n', err), err
+    assert not processes(ws)
+
+
+def test_moved_workspace_is_fresh(toy, ws, tmp_path):
+    moved = ws.rename(tmp_path / 'elsewhere')
+    p = toy('run', moved)
+    assert p.returncode == 0 and ran(p) == [] and not ws.exists(), p.stdout + p.stderr
 
 
 def test_killed_outright_leaves_the_old_folder_whole(toy, ws):

@@ -237,7 +237,7 @@ def test_given_captions_and_other_files_are_seen(photos):
     seen = survey_folder(photos, 1000)
     assert (
         (seen.pictures, seen.files, seen.side, seen.exact) == (41, 42, 100, True)
-        and seen.caption_sources['metadata.jsonl'] == pytest.approx(20 / 41)
+        and seen.captions.overview.sources['the column captions'] == 20
         and seen.jpeg == pytest.approx(40 / 41)
     )
     few = survey_folder(photos, 1000, sample=8)

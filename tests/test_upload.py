@@ -552,6 +552,6 @@ def test_what_the_run_shows_of_a_slow_line(line, tmp_path, monkeypatch):
     sender.start()
     while sender.is_alive():
         time.sleep(0.1)
-        lines.append(how_far(ws, 'upload', 0))
+        lines.append(str(how_far(ws, 'upload', 0)))
     moving = {line for line in lines if re.fullmatch(r'MB sent \d+/14, \d+/s, [\d.]+ s left', line)}
     assert len(moving) >= 2, lines

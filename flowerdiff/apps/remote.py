@@ -29,6 +29,7 @@ from fastcore.basics import patch
 from .session import GenerationRequest, GenerationSession, session_model_folder
 from ..core.schema import UserError
 from ..core.workspace import Cancelled
+from ..services.image_files import read_image
 
 # %% ../../nbs/apps/07_remote.ipynb #0256cab0
 @dataclass
@@ -49,11 +50,9 @@ class RemoteStep:
 
     def preview(self, size: int = 96) -> list:  # of PIL.Image
         "Return small pictures; their longer side has `size` pixels."
-        from PIL import Image
-
         pictures = []
         for jpeg in self.jpegs:
-            picture = Image.open(io.BytesIO(base64.b64decode(jpeg)))
+            picture = read_image(io.BytesIO(base64.b64decode(jpeg)))
             scale = size / max(picture.size)
             pictures.append(picture.resize((round(picture.width * scale), round(picture.height * scale))))
         return pictures
@@ -207,15 +206,13 @@ def _messages(response):
 # %% ../../nbs/apps/07_remote.ipynb #1151f2d9
 def _read_pictures(response, report: Callable) -> list:
     "Report the messages of a response, and return the pictures of the last one."
-    from PIL import Image
-
     for message in _messages(response):
         if 'error' in message:
             raise UserError(message['error'])
         if 'canceled' in message:
             raise Cancelled
         if 'pictures' in message:
-            return [Image.open(io.BytesIO(base64.b64decode(png))) for png in message['pictures']]
+            return [read_image(io.BytesIO(base64.b64decode(png))) for png in message['pictures']]
         if 'step' in message:
             report(RemoteStep(message['step'], message['steps'], message['preview']))
         else:

@@ -17,7 +17,9 @@ import ipywidgets as w
 from fastcore.basics import patch
 
 from .widgets import add_classes, close_tree, data_url, image_html, jpeg_url, note_html, row
-from ..evaluation.report import line_chart, smooth
+from ..core.schema import UserError
+from ..data.images import open_picture
+from ..evaluation.report import LOSS_NOTE, line_chart, smooth
 
 # %% ../../nbs/apps/05_run_browser.ipynb #5610ed40
 def line_offsets(
@@ -60,13 +62,10 @@ def read_picture(
     size: int,  # pixels of the longer side at most
 ):  # PIL.Image
     "Read a picture inside a folder and reduce its size. Raises `OSError` if it is outside."
-    from PIL import Image
-
     path = (folder / file_name).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise OSError('not inside the folder of pictures')
-    picture = Image.open(path)
-    picture.load()
+    picture = open_picture(path)
     picture.thumbnail((size, size))
     return picture
 
@@ -81,7 +80,7 @@ def picture_card(
     try:
         picture = read_picture(folder, row['file_name'], size)
         image = image_html(jpeg_url(picture, 88), captions[0], picture.size)
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, UserError):
         image = '<div class="fd-missing">this picture cannot be read</div>'
     text = html.escape(captions[0])
     text += ''.join(f'<small>{html.escape(caption)}</small>' for caption in captions[1:])
@@ -160,7 +159,9 @@ def curves_html(workspace: Path) -> str:
         return note_html('No training yet', '<p>The loss curves appear here when training starts.</p>')
     smoothed = {name: smooth(curve) if len(curve) > 30 else curve for name, curve in curves.shown.items()}
     chart = line_chart(smoothed, 'steps')
-    summary = f'<div class="fd-soft">{html.escape(run_summary(curves))}</div>'
+    explained = LOSS_NOTE if len(curves.shown) > 1 else ''
+    texts = (run_summary(curves), explained)
+    summary = ''.join(f'<div class="fd-soft">{html.escape(text)}</div>' for text in texts if text)
     return f'<div class="fd-panel"><h2 class="fd-heading">Loss</h2>{chart}{summary}</div>'
 
 # %% ../../nbs/apps/05_run_browser.ipynb #550aa3a4

@@ -50,6 +50,8 @@ def app_notebook() -> Path:
 # %% ../../nbs/apps/09_serving.ipynb #579a7629
 def check_port(ip: str, port: int) -> None:
     "Raise a `UserError` if a port cannot be used."
+    if not 0 < port < 65536:
+        raise UserError(f'port {port}: is not a port; give --port a number from 1024 to 65535')
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

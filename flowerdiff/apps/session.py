@@ -337,7 +337,7 @@ def generate(
     self: GenerationSession,
     request: GenerationRequest,
     on_step: Callable | None = None,  # called with a `sampling_loop.Step`; returning False cancels
-) -> list:  # of PIL.Image; `info['note']` tells if another backend was used
+) -> list:  # of PIL.Image; `info['note']` tells of another backend, and of words that are not learned
     "Generate the pictures of a request. Waits for the model and for earlier requests."
     self.ready.wait()
     with self.lock:
@@ -356,7 +356,12 @@ def _run(self: GenerationSession, request: GenerationRequest, on_step) -> list:
     settings = {name: getattr(request, name) for name in GENERATOR_ARGS}
     if request.scheduler != 'auto':
         settings['scheduler'] = request.scheduler
-    return generator(request.prompt, callback=on_step, **settings)
+    unknown_words = getattr(generator, 'unknown_words', lambda *texts: [])  # the demo has no such method
+    note = ' · '.join(unknown_words(request.prompt, request.negative_prompt))
+    pictures = generator(request.prompt, callback=on_step, **settings)
+    for picture in pictures:
+        picture.info.update(dict(note=note) if note else {})
+    return pictures
 
 # %% ../../nbs/apps/01_session.ipynb #79e1d6f7
 @patch
@@ -394,9 +399,8 @@ def _retry_with_pytorch(
         raise error from None
     label = BACKENDS.get(failed, failed)
     for picture in pictures:
-        picture.info['note'] = (
-            f'{label} failed ({error_message(error, short=True)}); PyTorch was used instead'
-        )
+        failure = f'{label} failed ({error_message(error, short=True)}); PyTorch was used instead'
+        picture.info['note'] = '; '.join(filter(None, [failure, picture.info.get('note')]))
     return pictures
 
 # %% ../../nbs/apps/01_session.ipynb #52cdd896

@@ -16,6 +16,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 class UserError(Exception):
     "A mistake that you can fix, in one line: `file or setting: what is wrong; what to do`."
 
+    def _render_traceback_(self) -> list[str]:
+        "In a notebook, IPython shows this instead of a traceback."
+        return [f'{type(self).__name__}: {self}']
+
 # %% ../../nbs/core/01_schema.ipynb #038cec82
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -24,7 +24,7 @@ RULES = dict(
     missing='is missing',
     too_short='needs at least {min_length} entries',
     finite_number='must be a number that is not infinite',
-    string_type='must be text',
+    string_type='must be text; put it in quotes',
     list_type='must be a list such as [32, 64]',
 )
 KINDS = dict(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDER_STREAM', 'NOISE_STREAM', 'VALIDATION_STREAM', 'SAMPLING_STREAM', 'WINDOW_STREAM', 'make_rng', 'epoch_order',
            'batch_indices', 'Draws', 'draws', 'time_shares', 'shift_time', 'fits_on_gpu', 'Split', 'toy_split',
-           'bucketed_order', 'BucketedSplit', 'load_split', 'Batch', 'make_batch', 'choose_texts']
+           'bucketed_order', 'BucketedSplit', 'read_repeats', 'load_split', 'Batch', 'make_batch', 'choose_texts']
 
 # %% ../../nbs/data/10_batches.ipynb #2eeaf238
 import bisect
@@ -132,6 +132,7 @@ class Split:
     std: Tensor  # [N, 2, C, H, W] fp16
     texts: Tensor  # [U, L, D] fp16, unique captions; 0 is the empty prompt
     captions: list[list[int]]  # for each picture, the indices of its texts
+    repeats: np.ndarray | None = None  # [N] how often each picture counts; None: once
 
     def __len__(self):
         return len(self.mean)
@@ -147,7 +148,14 @@ class Split:
 
     def pictures(self, step: int, batch: int, seed: int) -> np.ndarray:  # [batch] indices
         "Return the pictures of a step."
-        return batch_indices(step, batch, len(self), seed)
+        if self.repeats is None:
+            return batch_indices(step, batch, len(self), seed)
+        repeated = self.repeated()
+        return repeated[batch_indices(step, batch, len(repeated), seed)]
+
+    def repeated(self) -> np.ndarray:  # indices
+        "Return the index of each picture as often as it counts."
+        return np.repeat(np.arange(len(self)), self.repeats)
 
     def latents(
         self,
@@ -168,7 +176,7 @@ class Split:
         "Move the split to the GPU if there is one and it fits."
         if not fits_on_gpu(share, self.mean, self.std, self.texts):
             return self
-        return Split(self.mean.cuda(), self.std.cuda(), self.texts.cuda(), self.captions)
+        return Split(self.mean.cuda(), self.std.cuda(), self.texts.cuda(), self.captions, self.repeats)
 
 # %% ../../nbs/data/10_batches.ipynb #1a7fc950
 def toy_split(
@@ -219,10 +227,12 @@ class BucketedSplit(Split):
         buckets: list,  # of (mean, std), each [n, 2, C, H, W] fp16; squares first
         texts: Tensor,  # [U, L, D]
         captions: list[list[int]],
+        repeats: np.ndarray | None = None,  # [n] how often each picture counts
     ):
         self.buckets = buckets
         self.texts = texts
         self.captions = captions
+        self.repeats = repeats
         self.sizes = tuple(len(mean) for mean, _ in buckets)
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self._epoch_starts = {}  # (batch, seed) -> first step of each epoch
@@ -241,11 +251,16 @@ class BucketedSplit(Split):
         return tuple(self.buckets[self._bucket(pictures)][0].shape[2:])
 
     def pictures(self, step: int, batch: int, seed: int) -> np.ndarray:  # [batch] indices
+        sizes = self.sizes
+        if self.repeats is not None:
+            ends = self.starts[1:]
+            sizes = tuple(int(self.repeats[a:b].sum()) for a, b in zip(self.starts, ends))
         starts = self._epoch_starts.setdefault((batch, seed), [0])
         while starts[-1] <= step:
-            starts.append(starts[-1] + len(bucketed_order(self.sizes, batch, seed, len(starts) - 1)))
+            starts.append(starts[-1] + len(bucketed_order(sizes, batch, seed, len(starts) - 1)))
         epoch = bisect.bisect_right(starts, step) - 1
-        return bucketed_order(self.sizes, batch, seed, epoch)[step - starts[epoch]]
+        found = bucketed_order(sizes, batch, seed, epoch)[step - starts[epoch]]
+        return found if self.repeats is None else self.repeated()[found]
 
     def latents(self, pictures: np.ndarray, side: np.ndarray) -> tuple[Tensor, Tensor]:
         bucket = self._bucket(pictures)
@@ -264,9 +279,19 @@ class BucketedSplit(Split):
         if not fits_on_gpu(share, self.texts, *itertools.chain.from_iterable(self.buckets)):
             return self
         buckets = [(mean.cuda(), std.cuda()) for mean, std in self.buckets]
-        return BucketedSplit(buckets, self.texts.cuda(), self.captions)
+        return BucketedSplit(buckets, self.texts.cuda(), self.captions, self.repeats)
 
 # %% ../../nbs/data/10_batches.ipynb #3f5cc3ab
+def read_repeats(
+    folder: Path,  # of a split
+) -> np.ndarray | None:  # [n]; None if all pictures count once
+    "Read how often the pictures of a split count."
+    from flowerdiff.core.workspace import read_json
+
+    path = folder / 'repeats.json'
+    return np.array(read_json(path)) if path.exists() else None
+
+
 def load_split(
     encoded: Path,  # folder that the stage encode wrote
     split: str,  # train, val or test
@@ -282,10 +307,11 @@ def load_split(
     buckets = [(tensor(records['mean']), tensor(records['std'])) for records in loaded]
     texts = tensor(Shards(encoded / 'text', 'text').load()['embedding'])
     captions = read_json(encoded / split / 'captions.json')
+    repeats = read_repeats(encoded / split)
     if len(buckets) > 1:
-        return BucketedSplit(buckets, texts, captions)
+        return BucketedSplit(buckets, texts, captions, repeats)
     mean, std = buckets[0]
-    return Split(mean, std, texts, captions)
+    return Split(mean, std, texts, captions, repeats)
 
 # %% ../../nbs/data/10_batches.ipynb #1065c84c
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURE', 'SEE', 'SHOWS', 'OPENING', 'GENERAL', 'COMPOUND', 'ELSEWHERE', 'is_plural', 'article', 'plural', 'mention',
-           'remove_opening', 'general_word', 'replace_word', 'insert_name', 'clean_caption']
+           'names_class', 'remove_opening', 'general_word', 'replace_word', 'insert_name', 'clean_caption']
 
 # %% ../../nbs/data/05_caption_cleanup.ipynb #962b2201
 import re
@@ -45,6 +45,18 @@ def mention(noun: str) -> re.Pattern:
         stem = re.escape(last) + '(?P<many>e?s)?'
     words = r'[\s-]*'.join([*map(re.escape, first), stem])
     return re.compile(rf'(?<![\w-]){words}(?![\w-])', re.I)
+
+# %% ../../nbs/data/05_caption_cleanup.ipynb #3c188541
+def names_class(
+    caption: str,
+    name: str,  # of the class; '' or a number: there is nothing to name
+) -> bool:
+    "Return whether a caption names a class, or need not."
+    if not re.search(r'[^\W\d_]', name):
+        return True
+    return bool(mention(name).search(caption)) or (
+        not name.isascii() and name.casefold() in caption.casefold()
+    )
 
 # %% ../../nbs/data/05_caption_cleanup.ipynb #258b327a
 PICTURE = r'(?:image|picture|photo|photograph)'

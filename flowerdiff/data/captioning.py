@@ -20,6 +20,7 @@ from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import Workspace, is_out_of_memory, open_workspace, progress
 from .encoding import read_ahead
+from .images import open_picture, picture_size
 from ..models.components import component_fingerprint, find_component
 from ..models.florence import open_florence
 from ..services.launcher import Journal, read_all_events, run_as_rank, run_workers
@@ -30,18 +31,12 @@ def largest_first(
     files: list[str],  # names below it
 ) -> tuple[list, dict]:  # [(key, file)] of different pictures, largest first; file -> key
     "List the pictures to caption. Raises `UserError` for one that cannot be read."
-    from PIL import Image
-
     keys = {}
     pixels = {}
     for file in progress(files, label='pictures'):
-        path = folder / file
-        try:
-            with Image.open(path) as image:
-                pixels[file] = image.width * image.height
-            keys[file] = file_sha256(path)[:16]
-        except OSError:
-            raise UserError(f'{path}: is not there or no picture; run the stage prepare again') from None
+        width, height = picture_size(folder / file)
+        pixels[file] = width * height
+        keys[file] = file_sha256(folder / file)[:16]
     first_file = {key: file for file, key in reversed(keys.items())}
     pictures = sorted(first_file.items(), key=lambda item: (-pixels[item[1]], item[0]))
     return pictures, keys
@@ -123,8 +118,6 @@ def describe_share(
     go_on=lambda: True,  # called after each batch; False stops
 ):  # yields events as they are written
     "Caption this process's share of the pictures, without those that have a caption."
-    from PIL import Image
-
     settings = ws.settings.caption
     batches = batches_to_do(settings, pictures[rank::world], read_journals(folder))
     if not batches:
@@ -140,7 +133,7 @@ def describe_share(
 
     def load(batch):
         task, items = batch
-        return florence.inputs([Image.open(ws.pictures / file) for _, file in items], task)
+        return florence.inputs([open_picture(ws.pictures / file) for _, file in items], task)
 
     start = time.perf_counter()
     for (task, items), inputs in zip(batches, read_ahead(load, batches)):

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.schema import UserError
-from .batches import ORDER_STREAM, WINDOW_STREAM, Split, batch_indices, make_rng
+from .batches import ORDER_STREAM, WINDOW_STREAM, Split, batch_indices, make_rng, read_repeats
 from .shards import Shards, shard_path
 
 # %% ../../nbs/data/11_streaming.ipynb #30477cd4
@@ -78,6 +78,7 @@ class StreamedSplit(Split):
         self.shards = Shards(folder, 'latents', partial=fetch is not None)
         self.texts = texts
         self.captions = captions
+        self.repeats = read_repeats(folder)
         self.window = window
         self.fetch = fetch
         self.sizes = tuple(shard['records'] for shard in self.shards.shards)
@@ -124,12 +125,19 @@ def pictures(
 ) -> np.ndarray:  # [batch] indices
     "Return the pictures of a step, and start to read their shards."
 
-    def order(seed, epoch):
-        return windowed_order(self.sizes, seed, epoch, self.window)
+    sizes = self.sizes
+    if self.repeats is not None:
+        starts = np.cumsum([0, *sizes[:-1]])
+        sizes = tuple(int(count) for count in np.add.reduceat(self.repeats, starts))
 
-    found = batch_indices(step, batch, len(self), seed, order)
+    def order(seed, epoch):
+        return windowed_order(sizes, seed, epoch, self.window)
+
+    found = batch_indices(step, batch, sum(sizes), seed, order)
+    if self.repeats is not None:
+        found = self.repeated()[found]
     shards = found // self.shards.per_shard
-    epoch = ((step + 1) * batch - 1) // len(self)
+    epoch = ((step + 1) * batch - 1) // sum(sizes)
     upcoming = window_and_next(shards[-1], len(self.sizes), seed, epoch, self.window)
     wanted = dict.fromkeys([*map(int, shards), *upcoming])
     self.held = {shard: self.held.get(shard) or self.pool.submit(self.read, shard) for shard in wanted}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'SEED_STREAMS', 'GARDEN_PROMPTS', 'MAX_DISPLAY_STEPS', 'EvalPrompt', 'garden_prompt', 'eval_prompts',
-           'grid_prompts', 'sampling_settings', 'display_settings', 'generate_images']
+           'grid_prompts', 'sampling_settings', 'display_settings', 'CountedGenerator', 'generate_images']
 
 # %% ../../nbs/evaluation/03_eval_prompts.ipynb #e46398c2
 from dataclasses import dataclass, field
@@ -126,6 +126,44 @@ def display_settings(
     steps = min(evaluate.steps, MAX_DISPLAY_STEPS)
     return dict(num_inference_steps=steps, guidance_scale=evaluate.guidance)
 
+# %% ../../nbs/evaluation/03_eval_prompts.ipynb #42f945bb
+class CountedGenerator:
+    "A generator that shows how many of all pictures are done."
+
+    def __init__(
+        self,
+        generator,  # `Generator`
+        total: int,  # pictures, over all calls
+    ):
+        self.generator = generator
+        self.done = 0
+        self.shown = 0
+        self.bar = progress(range(total), label='pictures')
+        next(self.bar, None)
+
+    def __getattr__(self, name: str):
+        return getattr(self.generator, name)
+
+    def show(self, pictures: int):
+        "Move the bar."
+        while self.shown < pictures:
+            self.shown += 1
+            next(self.bar, None)
+
+    def __call__(self, prompt, *, num_images_per_prompt: int = 1, **sampling) -> list:  # of PIL.Image
+        "Generate images, see `Generator.__call__`."
+        n = num_images_per_prompt * (1 if isinstance(prompt, str) else len(prompt))
+
+        def count(step):
+            self.show(self.done + int(n * step.step / step.steps))
+
+        images = self.generator(
+            prompt, num_images_per_prompt=num_images_per_prompt, callback=count, **sampling
+        )
+        self.done += n
+        self.show(self.done)
+        return images
+
 # %% ../../nbs/evaluation/03_eval_prompts.ipynb #7af5a74b
 def generate_images(
     generator,  # `Generator`
@@ -136,8 +174,10 @@ def generate_images(
 ) -> list:  # of PIL.Image
     "Generate one image for each prompt. Image i starts from the noise of seed + i."
     starts = range(0, len(prompts), batch_size)
+    if not isinstance(generator, CountedGenerator):
+        starts = progress(starts, label=f'generating {len(prompts)} images, {batch_size} at a time')
     images = []
-    for i in progress(starts, label=f'generating {len(prompts)} images, {batch_size} at a time'):
+    for i in starts:
         texts = [p.prompt for p in prompts[i : i + batch_size]]
         images += generator(texts, seed=seed + i, **sampling)
     return images

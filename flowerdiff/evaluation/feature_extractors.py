@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 
 from ..core.fingerprints import file_sha256
 from ..core.schema import UserError
-from ..core.workspace import read_json
+from ..core.workspace import progress, read_json
+from ..data.images import open_picture
 from .metrics import normalize_for_kid
 from ..models.components import component_fingerprint
 from ..models.model_folder import load_part, model_errors
@@ -57,7 +58,7 @@ class ClipFeatures:
     def _pixels(self, image: Image.Image | str | Path) -> np.ndarray:  # [side, side, 3] float32, 0..255
         side = self.model.config.vision_config.image_size
         if isinstance(image, (str, Path)):
-            image = Image.open(image)
+            image = open_picture(image)
         return np.asarray(ImageOps.fit(image.convert('RGB'), (side, side)), np.float32)
 
     @torch.inference_mode()
@@ -68,7 +69,7 @@ class ClipFeatures:
     ) -> np.ndarray:  # [n, d]
         "Return the image embeddings."
         embeddings = []
-        for i in range(0, len(images), batch_size):
+        for i in progress(range(0, len(images), batch_size), label=f'measuring {batch_size} pictures'):
             pixels = np.stack([self._pixels(image) for image in images[i : i + batch_size]])
             x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
             pooled = self.model.vision_model(pixel_values=(x - self.mean) / self.std)[1]
@@ -119,7 +120,7 @@ def _batches(
     side: int,
     batch_size: int = 32,
 ):  # yields Tensors [b, 3, side, side], 0..255
-    for i in range(0, len(images), batch_size):
+    for i in progress(range(0, len(images), batch_size), label=f'measuring {batch_size} pictures'):
         yield torch.from_numpy(np.stack([resize_image(p, side) for p in images[i : i + batch_size]]))
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #aec86097

@@ -30,7 +30,13 @@ def measured_values(
     return found
 
 # %% ../../nbs/evaluation/06_metric_table.ipynb #429b0cbe
-SHARES = ('adherence', 'copies', 'precision', 'recall')  # names of metrics that are shown in percent
+SHARES = (
+    'adherence',
+    'classes',
+    'copies',
+    'precision',
+    'recall',
+)  # names of metrics that are shown in percent
 
 
 def format_value(
@@ -64,7 +70,7 @@ def previous_metrics(
     return {k: v for k, v in last.items() if k != 'former'}
 
 # %% ../../nbs/evaluation/06_metric_table.ipynb #8232ae8d
-REFERENCES = (' autoencoder', ' real', ' shuffled')  # endings of the names of reference values
+REFERENCES = (' autoencoder', ' real', ' shuffled', ' noise')  # endings of the names of reference values
 
 
 def compare_metrics(

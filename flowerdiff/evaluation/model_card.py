@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KNOWN_TERMS', 'DISTRIBUTION_METRICS', 'CARD_USE', 'CARD_QUALITY', 'CARD_ORIGIN', 'CARD', 'KNOWN_SOURCES', 'hub_id',
            'base_models', 'DataTerms', 'data_terms', 'metric_type', 'card_results', 'card_data', 'data_sentence',
-           'card_limits', 'card_texts', 'without_folder', 'training_settings', 'describe_engine', 'make_card']
+           'card_limits', 'card_texts', 'without_folder', 'autoencoder_name', 'training_settings', 'describe_engine',
+           'make_card']
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #804e582f
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from ..core.workspace import Workspace, read_json
 from .eval_prompts import display_settings
 from .metric_table import REFERENCES, format_value, measured_values
+from ..models.text_encoder import recorded_text_encoder
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #9fcf241a
 def hub_id(spec: str) -> str:
@@ -185,18 +187,24 @@ TensorRT engines are in `tensorrt/`, for {{ engines|join('; ') }}:
 # %% ../../nbs/evaluation/08_model_card.ipynb #9d46927b
 CARD_QUALITY = """## How good it is
 
-{% if results %}| metric | value (95 % interval) |
+{% if verdict %}{{ verdict.headline }}
+
+{% endif %}{% if results %}| metric | value (95 % interval) |
 |---|---|
 {% for name, value in results.items() %}| {{ name }} | {{ value }} |
 {% endfor %}
 {{ measured }}
 {% if controls %}Values that end in {{ controls|join(', ') }} are reference values:
-real images, wrong captions, or the autoencoder alone.
+real images, wrong captions, noise, or the autoencoder alone.
 {% endif %}
 {% if network %}KID, FID, precision and recall compare features of {{ network }}.
 The CLIP score uses the CLIP of the text encoder.
 Compare them with other models only if these networks are the same.
 {% endif %}
+{% if skipped %}Cannot be measured on this data:
+
+{% for name, reason in skipped.items() %}- {{ name }}: {{ reason }}
+{% endfor %}{% endif %}
 {% else %}Not measured: the model was published without a report.
 {% endif %}
 """
@@ -291,13 +299,19 @@ def without_folder(value):
     return Path(value).name if is_path else value
 
 
+def autoencoder_name(ws: Workspace) -> str:
+    "Return the autoencoder that the run chose; without a record of it, the one in the settings."
+    record = ws.encoded / 'autoencoder.json'
+    return read_json(record)['chosen'] if record.exists() else ws.settings.components.autoencoder
+
+
 def training_settings(ws: Workspace) -> dict:  # setting -> value
     "Return the settings of the training run that a reader wants to know."
     train = ws.settings.train
     trained = read_json(ws.root / 'train.json') if (ws.root / 'train.json').exists() else {}
     settings = {
-        'autoencoder': ws.settings.components.autoencoder,
-        'text encoder': ws.settings.components.text_encoder,
+        'autoencoder': autoencoder_name(ws),
+        'text encoder': recorded_text_encoder(ws.encoded).get('spec', ws.settings.components.text_encoder),
         'UNet channels': ', '.join(map(str, train.channels)),
         'prediction': train.prediction_type,
         'epochs': train.epochs,
@@ -338,6 +352,8 @@ def make_card(
         card_data(ws, name, found, samples, network),
         template_str=CARD,
         network=network,
+        verdict=metrics.get('verdict'),
+        skipped=metrics.get('skipped'),
         name=name,
         repo=repo,
         grid=(ws.report / 'grid.png').exists(),

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_PROMPT', 'MAX_PICTURES', 'check_number', 'is_control_character', 'check_prompts', 'latent_shape',
-           'Generator', 'SamplingSettings', 'check_interval', 'memory_errors', 'montage', 'resize_to_height']
+           'Generator', 'SamplingSettings', 'check_interval', 'memory_errors', 'UnknownWordsWarning', 'montage',
+           'resize_to_height']
 
 # %% ../../nbs/inference/07_generator.ipynb #35d0ca56
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from ..core.schema import UserError
 from ..core.workspace import is_out_of_memory
 from .sampling_loop import Step, fit_preview, generators, load_scheduler, sample
 from ..models.components import tensor_to_pil
+from ..models.vocabulary import describe_unknown, embed_words, read_vocabulary, unknown_words
 
 # %% ../../nbs/inference/07_generator.ipynb #6bac3ae2
 MAX_PIXELS = 2048  # of a side
@@ -95,6 +98,8 @@ class Generator:
     ):
         self.backend = backend
         self.batch = batch
+        self.vocabulary = None  # words of the training captions
+        self.reported = set()  # prompts whose unknown words were named
         self._rgb = None
 
 
@@ -108,7 +113,9 @@ def from_pretrained(
     "Load a model. Raises a UserError if the folder has a problem."
     from flowerdiff.inference.backends import load_backend
 
-    return cls(load_backend(folder, backend), batch)
+    generator = cls(load_backend(folder, backend), batch)
+    generator.vocabulary = read_vocabulary(generator.backend.folder)
+    return generator
 
 # %% ../../nbs/inference/07_generator.ipynb #0585051b
 @patch(as_prop=True)
@@ -218,6 +225,32 @@ def generate_batch(
     )
     return tensor_to_pil(self.backend.decode(latents))
 
+# %% ../../nbs/inference/07_generator.ipynb #d8d35040
+class UnknownWordsWarning(UserWarning):
+    "A prompt has words that the model has not learned."
+
+
+@patch
+def unknown_words(
+    self: Generator,
+    *texts: str,
+) -> list[str]:  # such as 'maroon: not learned; near: crimson'
+    "Name the words of some texts that the model has not learned, one line each. These texts get no warning."
+    self.reported.update(texts)
+
+    def embed(word):
+        return embed_words([word], self.backend.tokenizer, self.backend.encode)[word]
+
+    return describe_unknown(unknown_words('\n'.join(texts), self.vocabulary, embed))
+
+
+@patch
+def warn_unknown(self: Generator, prompts: list):
+    "Warn of words that the model has not learned, once for each prompt."
+    new = [text for text in dict.fromkeys(prompts) if text not in self.reported]
+    for line in self.unknown_words(*new):
+        warnings.warn(line, UnknownWordsWarning, stacklevel=3)
+
 # %% ../../nbs/inference/07_generator.ipynb #d9ba9211
 @patch
 def __call__(
@@ -248,6 +281,7 @@ def __call__(
         scheduler=scheduler,
     )
     each = [p for p in prompts for _ in range(int(num_images_per_prompt))]
+    self.warn_unknown([*prompts, negative_prompt])
     images = []
     for start in range(0, len(each), self.batch):
         batch = each[start : start + self.batch]

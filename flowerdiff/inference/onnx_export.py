@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .onnx_openvino import onnx_session
 from .torch_backend import TorchBackend
 from ..models.model_folder import copy_student_steps
+from ..models.vocabulary import copy_vocabulary
 
 # %% ../../nbs/inference/10_onnx_export.ipynb #cc6cfd6e
 @dataclass
@@ -271,6 +272,7 @@ def copy_configs(model: Path, folder: Path):
     "Copy everything but the weights to where Optimum expects it."
     shutil.copy(model / 'model_index.json', folder)
     copy_student_steps(model, folder)
+    copy_vocabulary(model, folder)
     for part in ('scheduler', 'tokenizer'):
         shutil.copytree(model / part, folder / part)
     sources = dict(text_encoder='text_encoder', unet='unet', vae_decoder='vae', vae_encoder='vae')

@@ -352,6 +352,7 @@ def train_clip(
     seed: int = 0,
     progress=print,  # called with a line every 200 steps
     watch=iter,  # wraps the steps, for example in a progress bar
+    monitor=None,  # may end the training, such as an `EarlyStopping`
 ) -> tuple:  # CLIPModel, CLIPTokenizer
     "Train a CLIP and its tokenizer on captioned images."
     torch.manual_seed(seed)
@@ -362,15 +363,16 @@ def train_clip(
     heads = attribute_heads(width, attributes and attributes.values).to(device)
     params = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    bf16 = bf16_is_fast(device)
     log = LossLog(progress, batch_size)
     for step, done in enumerate(watch(fraction_done(minutes, steps))):
         set_learning_rate(optimizer, _cosine_rate(lr, step, done))
         batch = sample_batch(data, rng, batch_size).to(device)
         loss_function = vision_loss if attributes and done < VISION_FIRST else joint_loss
-        loss = loss_function(model, heads, batch, bf16)
+        loss = loss_function(model, heads, batch, bf16_is_fast(device))
         _update(optimizer, params, loss, model.logit_scale)
         log.update(loss.item())
+        if monitor and monitor.should_stop(model, tokenizer, step + 1):
+            break
     save_clip(model, tokenizer, out)
     return model.eval(), tokenizer
 

@@ -6,8 +6,8 @@
 __all__ = ['FILES', 'UNSAFE', 'HUB_FILES', 'PINNED', 'ORIGIN', 'VOLATILE', 'AUTOENCODERS', 'part_folder', 'weights',
            'cached_part', 'from_hub', 'component_folder', 'find_component', 'component_fingerprint', 'save_part',
            'quiet_libraries', 'one_line_errors', 'component_errors', 'load_strict', 'pil_to_tensor', 'tensor_to_pil',
-           'psnr', 'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'load_text',
-           'bf16_is_fast', 'why_not_compile', 'build_denoiser']
+           'psnr', 'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'find_tokenizer',
+           'load_text', 'bf16_is_fast', 'why_not_compile', 'build_denoiser']
 
 # %% ../../nbs/models/01_components.ipynb #ee23b767
 import contextlib
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..core.fingerprints import file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import is_out_of_memory, read_json, write_json
-from ..services.hub_cache import BUNDLED, BUNDLED_PARTS, HUB_ID, snapshot
+from ..services.hub_cache import HUB_ID, bundled_part, snapshot
 
 # %% ../../nbs/models/01_components.ipynb #e15652bd
 FILES = dict(
@@ -95,8 +95,9 @@ PINNED = re.compile(r'[\w.-]+/[\w.-]+@[0-9a-f]{40}')
 
 def component_folder(spec: str, part: str, base: Path) -> Path:
     "Resolve a setting to a folder on this machine. Downloads a pinned Hub model if needed."
-    if spec == 'garden' and part in BUNDLED_PARTS:
-        return BUNDLED / BUNDLED_PARTS[part]
+    bundled = bundled_part(spec, part)
+    if bundled:
+        return bundled
     folder = Path(base) / Path(spec).expanduser()
     if folder.is_dir():
         return folder
@@ -262,7 +263,7 @@ AUTOENCODERS = ('AutoencoderKL', 'AutoencoderTiny')
 
 
 def load_autoencoder(
-    spec: str,  # 'garden', a folder, or org/name@commit
+    spec: str,  # 'garden', 'photo', a folder, or org/name@commit
     base: Path = '.',  # what a relative folder is relative to
 ) -> nn.Module:
     "Load an autoencoder in fp32. Raises `UserError` if it is missing, damaged or of another kind."
@@ -334,7 +335,7 @@ class TextEncoder:
         return [text for text, ids in zip(texts, token_ids) if len(ids) > self.length]
 
 # %% ../../nbs/models/01_components.ipynb #0a019c6b
-def _find_tokenizer(folder: Path) -> Path:
+def find_tokenizer(folder: Path) -> Path:
     "Return the folder of a text encoder's tokenizer."
     for candidate in (folder, folder.parent / 'tokenizer'):
         if (candidate / 'tokenizer.json').is_file() or (candidate / 'vocab.json').is_file():
@@ -355,7 +356,7 @@ def load_text(
     kind = read_json(folder / 'config.json').get('model_type')
     if kind not in ('clip', 'clip_text_model'):
         raise UserError(f"{folder}: is a {kind}; only CLIP's text model fits a Stable Diffusion pipeline")
-    tokenizer_folder = _find_tokenizer(folder)
+    tokenizer_folder = find_tokenizer(folder)
     is_whole_clip = kind == 'clip'
     model = load_strict(CLIPModel if is_whole_clip else CLIPTextModel, folder, dtype=torch.float32)
     with component_errors(folder):

@@ -35,17 +35,14 @@ from flowerdiff.core.workspace import (
     write_jsonl,
 )
 from ..data.datasets import DATASETS, prepare_dataset
-from flowerdiff.data.image_folder import (
-    Metadata,
-    crop_pictures,
-    crop_squares,
-    picture_label,
-    row_captions,
-    scan_folder,
-)
+from ..data.image_folder import crop_pictures, crop_squares, picture_label, row_captions
 from ..data.images import map_in_order, pixel_sha256, printable
+from ..data.metadata import Metadata
 from ..data.overview import show_overview
-from ..data.splits import Selection, select_pictures
+from ..data.scan import scan_folder
+from ..data.splits import KEY_DIGITS, Selection, read_splits, save_splits, select_pictures
+from ..data.tables import NAME_COLUMNS
+from ..data.unpacking import hub_folder, unpack_source
 from ..garden.flower_shapes import COLORS, SPECIES
 from ..garden.garden import BACKGROUNDS, draw, sample_attributes
 
@@ -214,6 +211,8 @@ def source_folder(ws: Workspace) -> Path:
         )
     if not given:
         raise UserError('prepare.source: names no folder of pictures; give one, such as --pictures my/photos')
+    if given.startswith('hub:'):
+        return hub_folder(given).folder
     path = find_path(ws, given)
     if path is None:
         raise UserError(f'{given}: does not exist; give a folder of pictures {hint}')
@@ -232,13 +231,18 @@ KNOWN_COLUMNS = {
     'height',
     'source',
     'sha256',
+    'content_hash',
     'label',
     'label_name',
     'class',
     'class_name',
+    'repeats',
     'captions',
     'caption',
     'text',
+    'prompt',
+    'description',
+    'tags',
     'official_split',
     'split',
     'attributes',
@@ -257,7 +261,10 @@ def other_columns(
     return {
         key: value
         for key, value in columns.items()
-        if key not in KNOWN_COLUMNS and isinstance(value, str | int | float) and value != ''
+        if key not in KNOWN_COLUMNS
+        and key not in NAME_COLUMNS
+        and isinstance(value, str | int | float)
+        and value != ''
     }
 
 
@@ -271,6 +278,8 @@ def picture_row(
         bucket=facts.get('bucket'),
         source=printable(name),
         sha256=facts['sha256'],
+        content_hash=facts['content'][:KEY_DIGITS],
+        repeats=described.get('repeats'),
         note=facts['note'],
         label=picture_label(name, described),
         captions=row_captions(described),
@@ -295,7 +304,7 @@ def fill_splits(
 ):  # -> (split, row)
     "Put each picture into the folder of its split, under a number, and yield its row."
     count = Counter()
-    with open(work / 'rows.jsonl', 'rb') as f:
+    with open(work / 'rows.jsonl', 'rb') as f, open(new / 'texts.jsonl', 'w', encoding='utf-8') as texts:
         for picture in selection.pictures:
             f.seek(picture.offset)
             facts = squares.get(picture.name) or json.loads(f.readline())
@@ -304,6 +313,8 @@ def fill_splits(
             count[picture.split] += 1
             _link_or_copy(folder / facts['file'], new / picture.split / file_name)
             row = picture_row(picture.name, facts, metadata.row(picture.name))
+            known = dict(file_name=f'{picture.split}/{file_name}', texts=metadata.texts(picture.name))
+            texts.write(json.dumps(known, ensure_ascii=False) + '\n')
             yield picture.split, dict(file_name=file_name, **row)
 
 # %% ../../nbs/stages/01_prepare.ipynb #7f5d1386
@@ -315,7 +326,7 @@ def _check_enough(source: str, selection: Selection, left_out: list):
         first = left_out[0]
         hint = f'{len(left_out)} left out, such as {first.file}, which {first.reason}'
     else:
-        hint = 'add pictures (jpg, png, webp, gif, bmp, tiff, avif)'
+        hint = 'add pictures (jpg, png, webp, gif, bmp, tiff, avif, heic)'
     pictures = 'picture' if n == 1 else 'pictures'
     raise UserError(f'{source}: has {n} {pictures} that can be used, a run needs at least 3; {hint}')
 
@@ -326,28 +337,35 @@ def prepare_folder(
 ) -> dict:  # for `info.json`
     "Crop, select and split the pictures of a folder."
     prepare = ws.settings.prepare
-    source = source_folder(ws)
-    scan = scan_folder(source, prepare.count, [ws.root])
+    original = source_folder(ws)
+    unpacked = ws.root / 'work' / f'prepare-unpacked-{fingerprint(str(original))[:12]}'
+    source = unpack_source(original, unpacked, [ws.root]).folder
+    scan = scan_folder(source, prepare.count, [] if source.is_relative_to(unpacked) else [ws.root])
     code = code_fingerprint('flowerdiff.data.images')
-    key = fingerprint([str(source), prepare.resolution, prepare.crop, code])
+    key = fingerprint([str(source), prepare.resolution, prepare.crop, prepare.background, code])
     work = ws.work_dir('prepare', key)
-    crop_pictures(source, scan.names, prepare.resolution, work, prepare.crop)
-    selection = select_pictures(work, scan.names, scan.metadata, prepare)
+    background = prepare.background
+    crop_pictures(source, scan.names, prepare.resolution, work, prepare.crop, background=background)
+    record = ws.work / 'splits.json'
+    known = read_splits(record, prepare)
+    selection = select_pictures(work, scan.names, scan.metadata, prepare, known)
     left_out = scan.left_out + selection.left_out
     _check_enough(prepare.source, selection, left_out)
 
     squares = {}
     if prepare.crop == 'buckets':
         held = [picture.name for picture in selection.pictures if picture.split != 'train']
-        squares = crop_squares(source, held, prepare.resolution, work / 'held')
+        squares = crop_squares(source, held, prepare.resolution, work / 'held', background=background)
     for split in SPLITS:
         (new / split).mkdir()
     written = write_rows(new, fill_splits(new, work, selection, scan.metadata, squares))
     write_jsonl(new / 'quarantine.jsonl', map(asdict, left_out))
+    save_splits(record, prepare, known, selection.pictures)
     near_copies = [(printable(a.name), printable(b.name)) for a, b in selection.near_copies]
-    return dict(
-        kind='folder', source=prepare.source, **written, left_out=len(left_out), near_copies=near_copies
-    )
+    found = dict(left_out=len(left_out), near_copies=near_copies, metadata=scan.facts)
+    if prepare.source.startswith('hub:'):
+        found['source_commit'] = original.name
+    return dict(kind='folder', source=prepare.source, **written, **found)
 
 # %% ../../nbs/stages/01_prepare.ipynb #48daef50
 @dataclass
@@ -373,7 +391,9 @@ def _summary(info: dict) -> str:
         line += ' (see pictures/quarantine.jsonl)'
     near_copies = len(info.get('near_copies', []))
     if near_copies:
-        line += f', {near_copies} near {"copy" if near_copies == 1 else "copies"} kept in train'
+        line += f', {near_copies} near {"copy" if near_copies == 1 else "copies"} in one split each'
+    notes = [f'{count} {note}' for note, count in info.get('notes', {}).items()]
+    line = ', '.join([line, *notes[:3]])
     return line
 
 
@@ -390,4 +410,6 @@ def run(ws: Workspace) -> Prepared:
         shutil.rmtree(old, ignore_errors=True)
     for row in read_jsonl(ws.pictures / 'quarantine.jsonl')[:5]:
         print(f'left out: {row["file"]} {row["reason"]}')
+    for note in info.get('metadata', {}).get('notes', [])[:5]:
+        print(note)
     return Prepared(_summary(info), ws.pictures, info)

@@ -102,6 +102,7 @@ def assemble(
     "Fill a folder with the model, matching ONNX files and engines, sample images and the model card."
     from flowerdiff.inference.backends import onnx_beside
     from flowerdiff.models.model_folder import copy_student_steps
+    from flowerdiff.models.vocabulary import copy_vocabulary
 
     if not (ws.model / 'model_index.json').exists():
         raise UserError(f'{ws.model}: no model yet; flowerdiff run {ws.root} trains one')
@@ -113,6 +114,7 @@ def assemble(
     for engine_set in engines:
         _copy(sorted((ws.tensorrt / engine_set).glob('*.engine')), ws.tensorrt, folder / 'tensorrt')
     copy_student_steps(ws.model, folder)
+    copy_vocabulary(ws.model, folder)
     if engines:
         write_json(folder / 'tensorrt/status.json', dict(sets=engines))
     samples = draw_samples(ws, folder / 'samples')

@@ -25,6 +25,8 @@ def learning_rate(
     highest: float,  # settings.train.lr
     warmup: int = 50,  # steps of the warm-up
     schedule: str = 'cosine',  # cosine; linear; linear_half: constant, then linear; constant
+    *,
+    start: float = 0.0,  # where the warm-up begins
 ) -> float:
     "Return the learning rate of a step. The cosine is Loshchilov & Hutter 2017 (arXiv 1608.03983)."
     done = min(1.0, step / max(1, steps))
@@ -34,7 +36,8 @@ def learning_rate(
         linear_half=min(1.0, 2 * (1 - done)),
         constant=1.0,
     )
-    return highest * min(1.0, (step + 1) / max(1, warmup)) * decay[schedule]
+    warm = min(1.0, (step + 1) / max(1, warmup))
+    return (start + (highest - start) * warm) * decay[schedule]
 
 # %% ../../nbs/training/02_accelerator.ipynb #e28b5acb
 class MuonAdamW(torch.optim.Optimizer):

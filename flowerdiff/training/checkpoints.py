@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN_STATE', 'checksum', 'save_checkpoint', 'checkpoints', 'score', 'rotate', 'damage', 'Checkpoint', 'newest_intact',
-           'load_checkpoint', 'agreed', 'Saver', 'save_run', 'load_run', 'CheckpointWriter']
+           'load_checkpoint', 'agreed', 'Saver', 'Origin', 'read_origin', 'save_run', 'load_run', 'CheckpointWriter',
+           'is_finished', 'drop_checkpoints']
 
 # %% ../../nbs/training/04_checkpoints.ipynb #33f6b462
 import json
@@ -12,6 +13,7 @@ import math
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..core.fingerprints import file_sha256
+from ..core.schema import UserError
 from ..core.workspace import atomic_dir, read_json, write_json
 from ..services.tracking import log_event
 from .ema import ema_state, load_ema
@@ -210,6 +213,29 @@ class Saver:
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:  # on the CPU
     return {k: torch.empty(v.shape, dtype=v.dtype).copy_(v.detach()) for k, v in tensors.items()}
 
+# %% ../../nbs/training/04_checkpoints.ipynb #cf07fbfd
+@dataclass(frozen=True)
+class Origin:
+    "The end of the run that another run goes on from. The defaults are those of a run that starts anew."
+
+    run_id: str = ''
+    step: int = 0  # steps done
+    epochs: float = 0.0  # passes over the pictures
+    samples: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0  # learning rate of the last step
+    precision: str = ''  # fp32, bf16 or fp16
+    decays: tuple = ()  # of its averages
+    validations: tuple = ()  # [step, validation loss]; empty if the data have changed
+
+
+def read_origin(
+    folder: Path,  # of a run
+) -> Origin:
+    "Read where a run began."
+    path = Path(folder) / 'origin.json'
+    return Origin(**read_json(path)) if path.exists() else Origin()
+
 # %% ../../nbs/training/04_checkpoints.ipynb #d9e1b203
 RUN_STATE = ('losses', 'validations', 'seconds', 'norms', 'spikes', 'total')  # plain values of a `Trainer`
 
@@ -257,15 +283,29 @@ def load_run(
     if checkpoint is None:
         return 0
     groups, state = checkpoint
+    origin = trainer.origin
+    goes_on = origin.run_id and state['step'] == origin.step  # the checkpoint is of the run before
+    if goes_on and origin.precision != engine.precision:
+        state |= dict(scaler={}, overflows=0)
     engine.load_state(groups, state)
-    for i, ema in enumerate(trainer.averages):
-        load_ema(ema, engine.slice_tensors(groups[_ema_group(i)]), state['updates'])
+    _load_averages(trainer, groups, state['updates'], origin.decays if goes_on else ())
     for name in ('step', *RUN_STATE):
         setattr(trainer, name, state[name])
+    if goes_on:
+        trainer.total = trainer.planned_steps
+        trainer.validations = list(origin.validations)
     sums = torch.tensor(state['sums'])  # of another number of processes: each takes the mean
     same_number = len(sums) == engine.world_size
     trainer.loss_meter.sums.copy_(sums[engine.rank] if same_number else sums.mean(0))
     return trainer.step
+
+
+def _load_averages(trainer, groups: dict, updates: int, decays=()):
+    "Restore the averages. If those in the checkpoint have other decays, each takes the most similar one."
+    for i, ema in enumerate(trainer.averages):
+        likeness = [abs(math.log((1 - decay) / (1 - ema.decay))) for decay in decays]
+        saved = likeness.index(min(likeness)) if decays else i
+        load_ema(ema, trainer.engine.slice_tensors(groups[_ema_group(saved)]), updates)
 
 # %% ../../nbs/training/04_checkpoints.ipynb #a2b4e536
 class CheckpointWriter:
@@ -323,3 +363,25 @@ class CheckpointWriter:
             log_event(self.events, 'note', step=step, text=text)
         else:
             log_event(self.events, 'checkpoint', step=step)
+
+# %% ../../nbs/training/04_checkpoints.ipynb #de4252c7
+def is_finished(
+    path: Path,  # a checkpoint's folder
+) -> bool:
+    "Return whether a checkpoint is of the last step of its run."
+    try:
+        state = read_json(path / 'state.json')
+    except UserError:
+        return False
+    return state['step'] >= state.get('total', math.inf)
+
+
+def drop_checkpoints(
+    work: Path,  # the folder with the runs
+    keep: set[str],  # names of runs
+):
+    "Delete the checkpoints of all finished runs but some."
+    for folder in Path(work).glob('train-*'):
+        newest = checkpoints(folder / 'checkpoints')[:1]
+        if folder.name not in keep and newest and is_finished(newest[0]):
+            shutil.rmtree(folder / 'checkpoints', ignore_errors=True)

@@ -21,13 +21,14 @@ from ..data.batches import Split, make_batch
 from ..models.diffusion import make_scheduler, noise_levels
 from ..services.tracking import log_event
 from .accelerator import Engine, learning_rate, make_optimizer
-from .checkpoints import CheckpointWriter
+from .checkpoints import CheckpointWriter, Origin
 from .ema import EMA
 from .losses import Denoising, LossMeter
 from flowerdiff.training.spikes_and_oom import (
     MAX_SPIKES,
     NORM_HISTORY,
     out_of_memory_message,
+    picture_names,
     skip_reason,
     spike_limit,
 )
@@ -37,9 +38,11 @@ from .validation import run_validation
 def total_steps(
     n: int,  # pictures
     settings,  # settings.train
+    done: float = 0.0,  # epochs of the run that this one goes on from
 ) -> int:
     "Return the number of steps in a run."
-    return max(1, math.ceil(settings.epochs * n / settings.batch_size))
+    steps = (settings.epochs - done) * n / settings.batch_size
+    return max(1, math.ceil(round(steps, 6)))
 
 
 def steps_in_hours(
@@ -67,8 +70,10 @@ class Trainer:
         engine: Engine | None = None,  # None: one process, float32
         files: list[str] | None = None,  # of the pictures, for messages; None: their numbers
         objective=None,  # what to minimize, such as a `Teacher`'s; None: `Denoising`
+        origin: Origin | None = None,  # the end of the run that this one goes on from; None: it starts anew
     ):
         self.settings = settings
+        self.origin = origin or Origin()
         self.seed = seed
         self.split = split
         self.files = files
@@ -81,7 +86,7 @@ class Trainer:
         self.objective = objective or Denoising(settings, self.scheduler, self.engine.device)
         self.abar = noise_levels(self.scheduler)
         self.step = 0  # steps done
-        self.total = total_steps(len(split), settings)
+        self.total = self.planned_steps
         self.seconds = 0.0
         self.losses = []  # [step, mean loss since the point before]
         self.validations = []  # [step, validation loss]
@@ -89,6 +94,8 @@ class Trainer:
         self.norms = []  # gradient norms of the last updates
         self.spikes = 0  # in a row
         self.reported_total = None  # the last length that a time limit allowed
+
+    picture_names = picture_names
 
     def _prepare_model(self, make_unet):
         "Create the model and its optimizer and hand them to the engine."
@@ -103,6 +110,21 @@ class Trainer:
         self.engine.prepare(net, optimizer)
         if settings.compile or settings.cuda_graphs:
             self.engine.compile(settings.cuda_graphs)
+
+    @property
+    def planned_steps(self) -> int:
+        "The length of the run without a time limit, with the steps before `origin`."
+        return self.origin.step + total_steps(len(self.split), self.settings, self.origin.epochs)
+
+    @property
+    def samples(self) -> int:
+        "Samples so far, with those before `origin`."
+        return self.origin.samples + (self.step - self.origin.step) * self.settings.batch_size
+
+    def epochs(self, step: int) -> float:
+        "Return the passes over the pictures until a step."
+        samples = (step - self.origin.step) * self.settings.batch_size
+        return self.origin.epochs + samples / max(1, len(self.split))
 
     @property
     def validation_loss(self) -> float | None:
@@ -156,26 +178,6 @@ def forward_backward(
             engine.backward(loss * (1 + (loss - loss).detach()))
         losses.append(micro_losses.detach())
     return torch.cat(losses)
-
-# %% ../../nbs/training/09_trainer.ipynb #254d1180
-@patch
-def picture_names(
-    self: Trainer,
-    losses: Tensor | None = None,  # [b] of this process; None: name all pictures
-) -> str:  # file names, or numbers where the files are not known; eight at most
-    "Name the pictures of the next step: those whose loss is not finite, or all if there are none."
-    found = self.split.pictures(self.step, self.settings.batch_size, self.seed)
-    if losses is not None:
-        engine, n = self.engine, len(found)
-        mine = slice(engine.rank * n // engine.world_size, (engine.rank + 1) * n // engine.world_size)
-        flags = torch.zeros(1, n, device=engine.device)
-        flags[0, mine] = (~torch.isfinite(losses.detach())).float()
-        is_broken = engine.gather(flags).any(0).cpu().numpy()
-        if is_broken.any():
-            found = found[is_broken]
-    names = [self.files[i] if self.files else str(i) for i in found]
-    more = f' and {len(names) - 8} more' if len(names) > 8 else ''
-    return ', '.join(names[:8]) + more
 
 # %% ../../nbs/training/09_trainer.ipynb #5f607182
 @patch
@@ -239,7 +241,9 @@ def train_step(
     batch = self.next_batch()
     losses = self.forward_backward(batch)
     settings = self.settings
-    lr = learning_rate(self.step, self.total, settings.lr, settings.warmup_steps, settings.lr_schedule)
+    start = self.origin.step  # the schedule is that of the remaining steps
+    schedule = (settings.lr, settings.warmup_steps, settings.lr_schedule)
+    lr = learning_rate(self.step - start, self.total - start, *schedule, start=self.origin.lr)
     limit = spike_limit(self.norms, settings.spike_factor)
     grad_norm = self.optimizer_step(lr, limit, losses)
     metrics = dict(lr=lr, grad_norm=grad_norm)
@@ -259,7 +263,7 @@ def pop_losses(
 ) -> dict:  # `loss` and `levels`, see `LossMeter.pop`; {} between two points
     "Return the mean loss since the last point of the curve, when a point is due. Every process must call it."
     steps = self.step - (self.losses[-1][0] if self.losses else 0)
-    is_due = force or steps >= max(1, total_steps(len(self.split), self.settings) // CURVE_POINTS)
+    is_due = force or steps >= max(1, self.planned_steps // CURVE_POINTS)
     if not is_due or not self.loss_meter.sums.any():
         return {}
     means = self.loss_meter.pop(self.engine.mean)
@@ -298,10 +302,11 @@ def fit_time_limit(
     settings = self.settings
     if not settings.max_hours or measured_steps < 10 or self.step >= self.total:
         return None
-    times = torch.tensor([seconds_per_step, self.seconds], device=self.engine.device)
+    spent = self.seconds - self.origin.seconds
+    times = torch.tensor([seconds_per_step, spent], device=self.engine.device)
     seconds_per_step, spent = self.engine.mean(times).tolist()
     before = self.total
-    planned = total_steps(len(self.split), settings)
+    planned = self.planned_steps
     possible = self.step + steps_in_hours(settings.max_hours, seconds_per_step, spent)
     self.total = min(planned, possible)
     if self.reported_total is not None and abs(self.total - before) < 0.05 * before:
@@ -370,7 +375,7 @@ class MetricsLogger:
         if limit.steps == limit.planned:
             length = f'all {limit.planned:,} steps'
         else:
-            epochs = settings.epochs * limit.steps / limit.planned
+            epochs = self.trainer.epochs(limit.steps)
             length = f'{limit.steps:,} of {limit.planned:,} steps, {epochs:.2g} of {settings.epochs:g} epochs'
         rate = f'{limit.samples_per_second:.3g} samples/s'
         self.log('note', text=f'train.max_hours: {settings.max_hours:g} h allow {length}, at {rate}')
