@@ -23,8 +23,6 @@ from ..data.scan import FolderScan, scan_folder
 from ..data.splits import evenly_spaced, official_split
 from ..data.unpacking import Unpacked, hub_folder, unpack_source
 from ..services.image_files import BadPicture, open_image
-from ..stages.caption import caption
-from ..stages.prepare import other_columns
 
 # %% ../../nbs/pipeline/05_survey.ipynb #82df7c9d
 @dataclass
@@ -76,6 +74,9 @@ def sample_captions(
     settings,  # of the run
 ) -> CaptionSample:
     "Write the captions of some of the pictures."
+    from flowerdiff.stages.caption import caption
+    from flowerdiff.stages.prepare import other_columns
+
     sample = CaptionSample(Overview(len(names)), [], scan.facts)
     for name in names:
         described = scan.metadata.row(name)
