@@ -474,14 +474,14 @@ def test_reference_is_up_to_date(page, monkeypatch):
 def test_broken_links_are_seen():
     path = ROOT / 'nbs/tutorials/06_change.ipynb'
     good = (
-        '[a](../None/10_benchmarks.ipynb#what-each-choice-buys) ![b](../images/drawn.png) [c](#a-sweep)'
+        '[a](10_benchmarks.ipynb#what-each-choice-buys) ![b](../images/drawn.png) [c](#a-sweep)'
         ' [d](https://example.org/none) `[e](none.md)` <img src="../images/banner.png">'
     )
     assert not broken(path, good)
     for bad in (
-        '[a](../None/12_none.ipynb)',
+        '[a](12_none.ipynb)',
         '![a](../images/none.png)',
-        '[a](../None/10_benchmarks.ipynb#none)',
+        '[a](10_benchmarks.ipynb#none)',
         '[a](#none)',
         '<img src="none.png">',
         '[a](../../benchmarks/none.py)',
