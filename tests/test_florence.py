@@ -492,7 +492,7 @@ def test_the_hub_offline(mini, tmp_path, monkeypatch):
 def test_a_missing_picture(mini, tmp_path):
     ws = make(tmp_path / 'ws', mini)
     (ws.pictures / 'val' / '000001.png').unlink()
-    with pytest.raises(UserError, match=r'val/000001.png: is not there'):
+    with pytest.raises(UserError, match=r'val/000001.png: cannot be read .*run the stage prepare again'):
         run(ws.root)
 
 

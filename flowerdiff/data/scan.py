@@ -8,6 +8,7 @@ __all__ = ['TABLES', 'READ_AS', 'CAPTION_WORDS', 'SPREADSHEETS', 'ONLY_READ', 'A
            'is_tried', 'FolderScan', 'scan_folder']
 
 # %% ../../nbs/data/18_scan.ipynb #b5eb24bd
+import contextlib
 import difflib
 import itertools
 import os
@@ -30,6 +31,7 @@ from flowerdiff.data.tables import (
     read_json_rows,
     read_parquet,
 )
+from ..services.image_files import CONVERT, other_kind
 
 # %% ../../nbs/data/18_scan.ipynb #5969cbaf
 TABLES = ('metadata.jsonl', 'metadata.csv', 'metadata.parquet', 'metadata.json')
@@ -198,6 +200,16 @@ def _add_sidecars(metadata: Metadata, files: list) -> list:  # those that have n
     return rest
 
 
+def _why_no_picture(path: Path) -> str:
+    if ending_of(path.name) in ARCHIVES:
+        return 'is an archive; unpack it'
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        kind = other_kind(file.read(512), path.name)
+        if kind:
+            return f'is {kind}; {CONVERT[kind]}'
+    return 'is not a picture'
+
+
 def _unused(metadata: Metadata, files: list) -> Iterable:  # of (file, reason, whether it looks like captions)
     folders = {os.path.dirname(file) for files in metadata.sidecars.values() for file in files}
     texts = [file for file in files if ending_of(file) in ('.txt', '.caption')]
@@ -208,8 +220,7 @@ def _unused(metadata: Metadata, files: list) -> Iterable:  # of (file, reason, w
             metadata.unmatched.append(LeftOut(printable(file), LOST))
             continue
         reason = unused_reason(metadata.root / file, metadata.names, os.path.dirname(file))
-        archive = 'is an archive; unpack it' if ending_of(file) in ARCHIVES else 'is not a picture'
-        yield file, reason or archive, bool(reason)
+        yield file, reason or _why_no_picture(metadata.root / file), bool(reason)
 
 
 def _is_table(path: Path) -> bool:  # metadata.json may be about something else

@@ -80,8 +80,8 @@ class Measurements:
     metrics: dict = field(default_factory=dict)  # name -> Estimate, or dict of Estimates
     skipped: dict = field(default_factory=dict)  # metric -> reason
     tests: dict = field(default_factory=dict)  # metric -> the test of its instrument
-    attributes: 'AttributeMetrics | None' = None
-    clip: 'ClipMetrics | None' = None
+    attributes: object = None  # `AttributeMetrics`
+    clip: object = None  # `ClipMetrics`
     classes: ClassRecognition | None = None
     features: str = ''  # name and fingerprint of the feature network
     n_real: int = 0  # number of test images
