@@ -156,7 +156,8 @@ def test_a_lost_checkpoint_is_one_line(toy):  # noqa: F811
     for path in ws.work.glob('train-*/checkpoints/*/weights.safetensors'):
         path.unlink()
     assert worker(continued).exitcode == 2
-    assert 'is gone; add --force to train from the beginning' in events(continued)[-1]['message']
+    messages = [e['message'] for e in events(continued) if e['event'] == 'failed']
+    assert len(messages) == 1 and 'is gone; add --force to train from the beginning' in messages[0]
     for path in ws.work.glob('train-*/checkpoints'):
         shutil.rmtree(path)
     with pytest.raises(UserError, match=r'the last checkpoint of the run .* is not here'):
@@ -166,14 +167,19 @@ def test_a_lost_checkpoint_is_one_line(toy):  # noqa: F811
 def test_more_pictures(toy, parts):  # noqa: F811
     "The data may grow; another autoencoder may not come in between."
     from flowerdiff.core.schema import UserError
+    from flowerdiff.core.workspace import write_json
     from flowerdiff.training.continuing import request_continuing, run_folder
+    from flowerdiff.training.trained_on import KEYS, read_trained_on
 
     ws = toy('grown', train__epochs=1)
+    write_json(ws.encoded / 'train' / KEYS, ['old'])
     assert worker(ws).exitcode == 0
     shutil.rmtree(ws.encoded)
     make_encoded(ws.root, parts, n=128)
+    write_json(ws.encoded / 'train' / KEYS, ['new'])
     ws = go_on(ws, epochs=2)
     assert worker(ws).exitcode == 0
+    assert read_trained_on(ws.candidate) == {'old', 'new'}  # the gate compares on neither
     assert trained(ws)['steps'] == 8 + 16 and trained(ws)['epochs'] == 2
     assert min(step for step, _ in trained(ws)['validation_curve']) > 8  # of other pictures
     config = ws.encoded / 'components' / 'vae' / 'config.json'

@@ -13,11 +13,13 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..core.files import atomic_write
 from ..core.fingerprints import fingerprint
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, read_json, write_json
 from .accelerator import learning_rate
 from .checkpoints import Origin, checkpoints, drop_checkpoints, read_origin
+from .trained_on import TRAINED_ON
 from flowerdiff.training.worker import (
     base_fingerprint,
     continuation,
@@ -211,12 +213,15 @@ MUST_GO_ON = 'FLOWERDIFF_CONTINUE'  # environment variable: the user asked for -
 
 
 def begin_run(ws: Workspace, folder: Path, run: FinishedRun):
-    "Put the last checkpoint of a finished run into the folder of a new one."
+    "Put the last checkpoint of a finished run, and what it was trained on, into the folder of a new one."
+    write_json(folder / 'origin.json', asdict(make_origin(ws, run)))
+    known = ws.candidate / TRAINED_ON
+    if known.exists():
+        atomic_write(folder / TRAINED_ON, known.read_bytes())
     first = folder / 'checkpoints' / run.checkpoint.name
-    if not first.exists():
+    if not first.exists():  # the last file: a folder with a checkpoint is complete
         with atomic_dir(first) as new:
             shutil.copytree(run.checkpoint, new, copy_function=os.link, dirs_exist_ok=True)
-    write_json(folder / 'origin.json', asdict(make_origin(ws, run)))
 
 
 def run_folder(ws: Workspace) -> Path:

@@ -141,11 +141,13 @@ def write_result(
     net,  # with its averaged weights
     validation: dict,  # from `final_validation`
     facts: dict,  # about the run, for train.json
+    *,
+    folder: Path,  # of the run
 ):
     "Write `candidate/` and then `train.json`. Raises `UserError` if the loss is not a number."
     if not math.isfinite(validation['loss']):
         raise UserError('train: the validation loss is not a number; lower train.lr and run again')
-    write_candidate(ws, trainer, net, facts)
+    write_candidate(ws, trainer, net, facts, folder=folder)
     report = dict(
         facts,
         steps=trainer.step,
@@ -159,7 +161,7 @@ def write_result(
     write_json(ws.root / 'train.json', report)
 
 
-def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
+def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict, *, folder: Path):
     "Write `candidate/`: the pipeline, and the settings it was trained with."
     settings = dict(
         train=trainer.settings.model_dump(),
@@ -177,7 +179,7 @@ def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict):
         init = ws.settings.train.init
         write_learned_words(ws.encoded, new, find_base(init, ws.root) if init else None)
         write_json(new / 'train_settings.json', settings)
-        write_trained_on(new, read_keys(ws.encoded / 'train'), base_models(ws))
+        write_trained_on(new, read_keys(ws.encoded / 'train'), [*base_models(ws), folder])
 
 # %% ../../nbs/training/11_worker.ipynb #e25c9507
 def load_training(ws: Workspace) -> Split:
@@ -377,7 +379,7 @@ def finish_run(ws: Workspace, trainer: Trainer, val: Split, folder: Path, facts:
             return
         events = folder / 'events.jsonl'
         facts = facts | dict(samples_per_second=round(median_rate(events), 1))
-        write_result(ws, trainer, net, validation, facts)
+        write_result(ws, trainer, net, validation, facts, folder=folder)
         levels = dict(zip(map(str, validation['timesteps']), validation['by_level']))
         log_event(events, 'validation', step=trainer.step, loss=validation['loss'], levels=levels)
 
