@@ -155,6 +155,12 @@ import sys
 from flowerdiff.stages.train import child
 child(sys.argv[1], int(sys.argv[2]))
 """
+NEEDED = dict(prepare='other_columns', caption='caption')  # what the survey of a folder calls
+REAL = """
+def {name}(*args):
+    from flowerdiff.real_stages.{stage} import {name} as real
+    return real(*args)
+"""
 RUN_CELL = """#| eval: false
 from flowerdiff.stages.{stage} import run
 result = run(workspace, profile=profile, overrides=overrides)"""
@@ -171,6 +177,8 @@ def write_toy_stage(package: Path, number: int, stage: str):
     source = TOY
     if stage not in ('encode', 'train'):  # only these two depend on the helper
         source = source.replace('from flowerdiff.toolbox import helper\n', '')
+    if stage in NEEDED:
+        source += REAL.format(name=NEEDED[stage], stage=stage)
     (package / 'stages' / f'{stage}.py').write_text(f'NAME = {stage!r}\n{source}')
     cells = [
         new_code_cell(PARAMETERS_CELL, metadata=dict(tags=['parameters'])),
@@ -193,6 +201,7 @@ def toy(tmp_path_factory):
     (package / 'notebooks').mkdir()
     (package / 'stages').mkdir()
     (package / 'stages' / '__init__.py').write_text('')
+    shutil.copytree(ROOT / 'flowerdiff' / 'stages', package / 'real_stages', ignore=without)
     for i, stage in enumerate(STAGES, 1):
         write_toy_stage(package, i, stage)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -204,22 +205,26 @@ def test_a_new_workspace_gets_them_and_an_old_one_stays(toy, photos, tmp_path):
     ), p.stdout + p.stderr
 
 
-def test_plan_shows_the_reasons_and_writes_nothing(quick, photos, tmp_path, monkeypatch, capsys):
+def test_plan_shows_the_reasons_and_writes_one_picture(quick, photos, tmp_path, monkeypatch, capsys):
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
     before = tree(tmp_path)
     assert main(['plan', '--pictures', str(photos), '--set', 'train.samples_every=7']) == 0
     out = capsys.readouterr().out
-    assert (
-        tree(tmp_path) == before
-        and '36 train, 2 val, 2 test' in out
-        and 'from the names of the folders' in out
-    )
+    after = tree(tmp_path)
+    here = tmp_path / 'here'
+    assert after.pop(str(here / 'folder-autoencoders.png')) and 'folder-autoencoders.png' in out
+    assert after.pop(str(here)) and before.pop(str(here)) and after == before
+    assert '36 train, 2 val, 2 test' in out and '40 from the names of their classes' in out
     assert (
         'train.batch_size=9' in out
         and 'not above a quarter of 36 training pictures' in out
         and 'train.samples_every=' not in out
     )
+    monkeypatch.setattr(
+        'PIL.Image.Image.save', mock.Mock(side_effect=PermissionError(13, 'Permission denied'))
+    )
+    assert main(['plan', '--pictures', str(photos)]) == 0 and 'Permission denied' in capsys.readouterr().out
     got = make_plan(pictures=photos)[0]
     settings = P.resolve_settings(tmp_path / 'x', 'folder', {'prepare.source': str(photos)}).settings
     assert got['steps'] == 1600 and settings.train.batch_size == 9  # what is planned is with them

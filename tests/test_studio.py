@@ -300,6 +300,9 @@ def test_a_model_appears_damaged_and_is_replaced(browser, tmp_path):
 
 def test_a_port_in_use_is_one_line(cli, tmp_path):
     # `serve` without `free_port`, or a command line that shows its traceback
+    from flowerdiff.core.workspace import open_workspace
+
+    open_workspace(tmp_path, 'garden')
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         s.listen()

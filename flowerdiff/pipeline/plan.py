@@ -195,8 +195,12 @@ def choose_autoencoder(
 
 def _show_choice(choice: Choice, root: Path, show):
     image = root.with_name(f'{root.name}-autoencoders.png')
-    side_by_side(choice).save(image)
-    show(f'{"autoencoder":<12}{choice.chosen.partition("@")[0]}: {choice.reason}; see {image}')
+    try:
+        side_by_side(choice).save(image)
+        see = f'see {image}'
+    except OSError as error:
+        see = f'{image} could not be written ({error.strerror})'
+    show(f'{"autoencoder":<12}{choice.chosen.partition("@")[0]}: {choice.reason}; {see}')
     for row in choice.lines():
         show(f'{"":<12}{row}')
 
