@@ -614,9 +614,7 @@ def test_finetuning_begins_as_the_base_and_keeps_its_question(mine):
     assert start['trained'] == start['parameters'] and all(0 < x < 1e-3 for x in far.values()), (
         far
     )  # at 5e-6 a step
-    assert any(
-        e['event'] == 'note' and 'train.max_hours: 24 h allow all 15 steps' in e['text'] for e in started(ws)
-    )
+    assert any(e['event'] == 'note' and 'train.max_hours: 24 h allow all' in e['text'] for e in started(ws))
     check_builds(ws, results)
     assert not (check_published(ws)[0] / 'lora').exists()
 
