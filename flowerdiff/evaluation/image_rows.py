@@ -59,17 +59,20 @@ def open_pictures(
 @torch.inference_mode()
 def reconstruct(
     backend: TorchBackend,
-    images: list,  # of PIL.Image, all of one size
+    images: list,  # of PIL.Image
     batch_size: int = 64,
 ) -> list:  # of PIL.Image
     "Encode and decode images with the autoencoder."
-    reconstructions = []
-    for i in range(0, len(images), batch_size):
-        x = pil_to_tensor(images[i : i + batch_size]).to(backend.device)
-        encoded = backend.vae.encode(x)
-        z = encoded.latent_dist.mode() if hasattr(encoded, 'latent_dist') else encoded.latents
-        reconstructions += tensor_to_pil(backend.vae.decode(z).sample)
-    return reconstructions
+    reconstructions = {}
+    for size in {image.size for image in images}:
+        same = [i for i, image in enumerate(images) if image.size == size]
+        for start in range(0, len(same), batch_size):
+            batch = same[start : start + batch_size]
+            x = pil_to_tensor([images[i] for i in batch]).to(backend.device)
+            encoded = backend.vae.encode(x)
+            z = encoded.latent_dist.mode() if hasattr(encoded, 'latent_dist') else encoded.latents
+            reconstructions.update(zip(batch, tensor_to_pil(backend.vae.decode(z).sample), strict=True))
+    return [reconstructions[i] for i in range(len(images))]
 
 # %% ../../nbs/evaluation/04_image_rows.ipynb #6681560a
 def data_rows(
