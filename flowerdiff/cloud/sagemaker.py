@@ -262,7 +262,7 @@ def make_code(
     import flowerdiff
 
     train = ws.settings.train
-    ignored = shutil.ignore_patterns('__pycache__', 'assets', 'notebooks')
+    ignored = shutil.ignore_patterns('__pycache__', 'assets', 'notebooks', '_modidx.py')
     shutil.copytree(Path(flowerdiff.__file__).parent, folder / 'flowerdiff', ignore=ignored)
     packages = list(PACKAGES)
     if train.distributed == 'zero2':
