@@ -71,10 +71,14 @@ def nearest_key(
     key: str,  # dotted, not a setting
 ) -> str:  # '' if none is near
     "Find the setting that a wrong key probably means."
-    near = difflib.get_close_matches(key, [*setting_fields(), *Settings.model_fields], 1, 0.75)
     name = key.rpartition('.')[2]
+
+    def similar(known):  # not only in the name of its section
+        return difflib.SequenceMatcher(None, name, known.rpartition('.')[2]).ratio() >= 0.6
+
+    near = difflib.get_close_matches(key, [*setting_fields(), *Settings.model_fields], 3, 0.75)
     same_name = [known for known in setting_fields() if name and known.endswith(f'.{name}')]
-    return next(iter([*near, *same_name]), '')
+    return next(iter([*filter(similar, near), *same_name]), '')
 
 
 def unknown_key_text(key: str) -> str:
