@@ -187,8 +187,9 @@ def caption(
     for name in AUTO if settings.captioner == 'auto' else (settings.captioner, *AUTO):
         sentences = CAPTIONERS[name](row, rng, settings.per_picture)
         if sentences:
-            named = name == 'labels' or any(names_class(text, row.get('label', '')) for text in sentences)
-            added = [] if named else labels(row, rng, settings.class_captions)
+            named = any(names_class(text, row.get('label', '')) for text in sentences)
+            enough = name == 'labels' or (named and name != 'florence')  # whose captions are long
+            added = [] if enough else labels(row, rng, settings.class_captions)
             return picture_captions(list(dict.fromkeys(sentences + added)), name, len(added))
     return picture_captions(['a picture'], 'nothing')
 
