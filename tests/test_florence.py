@@ -53,9 +53,8 @@ def make(root, mini, **settings):
 
     Every fourth image has no label, and the first of each split has a given caption.
     """
-    settings = dict(
-        captioner='florence', model=str(mini), batch_size=4, num_beams=1, max_new_tokens=16, **settings
-    )
+    quick = dict(model=str(mini), batch_size=4, num_beams=1, max_new_tokens=16)
+    settings = dict(captioner='florence', class_captions=0) | quick | settings
     ws = open_workspace(root, 'folder', {f'caption.{key}': value for key, value in settings.items()})
     rng = np.random.default_rng(0)
     for split, count in COUNTS.items():
@@ -487,6 +486,19 @@ def test_the_hub_offline(mini, tmp_path, monkeypatch):
     assert len(captions_of(ws)) == 25, 'the earlier captions are kept'
     with pytest.raises(UserError, match=r'caption.model .*pinned to a commit'):
         change(ws, model='someone/florence')
+
+
+def test_long_descriptions_get_short_captions_too():
+    from flowerdiff.core.profiles import load_profile
+    from flowerdiff.stages.caption import caption
+
+    settings = load_profile('folder', {'caption.captioner': 'florence'}).caption
+    row = dict(label='rose', sha256='1', answers={'<CAPTION>': 'a pink rose at the gate of a garden'})
+    described = caption(row, settings)
+    assert len(described.captions) == 3 and described.captioner == 'florence'
+    assert min(len(text) for text in described.captions) < 25
+    given = settings.model_copy(update=dict(captioner='given'))
+    assert caption(row | dict(captions=['a pink rose']), given).captions == ['a pink rose']
 
 
 def test_a_missing_picture(mini, tmp_path):
