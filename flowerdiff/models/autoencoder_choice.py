@@ -213,7 +213,9 @@ def sample_evenly(
 ) -> list:
     "Return up to 64 evenly spaced items, fewer at a high resolution."
     count = min(len(items), max(8, min(64, 64 * 128**2 // resolution**2)))
-    return [items[i * len(items) // count] for i in range(count)]
+    stride = max(1, count // SHOWN)  # the first ones, which are shown, are spread over all as well
+    order = [i for start in range(stride) for i in range(start, count, stride)]
+    return [items[i * len(items) // count] for i in order]
 
 # %% ../../nbs/models/13_autoencoder_choice.ipynb #db781855
 def compare(
