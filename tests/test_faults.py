@@ -1,7 +1,7 @@
 # ruff: noqa: F811 (fixtures are imported)
 """Training under faults: a run that failed and was started again gives the result of an undisturbed run.
 
-FLOWERDIFF_KILLS: how many kills at random moments (50).
+FLOWERDIFF_KILLS: how many kills at random moments (20).
 """
 
 import os
@@ -18,7 +18,7 @@ from train_worker import start
 
 from flowerdiff.core.workspace import Workspace
 
-KILLS = int(os.environ.get('FLOWERDIFF_KILLS', 50))
+KILLS = int(os.environ.get('FLOWERDIFF_KILLS', 20))
 DENSE = dict(
     train__checkpoint_minutes=1e-5, train__keep_checkpoints=2
 )  # a checkpoint as soon as the one before is written
