@@ -195,8 +195,8 @@ def toy(tmp_path_factory):
     for i, stage in enumerate(STAGES, 1):
         write_toy_stage(package, i, stage)
 
-    def call(*args, popen=False, **kwargs):
-        env = {**os.environ, 'PYTHONPATH': str(site), 'PYTHONDONTWRITEBYTECODE': '1'}
+    def call(*args, popen=False, variables=None, **kwargs):
+        env = {**os.environ, 'PYTHONPATH': str(site), 'PYTHONDONTWRITEBYTECODE': '1', **(variables or {})}
         if not popen:
             return flowerdiff(*args, env=env, **kwargs)
         return subprocess.Popen(

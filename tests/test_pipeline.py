@@ -69,12 +69,11 @@ def test_first_run_goes_through_all_stages_and_names_what_to_do_next(done):
 
 
 def test_second_run_does_nothing_quickly(toy, done):
-    before = os.times()
-    p = toy('run', done[0])
-    after = os.times()
-    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    p = toy('run', done[0], variables={'PYTHONPROFILEIMPORTTIME': '1'})
     assert p.returncode == 0 and ran(p) == [] and 'fresh' in p.stdout
-    assert spent < 3  # CPU seconds: the machine may be busy
+    imported = {line.rsplit('|')[-1].strip() for line in p.stderr.splitlines()}
+    assert 'flowerdiff.pipeline.cli' in imported
+    assert not imported & {'torch', 'pandas', 'papermill', 'nbformat', 'mlflow', 'transformers'}
 
 
 def test_changed_setting_reruns_what_depends_on_it(toy, ws):
@@ -166,7 +165,7 @@ def test_ctrl_c_in_training_leaves_nothing_running_and_goes_on(toy, ws, number):
     start = time.time()
     os.killpg(p.pid, number)
     _out, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and time.time() - start < 20
+    assert p.returncode == 130 and time.time() - start < 40
     step = int(re.fullmatch(r'stopped in train at step (\d+); run the same command to continue\n', err)[1])
     assert not processes(ws)
     assert (ws / 'candidate' / 'data.txt').exists()  # the old candidate
