@@ -53,7 +53,7 @@ SMALL = DEMO | {
     'train.attention': [False, True, True],
     'train.layers': 1,
     'train.attention_head_dim': 8,
-    'train.keep_checkpoints': 3,
+    'train.keep_checkpoints': 40,  # all: what is whole in S3 stays whole
     'train.checkpoint_minutes': 1e-4,
     'evaluate.scheduler': 'auto',
     'evaluate.grid_prompts': [],
