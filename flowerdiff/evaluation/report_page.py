@@ -95,23 +95,7 @@ dd { margin: 0; overflow-wrap: anywhere }
 @media (max-width: 560px) {
   .wide { display: none }
   main { padding: 28px 16px 60px }
-  .verdict {
-  background: var(--card); border: 1px solid var(--line); border-left: 8px solid var(--light);
-  border-radius: 14px; padding: 16px 20px; margin: 22px 0
-}
-.verdict b { display: block; font-size: 1.25rem; line-height: 1.3 }
-.verdict ul { margin: 8px 0 0; padding-left: 1.2em }
-.verdict .lamp {
-  display: inline-block; width: .7em; height: .7em; border-radius: 50%; background: var(--light);
-  margin-right: .5em
-}
-.green { --light: #3f9142 } .yellow { --light: #e0a81c } .red { --light: #d23b3b }
-pre {
-  background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 14px 18px;
-  overflow-x: auto; font-size: .88rem; line-height: 1.5
-}
-.card.missing b { font-size: 1.15rem; font-weight: 500; color: var(--soft) }
-h1 { font-size: 1.8rem }
+  h1 { font-size: 1.8rem }
 }
 """
 
