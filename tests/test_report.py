@@ -24,7 +24,7 @@ from flowerdiff.evaluation.measure import Measurements, distribution_metrics
 from flowerdiff.evaluation.metric_table import previous_metrics
 from flowerdiff.evaluation.metrics import Estimate, normalize_for_kid, proportion
 from flowerdiff.evaluation.report import headlines
-from flowerdiff.evaluation.verdict import Training, decide, read_verdict, verdict_lines
+from flowerdiff.evaluation.verdict import Training, decide
 
 LONG = Training(steps=2025, planned=2025, samples=64_800, pictures=5400)
 SHORT = Training(steps=8, planned=8, samples=256, pictures=225)
@@ -184,5 +184,4 @@ def test_metrics_of_an_older_version_still_count(tmp_path):
     ws.report.mkdir()
     old = dict(model='a' * 64, protocol=protocol, kid=dict(drawn=dict(value=0.02)))
     (ws.report / 'metrics.json').write_text(json.dumps(old))
-    assert read_verdict(ws) is None and verdict_lines(None) == []
     assert previous_metrics(ws.report, 'b' * 64, protocol) == old

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['LIGHTS', 'ENOUGH', 'MIN_PSNR', 'HEADLINES', 'Training', 'read_training', 'Finding', 'training_finding',
-           'picture_findings', 'other_findings', 'Verdict', 'decide', 'read_verdict', 'verdict_lines']
+           'picture_findings', 'other_findings', 'Verdict', 'decide']
 
 # %% ../../nbs/evaluation/14_verdict.ipynb #63489a3b
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from ..core.schema import UserError
 from ..core.workspace import Workspace, read_json
 from .class_recognition import ClassRecognition
 from .measure import Measurements
@@ -251,28 +250,3 @@ def decide(
     if missing:
         lines.append(f'Cannot be measured here: {", ".join(missing)}. The report says why.')
     return Verdict(light, _headline(light, trained, findings), lines)
-
-# %% ../../nbs/evaluation/14_verdict.ipynb #8d6e414e
-def read_verdict(
-    ws: Workspace,
-) -> dict | None:  # light, headline, lines; None without a report of this model
-    "Read the verdict on the champion."
-    report = ws.report / 'metrics.json'
-    record = ws.model / 'record.json'
-    try:
-        if record.exists() and record.stat().st_mtime > report.stat().st_mtime:
-            return None
-        return read_json(report).get('verdict')
-    except (UserError, OSError):
-        return None
-
-
-def verdict_lines(
-    verdict: dict | None,  # from `read_verdict`
-    n: int = 3,  # lines below the headline
-) -> list[str]:  # for a terminal
-    "Return the headline and the first lines of a verdict."
-    if not verdict:
-        return []
-    lines = [f'{"verdict":<10}{verdict["light"].upper()}: {verdict["headline"]}']
-    return lines + [f'{"":<10}{line}' for line in verdict['lines'][:n]]

@@ -117,7 +117,7 @@ def status(
 def read_verdict(
     ws: Workspace,
 ) -> dict | None:  # light, headline, lines; None without a report of this model
-    "Return the verdict of the report."
+    "Read the verdict on the champion. A report that is older than the model has none."
     path = ws.report / 'metrics.json'
     record = ws.model / 'record.json'
     with contextlib.suppress(UserError, OSError):
