@@ -223,6 +223,13 @@ def test_linked_folder_outside_is_followed(photos, tmp_path):
     assert rows(prepared(photos))['linked/x.png']['label'] == 'linked'
 
 
+def test_your_folder_stays_as_it_is(photos):
+    "Breaks if prepare moves, turns or writes anything in the folder of pictures."
+    before = {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in photos.rglob('*')}
+    prepared(photos)
+    assert before == {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in photos.rglob('*')}
+
+
 # ---- copies
 
 
