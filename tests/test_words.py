@@ -73,11 +73,12 @@ def test_a_slow_clock_gives_the_same_clip(tmp_path, monkeypatch):
     assert all(torch.equal(x, state[name]) for name, x in fast.state_dict().items())
 
 
-def test_a_training_of_hours_ends_and_says_so(tmp_path, monkeypatch):
+def test_a_training_beyond_its_minutes_ends_and_says_so(tmp_path, monkeypatch):
     clock = iter(range(0, 10**9, 3600))
     monkeypatch.setattr(time, 'monotonic', lambda: float(next(clock)))
     *_, stopping, lines = fit(tmp_path / 'clip', steps=20)
     assert stopping.out_of_time and len(lines) == 1 and 'on a faster machine the result differs' in lines[0]
+    assert lines[0].startswith('CLIP: stopped by encode.clip_minutes at step ')
 
 
 def test_right_captions_beat_chance_and_shuffled_ones_do_not(tmp_path):

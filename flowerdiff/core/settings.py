@@ -119,6 +119,8 @@ class Encode(Section):
     'Processes on this machine, a GPU each.'
     clip_steps: Annotated[int, Field(ge=0)] = 0
     "Most steps of the run's own CLIP. 0: sixty passes over the pictures, from 300 to 6,000."
+    clip_minutes: Rate = 180.0
+    "Minutes after which the training of the run's own CLIP ends, complete or not."
     vae_minutes: Rate = 30.0
     "Minutes of training for the run's own autoencoder (components.autoencoder: train)."
     vae_factor: Literal[2, 4, 8] = 2

@@ -112,7 +112,7 @@ def fit_clip(
         captions = own.captions if split == 'train' else [texts[:MOST_CAPTIONS] for texts in own.captions]
         shown[split] = HeldOut(pictures[: len(own)], captions)
         pictures = pictures[len(own) :]
-    stopping = EarlyStopping(shown['val'], steps)
+    stopping = EarlyStopping(shown['val'], steps, ws.settings.encode.clip_minutes)
     model, tokenizer = train_clip(
         shown['train'].pictures,
         shown['train'].captions,
@@ -156,7 +156,8 @@ def train_own_clip(
             ' describe the pictures (metadata.jsonl), or use garden'
         )
     steps = ws.settings.encode.clip_steps or most_steps(len(pairs['train']))
-    settings = [steps, ws.settings.seed, min(64, ws.settings.prepare.resolution)]
+    minutes = ws.settings.encode.clip_minutes
+    settings = [steps, minutes, ws.settings.seed, min(64, ws.settings.prepare.resolution)]
     captions = {split: own.captions for split, own in inputs.items()}
     code = code_fingerprint('flowerdiff.models.clip_retrieval')
     work = ws.work_dir('clip', fingerprint([pictures, captions, settings, code]))
