@@ -16,8 +16,8 @@ def is_plural(noun: str) -> bool:
 
 
 def article(noun: str) -> str:
-    "Put a or an before a noun. Plural nouns and names in capitals stay as they are."
-    if not noun or noun[0].isupper() or is_plural(noun):
+    "Put a or an before a noun. Plural nouns, names in capitals and nouns with an article stay as they are."
+    if not noun or noun[0].isupper() or is_plural(noun) or noun.startswith(('a ', 'an ', 'the ')):
         return noun
     return f'an {noun}' if noun[0] in 'aeiou' else f'a {noun}'
 

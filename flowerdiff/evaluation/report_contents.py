@@ -146,7 +146,7 @@ def autoencoder_table(ws: Workspace) -> list[Table]:  # one, or none
         return f'{value:.3g}' if isinstance(value, float) else str(value)
 
     rows = [[text(row, column) for column in columns] for row in candidates]
-    note = f'Chosen: {found.get("chosen", "")}. {found.get("reason", "")}'
+    note = f'Chosen: {found.get("chosen", "")}, {found.get("reason", "")}'
     return [Table('The autoencoder', note, columns, rows, image)]
 
 
