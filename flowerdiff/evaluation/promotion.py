@@ -156,7 +156,7 @@ def update_registry(ws: Workspace, record: dict) -> str:  # one line
 
 def is_rolling_back(ws: Workspace) -> bool:
     "Return whether a killed process was exchanging the champions."
-    return (ws.work / 'rolling-back').exists()
+    return (ws.work / 'rolling-back' / 'rollback.json').exists()
 
 
 def begin_roll_back(ws: Workspace):
