@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from test_generate import same
 from tiny import tiny_model
 
+from flowerdiff.core.checksums import write_checksums
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import open_workspace, read_json, write_json
 from flowerdiff.inference import backends
@@ -101,6 +102,7 @@ def change(ws, part, what='weights'):
         onnx.save(m, path)
     parity = read_json(ws.onnx / 'parity.json')
     write_json(ws.onnx / 'parity.json', parity | dict(model=parity['model'] + part))
+    write_checksums(ws.onnx)
 
 
 # ---- built ahead of time with tensorrt_rtx
@@ -186,6 +188,7 @@ def test_a_failed_build_keeps_the_old_folder(ws, rtx, what, monkeypatch):
     before = files(ws.tensorrt)
     if what == 'a broken file':
         (ws.onnx / 'vae_encoder' / 'model_fp16.onnx').write_bytes(b'no ONNX')
+        write_checksums(ws.onnx)
     else:
         change(ws, 'vae_encoder', 'graph')
         monkeypatch.setattr(

@@ -227,10 +227,12 @@ def test_studio_shows_unknown_words_under_the_prompt(trained):
 
 
 def test_a_model_without_a_list_of_words_is_silent(trained, tmp_path):
+    from flowerdiff.core.checksums import write_checksums
     from flowerdiff.inference.generator import Generator
 
     shutil.copytree(trained.model, tmp_path / 'model')
     (tmp_path / 'model' / 'vocabulary.json').unlink()
+    write_checksums(tmp_path / 'model')
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         Generator.from_pretrained(tmp_path / 'model', 'torch')('a maroon thing', num_inference_steps=1)

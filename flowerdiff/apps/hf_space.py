@@ -25,6 +25,7 @@ from packaging.utils import canonicalize_name
 
 from .. import __version__
 from .studio import example_prompts
+from ..core.checksums import verify_folder
 from ..core.schema import UserError
 from ..core.workspace import atomic_dir, open_workspace, read_json, write_json, write_jsonl
 from ..services.hub_cache import HUB_ID, snapshot
@@ -81,6 +82,8 @@ def source(
         raise UserError(
             f'{folder}: the published model is missing; run: flowerdiff run {where} --only publish --force'
         )
+    for part in (folder, folder / 'onnx'):
+        verify_folder(part, again=True)
     return Source(repo, folder=folder, **known)
 
 # %% ../../nbs/apps/10_hf_space.ipynb #6d224dc5

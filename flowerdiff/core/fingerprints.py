@@ -53,6 +53,7 @@ NEUTRAL_MODULES = {
     'flowerdiff.core.fingerprints',
     'flowerdiff.core.files',
     'flowerdiff.core.workspace',
+    'flowerdiff.core.checksums',
     'flowerdiff.services.hardware',
     'flowerdiff.services.processes',
     'flowerdiff.services.mlflow_paths',

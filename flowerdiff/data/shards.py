@@ -217,7 +217,8 @@ def gather(
 # %% ../../nbs/data/06_shards.ipynb #6cf05427
 @patch
 def load(self: Shards) -> dict[str, np.ndarray]:  # field -> [records, ...]
-    "Load all records into memory."
+    "Load all records into memory. Raises `UserError` as `verify` does."
+    self.verify()
     fields = {
         name: np.empty((len(self), *self.dtype[name].shape), self.dtype[name].base)
         for name in self.dtype.names

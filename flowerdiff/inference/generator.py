@@ -223,7 +223,13 @@ def generate_batch(
         shape=settings.shape,
         on_step=on_step,
     )
-    return tensor_to_pil(self.backend.decode(latents))
+    pixels = self.backend.decode(latents)
+    if not pixels.isfinite().all():
+        raise UserError(
+            f'{self.backend.folder}: the model computes values that are not numbers; '
+            'its weights are damaged, or they need more precision (use the backend torch)'
+        )
+    return tensor_to_pil(pixels)
 
 # %% ../../nbs/inference/07_generator.ipynb #d8d35040
 class UnknownWordsWarning(UserWarning):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..core.checksums import verify_folder
 from ..core.schema import UserError
 from ..core.workspace import read_json
 from ..models.components import component_errors, why_not_compile
@@ -62,6 +63,7 @@ class Backend:
         folder: Path,  # folder with `model_index.json`
     ):
         self.folder = Path(folder)
+        verify_folder(self.folder)
         self.lock = threading.Lock()
         self.cache = OrderedDict()  # text -> EncodedText, least recently used first
         with model_errors(self.folder / 'model_index.json'):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FILES', 'UNSAFE', 'HUB_FILES', 'PINNED', 'ORIGIN', 'VOLATILE', 'AUTOENCODERS', 'part_folder', 'weights',
            'cached_part', 'from_hub', 'component_folder', 'find_component', 'component_fingerprint', 'save_part',
-           'quiet_libraries', 'one_line_errors', 'component_errors', 'load_strict', 'pil_to_tensor', 'tensor_to_pil',
-           'psnr', 'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'find_tokenizer',
-           'load_text', 'bf16_is_fast', 'why_not_compile', 'build_denoiser']
+           'quiet_libraries', 'one_line_errors', 'component_errors', 'load_strict', 'check_finite', 'pil_to_tensor',
+           'tensor_to_pil', 'psnr', 'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder',
+           'find_tokenizer', 'load_text', 'bf16_is_fast', 'why_not_compile', 'build_denoiser']
 
 # %% ../../nbs/models/01_components.ipynb #ee23b767
 import contextlib
@@ -228,7 +228,15 @@ def load_strict(
             f'{folder}: its weights do not fit its config.json '
             f'({len(wrong)} are missing, such as {wrong[0]}); copy both from the same place'
         )
+    check_finite(model, folder)
     return model.eval().requires_grad_(False)
+
+
+def check_finite(model: nn.Module, folder: Path):
+    "Raise `UserError` if a weight is NaN or infinite: the model would draw black pictures."
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f'{folder}: weights are not numbers ({name}); copy or make the model again')
 
 # %% ../../nbs/models/01_components.ipynb #d887017e
 def pil_to_tensor(

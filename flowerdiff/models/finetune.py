@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..core.checksums import verify_folder
 from ..core.schema import UserError
 from .model_folder import find_model, load_part, read_config
 
@@ -50,6 +51,7 @@ def load_base_unet(
     "Load the denoiser of a base model. Raises `UserError` if it does not fit the encoded data."
     from diffusers import UNet2DConditionModel
 
+    verify_folder(folder)
     unet = load_part(UNet2DConditionModel, Path(folder) / 'unet').requires_grad_(True)
     check_fit(unet, channels, width, folder)
     return unet

@@ -212,9 +212,12 @@ def make_manifest(
         dict(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=hashed(path))
         for path in progress(found, len(found), 'files compared')
     ]
-    revision = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     size = sum(file['size'] for file in files)
-    return dict(format=1, revision=revision, count=len(files), bytes=size, files=files)
+    return dict(format=1, revision=_revision(files), count=len(files), bytes=size, files=files)
+
+
+def _revision(files: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/services/09_store.ipynb #2a2796a7
 MB = 1_000_000
@@ -320,6 +323,8 @@ def read_manifest(
         parts = PurePosixPath(path)
         if parts.is_absolute() or '..' in parts.parts or not re.fullmatch('[0-9a-f]{64}', sha256):
             raise UserError(f'{store.url}: {name} names {path}, outside of the folder; do not use this store')
+    if manifest.get('revision', _revision(manifest['files'])) != _revision(manifest['files']):
+        raise UserError(f'{store.url}: its {name} is damaged; send the set again')
     return manifest
 
 # %% ../../nbs/services/09_store.ipynb #97c2dcdf

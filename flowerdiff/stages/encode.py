@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core.checksums import verify_folder, write_checksums
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import Workspace, progress, read_json, read_jsonl, stage, write_json
@@ -224,6 +225,7 @@ def is_up_to_date(
 ) -> bool:
     "Return whether everything is there, made from the same inputs, and undamaged."
     try:
+        verify_folder(encoded, again=True)
         manifest = read_json(encoded / 'manifest.json')
         sets = [
             shards
@@ -396,8 +398,9 @@ def finish(new: Path, encoders: Encoders, facts: dict, texts: list[str]) -> dict
         text_encoder=encoders.text_facts,
         captions_cut=len(encoders.text.too_long(texts)),
     )
-    manifest = make_manifest(new, facts)
+    manifest = make_manifest(new, facts | dict(checksums=True))
     write_json(new / 'manifest.json', manifest)
+    write_checksums(new)
     return manifest
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..core.checksums import verify_folder
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, read_json, read_jsonl, stage, write_json
 from ..evaluation.class_recognition import MAX_CLASSES, find_classes, images_of_each
@@ -73,6 +74,8 @@ def use_student_settings(ws: Workspace, backend: TorchBackend):
 
 def load_model(ws: Workspace) -> EvaluatedModel:
     "Load `model/`, and the networks that measure it."
+    for folder in (ws.model, ws.encoded):
+        verify_folder(folder, again=True)
     backend = TorchBackend(ws.model)
     use_student_settings(ws, backend)
     evaluate = ws.settings.evaluate

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core.checksums import verify_folder, write_checksums
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, stage, write_json
 from ..evaluation.eval_prompts import display_settings
@@ -182,6 +183,7 @@ def export_parts(
 @stage('onnx')
 def run(ws: Workspace) -> Result:
     "Export `model/` to `onnx/`. Raises a UserError, and keeps the old folder, if the images differ."
+    verify_folder(ws.model, again=True)
     backend = TorchBackend(ws.model, 'cpu')
     display = display_settings(ws.settings.evaluate, student_steps(ws.model))
     settings = dict(seed=ws.settings.seed, **display)
@@ -196,7 +198,9 @@ def run(ws: Workspace) -> Result:
             opset=ws.settings.onnx.opset,
             torch=torch.__version__,
             passed=True,
+            checksums=True,
         )
         check_parity(parity, ws.settings.onnx.max_error)
         write_json(folder / 'parity.json', parity)
+        write_checksums(folder)
     return Result(describe_parity(parity), parity, images)

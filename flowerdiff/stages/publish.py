@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core.checksums import verify_folder, write_checksums
 from ..core.schema import UserError
 from ..core.workspace import Workspace, read_json, read_jsonl, stage, write_json
 from ..evaluation.eval_prompts import display_settings
@@ -106,7 +107,10 @@ def assemble(
 
     if not (ws.model / 'model_index.json').exists():
         raise UserError(f'{ws.model}: no model yet; flowerdiff run {ws.root} trains one')
+    verify_folder(ws.model, again=True)
     onnx = onnx_beside(ws.model)
+    if onnx:
+        verify_folder(onnx, again=True)
     engines = engine_sets(ws, onnx)
     _copy(model_files(ws.model), ws.model, folder)
     if onnx:
@@ -122,6 +126,7 @@ def assemble(
         shutil.copyfile(ws.report / 'grid.png', folder / 'samples/grid.png')
     card = make_card(ws, name, repo, samples, onnx=bool(onnx), engines=engines)
     (folder / 'README.md').write_text(card, encoding='utf-8')
+    write_checksums(folder)
 
 # %% ../../nbs/stages/10_publish.ipynb #0254c253
 def repo_name(
@@ -191,6 +196,8 @@ def _publish(ws: Workspace, made: Path, kind: str, name: str, target: Path) -> d
     memory = ws.work / 'publish' / f'{kind}-{name.replace("/", "--")}.json'
     if kind == 'hub':
         return publish_hub(made, name, memory, private=ws.settings.publish.private)
+    for folder in (target, target / 'onnx'):
+        verify_folder(folder, again=True)
     return publish_folder(made, target, memory)
 
 

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core.checksums import verify_folder
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, read_json, stage, write_json
 from ..inference.tensorrt import cuda_device, find_gpu, find_tensorrt
@@ -65,6 +66,7 @@ def copy_valid_sets(
 def run(ws: Workspace) -> Result:
     "Make engines of `onnx/` in `tensorrt/`, or record why that is not possible."
     settings = ws.settings.tensorrt
+    verify_folder(ws.onnx, again=True)
     model = read_json(ws.onnx / 'parity.json')['model']
     trt = find_tensorrt(settings.flavour, ahead=bool(settings.targets))
     gpu = find_gpu()

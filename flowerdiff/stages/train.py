@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.checksums import verify_folder
 from ..core.schema import UserError
 from ..core.workspace import Workspace, read_json, stage
 from ..services.image_files import read_image
@@ -102,6 +103,7 @@ def run(ws: Workspace) -> Result:
     "Train in a separate process, or resume one that was stopped. Raises `UserError` from the worker."
     if not (ws.encoded / 'manifest.json').exists():
         raise UserError(f'{ws.encoded}: there are no encoded pictures; run encode first')
+    verify_folder(ws.encoded, again=True)
     folder = run_folder(ws)
     process = None
     if not is_training(folder):

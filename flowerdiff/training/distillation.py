@@ -15,10 +15,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..core.checksums import verify_folder
 from ..core.workspace import Workspace, read_json
 from ..data.batches import Split
 from ..models.diffusion import add_noise, extract, loss_per_sample
 from ..models.finetune import adopt_settings
+from ..models.model_folder import load_part
 from .validation import per_picture_loss, predict_velocity
 
 # %% ../../nbs/training/07_distillation.ipynb #705ed2cd
@@ -228,8 +230,10 @@ def distillation_setup(ws: Workspace, split: Split, device) -> RunSetup:
     settings = ws.settings.train
     config = read_json(ws.model / 'scheduler' / 'scheduler_config.json')
 
+    verify_folder(ws.model, again=True)
+
     def load_unet():
-        return UNet2DConditionModel.from_pretrained(ws.model / 'unet', use_safetensors=True)
+        return load_part(UNet2DConditionModel, ws.model / 'unet').requires_grad_(True)
 
     teacher = Teacher(
         load_unet(), config, split.texts[0], settings.distill, settings.distill_guidance, device=device

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..core.checksums import verify_folder, write_checksums
 from ..core.fingerprints import code_fingerprint, fingerprint, git_commit
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, open_workspace, read_json, write_json
@@ -168,6 +169,7 @@ def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict, *, folder
         run_id=facts['run_id'],
         data=facts['data'],
         seed=facts['seed'],
+        checksums=True,
     )
     with atomic_dir(ws.candidate) as new:
         if trainer.settings.lora_rank:
@@ -180,10 +182,12 @@ def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict, *, folder
         write_learned_words(ws.encoded, new, find_base(init, ws.root) if init else None)
         write_json(new / 'train_settings.json', settings)
         write_trained_on(new, read_keys(ws.encoded / 'train'), [*base_models(ws), folder])
+        write_checksums(new)
 
 # %% ../../nbs/training/11_worker.ipynb #e25c9507
 def load_training(ws: Workspace) -> Split:
-    "Load the training split, in memory or streamed."
+    "Load the training split, in memory or streamed. Raises `UserError` if it is damaged."
+    verify_folder(ws.encoded)
     settings = ws.settings.train
     if not settings.stream:
         return prepare_texts(ws, load_split(ws.encoded, 'train').to_gpu())
