@@ -38,6 +38,7 @@ from flowerdiff.apps.session import (
     preview_steps,
     to_png,
 )
+from ..core.child_processes import hide_in_tracebacks
 from ..core.schema import UserError
 
 # %% ../../nbs/apps/06_generating.ipynb #cf1f1086
@@ -389,6 +390,7 @@ def main(
     limits: str = '{}',  # arguments of `RequestQueue`, as JSON
 ):
     "Run the generator process: serve the model of a workspace at a socket."
+    hide_in_tracebacks()
     logging.disable(logging.WARNING)  # invalid HTTP is expected and not worth a line
     threading.Thread(target=exit_with_parent, args=(Path(path),), daemon=True).start()
 
