@@ -216,6 +216,27 @@ def test_a_model_that_offers_code(tiny_workspace, tmp_path, monkeypatch):
     assert not marks.exists()
 
 
+def test_a_processor_that_offers_code(tmp_path, monkeypatch):
+    "Florence's processor opens Auto classes, which would ask and then run what its folder brings."
+    from flowerdiff.models import florence
+
+    monkeypatch.setattr('builtins.input', lambda *_: 'y')
+    configs = {
+        'config.json': dict(model_type='new'),
+        'tokenizer_config.json': dict(tokenizer_class='New'),
+        'preprocessor_config.json': dict(image_processor_type='New'),
+    }
+    for name, config in configs.items():
+        (tmp_path / name).write_text(json.dumps(config))
+    with_code(tmp_path, tmp_path / 'marks')
+    monkeypatch.setattr(florence, 'find_component', lambda *_: tmp_path)
+    monkeypatch.setattr(florence, 'check_florence', lambda folder: None)
+    monkeypatch.setattr(florence, 'load_strict', lambda *_, **options: None)
+    with pytest.raises(UserError, match='custom code'):
+        florence.open_florence('a model', device='cpu')
+    assert not (tmp_path / 'marks').exists()
+
+
 def test_a_status_file_names_no_module_to_import(tmp_path, monkeypatch):
     from flowerdiff.core.workspace import write_json
     from flowerdiff.inference.tensorrt import find_engines

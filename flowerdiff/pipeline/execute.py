@@ -85,7 +85,7 @@ def tag_for_run(
             tags.append('skip-execution')
     return node
 
-# %% ../../nbs/pipeline/03_execute.ipynb #c44b5aca
+# %% ../../nbs/pipeline/03_execute.ipynb #c44b5acb
 def _import_papermill():
     # Storage backends take three of papermill's four seconds of import time, and local files need none
     for name in ('rfc3987_syntax', 'boto3', 'pyarrow', 'pyarrow.fs', 'gcsfs', 'azure'):
@@ -94,7 +94,7 @@ def _import_papermill():
     from papermill.iorw import LocalHandler, papermill_io
 
     class Handler(LocalHandler):
-        "Write notebooks with the credentials in addresses hidden."
+        "Write notebooks with the credentials in addresses hidden, also while they run."
 
         def write(self, buf, path):
             super().write(hide_credentials(buf), path)
@@ -110,7 +110,7 @@ class HiddenLog(io.TextIOWrapper):
         super().write(hide_credentials(text))
         return len(text)
 
-
+# %% ../../nbs/pipeline/03_execute.ipynb #c44b5aca
 def execute(
     ws: Workspace,
     stage: str,  # one of `STAGES`
