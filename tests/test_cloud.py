@@ -40,6 +40,7 @@ CANARY = {
         ]
     )
 }
+PASSWORD = 'canary-in-an-address'
 HERE = {
     'components.autoencoder': 'garden',
     'components.text_encoder': 'garden',
@@ -90,7 +91,10 @@ def cloud(tmp_path_factory):
                 HF_HUB_DISABLE_TELEMETRY='1',
             )
             | CANARY
+            | dict(HTTPS_PROXY=f'http://maria:{PASSWORD}@127.0.0.1:9')
         )
+        for name in ('AWS_ENDPOINT_URL', 'AWS_ENDPOINT_URL_S3'):
+            env[name] = env[name].replace('://', f'://maria:{PASSWORD}@')
 
         def call(*args, timeout=1500):
             return subprocess.run(
@@ -225,6 +229,7 @@ def test_no_secret_is_left_anywhere(cloud):
     for what, data in places(cloud):
         looked += 1
         found += [(what, k) for k, v in CANARY.items() if v.encode() in data]
+        found += [(what, 'an address')] if PASSWORD.encode() in data else []
     assert looked > 300 and not found, found
     kinds = (
         'mlflow.db',

@@ -38,6 +38,7 @@ from flowerdiff.apps.session import (
     preview_steps,
     to_png,
 )
+from ..core.child_processes import hide_in_tracebacks
 from ..core.schema import UserError
 
 # %% ../../nbs/apps/06_generating.ipynb #cf1f1086
@@ -374,9 +375,13 @@ async def serve_queue(
     return server
 
 # %% ../../nbs/apps/06_generating.ipynb #ec13e406
-def exit_with_parent(path: Path):
+def exit_with_parent(
+    path: Path,  # of the socket
+    pipe: int = 0,  # file descriptor whose other end the parent holds
+):
     "Wait until the parent process ends, remove the socket, and exit."
-    sys.stdin.buffer.read()
+    while os.read(pipe, 1024):
+        pass
     with suppress(OSError):
         path.unlink(missing_ok=True)
         path.parent.rmdir()
@@ -389,8 +394,11 @@ def main(
     limits: str = '{}',  # arguments of `RequestQueue`, as JSON
 ):
     "Run the generator process: serve the model of a workspace at a socket."
+    hide_in_tracebacks()
     logging.disable(logging.WARNING)  # invalid HTTP is expected and not worth a line
-    threading.Thread(target=exit_with_parent, args=(Path(path),), daemon=True).start()
+    pipe = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a library that asks a question gets no answer
+    threading.Thread(target=exit_with_parent, args=(Path(path), pipe), daemon=True).start()
 
     async def serve_forever():
         await serve_queue(RequestQueue(workspace, **json.loads(limits)), path)

@@ -27,6 +27,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .session import GenerationRequest, GenerationSession, session_model_folder
+from ..core.child_processes import safe_environment
 from ..core.schema import UserError
 from ..core.workspace import Cancelled
 from ..services.image_files import read_image
@@ -239,7 +240,9 @@ class WorkerSupervisor:
         self.start()
 
     def start(self):
-        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, start_new_session=True)
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, env=safe_environment(), start_new_session=True
+        )
 
     @property
     def dead(self) -> bool:

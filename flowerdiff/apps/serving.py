@@ -18,6 +18,7 @@ from importlib.resources import files
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
+from jupyter_core.paths import jupyter_config_path
 from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from tornado.ioloop import IOLoop, PeriodicCallback
@@ -33,6 +34,7 @@ from .remote import ADDRESS_ENV, SOCKET_ENV, WorkerSupervisor, worker_status
 from .session import session_model_folder
 from .studio import WORKSPACE_ENV
 from .widgets import note_html, style_html
+from ..core.child_processes import safe_environment
 from ..core.schema import UserError
 
 # %% ../../nbs/apps/09_serving.ipynb #6eac3e0a
@@ -85,6 +87,7 @@ class VisitorKernelManager(AsyncMappingKernelManager):
             address = kwargs.get('env', {}).get(ADDRESS_ENV, '')
             self._check_address(address)
             # Invalid messages from pages are expected and not worth a line.
+            kwargs['env'] = safe_environment(kwargs.get('env'))
             kernel = await super().start_kernel(**kwargs, extra_arguments=['--log-level=50'])
             pid = self.get_kernel(kernel).provisioner.pid
             resource.prlimit(pid, resource.RLIMIT_DATA, (MAX_KERNEL_BYTES, MAX_KERNEL_BYTES))
@@ -273,6 +276,7 @@ def server_config(
     return Config(
         Voila=Config(
             notebook_path=str(app_notebook()),
+            config_file_paths=jupyter_config_path(),  # not the current folder: voila.py would run
             ip=ip,
             port=port,
             port_retries=0,

@@ -28,6 +28,7 @@ from flowerdiff.cloud.sagemaker import (
     price,
     start_job,
 )
+from ..core.child_processes import hide_in_tracebacks
 from ..core.fingerprints import file_sha256
 from ..core.schema import UserError
 from flowerdiff.core.workspace import (
@@ -351,4 +352,5 @@ def ask_to_stop(
 
 # %% ../../nbs/cloud/04_jobs.ipynb #e78911fb
 if __name__ == '__main__' and '__file__' in globals():
+    hide_in_tracebacks()
     sys.exit(run_job(*sys.argv[1:]))  # a process of its own, not a notebook

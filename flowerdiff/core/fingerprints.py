@@ -113,6 +113,7 @@ def git_commit() -> str:
         done = subprocess.run(
             ['git', 'rev-parse', 'HEAD'],
             cwd=Path(sys.modules['flowerdiff'].__file__).parent,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
         )

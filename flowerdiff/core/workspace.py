@@ -24,13 +24,14 @@ from pathlib import Path
 from .files import atomic_dir, atomic_write  # noqa: F401 (others import them from here)
 from .fingerprints import code_fingerprint, fingerprint
 from .profiles import load_profile, load_settings, write_params
-from .schema import UserError
+from .schema import UserError, hide_credentials
 from .settings import Settings
 
 # %% ../../nbs/core/08_workspace.ipynb #8d8e427b
 def write_json(path: str | Path, obj):
-    "Write `obj` as indented JSON."
-    atomic_write(path, json.dumps(obj, indent=1, ensure_ascii=False, default=str) + '\n')
+    "Write `obj` as indented JSON. The credentials in addresses are hidden."
+    text = json.dumps(obj, indent=1, ensure_ascii=False, default=str)
+    atomic_write(path, hide_credentials(text) + '\n')
 
 
 def read_json(path: str | Path):

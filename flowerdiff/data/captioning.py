@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..core.child_processes import hide_in_tracebacks
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import Workspace, is_out_of_memory, open_workspace, progress
@@ -223,4 +224,5 @@ class CaptionCounter:
 
 # %% ../../nbs/data/09_captioning.ipynb #a981594c
 if __name__ == '__main__' and '__file__' in globals():  # a process of torchrun, not a notebook
+    hide_in_tracebacks()
     sys.exit(run_worker(*sys.argv[1:]))

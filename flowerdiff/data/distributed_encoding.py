@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..core.child_processes import hide_in_tracebacks
 from ..core.workspace import Workspace, read_json, write_json
 from .encoding import encode_pictures
 from .shards import Shards, finished, shard_path, shard_set_name
@@ -149,4 +150,5 @@ def encode_distributed(
 
 # %% ../../nbs/data/08_distributed_encoding.ipynb #9db8377a
 if __name__ == '__main__' and '__file__' in globals():  # a process of torchrun, not a notebook
+    hide_in_tracebacks()
     sys.exit(run_worker(*sys.argv[1:]))

@@ -36,13 +36,13 @@ class ClipFeatures:
         self,
         folder: str | Path,  # with the files of the model and of its tokenizer
     ):
-        from transformers import AutoTokenizer, CLIPModel
+        from transformers import CLIPModel, CLIPTokenizer
 
         folder = Path(folder)
         self.fingerprint = component_fingerprint(folder)[:12]
         self.model = load_part(CLIPModel, folder)
         with model_errors(folder):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         config = folder / 'preprocessor_config.json'
         preprocessor = read_json(config) if config.is_file() else {}
         self.mean = torch.tensor(preprocessor.get('image_mean', CLIP_MEAN))[:, None, None]

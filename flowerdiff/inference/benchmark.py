@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..core.child_processes import hide_in_tracebacks, safe_environment
 from ..core.schema import UserError
 from ..core.workspace import write_json
 from .backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_unavailable
@@ -91,7 +92,9 @@ def peak_memory(
     "Return the peak memory of a process that generates one image."
     arguments = [name, str(Path(folder).absolute()), str(steps)]
     command = [sys.executable, '-m', 'flowerdiff.inference.benchmark', *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=safe_environment()
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ['the process was killed; is there enough memory?']
         raise UserError(f'{name}: {lines[-1]}')
@@ -257,6 +260,7 @@ def run_benchmark(
 
 # %% ../../nbs/inference/09_benchmark.ipynb #a1590615
 if __name__ == '__main__' and '__file__' in globals():
+    hide_in_tracebacks()
     name, folder, steps = sys.argv[1:]
     Generator(open_backend(name, Path(folder)))('a red rose', num_inference_steps=int(steps))
     print(peak_memory_so_far())

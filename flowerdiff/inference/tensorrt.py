@@ -64,7 +64,7 @@ def find_gpu() -> GPU:
     if not shutil.which('nvidia-smi'):
         return GPU()
     query = ['nvidia-smi', '--query-gpu=name,compute_cap', '--format=csv,noheader']
-    done = subprocess.run(query, capture_output=True, text=True)
+    done = subprocess.run(query, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     first_line = done.stdout.partition('\n')[0]
     name, _, capability = first_line.rpartition(', ')
     if done.returncode or not name:
@@ -306,7 +306,8 @@ def find_engines(
         sets = {}
     reason = f'{root}: there are no engines of this model; the stage `tensorrt` builds them'
     for key, record in sets.items():
-        package = load_package(record['package'])
+        name = record['package']
+        package = load_package(name) if name in FLAVORS['auto'] else None
         if record['model'] != model:
             reason = f'{root}: the engines have other weights; run the stage `tensorrt` again'
             continue

@@ -84,10 +84,10 @@ class Backend:
         self.scaling = self.vae_config.get('scaling_factor', 1.0)
 
     def load_tokenizer(self):
-        from transformers import AutoTokenizer
+        from transformers import CLIPTokenizer
 
         with component_errors(self.folder / 'tokenizer'):
-            tokenizer = AutoTokenizer.from_pretrained(self.folder / 'tokenizer')
+            tokenizer = CLIPTokenizer.from_pretrained(self.folder / 'tokenizer')
         positions = read_config(self.folder, 'text_encoder')['max_position_embeddings']
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
         return tokenizer

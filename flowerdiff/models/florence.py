@@ -88,7 +88,8 @@ def open_florence(
     dtype = torch.float16 if device.type == 'cuda' else torch.float32
     model = load_strict(Florence2ForConditionalGeneration, folder, dtype=dtype)
     with component_errors(folder):
-        processor = Florence2Processor.from_pretrained(folder)
+        # Inside, an Auto class opens the tokenizer, and would offer to run code that the folder brings
+        processor = Florence2Processor.from_pretrained(folder, trust_remote_code=False)
         if processor.tokenizer.image_token_id != model.config.image_token_id:
             raise UserError(
                 f"{folder}: its tokenizer is missing or another model's; copy both from the same place"

@@ -105,9 +105,11 @@ def _report(error, status: int) -> int:
 
 def _call(args) -> int:
     "Call the function of a command. Returns its exit status, also after an error."
+    from flowerdiff.core.child_processes import hide_in_tracebacks
     from flowerdiff.core.schema import UserError
     from flowerdiff.core.workspace import disk_errors
 
+    hide_in_tracebacks()
     try:
         with disk_errors():
             return args.function(args)

@@ -41,7 +41,9 @@ class Parser(argparse.ArgumentParser):
     "Report an error in one line."
 
     def error(self, message):
-        self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+        from flowerdiff.core.schema import hide_credentials
+
+        self.exit(2, hide_credentials(f'{self.prog}: {message}; see {self.prog} --help\n'))
 
 # %% ../../nbs/pipeline/15_cli_options.ipynb #9351cbcf
 def whole_number(

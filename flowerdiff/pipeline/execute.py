@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['WORKER', 'TRACKER', 'notebook_name', 'find_notebook', 'duration', 'stage_line', 'use_own_kernel', 'tag_for_run',
-           'execute', 'stop_tree', 'drive']
+           'HiddenLog', 'execute', 'stop_tree', 'drive']
 
 # %% ../../nbs/pipeline/03_execute.ipynb #330f8471
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -15,7 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-from ..core.schema import UserError
+from ..core.child_processes import hide_in_tracebacks
+from ..core.schema import UserError, hide_credentials
 from ..core.workspace import STAGES, Workspace, open_workspace, read_json, write_json
 from .dvc_graph import remember_inputs
 
@@ -59,7 +61,8 @@ def use_own_kernel(
 ):
     "Make the kernel name `python3` mean the running interpreter, for kernels started from this process."
     spec = dict(
-        argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'],
+        argv=[sys.executable, '-P', '-m', 'ipykernel_launcher', '-f', '{connection_file}'],
+        env=dict(PYTHONSAFEPATH='1'),  # for processes that the kernel starts
         display_name='python3',
         language='python',
     )
@@ -82,16 +85,32 @@ def tag_for_run(
             tags.append('skip-execution')
     return node
 
-# %% ../../nbs/pipeline/03_execute.ipynb #c44b5aca
+# %% ../../nbs/pipeline/03_execute.ipynb #c44b5acb
 def _import_papermill():
     # Storage backends take three of papermill's four seconds of import time, and local files need none
     for name in ('rfc3987_syntax', 'boto3', 'pyarrow', 'pyarrow.fs', 'gcsfs', 'azure'):
         sys.modules.setdefault(name, None)
     import papermill
+    from papermill.iorw import LocalHandler, papermill_io
 
+    class Handler(LocalHandler):
+        "Write notebooks with the credentials in addresses hidden, also while they run."
+
+        def write(self, buf, path):
+            super().write(hide_credentials(buf), path)
+
+    papermill_io.register('/', Handler())  # absolute paths
     return papermill
 
 
+class HiddenLog(io.TextIOWrapper):
+    "A log file in which the credentials in addresses are hidden."
+
+    def write(self, text: str) -> int:
+        super().write(hide_credentials(text))
+        return len(text)
+
+# %% ../../nbs/pipeline/03_execute.ipynb #c44b5aca
 def execute(
     ws: Workspace,
     stage: str,  # one of `STAGES`
@@ -102,7 +121,7 @@ def execute(
         folder.mkdir(parents=True, exist_ok=True)
     use_own_kernel(ws.root / '.flowerdiff' / 'jupyter')
     out = ws.notebooks / notebook.name
-    with open(ws.work / 'log' / f'{stage}.log', 'w', encoding='utf-8') as log:
+    with HiddenLog(open(ws.work / 'log' / f'{stage}.log', 'wb'), encoding='utf-8') as log:
         _import_papermill().execute_notebook(
             tag_for_run(notebook),
             out,
@@ -175,7 +194,7 @@ def stop_tree(
 def _record_failure(ws: Workspace, stage: str, error: BaseException) -> int:
     "Print and store the message of an error. Returns the exit status."
     name = getattr(error, 'ename', type(error).__name__)  # papermill's error carries the kernel's
-    text = str(getattr(error, 'evalue', error))
+    text = hide_credentials(str(getattr(error, 'evalue', error)))
     lines = text.strip().splitlines() or ['']
     mistake = name == 'UserError'
     if mistake:
@@ -250,6 +269,7 @@ def drive(
 
 # %% ../../nbs/pipeline/03_execute.ipynb #22308580
 if __name__ == '__main__' and '__file__' in globals():  # a module run by `python -m`, not a notebook
+    hide_in_tracebacks()
     try:
         sys.exit(drive(sys.argv[1]))
     except UserError as e:

@@ -20,8 +20,9 @@ import time
 from collections import deque
 from pathlib import Path
 
+from ..core.child_processes import safe_environment
 from ..core.files import is_alive
-from ..core.schema import UserError
+from ..core.schema import UserError, hide_credentials
 from ..core.workspace import Workspace, disk_errors, open_workspace, preview_workspace, read_json
 from .changes import remember_hashes
 from .dvc_graph import GRAPH, refresh
@@ -36,7 +37,7 @@ def start_dvc(
     **kwargs,  # for `subprocess.Popen`
 ) -> subprocess.Popen:
     "Start a DVC command in a workspace."
-    env = os.environ | dict(
+    env = safe_environment() | dict(
         DVC_NO_ANALYTICS='1',
         DVC_SITE_CACHE_DIR=str(ws.root / '.dvc' / 'tmp' / 'site'),
         PYTHONUNBUFFERED='1',
@@ -193,7 +194,7 @@ class _DvcRun:
 
     def _read(self):
         with open(self.ws.work / 'run.log', 'w', encoding='utf-8') as log:
-            for line in self.dvc.stdout:
+            for line in map(hide_credentials, self.dvc.stdout):
                 log.write(line)
                 log.flush()
                 self.lines.put(line.rstrip())

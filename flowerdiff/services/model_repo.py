@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.fingerprints import file_sha256
-from ..core.schema import UserError
+from ..core.schema import UserError, hide_credentials
 from ..core.workspace import atomic_dir, read_json, write_json
 from .store import list_files, make_manifest
 
@@ -282,7 +282,7 @@ def publish_hub(
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise hub_error(repo, error) from error
     write_json(memory, dict(revision=revision))
-    url = f'{api.endpoint}/{"spaces/" if repo_type == "space" else ""}{repo}'
+    url = hide_credentials(f'{api.endpoint}/{"spaces/" if repo_type == "space" else ""}{repo}')
     return dict(revision=revision, changed=bool(operations), url=url, private=info.private)
 
 

@@ -16,6 +16,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..core.child_processes import safe_environment
 from ..core.schema import UserError
 from .tracking import curve, read_events
 
@@ -84,7 +85,7 @@ def start_process(
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=(env or {}) | os.environ,
+            env=safe_environment({**(env or {}), **os.environ}),
             start_new_session=True,
         )
 

@@ -17,7 +17,9 @@ import sys
 import time
 from pathlib import Path
 
+from ..core.child_processes import hide_in_tracebacks, safe_environment
 from ..core.files import is_alive
+from ..core.schema import hide_credentials
 from ..core.workspace import Workspace, open_workspace, read_json, write_json
 from .mlflow_paths import adopt_database
 
@@ -28,7 +30,8 @@ def log_event(
     **fields,  # values that JSON can hold
 ):
     "Append an event to a file. If the disk is full, print the event instead."
-    line = json.dumps(dict(event=event, time=round(time.time(), 3), **fields), default=str) + '\n'
+    record = dict(event=event, time=round(time.time(), 3), **fields)
+    line = hide_credentials(json.dumps(record, default=str)) + '\n'
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         end = os.lseek(fd, 0, os.SEEK_END)
@@ -298,7 +301,7 @@ def _forward_locked(ws: Workspace, folder: Path, sinks: dict, destinations: dict
             progress['offset'] = end
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else ''
-            failed[name] = f'{type(error).__name__}: {reason}'[:300]
+            failed[name] = hide_credentials(f'{type(error).__name__}: {reason}')[:300]
         write_json(file, state)
     return failed
 
@@ -360,7 +363,7 @@ def start_follower(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={name: value for name, value in os.environ.items() if name not in TORCHRUN_ENV},
+                env=safe_environment({k: v for k, v in os.environ.items() if k not in TORCHRUN_ENV}),
                 start_new_session=True,
             )
     except OSError as error:
@@ -379,7 +382,8 @@ def name_champion(
         version = _set_champion(mlflow_client(ws.root), ws, name, record)
         return f'champion is version {version} of {name}'
     except Exception as error:
-        reason = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+        first_line = (hide_credentials(str(error)).splitlines() or [''])[0]
+        reason = f'{type(error).__name__}: {first_line[:200]}'
         return f'the registry was not reached ({reason}); the next promotion tries again'
 
 
@@ -416,4 +420,5 @@ def new_version(
 
 # %% ../../nbs/services/03_tracking.ipynb #f437f5b0
 if __name__ == '__main__' and '__file__' in globals():
+    hide_in_tracebacks()
     follow(sys.argv[1], sys.argv[2], int(sys.argv[3]))

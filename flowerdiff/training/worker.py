@@ -421,6 +421,8 @@ def run_worker(
 
 # %% ../../nbs/training/11_worker.ipynb #0cd740af
 if __name__ == '__main__' and '__file__' in globals():  # a process of torchrun, not a notebook
+    from flowerdiff.core.child_processes import hide_in_tracebacks
     from flowerdiff.training.worker import run_worker as _work
 
+    hide_in_tracebacks()
     sys.exit(_work(*sys.argv[1:]))
