@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_generate import run_threads, same, with_tiny_autoencoder
 from tiny import tiny_model
 
@@ -251,6 +252,27 @@ def test_fewer_bits_give_nearly_the_same(ws, name, least):
     )
     difference = export.picture_difference(full, small)
     assert least < difference['psnr'] < 100, difference
+
+
+def test_a_black_picture_is_not_hidden_by_identical_ones():
+    "The mean of the decibels of these four pictures is 77, and 75 % of all pixel values are the same."
+    rng = np.random.default_rng(0)
+    good = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]
+    difference = export.picture_difference(good, [*good[:3], Image.new('RGB', (16, 16))])
+    assert difference['within_1'] < 0.05 and difference['psnr'] < 10
+    assert difference['psnr_median'] == 100
+    assert not export.similar_pictures(difference)
+    assert not export.same_pictures(difference)
+
+
+def test_parity_counts_pixels_in_each_picture():
+    "Over all five pictures, 99.95 % of the values are within 1; in the last one 99.75 %."
+    good = [Image.new('RGB', (20, 20), (100, 100, 100)) for _ in range(5)]
+    pixels = np.full((20, 20, 3), 100, np.uint8)
+    pixels[0, 0] = 103
+    difference = export.picture_difference(good, [*good[:4], Image.fromarray(pixels)])
+    assert difference['within_1'] == 1 - 1 / 400 and difference['worst'] == 3
+    assert not export.same_pictures(difference)
 
 
 def test_an_autoencoder_tiny_is_exported_too(tmp_path):

@@ -21,10 +21,11 @@ from flowerdiff.evaluation.instruments import (
     damaged_sets,
 )
 from flowerdiff.evaluation.measure import Measurements, distribution_metrics
-from flowerdiff.evaluation.metric_table import previous_metrics
+from flowerdiff.evaluation.metric_table import format_value, previous_metrics
 from flowerdiff.evaluation.metrics import Estimate, normalize_for_kid, proportion
 from flowerdiff.evaluation.report import headlines
 from flowerdiff.evaluation.verdict import Training, decide
+from flowerdiff.stages.evaluate import to_json
 
 LONG = Training(steps=2025, planned=2025, samples=64_800, pictures=5400)
 SHORT = Training(steps=8, planned=8, samples=256, pictures=225)
@@ -185,3 +186,30 @@ def test_metrics_of_an_older_version_still_count(tmp_path):
     old = dict(model='a' * 64, protocol=protocol, kid=dict(drawn=dict(value=0.02)))
     (ws.report / 'metrics.json').write_text(json.dumps(old))
     assert previous_metrics(ws.report, 'b' * 64, protocol) == old
+
+
+def test_fid_stands_with_its_number_of_images_and_its_floor():
+    "FID of equal distributions is far from 0; its excess over other real images is not."
+    test, real, drawn = (pictures(60, seed) for seed in range(3))
+    sets = dict(drawn=drawn, autoencoder=real, real=real, **damaged_sets(real))
+    values = distribution_metrics(edges(test), {name: edges(images) for name, images in sets.items()})
+    found = Measurements()
+    found.add_fid(values['fid'], values['fid_excess'])
+    fid = found.metrics['fid']
+    assert fid['drawn'].low is None and fid['drawn'].n == 60
+    assert fid['excess'].low <= 0 <= fid['excess'].high
+    [card] = headlines(found.metrics, 'CLIP 0123')
+    assert f'from 60 images; real pictures {fid["real"].value:,.1f}' in card.note
+    stored = to_json(fid)
+    assert set(stored['drawn']) == {'value', 'n'} and set(stored['excess']) == {'value', 'low', 'high', 'n'}
+    assert format_value(stored['drawn'], 'fid drawn').endswith('(60 images)')
+
+
+def test_blind_features_have_no_fid():
+    test, real = (pictures(60, seed) for seed in range(2))
+    sets = dict(drawn=real, autoencoder=real, real=real, **damaged_sets(real))
+    blind = {name: collapsed(images) for name, images in sets.items()}
+    values = distribution_metrics(collapsed(test), blind | dict.fromkeys(DAMAGES, blind['real']))
+    found = Measurements()
+    found.add_fid(values['fid'], values['fid_excess'])
+    assert 'fid' not in found.metrics and 'FID' in found.skipped

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'ClipFeatures', 'load_run_clip', 'resize_image', 'TorchScriptFeatures', 'SqueezeNetFeatures',
-           'load_feature_extractor']
+           'AutoencoderFeatures', 'load_feature_extractor']
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #0a4be8e3
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..core.schema import UserError
 from ..core.workspace import progress, read_json
 from ..data.images import open_picture
 from .metrics import normalize_for_kid
-from ..models.components import component_fingerprint
+from ..models.components import component_fingerprint, find_component, load_autoencoder
 from ..models.model_folder import load_part, model_errors
 from ..models.perceptual import SqueezeNet
 
@@ -172,6 +172,30 @@ class SqueezeNetFeatures:
         "Return features for the comparison of two sets of images."
         means = [self.net.stages(x)[-1].mean((2, 3)).numpy() for x in _batches(images, self.side)]
         return normalize_for_kid(np.concatenate(means))
+
+# %% ../../nbs/evaluation/02_feature_extractors.ipynb #95889cac
+class AutoencoderFeatures:
+    "Extract features with the encoder of the bundled autoencoder for photographs."
+
+    name = 'autoencoder'
+    side = 64  # pixels
+
+    def __init__(self):
+        self.fingerprint = component_fingerprint(find_component('photo', 'vae'))[:12]
+        self.net = load_autoencoder('photo').encoder.layers[:-1]
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        images: list,  # of PIL.Image
+    ) -> np.ndarray:  # [n, 1088]
+        "Return features for the comparison of two sets of images."
+        found = []
+        for x in _batches(images, self.side):
+            hidden = self.net(x / 255)  # [b, 64, 16, 16]
+            fields = torch.nn.functional.adaptive_avg_pool2d(hidden, 4).flatten(1)
+            found.append(torch.cat([fields, hidden.std((2, 3))], 1).numpy())
+        return np.concatenate(found)
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #85dc6b21
 def load_feature_extractor(

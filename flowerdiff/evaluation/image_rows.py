@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ImageOps
 
 from ..core.workspace import read_jsonl
 from ..data.images import open_picture
@@ -121,6 +122,7 @@ class Neighbor:
     generated: int  # index
     training: int  # index
     distance: float  # cosine distance of the CLIP embeddings
+    mirrored: bool = False  # the training image is nearest when one of the two is mirrored
 
 
 def nearest_rows(
@@ -131,13 +133,21 @@ def nearest_rows(
     "Show generated images above their nearest training images."
     rows = read_jsonl(folder / 'metadata.jsonl')
     names = [rows[pair.training]['file_name'] for pair in neighbors]
+    images = [
+        ImageOps.mirror(image) if pair.mirrored else image
+        for pair, image in zip(neighbors, open_pictures(folder, names=names))
+    ]
     return RowSection(
         'Nearest training images',
         'The generated images that are nearest to a training image by CLIP, and below each its neighbor. '
         'The same kind of flower is expected. The same image would be a copy.',
         [
             ImageRow('generated', [generated[pair.generated] for pair in neighbors]),
-            ImageRow('nearest in the training split', open_pictures(folder, names=names)),
+            ImageRow(
+                'nearest in the training split',
+                images,
+                ['mirrored' if pair.mirrored else '' for pair in neighbors],
+            ),
         ],
     )
 

@@ -16,15 +16,15 @@ from .report import Table
 def measured_values(
     tree: dict,  # of `report/metrics.json`
     path: tuple = (),  # keys of the parents
-) -> dict:  # 'adherence color' -> dict(value, low, high)
-    "Return the measured values of a report by name, each with its interval if it has one."
+) -> dict:  # 'adherence color' -> dict(value, low, high, n)
+    "Return the measured values of a report by name, each with its interval and number of images if known."
     found = {}
     for key, value in tree.items():
         if not isinstance(value, dict) or key == 'former':
             continue
         if isinstance(value.get('value'), (int, float)):
             name = ' '.join((*path, key)).replace('_', ' ')
-            found[name] = {k: value[k] for k in ('value', 'low', 'high') if k in value}
+            found[name] = {k: value[k] for k in ('value', 'low', 'high', 'n') if k in value}
         else:
             found |= measured_values(value, (*path, key))
     return found
@@ -40,16 +40,17 @@ SHARES = (
 
 
 def format_value(
-    number: dict,  # value, and low and high if there is an interval
+    number: dict,  # value, and low and high if there is an interval, and n
     name: str,  # from `measured_values`
 ) -> str:
-    "Return a value with its interval as text."
+    "Return a value with its interval as text, an FID with its number of images."
 
     def text(value):
         return f'{100 * value:.1f} %' if name.startswith(SHARES) else f'{value:.3g}'
 
     if 'low' not in number:
-        return text(number['value'])
+        images = f' ({number["n"]} images)' if name.startswith('fid') and 'n' in number else ''
+        return text(number['value']) + images
     return f'{text(number["value"])} ({text(number["low"])} to {text(number["high"])})'
 
 # %% ../../nbs/evaluation/06_metric_table.ipynb #670a93ec

@@ -70,7 +70,13 @@ def data_terms(ws: Workspace) -> DataTerms:
     return found
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #56c53430
-DISTRIBUTION_METRICS = ('kid', 'fid', 'precision', 'recall')  # they depend on the feature network
+DISTRIBUTION_METRICS = (
+    'kid',
+    'fid',
+    'fid excess',
+    'precision',
+    'recall',
+)  # they depend on the feature network
 
 
 def metric_type(
@@ -84,6 +90,14 @@ def metric_type(
     if name in DISTRIBUTION_METRICS and network and not network.startswith('Inception'):
         kind += f'_{network.partition(" ")[0].lower()}'
     return kind
+
+
+def _metric_name(name: str, network: str, results: dict) -> str:
+    facts = [network] if name in DISTRIBUTION_METRICS and network else []
+    if name == 'fid' and 'n' in results['fid drawn']:
+        facts.append(f'{results["fid drawn"]["n"]} images')
+        facts += [f'real images have {results["fid real"]["value"]:.3g}'] if 'fid real' in results else []
+    return f'{name} ({", ".join(facts)})' if facts else name
 
 
 def card_results(
@@ -107,7 +121,7 @@ def card_results(
             dataset_type=re.sub(r'\W+', '-', data).strip('-').lower(),
             dataset_name=data,
             metric_type=metric_type(name, network),
-            metric_name=f'{name} ({network})' if name in DISTRIBUTION_METRICS and network else name,
+            metric_name=_metric_name(name, network, results),
             metric_value=round(value, 5),
         )
         for name, value in found.items()
@@ -200,6 +214,9 @@ real images, wrong captions, noise, or the autoencoder alone.
 {% if network %}KID, FID, precision and recall compare features of {{ network }}.
 The CLIP score uses the CLIP of the text encoder.
 Compare them with other models only if these networks are the same.
+{% endif %}
+{% if fid %}FID is biased: it grows as the number of images shrinks, and has no interval.
+The row `fid real` is what as many real images have. The row `fid excess` is the difference.
 {% endif %}
 {% if skipped %}Cannot be measured on this data:
 
@@ -352,6 +369,7 @@ def make_card(
         card_data(ws, name, found, samples, network),
         template_str=CARD,
         network=network,
+        fid='fid excess' in found,
         verdict=metrics.get('verdict'),
         skipped=metrics.get('skipped'),
         name=name,

@@ -234,6 +234,26 @@ def _distance_headline(name: str, distance: dict, factor: float, note: str) -> H
     )
 
 
+def _fid_headline(fid: dict, note: str) -> Headline:
+    drawn = fid['drawn']
+    excess = fid['excess']
+    references = _references(fid, lambda e: f'{e.value:,.1f}')
+    return Headline(
+        'FID',
+        f'{drawn.value:,.1f}',
+        f'from {drawn.n} images; {references}; {excess.value:,.1f} ({interval(excess)}) above real pictures, '
+        f'which are the floor with so many images{note}',
+    )
+
+
+def _copies_headline(copies) -> Headline:
+    note = (
+        f'{interval(copies, 100)} %; generated images that repeat a training image or its mirror image, '
+        'beyond what chance explains; 0 is normal'
+    )
+    return Headline('Near copies', percent(copies), note)
+
+
 SHARE_NOTES = dict(
     precision='share of generated images that look real',
     recall='share of real images that the model covers',
@@ -268,13 +288,13 @@ def headlines(
         found.append(_class_headline(metrics['classes']))
     if 'clip_score' in metrics:
         found.append(_clip_score_headline(metrics['clip_score']))
-    for key, name, factor in (('kid', 'KID × 1000', 1000), ('fid', 'FID', 1)):
-        if key in metrics:
-            found.append(_distance_headline(name, metrics[key], factor, network))
+    if 'kid' in metrics:
+        found.append(_distance_headline('KID × 1000', metrics['kid'], 1000, network))
+    if 'fid' in metrics:
+        found.append(_fid_headline(metrics['fid'], network))
     found += [_share_headline(name, metrics[name]) for name in SHARE_NOTES if name in metrics]
     if 'copies' in metrics:
-        note = 'generated images nearer to a training image than 99 % of test images are; 1 % is normal'
-        found.append(Headline('Near copies', percent(metrics['copies']), note))
+        found.append(_copies_headline(metrics['copies']))
     for name, reason in (skipped or {}).items():
         if name not in NO_CARD:
             title = name[0].upper() + name[1:]

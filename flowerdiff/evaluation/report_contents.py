@@ -39,7 +39,7 @@ from flowerdiff.evaluation.image_rows import (
     step_rows,
 )
 from .measure import Measurements
-from .metric_table import compare_metrics
+from .metric_table import compare_metrics, format_value
 from flowerdiff.evaluation.report import (
     LOSS_NOTE,
     Table,
@@ -154,15 +154,18 @@ def baseline_table(baseline: dict) -> Table:  # of `compare_with_baseline`, as J
     "Compare the FID of the champion with that of the baseline."
     names = {'this model': 'drawn', f'the baseline ({baseline["model"][:16]})': 'baseline'}
     rows = []
+    names['held-out real pictures (the floor)'] = 'real'
+    names['this model above the baseline (95 % interval)'] = 'excess'
     for name, key in names.items():
         value = baseline['fid'][key]
-        rows.append([name, f'{value["value"]:.3g} ({value["low"]:.3g} to {value["high"]:.3g})'])
+        rows.append([name, format_value(value, 'fid')])
     note = (
         f'{baseline["pictures"]} images from {baseline["prompts"]} prompts with each model. '
+        'FID is biased: fewer images give a higher one. '
         f'The model {"passed" if baseline["passed"] else "did not pass"}: '
         f'its FID may be at most {BASELINE_TOLERANCE} times that of the baseline.'
     )
-    return Table('Comparison with a baseline', note, ['', 'FID (95 % interval)'], rows)
+    return Table('Comparison with a baseline', note, ['', 'FID'], rows)
 
 
 def latency_table(latency: dict, steps: int) -> Table:  # backend -> milliseconds
@@ -231,7 +234,8 @@ def protocol_details(ws: Workspace, protocol: dict, prompts: list[EvalPrompt], s
         f'seeds {first_seed} to {first_seed + len(prompts) - 1}',
         features=f'{protocol["features"]}; images resized by PIL, bicubic with antialiasing',
         real=f'{protocol["real"]} test images',
-        intervals='95 %: Wilson for shares, bootstrap for means, subsampling for distances of distributions',
+        intervals='95 %: Wilson for shares, bootstrap for means, subsampling for distances of distributions. '
+        'FID has none: its excess over real images has one',
         time=f'{seconds:.0f} s',
     )
 

@@ -32,7 +32,7 @@ from ..evaluation.feature_extractors import ClipFeatures, load_feature_extractor
 from ..evaluation.image_rows import RowSection, open_pictures, reconstruct
 from ..evaluation.measure import Measurements, add_class_metrics, measure
 from ..evaluation.metric_table import previous_metrics
-from ..evaluation.metrics import Estimate, fid
+from ..evaluation.metrics import Estimate, fid, fid_excess
 from ..evaluation.report import percent
 from flowerdiff.evaluation.report_contents import (
     BASELINE_TOLERANCE,
@@ -140,8 +140,10 @@ def compare_with_baseline(
     generator: Generator,  # the champion
     prompts: list[str],
     extractor,  # images -> [n, d] features
-) -> dict:  # model, fid (drawn, baseline), prompts, pictures, passed
-    "Compare the FID of the champion with that of a baseline for the same prompts."
+) -> dict:  # model, fid (drawn, baseline, real, excess), prompts, pictures, passed
+    """Compare the FID of the champion with that of a baseline for the same prompts.
+
+    Each is biased by its number of images, so their difference gets the interval."""
     evaluate = ws.settings.evaluate
     per_prompt = BASELINE_IMAGES // len(prompts)
     source = ws.work / 'previous' if evaluate.baseline == 'previous' else evaluate.baseline
@@ -154,11 +156,17 @@ def compare_with_baseline(
         return extractor(images)
 
     real = extractor(open_pictures(ws.pictures / 'test', evaluate.kid_pictures))
-    champion_fid = fid(generated_features(generator), real)
-    baseline_fid = fid(generated_features(baseline), real)
+    floor = extractor(open_pictures(ws.pictures / 'val', per_prompt * len(prompts)))
+    features = [generated_features(g) for g in (generator, baseline)]
+    champion_fid, baseline_fid = (fid(x, real) for x in features)
     return dict(
         model=weights_fingerprint(baseline.backend.folder),
-        fid=dict(drawn=champion_fid, baseline=baseline_fid),
+        fid=dict(
+            drawn=champion_fid,
+            baseline=baseline_fid,
+            real=fid(floor, real),
+            excess=fid_excess(*features, real),
+        ),
         prompts=len(prompts),
         pictures=per_prompt * len(prompts),
         passed=champion_fid.value <= BASELINE_TOLERANCE * baseline_fid.value,
@@ -168,7 +176,8 @@ def compare_with_baseline(
 def to_json(x):
     "Convert estimates, arrays and containers to JSON values."
     if isinstance(x, Estimate):
-        return dict(value=round(x.value, 6), low=round(x.low, 6), high=round(x.high, 6), n=x.n)
+        numbers = dict(value=x.value, low=x.low, high=x.high)
+        return {k: round(float(v), 6) for k, v in numbers.items() if v is not None} | dict(n=x.n)
     if isinstance(x, dict):
         return {str(k): to_json(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
@@ -214,7 +223,7 @@ def class_table(found: Measurements) -> dict:  # class -> recognized, right, ima
 def collect_metrics(ws: Workspace, model: EvaluatedModel, samples: Samples, found: Measurements) -> dict:
     "Return the content of metrics.json."
     protocol = make_protocol(ws, found, samples, model.sampling)
-    decibels = float(psnr(pil_to_tensor(samples.real), pil_to_tensor(samples.rebuilt)).mean())
+    decibels = float(psnr(pil_to_tensor(samples.real), pil_to_tensor(samples.rebuilt)).median())
     return to_json(found.metrics) | dict(
         verdict=asdict(report_verdict(ws, found, decibels)),
         psnr=decibels,
