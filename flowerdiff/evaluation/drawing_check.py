@@ -80,11 +80,12 @@ def _draw(ws: Workspace, folder, prompts: list[EvalPrompt]) -> list:  # of PIL.I
 def check_drawings(ws: Workspace) -> DrawingCheck:
     "Draw with `model/` and `candidate/`, and compare."
     try:
-        prompts = eval_prompts(ws, min(DRAWINGS, ws.settings.evaluate.prompts), 'val')
+        prompts = eval_prompts(ws, DRAWINGS, 'val')
+        prompts = (prompts * DRAWINGS)[:DRAWINGS]  # of few prompts, several drawings each
         has_attributes = bool(prompts) and all(p.attributes for p in prompts)
         clip = None if has_attributes else load_run_clip(ws.encoded / 'components')
         real = open_pictures(ws.pictures / 'val', ws.settings.evaluate.kid_pictures) if clip else []
-        if len(prompts) < 4 or (not has_attributes and len(real) < 4):
+        if not has_attributes and min(len(prompts), len(real)) < 4:
             return DrawingCheck(False, 'drawings were not compared: nothing here can measure them')
         champion = _draw(ws, ws.model, prompts)
     except (OSError, ValueError, RuntimeError, UserError) as error:
