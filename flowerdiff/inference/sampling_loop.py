@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.schema import UserError
 from ..core.workspace import Cancelled
 from ..models.components import tensor_to_pil
-from ..models.diffusion import noise_levels
+from ..models.diffusion import noise_levels, solver_start
 
 # %% ../../nbs/inference/01_sampling_loop.ipynb #179fbc47
 def generators(
@@ -64,8 +64,17 @@ def load_scheduler(
             f"scheduler: '{name}' does not support rectified flow, which this model was trained with; "
             f'use {" or ".join(FLOW_SCHEDULERS)}'
         )
+    start = solver_start(config)
+    clipped = math.isfinite(start['lambda_min_clipped'])
+    if clipped and config.get('prediction_type') == 'epsilon' and name not in (None, 'dpm'):
+        raise UserError(
+            f"scheduler: '{name}' starts where this model's cosine schedule has no signal and epsilon says "
+            'nothing about the picture; use dpm'
+        )
     cls = getattr(diffusers, SCHEDULERS[name] if name else config['_class_name'])
     config = {k: v for k, v in config.items() if k != '_class_name'}
+    if clipped and 'lambda_min_clipped' in inspect.signature(cls).parameters:
+        config |= start  # models of older versions
     if 'clip_sample' in inspect.signature(cls).parameters:
         config['clip_sample'] = False  # latents are not pixels: they exceed 1
     return cls.from_config(config)

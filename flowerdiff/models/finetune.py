@@ -108,13 +108,22 @@ def save_lora(
     unet: nn.Module,  # from `add_lora`
     folder: Path,  # gets pytorch_lora_weights.safetensors
 ):
-    "Save the LoRA weights alone, for `pipeline.load_lora_weights`."
+    """Save the LoRA weights alone, for `pipeline.load_lora_weights`.
+
+    The factor alpha / rank is part of the saved B: every reader that finds no alpha takes a factor of 1.
+    """
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
+    config = unet.peft_config['default'].to_dict()
+    scale = config['lora_alpha'] / config['r']
+    weights = {
+        key: weight * scale if '.lora_B.' in key else weight
+        for key, weight in get_peft_model_state_dict(unet).items()
+    }
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-        unet_lora_adapter_metadata=unet.peft_config['default'].to_dict(),
+        unet_lora_layers=convert_state_dict_to_diffusers(weights),
+        unet_lora_adapter_metadata=config | dict(lora_alpha=config['r']),
     )

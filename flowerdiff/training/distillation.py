@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..core.checksums import verify_folder
 from ..core.workspace import Workspace, read_json
-from ..data.batches import Split
-from ..models.diffusion import add_noise, extract, loss_per_sample
+from ..data.batches import Split, shift_time
+from ..models.diffusion import add_noise, check_schedule, extract, loss_per_sample, solver_start
 from ..models.finetune import adopt_settings
 from ..models.model_folder import load_part
 from .validation import per_picture_loss, predict_velocity
@@ -37,6 +37,7 @@ def few_steps(
         timestep_spacing='trailing',
         use_karras_sigmas=False,
         final_sigmas_type='zero',
+        **solver_start(config),
     )
 
 
@@ -152,14 +153,26 @@ def error(
 
 # %% ../../nbs/training/07_distillation.ipynb #c1758093
 @patch
+def draw_step(
+    self: Teacher,
+    timesteps: Tensor,  # [b] of a batch
+) -> Tensor:  # [b] step of the student, 0 is the first
+    "Return the steps that timesteps stand for, all equally often: the shift of rectified flow is undone."
+    is_flow = self.config['prediction_type'] == 'flow_prediction'
+    shift = self.config.get('flow_shift', 1.0) if is_flow else 1.0
+    share = shift_time((timesteps + 0.5) / self.config['num_train_timesteps'], 1 / shift)
+    return self.steps - 1 - (share * self.steps).long()
+
+
+@patch
 def loss(
     self: Teacher,
     model,  # the student
     batch,  # a `Batch`
 ) -> Tensor:  # [b] squared errors
     "Return the training loss of each sample."
-    step = self.steps - 1 - batch.timesteps * self.steps // self.config['num_train_timesteps']
-    return self.error(model, batch.latents, batch.noise, step * self.stride, batch.text)
+    index = self.draw_step(batch.timesteps) * self.stride
+    return self.error(model, batch.latents, batch.noise, index, batch.text)
 
 
 @patch(as_prop=True)
@@ -235,7 +248,9 @@ def distillation_setup(ws: Workspace, split: Split, device) -> RunSetup:
     def load_unet():
         return load_part(UNet2DConditionModel, ws.model / 'unet').requires_grad_(True)
 
+    student = student_settings(settings, config)
+    check_schedule(student, config, 'train.distill: the champion')
     teacher = Teacher(
         load_unet(), config, split.texts[0], settings.distill, settings.distill_guidance, device=device
     )
-    return RunSetup(student_settings(settings, config), load_unet, teacher)
+    return RunSetup(student, load_unet, teacher)

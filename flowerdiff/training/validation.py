@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['nearest_timesteps', 'timestep_grid', 'fixed_noise', 'ValidationInputs', 'validation_inputs', 'per_picture_loss',
-           'predict_velocity', 'validation_losses', 'sample_latents', 'save_rows', 'sample_grid', 'DenoisedPrediction',
-           'denoised_predictions', 'ValidationCallback', 'run_validation', 'final_validation']
+           'predict_velocity', 'level_weight', 'validation_losses', 'sample_latents', 'save_rows', 'sample_grid',
+           'DenoisedPrediction', 'denoised_predictions', 'ValidationCallback', 'run_validation', 'final_validation']
 
 # %% ../../nbs/training/05_validation.ipynb #b1b31943
 import functools
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ..data.batches import SAMPLING_STREAM, VALIDATION_STREAM, Split, make_rng
 from flowerdiff.models.diffusion import (
+    LEAST_SNR,
     add_noise,
     alpha_bar,
     betas,
     extract,
     loss_per_sample,
     model_input,
+    snr,
     to_velocity,
     velocity,
 )
@@ -43,12 +45,13 @@ def nearest_timesteps(
 
 def timestep_grid(
     abar: Tensor,  # [T] alpha_bar of this model's schedule
-    n: int = 10,  # levels
-) -> Tensor:  # [n] timesteps
-    "Return the timesteps of a schedule at the fixed noise levels, from nearly clean to nearly pure noise."
+    n: int = 10,  # fixed levels
+) -> Tensor:  # [n + 1] timesteps
+    "Return the timesteps of a schedule at the fixed noise levels, and its last one, where sampling starts."
     reference = alpha_bar(betas())
     middles = (torch.arange(n) + 0.5) * len(reference) / n
-    return nearest_timesteps(abar, reference[middles.long()])
+    fixed = nearest_timesteps(abar, reference[middles.long()])
+    return torch.cat([fixed, torch.tensor([len(abar) - 1])])
 
 # %% ../../nbs/training/05_validation.ipynb #69eec65e
 def fixed_noise(
@@ -126,6 +129,18 @@ def predict_velocity(
     return to_velocity(output, noisy, a, prediction_type)
 
 # %% ../../nbs/training/05_validation.ipynb #67652da2
+def level_weight(
+    a: Tensor,  # [B] alpha_bar
+    prediction_type: str,
+) -> Tensor:  # [B]
+    """Return the weight of a squared error of the velocity in the validation loss: 1.
+
+    Only for epsilon at more noise than Stable Diffusion has, less: there the velocity is the error of
+    epsilon, magnified without limit, and would hide all other levels.
+    """
+    return (snr(a) / LEAST_SNR).clamp(max=1) if prediction_type == 'epsilon' else torch.ones_like(a)
+
+
 def validation_losses(
     unet,  # a denoiser, with the weights to measure
     split: Split,  # the validation pictures
@@ -144,7 +159,8 @@ def validation_losses(
         a = extract(abar, t, latents)
         noisy = add_noise(latents, noise, a)
         v = predict_velocity(unet, noisy, t.to(device), a=a, text=text, prediction_type=prediction_type)
-        return loss_per_sample(v, velocity(latents, noise, a))
+        weight = level_weight(a.flatten(), prediction_type)
+        return weight * loss_per_sample(v, velocity(latents, noise, a))
 
     return per_picture_loss(unet, split, len(timesteps), error, pictures=pictures, batch=batch, device=device)
 
@@ -332,7 +348,8 @@ class ValidationCallback:
         trainer = self.trainer
         file = self.folder / 'guesses' / f'{trainer.step:08d}.png'
         timesteps = trainer.objective.validation_timesteps
-        three = ((torch.arange(3) + 0.5) * len(timesteps) / 3).long().unique()
+        shown = min(10, len(timesteps))  # the last of 11 is pure noise
+        three = ((torch.arange(3) + 0.5) * shown / 3).long().unique()
         predictions = denoised_predictions(
             net,
             self.val,

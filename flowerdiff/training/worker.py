@@ -25,6 +25,7 @@ from ..core.workspace import Workspace, atomic_dir, open_workspace, read_json, w
 from ..data.batches import Split, load_split
 from ..data.shards import Shards
 from ..data.streaming import StreamedSplit
+from ..models.diffusion import check_schedule
 from flowerdiff.models.finetune import (
     add_lora,
     adopt_settings,
@@ -223,8 +224,10 @@ def finetuning_setup(
     width: int,  # of the text embeddings
 ) -> RunSetup:
     "Set up a run that fine-tunes a base model, all of it or with LoRA."
-    settings = ws.settings.train
-    base = find_base(settings.init, ws.root)
+    base = find_base(ws.settings.train.init, ws.root)
+    config = read_config(base, 'scheduler')
+    settings = adopt_settings(ws.settings.train, config)
+    check_schedule(settings, config, f'train.init: {settings.init}')
 
     def make_unet():
         unet = load_base_unet(base, channels, width)
@@ -232,7 +235,7 @@ def finetuning_setup(
             unet = add_lora(unet, settings.lora_rank, settings.lora_alpha)
         return unet
 
-    return RunSetup(adopt_settings(settings, read_config(base, 'scheduler')), make_unet)
+    return RunSetup(settings, make_unet)
 
 
 def new_model_setup(ws: Workspace, split: Split) -> RunSetup:
