@@ -12,6 +12,7 @@ from PIL import Image
 from test_generate import run_threads, same, with_tiny_autoencoder
 from tiny import tiny_model
 
+from flowerdiff.core.checksums import write_checksums
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import open_workspace, read_json, write_json
 from flowerdiff.inference import backends, onnx_export, onnx_openvino
@@ -176,6 +177,7 @@ def test_onnx_with_its_weights_in_a_second_file(copy):
     unet = copy.onnx / 'unet' / 'model.onnx'
     model = onnx.load(unet)
     onnx.save(model, unet, save_as_external_data=True, location='model.onnx_data', size_threshold=1024)
+    write_checksums(copy.onnx)
     generator = Generator.from_pretrained(copy.root, backend='onnx')
     assert (unet.parent / 'model.onnx_data').stat().st_size > unet.stat().st_size
     assert generator.backend.products
@@ -196,6 +198,7 @@ def test_onnx_with_a_graph_within_the_graph(copy):
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(True), 'yes'))
     model.graph.node.insert(0, condition)
     onnx.save(model, unet)
+    write_checksums(copy.onnx)
     generator = Generator.from_pretrained(copy.root, backend='onnx')
     assert generator.backend.products is None
     assert 'encoder_hidden_states' in generator.backend.inputs
@@ -310,6 +313,7 @@ def test_auto_selects_the_fastest_that_keeps_the_quality(copy, monkeypatch):
             for name, record in measured.items()
         }
         write_json(copy.onnx / 'parity.json', parity | dict(backends=changed))
+        write_checksums(copy.onnx)
         return load_backend(where).name
 
     for name in ('torch', 'onnx', 'openvino'):
@@ -388,6 +392,7 @@ def test_a_broken_export_gets_one_line(copy, part, kind, capfd):
             path.unlink()
         else:
             path.write_bytes(bad)
+        write_checksums(copy.onnx)  # else the checksum is what is noticed
         with pytest.raises(UserError) as e:
             kind(copy.onnx)
         assert not capfd.readouterr().err  # the libraries print nothing
