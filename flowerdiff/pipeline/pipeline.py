@@ -146,7 +146,8 @@ def _dvc_problem(ws: Workspace, text: str) -> str:
 
 def _failure(run) -> Exception:  # of a `_DvcRun` that has ended
     "Return the exception to raise after a failed run."
-    if run.failure:
+    code = run.dvc.returncode
+    if run.failure and code >= 0:  # else somebody killed DVC, and the stage failed with it
         kind = UserError if run.failure['mistake'] else StageFailed
         return kind(run.failure['message'])
     problem = _dvc_problem(run.ws, '\n'.join(run.tail))
@@ -156,7 +157,6 @@ def _failure(run) -> Exception:  # of a `_DvcRun` that has ended
         check_disk(run.ws.work)
     if oom_kills() > run.kills:
         return explain_end(run.stage or 'the run', None, run.kills)
-    code = run.dvc.returncode
     if code < 0:
         what = f'the process that runs the stages was killed (signal {-code})'
     elif run.stage:
@@ -288,7 +288,7 @@ def _prepare_workspace(ws: Workspace, stages: list[str], force: bool, display: D
     "Update what DVC reads, and remove what an earlier run left."
     left = stop_leftovers(ws.root)
     if left:
-        display.line(f'an earlier run was killed; ended the {left} processes that it had left')
+        display.line(f'an earlier run was killed; ended {left} process{"es" if left > 1 else ""} of it')
     ws.work.mkdir(exist_ok=True)
     read_lock(ws)
     refresh(ws)
