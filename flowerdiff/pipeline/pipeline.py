@@ -147,7 +147,7 @@ def _dvc_problem(ws: Workspace, text: str) -> str:
 def _failure(run) -> Exception:  # of a `_DvcRun` that has ended
     "Return the exception to raise after a failed run."
     code = run.dvc.returncode
-    if run.failure and code >= 0:  # else somebody killed DVC, and the stage failed with it
+    if run.failure and code >= 0:  # else DVC was killed, and the stage failed with it
         kind = UserError if run.failure['mistake'] else StageFailed
         return kind(run.failure['message'])
     problem = _dvc_problem(run.ws, '\n'.join(run.tail))

@@ -164,6 +164,7 @@ def raise_unless_done(
     if event.get('mistake'):
         raise UserError(event['message'])
     if kind != 'done':
+        check_disk(folder)
         reason = f'{event.get("kind", "no error was recorded")}: {event.get("message", "killed?")[:300]}'
         message = f'training ended without a result ({reason}); see {folder / "train.log"}'
         if ws.settings.train.where == 'sagemaker':

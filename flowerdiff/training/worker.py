@@ -13,21 +13,14 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from ..core.fingerprints import code_fingerprint, fingerprint, git_commit
 from ..core.schema import UserError
-from flowerdiff.core.workspace import (
-    Workspace,
-    atomic_dir,
-    disk_errors,
-    open_workspace,
-    read_json,
-    write_json,
-)
+from ..core.workspace import Workspace, atomic_dir, open_workspace, read_json, write_json
 from ..data.batches import Split, load_split
 from ..data.shards import Shards
 from ..data.streaming import StreamedSplit
@@ -408,16 +401,15 @@ def run_worker(
             print(e, file=sys.stderr)
             return 2
         try:
-            with disk_errors():
-                return 0 if train_run(ws, run_folder, should_stop) else STOPPED
+            return 0 if train_run(ws, run_folder, should_stop) else STOPPED
         except Exception as e:
             error = explain_out_of_memory(e, ws.settings.train)
             is_mistake = isinstance(error, UserError)
             if is_main or is_mistake:
                 kind = type(error).__name__
-                facts = dict(message=str(error), mistake=is_mistake, kind=kind)
-                with suppress(OSError):  # the disk may be full
-                    log_event(run_folder / 'events.jsonl', 'failed', **facts)
+                log_event(
+                    run_folder / 'events.jsonl', 'failed', message=str(error), mistake=is_mistake, kind=kind
+                )
             if not is_mistake:
                 raise
             print(error, file=sys.stderr)
