@@ -80,7 +80,7 @@ def tiny_workspace(tmp_path_factory) -> Path:
 
 
 TOY = """
-import json, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +108,10 @@ def fail_or_hang(ws):
         with atomic_dir(ws.pictures) as new:
             (new / 'half').write_text('half')
             time.sleep(600)
+    if count == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while count == 18 and not (ws.root / 'go').exists():
+        time.sleep(0.05)
 
 
 @stage(NAME)

@@ -2,17 +2,21 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import STAGES
+
+from flowerdiff.pipeline.dvc_graph import GRAPH
 
 LINE = re.compile(r'^(\w+) +(?:\d+ h )?(?:\d+ min )?[\d.]+ (?:s|min) ', re.M)
 
@@ -303,6 +307,7 @@ def test_status_and_refusals_during_a_run(toy, ws):
             ['run', ws, '--set', 'train.lr=0.005'],
             ['init', ws, '--set', 'seed=4'],
             ['rollback', ws],
+            ['sweep', ws, '--set', 'train.lr=0.1,0.2'],
         ):
             q = toy(*command)
             assert q.returncode == 2 and 'another flowerdiff run works here' in q.stderr, command
@@ -338,6 +343,159 @@ def test_hangup(toy, ws, ignored):
     err = p.communicate(timeout=60)[1]
     assert p.returncode == 130 and re.fullmatch(r'stopped in train at step \d+; run the same .*\n', err), err
     assert not processes(ws)
+
+
+def only_line(p):
+    "Return the only line of a failure. It has no word of DVC, of Python or of the machinery."
+    assert p.stderr.count('\n') == 1, p.stderr
+    foreign = 'ERROR|Traceback|dvc repro|reproduce|rwlock|Errno|exited with|DVC stopped'
+    assert not re.search(foreign, p.stderr), p.stderr
+    return p.stderr.strip()
+
+
+def ended(p):
+    "Wait for a process and return it, with what it printed."
+    out, err = p.communicate(timeout=90)
+    return subprocess.CompletedProcess(p.args, p.returncode, out, err)
+
+
+def running_stage(ws):
+    "Return the stage that runs."
+    file = ws / '.flowerdiff' / 'running.json'
+    return json.loads(file.read_text())['stage'] if file.exists() else ''
+
+
+def test_settings_edited_during_a_run_are_for_the_next_one(toy, ws):
+    "Fails if a stage or DVC reads params.yaml while a run is under way."
+    params = ws / 'params.yaml'
+    p = toy('run', ws, '--set', 'prepare.count=18', '--to', 'encode', popen=True)
+    wait(lambda: running_stage(ws) == 'prepare')
+    text = re.sub('  per_picture: [^#\n]*', '  per_picture: 7 ', params.read_text(), count=1)
+    params.write_text(text.replace('  count: 18', '  count: 19', 1))
+    (ws / 'go').touch()
+    done = ended(p)
+    assert done.returncode == 0 and ran(done) == ['prepare', 'caption', 'encode'], done.stdout + done.stderr
+    assert 'params.yaml was changed during this run' in done.stdout
+    assert json.loads((ws / 'pictures' / 'data.txt').read_text())['count'] == 18
+    assert json.loads((ws / 'captions' / 'data.txt').read_text())['per_picture'] != 7
+    out = status_lines(toy, ws)
+    assert out['prepare'].endswith('prepare.count 18 -> 19'), out['prepare']
+    assert re.search(r'stale .*caption.per_picture \d+ -> 7', out['caption']), out['caption']
+    assert ran(toy('run', ws, '--only', 'caption')) == ['caption']
+
+
+def test_a_broken_params_file_stops_no_run_that_is_under_way(toy, ws):
+    p = toy('run', ws, '--set', 'prepare.count=18', '--to', 'caption', popen=True)
+    wait(lambda: running_stage(ws) == 'prepare')
+    (ws / 'params.yaml').write_text('prepare: [')
+    (ws / 'go').touch()
+    done = ended(p)
+    assert ran(done) == ['prepare', 'caption'], done.stdout + done.stderr
+    assert 'params.yaml' in only_line(done)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of eight megabytes, and a function that fills it."
+    place = tmp_path / 'disk'
+    place.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', str(place)]
+    if not shutil.which('mount') or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('needs the right to mount a disk')
+
+    def fill():
+        with suppress(OSError), open(place / 'ballast', 'wb', buffering=0) as file:
+            while True:
+                file.write(b'0' * 4096)
+
+    yield place, fill
+    subprocess.run(['umount', '-l', str(place)], check=True)
+
+
+def test_a_full_disk_ends_a_run_with_one_line(toy, done, small_disk):
+    "Fails if a thread, a stage, DVC or the log of a run waits or speaks on its own when the disk is full."
+    place, fill = small_disk
+    ws = shutil.copytree(done[0], place / 'garden', symlinks=True)
+    p = toy('run', ws, '--set', 'prepare.count=18', '--only', 'prepare', popen=True)
+    wait(lambda: running_stage(ws) == 'prepare')
+    fill()
+    (ws / 'go').touch()
+    end = ended(p)
+    assert end.returncode == 2 and 'the disk is full' in only_line(end)
+    assert toy('status', ws).returncode == 0
+    again = toy('run', ws, '--only', 'prepare')  # full from the start
+    assert again.returncode == 2 and 'the disk is full' in only_line(again)
+    (place / 'ballast').unlink()
+    assert ran(toy('run', ws, '--only', 'prepare')) == ['prepare']
+
+
+def test_a_log_that_cannot_be_written_stops_no_run(toy, ws):
+    "Fails if the thread that reads what DVC prints dies with its log: the run would wait for ever."
+    (ws / 'work' / 'run.log').unlink()
+    (ws / 'work' / 'run.log').mkdir()
+    assert ran(toy('run', ws, '--only', 'onnx', '--force', timeout=120)) == ['onnx']
+
+
+def test_what_dvc_finds_is_said_in_our_words(toy, ws):
+    import fcntl
+
+    (ws / '.dvc' / 'tmp' / 'rwlock').write_text('{')  # a full disk may cut it
+    with open(ws / '.dvc' / 'tmp' / 'lock', 'a') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        p = toy('run', ws, '--only', 'onnx', '--force')
+    assert p.returncode == 2 and 'DVC works here, started by hand' in only_line(p)
+    (ws / 'dvc.lock').write_text('stages: {prepare: 3}')
+    for command in ('run', 'status'):
+        p = toy(command, ws)
+        assert p.returncode == 2 and 'dvc.lock: is damaged; delete it' in only_line(p)
+
+
+def test_a_killed_kernel_says_memory(toy, ws):
+    p = toy('run', ws, '--set', 'prepare.count=17', '--only', 'prepare')
+    line = only_line(p)
+    assert p.returncode == 2 and 'memory' in line and 'lower prepare.resolution' in line, line
+
+
+def training(toy, ws):
+    "Start a long training, and wait until it makes steps."
+    p = toy('run', ws, '--set', 'train.epochs=400', '--only', 'train', popen=True)
+    events = ws / 'work' / 'train-toy' / 'events.jsonl'
+    wait(lambda: '"total": 400' in events.read_text())
+    return p, events
+
+
+def test_killed_dvc_ends_the_run(toy, ws):
+    "Fails if the run waits for ever, or tells what DVC told."
+    p, events = training(toy, ws)
+    psutil.Process(p.pid).children()[0].kill()
+    end = ended(p)
+    assert end.returncode == 1 and 'was killed (signal 9); run the same command' in only_line(end)
+    assert not processes(ws) and '"stopped"' in events.read_text()  # training could save
+
+
+def test_a_killed_run_takes_its_processes_along(toy, ws):
+    p, events = training(toy, ws)
+    p.kill()
+    p.communicate()
+    wait(lambda: not processes(ws))
+    stopped = [json.loads(line) for line in events.read_text().splitlines()][-1]
+    assert stopped['event'] == 'stopped'
+    steps = stopped['step'] + 2
+    again = toy('run', ws, '--set', f'train.epochs={steps}', '--only', 'train')
+    assert ran(again) == ['train'] and f'"resumed_from": {stopped["step"]}' in events.read_text()
+
+
+def test_the_next_run_ends_what_a_killed_one_left(toy, ws):
+    p, events = training(toy, ws)
+    worker = 'flowerdiff.training.worker'
+    for q in [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)]:
+        if worker not in q.cmdline():
+            q.kill()
+    p.communicate()
+    assert any(worker in q.cmdline() for q in processes(ws))
+    again = toy('run', ws, '--set', 'train.epochs=1', '--only', 'train')
+    assert again.stdout.startswith('an earlier run was killed; ended 1 process'), again.stdout + again.stderr
+    assert ran(again) == ['train'] and '"stopped"' in events.read_text() and not processes(ws)
 
 
 def test_moved_workspace_is_fresh(toy, ws, tmp_path):
@@ -426,3 +584,44 @@ def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path
     assert ran(p) == ['train'], p.stdout + p.stderr
     train = json.loads((root / 'train.json').read_text())
     assert train['resumed_from'] == stopped and train['steps'] == 600
+
+
+def results(root, stage):
+    "Return what a stage has made, without the times it took."
+    from flowerdiff.core.fingerprints import file_sha256
+
+    if stage == 'evaluate':
+        metrics = json.loads((root / 'report' / 'metrics.json').read_text())
+        return {key: value for key, value in metrics.items() if key not in ('latency', 'seconds')}
+    files = sorted(path for path in (root / stage).rglob('*.onnx*') if path.is_file())
+    assert files
+    return {str(path.relative_to(root)): file_sha256(path) for path in files}
+
+
+@pytest.mark.parametrize('stage, number', [('evaluate', signal.SIGKILL), ('onnx', signal.SIGTERM)])
+def test_an_interrupted_stage_ends_like_an_undisturbed_one(tiny_workspace, cli, tmp_path, stage, number):
+    """Interrupt a stage at a random moment, and run it again.
+
+    FLOWERDIFF_INTERRUPTS: how many times before it may end (1).
+    """
+    root = shutil.copytree(tiny_workspace, tmp_path / 'garden', symlinks=True)
+    whole = results(root, stage)
+    seconds = json.loads((root / 'work' / 'records' / f'{stage}.json').read_text())['seconds']
+    rng = random.Random(stage)
+    command = ['run', str(root), '--only', stage]
+    shutil.rmtree(root / GRAPH[stage].writes[0])
+    for _ in range(int(os.environ.get('FLOWERDIFF_INTERRUPTS', 1))):
+        words = [sys.executable, '-P', '-m', 'flowerdiff.pipeline.cli', *command]
+        p = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait(lambda: running_stage(root) == stage)
+        time.sleep(rng.uniform(0, seconds))
+        p.send_signal(number)
+        end = ended(p)
+        assert end.returncode in (-number, 130, 0), end.stdout + end.stderr
+        if end.returncode == 130:
+            assert re.fullmatch(rf'stopped( in {stage})?; run the same command .*', only_line(end))
+        wait(lambda: not processes(root))
+        (root / '.flowerdiff' / 'running.json').unlink(missing_ok=True)
+    p = cli(*command)
+    assert p.returncode == 0, p.stdout + p.stderr
+    assert results(root, stage) == whole

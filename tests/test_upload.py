@@ -523,7 +523,7 @@ def test_only_data_is_taken_from_a_store(tmp_path):
 def test_a_download_under_a_run_waits_its_turn(tmp_path):
     from flowerdiff.core.profiles import profiles
     from flowerdiff.pipeline.download import download
-    from flowerdiff.pipeline.pipeline import lock
+    from flowerdiff.services.processes import lock
 
     root = tmp_path / 'set'
     (root / 'pictures').mkdir(parents=True)

@@ -259,6 +259,8 @@ def make_code(
     run: str,  # the run's folder, such as train-3f9a…
 ):
     "Fill a folder with what the containers run."
+    import yaml
+
     import flowerdiff
 
     train = ws.settings.train
@@ -275,7 +277,8 @@ def make_code(
     overrides['train.keep_checkpoints'] = max(3, train.keep_checkpoints)
     if any(file['path'].startswith('init/') for file in files):
         overrides['train.init'] = 'init'
-    shutil.copyfile(ws.root / 'params.yaml', folder / 'params.yaml')
+    settings = yaml.safe_dump(ws.settings.model_dump(mode='json'), sort_keys=False)
+    (folder / 'params.yaml').write_text(settings, encoding='utf-8')
     write_params(ws.settings.profile, folder / 'params.yaml', overrides)
     listed = [dict(path=file['path'], sha256=file['sha256']) for file in files]
     write_json(folder / 'job.json', dict(run=run, files=listed))

@@ -9,10 +9,12 @@ __all__ = ['NEUTRAL_MODULES', 'fingerprint', 'file_sha256', 'normalized_code', '
 # %% ../../nbs/core/07_fingerprints.ipynb #a806f2ba
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 # %% ../../nbs/core/07_fingerprints.ipynb #ed86d98a
@@ -30,6 +32,15 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 # %% ../../nbs/core/07_fingerprints.ipynb #8f5b2eae
+_parsing = threading.Lock()
+
+
+def _parse(source: str) -> ast.Module:
+    "Parse source. One thread at a time: two confuse CPython 3.11's count of nested nodes."
+    with _parsing:
+        return ast.parse(source)
+
+
 def _is_docstring(statement: ast.stmt) -> bool:
     value = getattr(statement, 'value', None) if isinstance(statement, ast.Expr) else None
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
@@ -37,7 +48,7 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 def normalized_code(source: str) -> str:
     "Return the syntax tree of `source` as text, without comments and docstrings."
-    tree = ast.parse(source)
+    tree = _parse(source)
     for node in ast.walk(tree):
         body = getattr(node, 'body', None)
         if isinstance(body, list) and body and _is_docstring(body[0]):
@@ -76,7 +87,7 @@ def imported_modules(
     "Find the modules of flowerdiff that import statements name."
     found = set()
     parents = package.split('.')
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
@@ -86,6 +97,16 @@ def imported_modules(
     return {name for name in found if name.split('.')[0] == 'flowerdiff'}
 
 # %% ../../nbs/core/07_fingerprints.ipynb #786d8141
+@functools.lru_cache(maxsize=1024)
+def _read_module(
+    path: Path,
+    package: str,  # that it belongs to
+    version: tuple,  # size and modification time: a changed file is read again
+) -> tuple[str, frozenset]:  # fingerprint; modules of flowerdiff that it imports
+    source = path.read_text(encoding='utf-8')
+    return fingerprint(normalized_code(source))[:16], frozenset(imported_modules(source, package))
+
+
 def code_fingerprint(
     module: str,  # such as 'flowerdiff.stages.train'
 ) -> dict[str, str]:  # module -> fingerprint
@@ -101,9 +122,10 @@ def code_fingerprint(
         neutral = name in NEUTRAL_MODULES and name != module
         if name in found or neutral or name == 'flowerdiff' or not path.is_file():
             continue
-        source = path.read_text(encoding='utf-8')
-        found[name] = fingerprint(normalized_code(source))[:16]
-        todo += imported_modules(source, name.rpartition('.')[0])
+        stat = path.stat()
+        version = (stat.st_size, stat.st_mtime_ns)
+        found[name], imported = _read_module(path, name.rpartition('.')[0], version)
+        todo += imported
     return dict(sorted(found.items()))
 
 # %% ../../nbs/core/07_fingerprints.ipynb #bcde9683
@@ -129,7 +151,7 @@ def definitions(source: str) -> dict[str, str]:  # name -> its statements, as te
     "Find the functions and classes of a cell or module. Imports are left out: exporting rewrites them."
     lines = [line for line in source.splitlines() if not line.lstrip().startswith(('%', '!'))]
     found = {}
-    for node in ast.parse('\n'.join(lines)).body:
+    for node in _parse('\n'.join(lines)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             statements = [
                 part

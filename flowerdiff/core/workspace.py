@@ -21,9 +21,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import atomic_dir, atomic_write  # noqa: F401 (others import them from here)
+from .files import atomic_dir, atomic_write
 from .fingerprints import code_fingerprint, fingerprint
-from .profiles import load_profile, load_settings, write_params
+from .profiles import load_profile, load_settings, run_settings, write_params
 from .schema import UserError, hide_credentials
 from .settings import Settings
 
@@ -172,6 +172,9 @@ def preview_workspace(
     with disk_errors():
         root = _workspace_path(root)
         params = root / 'params.yaml'
+        fixed = None if overrides else run_settings(root)
+        if fixed:
+            return Workspace(root, fixed)
         if params.exists():
             _check_profile(root, profile)
             return Workspace(root, load_profile(str(params), overrides))
@@ -186,7 +189,10 @@ def open_workspace(
     overrides=None,  # settings to change, see `flowerdiff.core.profiles.parse_overrides`
 ) -> Workspace:
     "Open or make a workspace. Raises `UserError` for wrong settings or a folder that is not its own."
-    root = preview_workspace(root, profile, overrides).root
+    workspace = preview_workspace(root, profile, overrides)
+    root = workspace.root
+    if not overrides and run_settings(root):
+        return workspace
     with disk_errors():
         root.mkdir(parents=True, exist_ok=True)
         return Workspace(root, write_params(profile or 'garden', root / 'params.yaml', overrides))
@@ -198,6 +204,9 @@ def read_workspace(
     "Open an existing workspace and write nothing. Raises `UserError` if the folder is not a workspace."
     with disk_errors():
         path = _workspace_path(root)
+        fixed = run_settings(path)
+        if fixed:
+            return Workspace(path, fixed)
         if not (path / 'params.yaml').exists():
             raise UserError(f'{root}: is not a workspace (no params.yaml); `flowerdiff run {root}` makes it')
         return Workspace(path, load_settings(path / 'params.yaml'))
@@ -238,6 +247,11 @@ class Cancelled(Exception):
     "The callback asked to stop."
 
 # %% ../../nbs/core/08_workspace.ipynb #345de029
+def _write_state(file: str, state: dict):
+    with contextlib.suppress(OSError):  # a full disk ends no work that only wanted to say how far it is
+        Path(file).write_text(json.dumps(state))
+
+
 def progress(
     iterable,
     total: int | None = None,  # number of items; None: the iterable's length
@@ -260,12 +274,12 @@ def progress(
         rate = n / (now - start)
         if state_file and now - written > 0.4:
             written = now
-            Path(state_file).write_text(json.dumps(dict(label=label, n=n, total=total, rate=rate)))
+            _write_state(state_file, dict(label=label, n=n, total=total, rate=rate))
         if now - printed > every:
             printed = now
             print(f'{label} {n}{f"/{total}" if total else ""}, {rate:.1f}/s', flush=True)
     if state_file:
-        Path(state_file).write_text('{}')  # a full bar would promise that the stage is done
+        _write_state(state_file, {})  # a full bar would promise that the stage is done
 
 # %% ../../nbs/core/08_workspace.ipynb #831ae8d9
 def record(ws: Workspace, name: str, result, seconds: float):
@@ -289,6 +303,8 @@ def record(ws: Workspace, name: str, result, seconds: float):
 def _check_started(name: str, workspace: str | Path):
     "Raise `UserError` if a stage has no workspace, and is not the first stage with a folder of its own."
     path = Path(workspace).expanduser()
+    if run_settings(path.absolute()):
+        return
     makes_it = name == STAGES[0] and path.absolute() != Path.cwd()
     with disk_errors():
         if not makes_it and not path.is_file() and not (path / 'params.yaml').exists():

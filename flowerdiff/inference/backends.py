@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'EXACT_BACKENDS', 'why_unavailable', 'reads_onnx', 'onnx_beside', 'fastest_backend', 'choose_backend',
-           'open_backend', 'load_backend', 'load_export']
+           'folder_identity', 'open_backend', 'load_backend', 'load_export']
 
 # %% ../../nbs/inference/06_backends.ipynb #58a1da95
 from functools import partial
@@ -100,14 +100,31 @@ def choose_backend(
     return fastest_backend(onnx, None if weights else [name for name in BACKENDS if reads_onnx(name)])
 
 # %% ../../nbs/inference/06_backends.ipynb #c0d22f37
+def folder_identity(folder: Path) -> int | None:  # None: it is not there
+    "Return what tells a folder from another one that is put in its place."
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
+
+
 def open_backend(
     name: str,  # one of `BACKENDS`
     folder: Path,  # model folder or export, see `reads_onnx`
 ) -> Backend:
-    "Open a folder with a backend."
-    backend = BACKENDS[name](folder)
-    backend.name = name
-    return backend
+    "Open a folder with a backend. A promotion may replace the folder meanwhile; then it is opened again."
+    for _ in range(10):
+        before = folder_identity(folder)
+        try:
+            backend = BACKENDS[name](folder)
+        except Exception:
+            if folder_identity(folder) == before:
+                raise
+            continue
+        if folder_identity(folder) == before:
+            backend.name = name
+            return backend
+    raise UserError(f'{folder}: is replaced again and again; wait until nothing writes there')
 
 
 def load_backend(

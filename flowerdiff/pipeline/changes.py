@@ -12,6 +12,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..core.profiles import SETTINGS_FILE
 from ..core.schema import UserError
 from ..core.workspace import Workspace, read_json, write_json
 from flowerdiff.pipeline.dvc_graph import (
@@ -112,9 +113,12 @@ def read_lock(ws: Workspace) -> dict:  # stage -> its entry
     path = ws.root / 'dvc.lock'
     try:
         data = YAML(typ='safe').load(path) if path.exists() else None
-    except YAMLError:
-        raise UserError(f'{path}: is not YAML; delete it, and every stage runs again') from None
-    return (data or {}).get('stages') or {}
+        stages = (data or {}).get('stages') or {}
+        if all(isinstance(entry, dict) for entry in stages.values()):
+            return stages
+    except (YAMLError, AttributeError, UnicodeDecodeError):
+        pass
+    raise UserError(f'{path}: is damaged; delete it, and every stage runs again')
 
 
 def remember_hashes(ws: Workspace, stages: list[str]):
@@ -151,7 +155,9 @@ def _setting(data: dict, key: str):
 
 
 def _changed_settings(stage: str, entry: dict, params: dict) -> dict:  # dotted key -> 'old -> new'
-    before = entry.get('params', {}).get('params.yaml', {})
+    before = entry.get('params', {}).get(SETTINGS_FILE)
+    if before is None:  # a run of an older version
+        return {'settings': 'of the last run are not known'}
     changed = {}
     for key in GRAPH[stage].settings:
         changed |= setting_changes(key, before.get(key), _setting(params, key))
@@ -191,11 +197,9 @@ def _changed_files(stage: str, entry: dict, hashed) -> list[str]:
 def find_changes(
     ws: Workspace,
 ) -> dict[str, list[str]]:  # stage that has run -> why it would run again
-    "Compare each stage with its last run. Raises `UserError` if `params.yaml` or `dvc.lock` is broken."
-    from ruamel.yaml import YAML
-
+    "Compare each stage with its last run. Raises `UserError` if `dvc.lock` is broken."
     lock = read_lock(ws)
-    params = YAML(typ='safe').load(ws.root / 'params.yaml')
+    params = ws.settings.model_dump(mode='json')
     texts = input_texts(ws)
     hashed = hash_function(ws)
     found = {}

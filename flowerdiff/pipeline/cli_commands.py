@@ -201,8 +201,8 @@ def plan_command(args) -> int:
 def init_command(args) -> int:
     "Create a workspace with its params.yaml, which lists every setting with a comment. Nothing runs."
     from flowerdiff.core.workspace import open_workspace, preview_workspace
-    from flowerdiff.pipeline.pipeline import lock
     from flowerdiff.pipeline.request import check_paths, requested_settings
+    from flowerdiff.services.processes import lock
 
     root = Path(_workspace(args.workspace, Path(args.profile or 'garden').stem))
     request = requested_settings(root, args.profile, args.set)
@@ -277,7 +277,7 @@ def compare_command(args) -> int:
 def rollback_command(args) -> int:
     "Restore the champion before the present one. The same command again undoes it."
     from flowerdiff.core.workspace import read_workspace
-    from flowerdiff.pipeline.pipeline import lock
+    from flowerdiff.services.processes import lock
 
     workspace = _workspace(args.workspace, 'garden')
     with lock(read_workspace(workspace)):

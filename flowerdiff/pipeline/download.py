@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.profiles import load_settings
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_write, format_bytes, open_workspace, progress
-from .pipeline import lock
+from ..services.processes import lock
 from ..services.store import HashCache, Store, fetch, open_store, pull, read_manifest
 from ..stages.upload import PARTS
 

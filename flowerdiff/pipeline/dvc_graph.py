@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
+from ..core.profiles import SETTINGS_FILE
 from ..core.workspace import Workspace, atomic_write, open_workspace, read_json, write_json
 from ..services.hardware import gpus, has_aws, has_hub, has_package
 
@@ -96,7 +97,7 @@ def _dvc_stage(stage: str, spec: StageSpec) -> dict:
     return dict(
         cmd=stage_command(stage),
         deps=[code_file(stage), *spec.reads],
-        params=spec.settings,
+        params=[{SETTINGS_FILE: spec.settings}],
         outs=[{name: dict(cache=False, persist=True)} for name in spec.writes],
     )
 
@@ -106,7 +107,8 @@ def dvc_yaml() -> str:
     import yaml
 
     stages = {stage: _dvc_stage(stage, spec) for stage, spec in GRAPH.items()}
-    header = '# Written by flowerdiff; `dvc repro`, `dvc status` and `dvc dag` work here.\n'
+    header = '# Written by flowerdiff; `dvc repro`, `dvc status` and `dvc dag` work here, with the settings\n'
+    header += f'# of the last `flowerdiff run`, which are in {SETTINGS_FILE}.\n'
     return header + yaml.safe_dump(dict(stages=stages), sort_keys=False, width=200)
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #5b7182bc
@@ -244,10 +246,12 @@ def _write_if_changed(path: Path, text: str):
 def input_texts(
     ws: Workspace,
 ) -> dict[str, str]:  # path in the workspace -> its text
-    "Return the small files that tell DVC about code and about inputs outside the workspace."
+    "Return the small files that tell DVC about settings, code and inputs outside the workspace."
     state = {f'.flowerdiff/state/{name}.json': value for name, value in external_state(ws).items()}
     code = {code_file(stage): code_fingerprint(f'flowerdiff.stages.{stage}') for stage in GRAPH}
-    return {path: json.dumps(value, indent=1) + '\n' for path, value in {**state, **code}.items()}
+    settings = {SETTINGS_FILE: ws.settings.model_dump(mode='json')}
+    files = settings | state | code
+    return {path: json.dumps(value, indent=1) + '\n' for path, value in files.items()}
 
 
 def refresh(ws: Workspace):

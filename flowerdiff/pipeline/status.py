@@ -15,8 +15,8 @@ from ..core.schema import UserError
 from ..core.workspace import Workspace, disk_errors, read_json, read_workspace
 from .changes import find_changes
 from .dvc_graph import GRAPH
-from .pipeline import is_locked
 from .progress import how_far
+from ..services.processes import is_locked
 
 # %% ../../nbs/pipeline/09_status.ipynb #99885e67
 @dataclass

@@ -26,6 +26,7 @@ from .pipeline import StageFailed
 from .pipeline import run as run_pipeline
 from .progress import CLEAR_LINE
 from .request import check_paths
+from ..services.processes import lock
 
 # %% ../../nbs/pipeline/14_sweep.ipynb #23be56a9
 def split_values(text: str) -> list[str]:
@@ -165,7 +166,8 @@ class PointOutput:
 
 def run_point(parent: Workspace, root: Path, point: dict, common: dict, first: str, *, out=None) -> dict:
     "Run one point up to its report. Returns its results."
-    share(parent, root, first)
+    with lock(parent):  # a run may be about to replace what is shared
+        share(parent, root, first)
     experiment = f'{parent.settings.tracking.experiment or parent.root.name} sweep'
     overrides = as_sets(common | point | {'tracking.experiment': experiment})
     run_pipeline(root, overrides=overrides, only=between(first, LAST), out=out or io.StringIO())
@@ -272,11 +274,22 @@ def sweep(
     for point in points:  # raises for a wrong value, before anything is written
         overrides = parse_overrides(as_sets(common | point))
         check_paths(overrides, Path(workspace))
-        preview_workspace(workspace, profile, overrides)
-    parent = open_workspace(workspace, profile)
+        parent = preview_workspace(workspace, profile, overrides)
+    with lock(parent):
+        parent = open_workspace(workspace, profile)
     shared = between('prepare', first)[:-1]
     if shared:
         run_pipeline(parent.root, only=shared, out=out)
+    with lock(Workspace(parent.root / 'sweeps', parent.settings)):
+        rows = _run_points(parent, points, common, first, out)
+    print(f'\n{table(rows)}', file=out, flush=True)
+    if any('loss' in row for row in rows):
+        print(f'\n{parent.root / "sweeps" / "sweep.png"}', file=out, flush=True)
+    return rows
+
+
+def _run_points(parent: Workspace, points: list[dict], common: dict, first: str, out) -> list[dict]:
+    "Run all points. Writes `sweep.json` and the plot, and returns the rows, best first."
     rows = []
     for i, point in enumerate(points, 1):
         start = time.time()
@@ -289,8 +302,6 @@ def sweep(
     rows.sort(key=lambda row: row.get('loss', math.inf))
     folder = parent.root / 'sweeps'
     write_json(folder / 'sweep.json', dict(common=common, points=rows))
-    print(f'\n{table(rows)}', file=out, flush=True)
     if any('loss' in row for row in rows):
         plot(rows, folder / 'sweep.png')
-        print(f'\n{folder / "sweep.png"}', file=out, flush=True)
     return rows

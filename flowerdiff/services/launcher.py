@@ -19,7 +19,7 @@ import torch
 
 from ..core.schema import UserError
 from ..core.workspace import disk_errors, is_out_of_memory, read_json, write_json
-from .hardware import cores
+from .hardware import check_disk, cores, explain_end, oom_kills
 from .processes import launch_torchrun
 from .tracking import read_events
 
@@ -90,6 +90,7 @@ def run_workers(
     write_json(folder / 'job.json', dict(pid=os.getpid(), **job))
     offsets = {path: path.stat().st_size for path in folder.glob('*-*.jsonl')}
     failed = []
+    kills = oom_kills()
     child = launch_torchrun(module, root, folder, processes, f'{name}.log')
     try:
         running = True
@@ -102,7 +103,7 @@ def run_workers(
             time.sleep(0.1)
     finally:
         _stop(child)
-    _raise_failure(failed, child.returncode, name, folder / f'{name}.log')
+    _raise_failure(failed, child.returncode, name, folder / f'{name}.log', kills)
 
 
 def _stop(child: subprocess.Popen):
@@ -114,13 +115,12 @@ def _stop(child: subprocess.Popen):
             os.killpg(child.pid, signal.SIGKILL)
 
 
-def _raise_failure(failed: list[dict], returncode: int, name: str, log: Path):
+def _raise_failure(failed: list[dict], returncode: int, name: str, log: Path, kills: int):
     if failed and failed[0]['mistake']:
         raise UserError(failed[0]['message'])
     if failed:
         raise RuntimeError(f'{failed[0]["kind"]}: {failed[0]["message"][:300]}; see {log}')
     if returncode:
-        raise UserError(
-            f'{name}: a process was killed, often because memory ran out; what is done is kept, '
-            f'run again to continue ({log} may say more)'
-        )
+        check_disk(log.parent)
+        error = explain_end(name, returncode if returncode < 0 else None, kills)  # torchrun's own code is 1
+        raise type(error)(f'{error} ({log} may say more)')

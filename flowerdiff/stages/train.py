@@ -13,6 +13,7 @@ from pathlib import Path
 from ..core.checksums import verify_folder
 from ..core.schema import UserError
 from ..core.workspace import Workspace, read_json, stage
+from ..services.hardware import check_disk, explain_end, oom_kills
 from ..services.image_files import read_image
 from ..services.processes import RunMonitor, follow, is_training, launch_torchrun, start_process
 from ..services.tracking import log_event
@@ -106,11 +107,12 @@ def run(ws: Workspace) -> Result:
     verify_folder(ws.encoded, again=True)
     folder = run_folder(ws)
     process = None
+    kills = oom_kills()
     if not is_training(folder):
         note_other_way(ws, folder)
         process = start_training(ws, folder)
     last_event = follow_training(ws, folder, process)
-    raise_unless_done(ws, folder, last_event)
+    raise_unless_done(ws, folder, last_event, kills)
     drop_old_checkpoints(ws, folder)
     return read_result(ws, folder)
 
@@ -149,14 +151,22 @@ def raise_unless_done(
     ws: Workspace,
     folder: Path,  # of the run
     event: dict,  # the last one
+    kills: int | None = None,  # `oom_kills()` when the run was started; None: unknown
 ):
     "Raise the error that ended a run, if it is not done."
     kind = event.get('event')
+    kills = oom_kills() if kills is None else kills
+    if not kind and ws.settings.train.where == 'here':
+        check_disk(folder)
+        raise UserError(f'{explain_end("train", None, kills)}; see {folder / "train.log"}')
+    if kind == 'stopped' and oom_kills() > kills:
+        raise explain_end('train', None, kills)
     if kind == 'stopped':
         raise UserError(f'train: stopped at step {event["step"]:,} of {event["total"]:,}; run again to go on')
     if event.get('mistake'):
         raise UserError(event['message'])
     if kind != 'done':
+        check_disk(folder)
         reason = f'{event.get("kind", "no error was recorded")}: {event.get("message", "killed?")[:300]}'
         message = f'training ended without a result ({reason}); see {folder / "train.log"}'
         if ws.settings.train.where == 'sagemaker':
