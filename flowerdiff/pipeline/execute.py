@@ -116,28 +116,70 @@ class HiddenLog(io.TextIOWrapper):
         return len(text)
 
 # %% ../../nbs/pipeline/03_execute.ipynb #c44b5aca
+@contextlib.contextmanager
+def _open_log(path: Path):  # yields an object to write to
+    "Open the log of a kernel. On a full disk it is cut short, which ends no stage."
+    file = HiddenLog(open(path, 'wb'), encoding='utf-8')  # noqa: SIM115 (closed below)
+
+    def attempt(method):
+        def call(*args):
+            with contextlib.suppress(OSError):
+                return method(*args)
+
+        return call
+
+    try:
+        yield SimpleNamespace(write=attempt(file.write), flush=attempt(file.flush))
+    finally:
+        attempt(file.close)()
+
+
+def _kernel_manager(exit_codes: list):  # a class for nbclient
+    "Return a kernel manager that notes the exit code of a kernel that died."
+    from jupyter_client import AsyncKernelManager
+
+    class Manager(AsyncKernelManager):
+        async def is_alive(self) -> bool:
+            alive = await self._async_is_alive()
+            if not alive and self.has_kernel:
+                exit_codes.append(await self.provisioner.poll())
+            return alive
+
+    return Manager
+
+
 def execute(
     ws: Workspace,
     stage: str,  # one of `STAGES`
 ) -> Path:  # the executed notebook
-    "Run the notebook of a stage with papermill. Raises what papermill raises."
+    "Run the notebook of a stage with papermill. Raises what papermill raises, or why its kernel died."
     notebook = find_notebook(stage)
     for folder in (ws.notebooks, ws.work / 'log'):
         folder.mkdir(parents=True, exist_ok=True)
     use_own_kernel(ws.root / '.flowerdiff' / 'jupyter')
     out = ws.notebooks / notebook.name
-    with HiddenLog(open(ws.work / 'log' / f'{stage}.log', 'wb'), encoding='utf-8') as log:
-        _import_papermill().execute_notebook(
-            tag_for_run(notebook),
-            out,
-            dict(workspace=str(ws.root), profile=ws.settings.profile, overrides=[]),
-            kernel_name='python3',
-            cwd=ws.notebooks,
-            progress_bar=False,
-            autosave_cell_every=30,
-            stdout_file=log,
-            stderr_file=log,
-        )
+    papermill = _import_papermill()
+    from nbclient.exceptions import DeadKernelError
+
+    exit_codes = []
+    kills = oom_kills()
+    try:
+        with _open_log(ws.work / 'log' / f'{stage}.log') as log:
+            papermill.execute_notebook(
+                tag_for_run(notebook),
+                out,
+                dict(workspace=str(ws.root), profile=ws.settings.profile, overrides=[]),
+                kernel_name='python3',
+                cwd=ws.notebooks,
+                progress_bar=False,
+                autosave_cell_every=30,
+                stdout_file=log,
+                stderr_file=log,
+                kernel_manager_class=_kernel_manager(exit_codes),
+            )
+    except DeadKernelError:
+        check_disk(ws.work)
+        raise explain_end(stage, next(iter(exit_codes), None), kills) from None
     return out
 
 # %% ../../nbs/pipeline/03_execute.ipynb #3523cbf1

@@ -41,7 +41,8 @@ def start_dvc(
     **kwargs,  # for `subprocess.Popen`
 ) -> subprocess.Popen:
     "Start a DVC command in a workspace."
-    env = safe_environment() | dict(
+    env = safe_environment() | run_variable(ws.root)
+    env |= dict(
         DVC_NO_ANALYTICS='1',
         DVC_SITE_CACHE_DIR=str(ws.root / '.dvc' / 'tmp' / 'site'),
         PYTHONUNBUFFERED='1',
@@ -54,7 +55,8 @@ def start_dvc(
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding='utf-8',
+        errors='replace',
         start_new_session=True,
         **kwargs,
     )
@@ -168,6 +170,9 @@ class _DvcRun:
         self.started = time.time()  # of the stage that runs
         self.stage = None  # the one that runs
         self.ran = []
+        self.failure = None  # what a stage said, see `flowerdiff.pipeline.execute.print_failure`
+        self.error = None  # of the thread that reads
+        self.kills = oom_kills()
         self.tail = deque(maxlen=21)
         self.lines = queue.Queue()
         self.messages = Messages(ws, self.started)
@@ -176,12 +181,21 @@ class _DvcRun:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
-        with open(self.ws.work / 'run.log', 'w', encoding='utf-8') as log:
-            for line in map(hide_credentials, self.dvc.stdout):
-                log.write(line)
-                log.flush()
+        "Read what DVC prints until it ends. A log that cannot be written stops nothing."
+        log = contextlib.ExitStack()
+        try:
+            with contextlib.suppress(OSError), log:
+                file = log.enter_context((self.ws.work / 'run.log').open('w', encoding='utf-8'))
+                for line in map(hide_credentials, self.dvc.stdout):
+                    self.lines.put(line.rstrip())
+                    file.write(line)
+                    file.flush()
+            for line in self.dvc.stdout:
                 self.lines.put(line.rstrip())
-        self.lines.put(None)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.lines.put(None)
 
     def show_messages(self):
         if 'train' in self.ran:
@@ -196,7 +210,9 @@ class _DvcRun:
 
     def handle(self, line: str):
         self.tail.append(line)
-        if line.startswith("Running stage '"):
+        if line.startswith(FAILURE):
+            self.failure = json.loads(line.removeprefix(FAILURE))
+        elif line.startswith("Running stage '"):
             self.stage = line.split("'")[1]
             self.started = time.time()
             self.ran.append(self.stage)
@@ -206,9 +222,15 @@ class _DvcRun:
             if not line.startswith(stage_line(self.stage, '...', '')):  # a detail of the stage
                 self.stage = None
 
+    def stop_orphans(self):
+        "If DVC was killed, end what it has started: those processes hold its pipe open."
+        if self.dvc.poll() is not None:
+            stop_leftovers(self.ws.root)
+
     def stop(self) -> Stopped:
         "End all processes. Returns the exception to raise."
         _stop(self.dvc)
+        stop_leftovers(self.ws.root)
         self.display.clear()
         step = last_event(self.ws, self.started).get('step') if self.stage == 'train' else None
         where = f' in {self.stage}' if self.stage else ''
@@ -216,26 +238,36 @@ class _DvcRun:
         return Stopped(f'stopped{where}{when}; run the same command to continue')
 
 
+def _show_until_end(run: _DvcRun):
+    "Show what DVC does. Raises the error of the thread that reads."
+    while True:
+        try:
+            line = run.lines.get(timeout=0.3)
+        except queue.Empty:
+            run.show_progress()
+            run.stop_orphans()
+            continue
+        if line is None:
+            break
+        run.handle(line)
+    if run.error:
+        raise run.error
+    run.show_messages()
+
+
 def _follow(run: _DvcRun) -> list[str]:
     "Show what DVC does until it ends. Returns the stages that ran."
     try:
-        while True:
-            try:
-                line = run.lines.get(timeout=0.3)
-            except queue.Empty:
-                run.show_progress()
-                continue
-            if line is None:
-                break
-            run.handle(line)
-        run.show_messages()
+        _show_until_end(run)
+        code = run.dvc.wait(60)  # it has closed its pipe
     except KeyboardInterrupt:
         raise run.stop() from None
     except BaseException:  # such as a closed pipe: no process may stay behind
         run.stop()
         raise
-    if run.dvc.wait():
-        raise _failure(run.ws, run.tail)
+    if code:
+        stop_leftovers(run.ws.root)
+        raise _failure(run)
     return run.ran
 
 # %% ../../nbs/pipeline/08_pipeline.ipynb #c58843dd
