@@ -57,7 +57,7 @@ def ws(tmp_path_factory):
         im.paste(draw(sample_attributes(3, i), 3, i, min(w, h)), (w - min(w, h), h - min(w, h)))
         im.paste('red', (0, 0, w // 10, h))
         im.save(d / 'mine' / f'{i:02}.png')
-    with open(d / 'mine' / 'metadata.jsonl', 'w') as f:
+    with open(d / 'mine' / 'metadata.jsonl', 'w', encoding='utf-8') as f:
         for i in range(60):
             print(json.dumps(dict(file_name=f'{i:02}.png', caption=f'flower number {i}')), file=f)
     for s in (prepare, caption, encode):

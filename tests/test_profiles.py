@@ -541,7 +541,7 @@ def mine(tmp_path_factory):  # captioned pictures, a base, and what it became: w
     clip = tiny_clip(d / 'clip')
     base = str(tiny_stable_diffusion(d / 'base', clip))
     (d / 'pictures').mkdir()
-    with open(d / 'pictures' / 'metadata.jsonl', 'w') as f:
+    with open(d / 'pictures' / 'metadata.jsonl', 'w', encoding='utf-8') as f:
         for i in range(40):
             a = dict(
                 species=list(KINDS)[i % 6],

@@ -113,7 +113,7 @@ class LossCurves:
 def read_events(run: Path) -> LossCurves:
     "Return the curves of a run that is still training."
     curves = LossCurves()
-    for line in (run / 'events.jsonl').read_text(errors='replace').splitlines():
+    for line in (run / 'events.jsonl').read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             event = json.loads(line)
         except ValueError:
@@ -128,7 +128,7 @@ def read_curves(workspace: Path) -> LossCurves:
     "Return the curves of the newest run."
     info = {}
     with contextlib.suppress(OSError, ValueError):
-        info = json.loads((workspace / 'train.json').read_text())
+        info = json.loads((workspace / 'train.json').read_text(encoding='utf-8'))
     if info:
         return LossCurves(info.get('loss_curve', []), info.get('validation_curve', []), info)
     run = newest_run(workspace)

@@ -133,7 +133,9 @@ def sampling_defaults(
 ) -> SamplingDefaults:
     "Return the steps and the guidance that suit a model."
     try:
-        settings = json.loads((session_model_folder(workspace) / 'train_settings.json').read_text())
+        settings = json.loads(
+            (session_model_folder(workspace) / 'train_settings.json').read_text(encoding='utf-8')
+        )
         steps = settings['train'].get('distill', 0)
     except (TypeError, OSError, ValueError, KeyError, AttributeError):
         steps = 0
@@ -173,7 +175,7 @@ def available_schedulers(
 ) -> list[str]:  # keys of `SCHEDULERS`
     "Return the schedulers that work with a model. Flow models have fewer."
     try:
-        config = json.loads((model / 'scheduler' / 'scheduler_config.json').read_text())
+        config = json.loads((model / 'scheduler' / 'scheduler_config.json').read_text(encoding='utf-8'))
         prediction_type = config.get('prediction_type')
     except (OSError, ValueError):
         prediction_type = ''

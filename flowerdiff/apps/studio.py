@@ -110,7 +110,9 @@ def image_size(
 ) -> int:  # pixels; 0: unknown
     "Return the size of the pictures that a model generates."
     try:
-        unet, vae = (json.loads((model / part / 'config.json').read_text()) for part in ('unet', 'vae'))
+        unet, vae = (
+            json.loads((model / part / 'config.json').read_text(encoding='utf-8')) for part in ('unet', 'vae')
+        )
     except (TypeError, OSError, ValueError):
         return 0
     return unet.get('sample_size', 0) * 2 ** (len(vae.get('block_out_channels', [0])) - 1)

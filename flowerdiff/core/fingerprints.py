@@ -114,6 +114,7 @@ def git_commit() -> str:
             cwd=Path(sys.modules['flowerdiff'].__file__).parent,
             capture_output=True,
             text=True,
+            encoding='utf-8',
         )
     except (KeyError, OSError):
         return ''  # no library, or no git

@@ -259,12 +259,14 @@ def progress(
         rate = n / (now - start)
         if state_file and now - written > 0.4:
             written = now
-            Path(state_file).write_text(json.dumps(dict(label=label, n=n, total=total, rate=rate)))
+            Path(state_file).write_text(
+                json.dumps(dict(label=label, n=n, total=total, rate=rate)), encoding='utf-8'
+            )
         if now - printed > every:
             printed = now
             print(f'{label} {n}{f"/{total}" if total else ""}, {rate:.1f}/s', flush=True)
     if state_file:
-        Path(state_file).write_text('{}')  # a full bar would promise that the stage is done
+        Path(state_file).write_text('{}', encoding='utf-8')  # a full bar would promise that the stage is done
 
 # %% ../../nbs/core/08_workspace.ipynb #831ae8d9
 def record(ws: Workspace, name: str, result, seconds: float):

@@ -142,7 +142,7 @@ def _content_key(file: Path) -> str:
     "Return what identifies a file: a hash, or a configuration without its volatile keys."
     if file.name != 'config.json':
         return file_sha256(file)
-    return ''.join(VOLATILE.sub('', file.read_text(errors='replace')).split())
+    return ''.join(VOLATILE.sub('', file.read_text(encoding='utf-8', errors='replace')).split())
 
 
 def component_fingerprint(

@@ -177,7 +177,7 @@ def read_run(
     verdict = metrics.get('verdict') or {}
     return RunRecord(
         train=read_json(folder / 'train.json'),
-        settings=_flatten(yaml.safe_load((folder / 'params.yaml').read_text())),
+        settings=_flatten(yaml.safe_load((folder / 'params.yaml').read_text(encoding='utf-8'))),
         adherence={name: score['value'] for name, score in adherence.items()},
         verdict=verdict.get('light', ''),
     )

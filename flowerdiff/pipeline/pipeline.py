@@ -52,6 +52,7 @@ def start_dvc(
         text=True,
         start_new_session=True,
         **kwargs,
+        encoding='utf-8',
     )
 
 # %% ../../nbs/pipeline/08_pipeline.ipynb #a2a39379
@@ -60,7 +61,7 @@ def lock(ws: Workspace):
     "Allow only one run at a time in a workspace. Raises `UserError` if another one holds the lock."
     with disk_errors():
         (ws.root / '.flowerdiff').mkdir(parents=True, exist_ok=True)
-        file = open(ws.root / '.flowerdiff' / 'lock', 'a+')  # noqa: SIM115 (closed below)
+        file = open(ws.root / '.flowerdiff' / 'lock', 'a+', encoding='utf-8')  # noqa: SIM115 (closed below)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +74,7 @@ def lock(ws: Workspace):
 def is_locked(ws: Workspace) -> bool:
     "Return whether a run holds the lock. Writes nothing."
     try:
-        with open(ws.root / '.flowerdiff' / 'lock') as file:
+        with open(ws.root / '.flowerdiff' / 'lock', encoding='utf-8') as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -115,7 +116,7 @@ def _remove_stale_lock(ws: Workspace):
     "Remove the lock of a DVC process that no longer runs."
     path = ws.root / '.dvc' / 'tmp' / 'rwlock'
     if path.exists():
-        pids = set(re.findall(r'"pid": *(\d+)', path.read_text()))
+        pids = set(re.findall(r'"pid": *(\d+)', path.read_text(encoding='utf-8')))
         if not any(is_alive(int(pid)) for pid in pids):
             path.unlink()
 

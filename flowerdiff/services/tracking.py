@@ -263,7 +263,7 @@ def forward_events(
     destinations: dict = DESTINATIONS,  # destination -> function that opens its sink
 ) -> dict[str, str]:  # destination -> why it failed
     "Send each destination the events it has not received yet."
-    with open(folder / 'tracked.lock', 'a') as lock:
+    with open(folder / 'tracked.lock', 'a', encoding='utf-8') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -354,7 +354,7 @@ def start_follower(
         return
     arguments = [str(ws.root), str(folder), str(os.getpid())]
     try:
-        with open(folder / 'tracking.log', 'a') as log:
+        with open(folder / 'tracking.log', 'a', encoding='utf-8') as log:
             subprocess.Popen(
                 [sys.executable, '-m', 'flowerdiff.services.tracking', *arguments],
                 stdin=subprocess.DEVNULL,

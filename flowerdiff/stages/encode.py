@@ -376,7 +376,7 @@ def write_indices(new: Path, inputs: dict[str, Inputs], texts: list[str], indice
         captions = list(itertools.islice(indices, len(own.files)))
         if own.repeats:
             write_json(new / split / 'repeats.json', own.repeats)
-        (new / split / 'captions.json').write_text(json.dumps(captions))
+        (new / split / 'captions.json').write_text(json.dumps(captions), encoding='utf-8')
     write_json(new / 'text' / 'texts.json', texts)
 
 
