@@ -136,7 +136,7 @@ def sampling_defaults(
         settings = json.loads(
             (session_model_folder(workspace) / 'train_settings.json').read_text(encoding='utf-8')
         )
-        steps = settings['train'].get('distill', 0)
+        steps = int(settings['train'].get('distill', 0))
     except (TypeError, OSError, ValueError, KeyError, AttributeError):
         steps = 0
     return SamplingDefaults(steps, 1.0) if steps else SamplingDefaults()
@@ -177,7 +177,7 @@ def available_schedulers(
     try:
         config = json.loads((model / 'scheduler' / 'scheduler_config.json').read_text(encoding='utf-8'))
         prediction_type = config.get('prediction_type')
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         prediction_type = ''
     return ['auto', 'dpm', 'unipc'] if prediction_type == 'flow_prediction' else [*SCHEDULERS]
 

@@ -27,6 +27,7 @@ from ..core.fingerprints import file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import is_out_of_memory, read_json, write_json
 from ..services.hub_cache import HUB_ID, bundled_part, snapshot
+from ..services.model_configs import check_config, check_size, summarize_weights
 
 # %% ../../nbs/models/01_components.ipynb #e15652bd
 FILES = dict(
@@ -213,6 +214,19 @@ def component_errors(
         yield
 
 # %% ../../nbs/models/01_components.ipynb #e10b53f4
+def _check_total(cls, folder: Path):
+    "Raise `UserError` if a network of Diffusers has more weights than its files. Allocates none of them."
+    with torch.device('meta'):
+        network = cls.from_config(cls.load_config(folder))
+    wanted = sum(p.numel() for p in network.parameters())
+    there = summarize_weights(folder).numbers
+    if wanted > 2 * there:  # what little is missing is named later
+        raise UserError(
+            f'{folder}: config.json describes {wanted:,} weights and the files hold {there:,}; '
+            'copy both from the same place'
+        )
+
+
 def load_strict(
     cls,  # a model class of Diffusers or transformers
     folder: Path,  # with config.json and safetensors
@@ -220,6 +234,9 @@ def load_strict(
 ) -> nn.Module:  # in evaluation mode, without gradients
     "Load a network from safetensors. Raises `UserError` if a weight is missing or has the wrong shape."
     with component_errors(folder):
+        check_size(read_json(Path(folder) / 'config.json'), summarize_weights(folder), folder)
+        if not kwargs.get('low_cpu_mem_usage', True):
+            _check_total(cls, folder)
         model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
     wrong = [*info.get('missing_keys', []), *info.get('mismatched_keys', [])]
     wrong = sorted(str(name) for name in wrong if not str(name).endswith('position_ids'))
@@ -270,7 +287,7 @@ def load_autoencoder(
     import diffusers
 
     folder = find_component(spec, 'vae', base)
-    kind = read_json(folder / 'config.json').get('_class_name')
+    kind = check_config(read_json(folder / 'config.json'), 'vae', folder / 'config.json').get('_class_name')
     if kind not in AUTOENCODERS:
         raise UserError(
             f'{folder}: is a {kind}; only {" and ".join(AUTOENCODERS)} fit a Stable Diffusion pipeline'

@@ -12,6 +12,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..core.profiles import parse_yaml
 from ..core.schema import UserError
 from ..core.workspace import Workspace, read_json, write_json
 from flowerdiff.pipeline.dvc_graph import (
@@ -105,16 +106,27 @@ def _hashes_file(ws: Workspace) -> Path:
     return ws.root / '.flowerdiff' / 'hashes.json'
 
 
+def _is_entry(entry) -> bool:  # of a stage, in dvc.lock
+    if not isinstance(entry, dict) or not isinstance(entry.get('params', {}), dict):
+        return False
+    items = [item for kind in ('deps', 'outs') for item in entry.get(kind) or []]
+    return all(isinstance(item, dict) and {'path', 'md5'} <= set(item) for item in items)
+
+
 def read_lock(ws: Workspace) -> dict:  # stage -> its entry
     "Read `dvc.lock`. Raises `UserError` if it is broken."
-    from ruamel.yaml import YAML, YAMLError
-
     path = ws.root / 'dvc.lock'
+    if not path.exists():
+        return {}
     try:
-        data = YAML(typ='safe').load(path) if path.exists() else None
-    except YAMLError:
-        raise UserError(f'{path}: is not YAML; delete it, and every stage runs again') from None
-    return (data or {}).get('stages') or {}
+        data = parse_yaml(path.read_text(encoding='utf-8'), 'dvc.lock') or {}
+        stages = data.get('stages') or {}
+        broken = not all(map(_is_entry, stages.values()))
+    except (UserError, UnicodeDecodeError, AttributeError):
+        broken = True
+    if broken:
+        raise UserError(f'{path}: is damaged; delete it, and every stage runs again')
+    return stages
 
 
 def remember_hashes(ws: Workspace, stages: list[str]):
@@ -192,10 +204,8 @@ def find_changes(
     ws: Workspace,
 ) -> dict[str, list[str]]:  # stage that has run -> why it would run again
     "Compare each stage with its last run. Raises `UserError` if `params.yaml` or `dvc.lock` is broken."
-    from ruamel.yaml import YAML
-
     lock = read_lock(ws)
-    params = YAML(typ='safe').load(ws.root / 'params.yaml')
+    params = parse_yaml((ws.root / 'params.yaml').read_text(encoding='utf-8'), 'params.yaml')
     texts = input_texts(ws)
     hashed = hash_function(ws)
     found = {}

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..core.files import is_alive
+from ..core.files import is_alive, parse_json
 from ..core.workspace import Workspace, open_workspace, read_json, write_json
 from .mlflow_paths import adopt_database
 
@@ -42,6 +42,16 @@ def log_event(
         os.close(fd)
 
 # %% ../../nbs/services/03_tracking.ipynb #4ba70038
+def _is_event(row) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get('event'), str)
+        and isinstance(row.get('step', 0), int)
+        and isinstance(row.get('time', 0), int | float)
+        and isinstance(row.get('levels', {}), dict)
+    )
+
+
 def read_events(
     path: Path,  # an events.jsonl
     offset: int = 0,  # byte to start at
@@ -56,10 +66,10 @@ def read_events(
     events = []
     for line in complete.splitlines():
         try:
-            event = json.loads(line)
+            event = parse_json(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and 'event' in event:
+        if _is_event(event):
             events.append(event)
     return events, offset + len(complete)
 
@@ -70,7 +80,8 @@ def curve(
     key: str = 'loss',  # the field to plot
 ) -> tuple[list[int], list[float]]:  # steps, values
     "Extract one number from the events, as a function of the step."
-    points = {e['step']: e[key] for e in events if e['event'] == event and key in e}
+    found = [e for e in events if e['event'] == event and 'step' in e]
+    points = {e['step']: e[key] for e in found if isinstance(e.get(key), int | float)}
     steps = sorted(points)
     return steps, [points[step] for step in steps]
 

@@ -257,7 +257,7 @@ class Result:
         sets = open_shard_sets(self.folder / split, 'latents')
         largest = max(sets, key=len)
         first = sum(len(shards) for shards in sets[: sets.index(largest)])
-        files = read_json(self.folder / split / 'files.json')[first : first + min(n, len(largest))]
+        files = read_json(self.folder / split / 'files.json', kind=list)[first : first + min(n, len(largest))]
         h, w = largest.fields['mean'][0][2:]
         paths = [self.pictures / split / file for file in files]
         x = pil_to_tensor(read_pictures(paths, (w * factor, h * factor)))

@@ -48,7 +48,7 @@ def with_champion_texts(
         for row in read_jsonl(ws.captions / 'metadata.jsonl')
         if row['captions']
     }
-    files = read_json(ws.encoded / 'val' / 'files.json')
+    files = read_json(ws.encoded / 'val' / 'files.json', kind=list)
     texts = [captions.get(file, captions.get(f'val/{file}', '')) for file in files]
     text_encoder = load_text(str(ws.model))
     embeddings = [text_encoder.encode(texts[i : i + 64]) for i in range(0, len(texts), 64)]
@@ -88,7 +88,7 @@ def read_record(ws: Workspace) -> dict:
 def read_rolled_back(ws: Workspace) -> list:  # UNet fingerprints
     "Read the fingerprints of the models that are not promoted again."
     file = ws.work / 'rolled_back.json'
-    return read_json(file) if file.exists() else []
+    return read_json(file, kind=list) if file.exists() else []
 
 
 def same_component(ws: Workspace, name: str) -> bool:
