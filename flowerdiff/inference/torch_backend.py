@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core.schema import UserError
 from ..core.workspace import read_json
-from ..models.components import component_errors, why_not_compile
+from ..models.components import component_errors, limit_length, why_not_compile
 from flowerdiff.models.model_folder import (
     PIPELINES,
     load_part,
@@ -86,8 +86,8 @@ class Backend:
 
         with component_errors(self.folder / 'tokenizer'):
             tokenizer = AutoTokenizer.from_pretrained(self.folder / 'tokenizer')
-        positions = read_config(self.folder, 'text_encoder')['max_position_embeddings']
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+            positions = read_config(self.folder, 'text_encoder')['max_position_embeddings']
+            limit_length(tokenizer, positions)
         return tokenizer
 
     def condition(self, text: Tensor):  # [B, L, D] embeddings -> the `text` argument of `denoise`

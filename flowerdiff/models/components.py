@@ -7,7 +7,7 @@ __all__ = ['FILES', 'UNSAFE', 'HUB_FILES', 'PINNED', 'ORIGIN', 'VOLATILE', 'AUTO
            'cached_part', 'from_hub', 'component_folder', 'find_component', 'component_fingerprint', 'save_part',
            'quiet_libraries', 'one_line_errors', 'component_errors', 'load_strict', 'pil_to_tensor', 'tensor_to_pil',
            'psnr', 'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'find_tokenizer',
-           'load_text', 'bf16_is_fast', 'why_not_compile', 'build_denoiser']
+           'limit_length', 'load_text', 'bf16_is_fast', 'why_not_compile', 'build_denoiser']
 
 # %% ../../nbs/models/01_components.ipynb #ee23b767
 import contextlib
@@ -362,6 +362,17 @@ def find_tokenizer(folder: Path) -> Path:
     )
 
 
+def limit_length(
+    tokenizer,  # changed: its `model_max_length`
+    positions: int,  # of the text encoder
+):
+    "Let a tokenizer write no more tokens than the text encoder reads. Raises `ValueError` for no length."
+    length = tokenizer.model_max_length
+    if not isinstance(length, int | float) or not length >= 2:
+        raise ValueError(f'model_max_length is {length!r}')
+    tokenizer.model_max_length = int(min(length, positions))
+
+
 def load_text(
     spec: str,  # 'garden', a folder, or org/name@commit
     base: Path = '.',  # what a relative folder is relative to
@@ -376,17 +387,16 @@ def load_text(
     tokenizer_folder = find_tokenizer(folder)
     is_whole_clip = kind == 'clip'
     model = load_strict(CLIPModel if is_whole_clip else CLIPTextModel, folder, dtype=torch.float32)
-    with component_errors(folder):
-        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     text_model = model.text_model if is_whole_clip else model
+    with component_errors(tokenizer_folder):
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+        limit_length(tokenizer, text_model.config.max_position_embeddings)
     vocab_size = text_model.config.vocab_size
     if len(tokenizer) > vocab_size:
         raise UserError(
             f'{tokenizer_folder}: has {len(tokenizer)} tokens, the text encoder knows {vocab_size}; '
             'they do not belong together'
         )
-    max_length = text_model.config.max_position_embeddings
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return TextEncoder(tokenizer, text_model, model if is_whole_clip else None)
 
 # %% ../../nbs/models/01_components.ipynb #b0f16a02

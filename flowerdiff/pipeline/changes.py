@@ -107,10 +107,14 @@ def _hashes_file(ws: Workspace) -> Path:
 
 
 def _is_entry(entry) -> bool:  # of a stage, in dvc.lock
-    if not isinstance(entry, dict) or not isinstance(entry.get('params', {}), dict):
+    if not isinstance(entry, dict) or not isinstance(entry.get('params') or {}, dict):
         return False
     items = [item for kind in ('deps', 'outs') for item in entry.get(kind) or []]
-    return all(isinstance(item, dict) and {'path', 'md5'} <= set(item) for item in items)
+    settings = (entry.get('params') or {}).get('params.yaml') or {}
+    named = all(
+        isinstance(item, dict) and isinstance(item.get('path'), str) and 'md5' in item for item in items
+    )
+    return named and isinstance(settings, dict)
 
 
 def read_lock(ws: Workspace) -> dict:  # stage -> its entry
@@ -122,7 +126,7 @@ def read_lock(ws: Workspace) -> dict:  # stage -> its entry
         data = parse_yaml(path.read_text(encoding='utf-8'), 'dvc.lock') or {}
         stages = data.get('stages') or {}
         broken = not all(map(_is_entry, stages.values()))
-    except (UserError, UnicodeDecodeError, AttributeError):
+    except (UserError, UnicodeDecodeError, AttributeError, TypeError):
         broken = True
     if broken:
         raise UserError(f'{path}: is damaged; delete it, and every stage runs again')
@@ -151,7 +155,8 @@ def hash_function(ws: Workspace):  # name of a file or folder in the workspace -
     def find(name: str) -> str:
         path = ws.root / name
         entry = known.get(name)
-        return entry['md5'] if entry and entry['state'] == path_state(path) else dvc_hash(path)
+        known_state = isinstance(entry, dict) and entry.get('state') == path_state(path)
+        return str(entry.get('md5')) if known_state else dvc_hash(path)
 
     return find
 
@@ -163,7 +168,7 @@ def _setting(data: dict, key: str):
 
 
 def _changed_settings(stage: str, entry: dict, params: dict) -> dict:  # dotted key -> 'old -> new'
-    before = entry.get('params', {}).get('params.yaml', {})
+    before = (entry.get('params') or {}).get('params.yaml') or {}
     changed = {}
     for key in GRAPH[stage].settings:
         changed |= setting_changes(key, before.get(key), _setting(params, key))
@@ -172,7 +177,7 @@ def _changed_settings(stage: str, entry: dict, params: dict) -> dict:  # dotted 
 
 def _changed_inputs(ws: Workspace, stage: str, texts: dict, entry: dict) -> dict:  # what -> how it differs
     "Compare the code and the outside inputs of a stage."
-    ran_with = {item['path']: item.get('md5') for item in entry.get('deps', [])}
+    ran_with = {item['path']: item.get('md5') for item in entry.get('deps') or []}
     kept = remembered_inputs(ws, stage)
     changed = {}
     for path in (code_file(stage), *GRAPH[stage].reads):
@@ -192,7 +197,7 @@ def _changed_files(stage: str, entry: dict, hashed) -> list[str]:
     "Compare what a stage reads and wrote in the workspace."
     reasons = []
     for kind, text in (('deps', 'has changed'), ('outs', 'was changed by hand')):
-        for item in entry.get(kind, []):
+        for item in entry.get(kind) or []:
             name = item['path']
             found = item['md5'] if name.startswith('.flowerdiff/') else hashed(name)
             if found != item['md5']:

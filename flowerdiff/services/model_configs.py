@@ -77,7 +77,7 @@ def check_config(
         PARTS[part].model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
-        key = '.'.join(str(name) for name in first['loc'] if not isinstance(name, int))
+        key = first['loc'][0]
         given = '' if first['type'] == 'missing' else f' (it has {_short(first["input"])})'
         raise UserError(f'{path}: {key} {allowed_text(first)}{given}; copy the model again') from None
     return config
