@@ -96,8 +96,8 @@ def scalars(
     if event['event'] not in ('step', 'validation'):
         return {}
     group = 'train' if event['event'] == 'step' else 'validation'
-    values = {key: event[key] for key in SCALARS if event.get(key) is not None}
-    levels = {f't{int(t):04d}': loss for t, loss in event.get('levels', {}).items()}
+    values = {key: event[key] for key in SCALARS if isinstance(event.get(key), int | float)}
+    levels = {f't{t:>04}': loss for t, loss in event.get('levels', {}).items()}
     return {f'{group}/{key}': value for key, value in {**values, **levels}.items()}
 
 # %% ../../nbs/services/03_tracking.ipynb #7637a232
