@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import flowerdiff
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
@@ -172,6 +173,24 @@ def test_metadata(pictures, tmp_path_factory, suffix, rows, cut):
         read(describe, pictures, tmp_path_factory.getbasetemp() / 'rows.jsonl')
     finally:
         path.unlink()
+
+
+def test_a_cut_emoji(pictures, tmp_path):
+    "Half of a character in a text, a key and a file name."
+    rows = [
+        {'file_name': 'rose.png', 'text': 'a rose \ud83c', '\ud83d': 1},
+        dict(file_name='\ud83d.png', text='a'),
+    ]
+    path = pictures / 'metadata.jsonl'
+    path.write_bytes(table('jsonl', rows))
+    (pictures / 'lily.json').write_text('{"tags": ["lily \\ud83c"]}', encoding='utf-8')
+    try:
+        describe(pictures, tmp_path / 'rows.jsonl')
+    finally:
+        path.unlink()
+        (pictures / 'lily.json').unlink()
+    found = (tmp_path / 'rows.jsonl').read_text(encoding='utf-8')
+    assert 'a rose \ufffd' in found and 'lily \ufffd' in found
 
 
 CSV = b'file_name,text,tags\nrose.png,"a red rose, at night","[\'red\', \'rose\']"\nlily.png,a lily,white\n'
@@ -373,3 +392,11 @@ def monkeypatch_module():
             'flowerdiff.pipeline.changes.input_texts', lambda ws: {'.flowerdiff/state/source.json': text}
         )
         yield patch
+
+
+# --- The locale ---------------------------------------------------------------------------------------
+
+
+def test_a_locale_without_utf8(tmp_path):
+    done = flowerdiff('init', 'Blüten', cwd=tmp_path, env=dict(LC_ALL='C', PYTHONUTF8='0'))
+    assert (done.returncode, [path.name for path in tmp_path.iterdir()]) == (0, ['Blüten']), done.stderr
