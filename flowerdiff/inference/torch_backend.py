@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core.schema import UserError
 from ..core.workspace import read_json
-from ..models.components import component_errors, limit_length, why_not_compile
+from ..models.components import component_errors, why_not_compile
 from flowerdiff.models.model_folder import (
     PIPELINES,
     load_part,
@@ -29,6 +29,7 @@ from flowerdiff.models.model_folder import (
     scheduler_config,
     student_steps,
 )
+from ..services.model_configs import limit_length
 
 # %% ../../nbs/inference/02_torch_backend.ipynb #5ecac0bb
 def truncated_text(

@@ -7,7 +7,7 @@ __all__ = ['FILES', 'UNSAFE', 'HUB_FILES', 'PINNED', 'ORIGIN', 'VOLATILE', 'AUTO
            'cached_part', 'from_hub', 'component_folder', 'find_component', 'component_fingerprint', 'save_part',
            'quiet_libraries', 'one_line_errors', 'component_errors', 'load_strict', 'pil_to_tensor', 'tensor_to_pil',
            'psnr', 'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder', 'find_tokenizer',
-           'limit_length', 'load_text', 'bf16_is_fast', 'why_not_compile', 'build_denoiser']
+           'load_text', 'bf16_is_fast', 'why_not_compile', 'build_denoiser']
 
 # %% ../../nbs/models/01_components.ipynb #ee23b767
 import contextlib
@@ -27,7 +27,7 @@ from ..core.fingerprints import file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import is_out_of_memory, read_json, write_json
 from ..services.hub_cache import HUB_ID, bundled_part, snapshot
-from ..services.model_configs import check_config, check_size, summarize_weights
+from ..services.model_configs import check_config, check_weights, limit_length
 
 # %% ../../nbs/models/01_components.ipynb #e15652bd
 FILES = dict(
@@ -214,19 +214,6 @@ def component_errors(
         yield
 
 # %% ../../nbs/models/01_components.ipynb #e10b53f4
-def _check_total(cls, folder: Path):
-    "Raise `UserError` if a network of Diffusers has more weights than its files. Allocates none of them."
-    with torch.device('meta'):
-        network = cls.from_config(cls.load_config(folder))
-    wanted = sum(p.numel() for p in network.parameters())
-    there = summarize_weights(folder).numbers
-    if wanted > 2 * there:  # what little is missing is named later
-        raise UserError(
-            f'{folder}: config.json describes {wanted:,} weights and the files hold {there:,}; '
-            'copy both from the same place'
-        )
-
-
 def load_strict(
     cls,  # a model class of Diffusers or transformers
     folder: Path,  # with config.json and safetensors
@@ -234,9 +221,7 @@ def load_strict(
 ) -> nn.Module:  # in evaluation mode, without gradients
     "Load a network from safetensors. Raises `UserError` if a weight is missing or has the wrong shape."
     with component_errors(folder):
-        check_size(read_json(Path(folder) / 'config.json'), summarize_weights(folder), folder)
-        if not kwargs.get('low_cpu_mem_usage', True):
-            _check_total(cls, folder)
+        check_weights(Path(folder), None if kwargs.get('low_cpu_mem_usage', True) else cls)
         model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
     wrong = [*info.get('missing_keys', []), *info.get('mismatched_keys', [])]
     wrong = sorted(str(name) for name in wrong if not str(name).endswith('position_ids'))
@@ -360,17 +345,6 @@ def find_tokenizer(folder: Path) -> Path:
     raise UserError(
         f'{folder}: has no tokenizer beside it (tokenizer.json, or vocab.json and merges.txt); copy it there'
     )
-
-
-def limit_length(
-    tokenizer,  # changed: its `model_max_length`
-    positions: int,  # of the text encoder
-):
-    "Let a tokenizer write no more tokens than the text encoder reads. Raises `ValueError` for no length."
-    length = tokenizer.model_max_length
-    if not isinstance(length, int | float) or not length >= 2:
-        raise ValueError(f'model_max_length is {length!r}')
-    tokenizer.model_max_length = int(min(length, positions))
 
 
 def load_text(

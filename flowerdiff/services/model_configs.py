@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Width', 'Layers', 'Levels', 'Beta', 'PARTS', 'LAYERS', 'WIDTHS', 'check_config', 'WeightsSummary',
-           'summarize_weights', 'count_layers', 'widest_layer', 'check_size']
+           'summarize_weights', 'count_layers', 'widest_layer', 'check_size', 'check_weights', 'limit_length']
 
 # %% ../../nbs/services/12_model_configs.ipynb #c8a10004
 import math
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.schema import UserError
 from ..core.setting_errors import allowed_text
+from ..core.workspace import read_json
 
 # %% ../../nbs/services/12_model_configs.ipynb #c8a10008
 Width = Annotated[int, Field(ge=1, le=10_000_000)]  # of a layer, or entries of a vocabulary
@@ -164,3 +165,38 @@ def check_size(
                 f'{folder}: config.json describes {wanted:,} {what}, more than the weights hold ({there:,}); '
                 'copy both from the same place'
             )
+
+# %% ../../nbs/services/12_model_configs.ipynb #c8a20002
+def _check_total(network_class, weights: WeightsSummary, folder: Path):
+    import torch
+
+    with torch.device('meta'):
+        network = network_class.from_config(network_class.load_config(folder))
+    wanted = sum(p.numel() for p in network.parameters())
+    if wanted > 2 * weights.numbers:  # what little is missing is named later
+        raise UserError(
+            f'{folder}: config.json describes {wanted:,} weights and the files hold {weights.numbers:,}; '
+            'copy both from the same place'
+        )
+
+
+def check_weights(
+    folder: Path,  # of one part of a model
+    network_class=None,  # of Diffusers, to compare the whole size too
+):
+    "Raise `UserError` if the configuration of a part describes a larger network than its weights fill."
+    weights = summarize_weights(folder)
+    check_size(read_json(Path(folder) / 'config.json'), weights, folder)
+    if network_class:
+        _check_total(network_class, weights, folder)
+
+# %% ../../nbs/services/12_model_configs.ipynb #c8a20005
+def limit_length(
+    tokenizer,  # changed: its `model_max_length`
+    positions: int,  # of the text encoder
+):
+    "Let a tokenizer write no more tokens than the text encoder reads. Raises `ValueError` for no length."
+    length = tokenizer.model_max_length
+    if not isinstance(length, int | float) or not length >= 2:
+        raise ValueError(f'model_max_length is {length!r}')
+    tokenizer.model_max_length = int(min(length, positions))

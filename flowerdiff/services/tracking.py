@@ -8,6 +8,7 @@ __all__ = ['SCALARS', 'MLFLOW_ENV', 'RUN_STATUS', 'DESTINATIONS', 'TORCHRUN_ENV'
            'report_failures', 'follow', 'start_follower', 'name_champion', 'new_version']
 
 # %% ../../nbs/services/03_tracking.ipynb #a6d671f8
+import contextlib
 import errno
 import fcntl
 import json
@@ -43,13 +44,9 @@ def log_event(
 
 # %% ../../nbs/services/03_tracking.ipynb #4ba70038
 def _is_event(row) -> bool:
-    return (
-        isinstance(row, dict)
-        and isinstance(row.get('event'), str)
-        and isinstance(row.get('step', 0), int)
-        and isinstance(row.get('time', 0), int | float)
-        and isinstance(row.get('levels', {}), dict)
-    )
+    kinds = dict(step=int, time=int | float, levels=dict)
+    is_event = isinstance(row, dict) and isinstance(row.get('event'), str)
+    return is_event and all(isinstance(row[key], kind) for key, kind in kinds.items() if key in row)
 
 
 def read_events(
@@ -65,12 +62,9 @@ def read_events(
     complete = data[: data.rfind(b'\n') + 1]
     events = []
     for line in complete.splitlines():
-        try:
+        with contextlib.suppress(ValueError):
             event = parse_json(line)
-        except ValueError:
-            continue
-        if _is_event(event):
-            events.append(event)
+            events += [event] if _is_event(event) else []
     return events, offset + len(complete)
 
 # %% ../../nbs/services/03_tracking.ipynb #be4736bb
