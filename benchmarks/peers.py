@@ -283,7 +283,7 @@ def write_parts(folder, unet, a):
     save_tokenizer(tokenizer, model / 'tokenizer')
     (folder / 'pictures').mkdir()
     (folder / 'embeddings').mkdir()
-    with open(folder / 'pictures/metadata.jsonl', 'w') as f:
+    with open(folder / 'pictures/metadata.jsonl', 'w', encoding='utf-8') as f:
         for i in range(n):
             Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).resize(
                 (a.resolution,) * 2, Image.BICUBIC

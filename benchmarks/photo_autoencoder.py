@@ -235,7 +235,7 @@ class Training:
     def log(self, spent: float):
         "Save, and note the quality on the held-out photographs."
         row = dict(step=self.step, minutes=round(spent, 1), db=self.save(spent))
-        with open(self.args.out / 'log.jsonl', 'a') as file:
+        with open(self.args.out / 'log.jsonl', 'a', encoding='utf-8') as file:
             print(json.dumps(row), file=file)
 
     def train_step(self, done: float, workers: ThreadPoolExecutor):

@@ -57,7 +57,7 @@ def ws(tmp_path_factory):
         im.paste(draw(sample_attributes(3, i), 3, i, min(w, h)), (w - min(w, h), h - min(w, h)))
         im.paste('red', (0, 0, w // 10, h))
         im.save(d / 'mine' / f'{i:02}.png')
-    with open(d / 'mine' / 'metadata.jsonl', 'w') as f:
+    with open(d / 'mine' / 'metadata.jsonl', 'w', encoding='utf-8') as f:
         for i in range(60):
             print(json.dumps(dict(file_name=f'{i:02}.png', caption=f'flower number {i}')), file=f)
     for s in (prepare, caption, encode):
@@ -87,14 +87,14 @@ def test_training_pictures_keep_their_shape_and_the_others_are_squares(ws):
 
 
 def test_each_number_is_its_picture_with_its_caption(ws):
-    split, files = load_split(ws.encoded, 'train'), read_json(ws.encoded / 'train' / 'files.json')
+    split, files = load_split(ws.encoded, 'train'), read_json(ws.encoded / 'train' / 'files.json', kind=list)
     assert (
         isinstance(split, BucketedSplit)
         and len(split) == len(files) == len(read_jsonl(ws.pictures / 'train' / 'metadata.jsonl'))
         and split.sizes[0]
         and len(split.sizes) == 4
     )
-    vae, texts = load_autoencoder('garden'), read_json(ws.encoded / 'text' / 'texts.json')
+    vae, texts = load_autoencoder('garden'), read_json(ws.encoded / 'text' / 'texts.json', kind=list)
     rows = {r['file_name']: r for r in read_jsonl(ws.pictures / 'train' / 'metadata.jsonl')}
     for i in (0, split.sizes[0] - 1, *split.starts[1:4], len(files) - 1):
         picture = np.asarray(Image.open(ws.pictures / 'train' / files[i]).convert('RGB'))[None]

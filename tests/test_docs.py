@@ -207,7 +207,7 @@ COMMANDS = {
 
 def markdown(path: Path) -> str:
     return (
-        path.read_text()
+        path.read_text(encoding='utf-8')
         if path.suffix == '.md'
         else '\n\n'.join(source(c) for c in cells(path) if c['cell_type'] == 'markdown')
     )

@@ -188,7 +188,7 @@ def test_shards_of_a_worker_that_was_stopped_are_not_made_again(parts, encoded, 
     from flowerdiff.models.components import save_part
 
     ws = encoded
-    files = read_json(ws.encoded / 'train' / 'files.json')
+    files = read_json(ws.encoded / 'train' / 'files.json', kind=list)
     save_part(load_autoencoder(str(parts / 'vae')), tmp_path / 'j' / 'vae')
     job = dict(
         sets=[('train', None, files)],
@@ -214,7 +214,7 @@ def test_shards_of_a_worker_that_was_stopped_are_not_made_again(parts, encoded, 
 
 
 def test_unique_captions_all_positions_and_the_null_prompt(encoded):
-    texts = read_json(encoded.encoded / 'text' / 'texts.json')
+    texts = read_json(encoded.encoded / 'text' / 'texts.json', kind=list)
     assert texts[0] == '' and sorted(texts[1:]) == ['rose', 'rose a', 'rose b', 'rose c']
     e = Shards(encoded.encoded / 'text', 'text').load()['embedding']
     assert e.shape == (5, 8, 16) and e.dtype == np.float16
@@ -227,12 +227,12 @@ def test_unique_captions_all_positions_and_the_null_prompt(encoded):
         )[0]
     assert np.abs(e[0] - want[0].numpy()).max() < 1e-2
     for split, n in (('train', 40), ('val', 4), ('test', 4)):
-        numbers = read_json(encoded.encoded / split / 'captions.json')
+        numbers = read_json(encoded.encoded / split / 'captions.json', kind=list)
         assert (
             len(numbers)
             == n
             == len(Shards(encoded.encoded / split, 'latents'))
-            == len(read_json(encoded.encoded / split / 'files.json'))
+            == len(read_json(encoded.encoded / split / 'files.json', kind=list))
         )
         assert [[texts[i] for i in ns] for ns in numbers[:2]] == [['rose a'], ['rose b', 'rose']]
 

@@ -228,7 +228,7 @@ def slow_run(root, calls):
     "Run the stage slowly, and log the size of each batch before the model sees it."
 
     def slow(self, inputs, task):
-        with open(calls, 'a') as file:
+        with open(calls, 'a', encoding='utf-8') as file:
             file.write(f'{len(inputs["pixel_values"])}\n')
         time.sleep(0.04)
         return real_answers(self, inputs, task)
@@ -268,7 +268,7 @@ def test_killed_at_random_points_it_redoes_a_batch_at_most(mini, whole, tmp_path
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert not ws.captions.exists()
-    with open(sorted(ws.work.glob('caption-*/*-*.jsonl'))[-1], 'a') as file:
+    with open(sorted(ws.work.glob('caption-*/*-*.jsonl'))[-1], 'a', encoding='utf-8') as file:
         file.write('{"event": "batch", "task": "<DETAILED_CAPTION>", "answ')  # a truncated line
     process = start(ws.root, calls)
     process.join()

@@ -314,7 +314,7 @@ def test_moved_on_is_not_overwritten(hub, publish, ws):
     back = publish('someone/moved', ws.root)
     one_line(back, head[:12], 'did not publish')
     said, memory = re.search(r'write (.*) into (.*) and run again', back['error']).groups()
-    Path(memory).write_text(said)  # as the line says
+    Path(memory).write_text(said, encoding='utf-8')  # as the line says
     assert (
         publish('someone/moved', ws.root)['value']['published']['changed'] and repo.commits[-2]['oid'] == head
     )

@@ -331,7 +331,7 @@ def test_hangup(toy, ws, ignored):
     wait(lambda: '"total": 400' in events.read_text())
     if ignored:
         family = [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)]
-        lines = [Path(f'/proc/{q.pid}/status').read_text() for q in family]
+        lines = [Path(f'/proc/{q.pid}/status').read_text(encoding='utf-8') for q in family]
         masks = [int(re.search(r'SigIgn:\s*(\w+)', text)[1], 16) for text in lines]
         assert len(masks) > 3 and all(mask & 1 for mask in masks), masks
         os.kill(p.pid, signal.SIGHUP)
@@ -520,7 +520,7 @@ def test_killed_outright_leaves_the_old_folder_whole(toy, ws):
 def test_two_runs_in_one_workspace(toy, ws):
     import fcntl
 
-    with open(ws / '.flowerdiff' / 'lock', 'a') as f:
+    with open(ws / '.flowerdiff' / 'lock', 'a', encoding='utf-8') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         p = toy('run', ws)
     assert p.returncode == 2 and 'another flowerdiff run' in p.stderr

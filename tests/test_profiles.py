@@ -79,7 +79,7 @@ def started(ws):
 
 def check_latents(ws, vae):  # of picture k, and of its mirror, as Diffusers' own class makes them
     for split in ('train', 'val', 'test'):
-        files = read_json(ws.encoded / split / 'files.json')
+        files = read_json(ws.encoded / split / 'files.json', kind=list)
         assert files == [r['file_name'] for r in read_jsonl(ws.pictures / split / 'metadata.jsonl')]
         z = Shards(ws.encoded / split, 'latents').gather(range(len(files)))
         with torch.no_grad():
@@ -106,12 +106,13 @@ def check_texts(
     tok, model = CLIPTokenizer.from_pretrained(folder), CLIPTextModel.from_pretrained(folder)
     e, texts, captions = (
         Shards(ws.encoded / 'text', 'text').load()['embedding'],
-        read_json(ws.encoded / 'text' / 'texts.json'),
+        read_json(ws.encoded / 'text' / 'texts.json', kind=list),
         said(ws),
     )
     for split in ('train', 'val', 'test'):
         for f, numbers in zip(
-            read_json(ws.encoded / split / 'files.json'), read_json(ws.encoded / split / 'captions.json')
+            read_json(ws.encoded / split / 'files.json', kind=list),
+            read_json(ws.encoded / split / 'captions.json', kind=list),
         ):
             assert [texts[i] for i in numbers] == captions[f'{split}/{f}']
     ids = tok(texts, padding='max_length', max_length=77, truncation=True, return_tensors='pt').input_ids
@@ -154,7 +155,7 @@ def check_training(
         'stream',
     ):
         assert run[f'train.{k}'] == getattr(t, k), k
-    n = len(read_json(ws.encoded / 'train' / 'files.json'))
+    n = len(read_json(ws.encoded / 'train' / 'files.json', kind=list))
     done = read_json(ws.root / 'train.json')
     assert (
         done['steps'] == start['total'] == -int(-n * t.epochs // t.batch_size)
@@ -541,7 +542,7 @@ def mine(tmp_path_factory):  # captioned pictures, a base, and what it became: w
     clip = tiny_clip(d / 'clip')
     base = str(tiny_stable_diffusion(d / 'base', clip))
     (d / 'pictures').mkdir()
-    with open(d / 'pictures' / 'metadata.jsonl', 'w') as f:
+    with open(d / 'pictures' / 'metadata.jsonl', 'w', encoding='utf-8') as f:
         for i in range(40):
             a = dict(
                 species=list(KINDS)[i % 6],

@@ -65,7 +65,7 @@ def flowerdiff_modules(
     package = '.'.join(path.relative_to(ROOT).with_suffix('').parts[:-1])
     known = {'.'.join(p.relative_to(ROOT / 'flowerdiff').with_suffix('').parts) for p in MODULES}
     found = set()
-    for m in imports(ast.parse(path.read_text())):
+    for m in imports(ast.parse(path.read_text(encoding='utf-8'))):
         if m.startswith('.'):
             up = len(m) - len(m.lstrip('.'))
             m = '.'.join(
@@ -498,7 +498,7 @@ def test_readme_commands_are_there():
 
 def markdown(path: Path) -> str:
     return (
-        path.read_text()
+        path.read_text(encoding='utf-8')
         if path.suffix == '.md'
         else '\n\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
     )

@@ -35,7 +35,9 @@ def instructions(dockerfile: Path) -> list:  # (word, what follows it)
     text = re.sub(
         r'\\\n\s*',
         '',
-        '\n'.join(line for line in dockerfile.read_text().splitlines() if not line.startswith('#')),
+        '\n'.join(
+            line for line in dockerfile.read_text(encoding='utf-8').splitlines() if not line.startswith('#')
+        ),
     )
     return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
 

@@ -34,7 +34,7 @@ def mlflow_server(folder, port):
         '--artifacts-destination',
         str(folder / 'artifacts'),
     ]
-    with open(folder / 'server.log', 'w') as log:
+    with open(folder / 'server.log', 'w', encoding='utf-8') as log:
         p = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
     end = time.time() + 120
     try:

@@ -303,7 +303,9 @@ class Ranks:
 
         open_workspace(self.ws.root, overrides={f'train.{k}': v for k, v in settings.items()})
         ranks(some_steps, str(self.ws.root), str(self.folder), upto, n=n)
-        return [json.loads(Path(f'{self.folder}-{upto}-{i}.json').read_text()) for i in range(n)]
+        return [
+            json.loads(Path(f'{self.folder}-{upto}-{i}.json').read_text(encoding='utf-8')) for i in range(n)
+        ]
 
     def checkpoint(self):
         from flowerdiff.training.checkpoints import load_checkpoint

@@ -597,7 +597,7 @@ def test_three_pages_at_once(pages, served, workspace):
     generator, kernels = children(served[0])
 
     def has(p):
-        return 'libtorch' in Path(f'/proc/{p.pid}/maps').read_text()
+        return 'libtorch' in Path(f'/proc/{p.pid}/maps').read_text(encoding='utf-8')
 
     assert has(generator) and len(kernels) == 3 and not any(map(has, kernels))
     assert all(p.memory_info().rss < 200e6 for p in kernels), [p.memory_info().rss / 1e6 for p in kernels]

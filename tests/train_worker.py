@@ -15,8 +15,6 @@ import socket
 import sys
 from pathlib import Path
 
-import flowerdiff.models.components
-import flowerdiff.training.checkpoints
 import flowerdiff.training.worker
 
 
@@ -70,7 +68,7 @@ def some_steps(root, folder, upto, env):
     saver.finish(wait=True)
     trainer.engine.wait()
     facts = dict(first_step=first_step, losses=losses, pictures=pictures, **memory_facts(trainer))
-    Path(f'{folder}-{upto}-{trainer.engine.rank}.json').write_text(json.dumps(facts))
+    Path(f'{folder}-{upto}-{trainer.engine.rank}.json').write_text(json.dumps(facts), encoding='utf-8')
     trainer.engine.wait()
     trainer.engine.close()
 
@@ -147,7 +145,7 @@ def limit_memory(megabytes):
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: freed memory is returned, so that the limit is on memory in use
     mallopt(-8, 1)  # M_ARENA_MAX: no thread reserves addresses of its own
-    pages = int(Path('/proc/self/statm').read_text().split()[0])
+    pages = int(Path('/proc/self/statm').read_text(encoding='utf-8').split()[0])
     limit = pages * resource.getpagesize() + (megabytes << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

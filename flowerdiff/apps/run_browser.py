@@ -17,9 +17,12 @@ import ipywidgets as w
 from fastcore.basics import patch
 
 from .widgets import add_classes, close_tree, data_url, image_html, jpeg_url, note_html, row
+from ..core.files import parse_json
 from ..core.schema import UserError
+from ..core.workspace import read_json
 from ..data.images import open_picture
 from ..evaluation.report import LOSS_NOTE, line_chart, smooth
+from ..services import tracking
 
 # %% ../../nbs/apps/05_run_browser.ipynb #5610ed40
 def line_offsets(
@@ -48,7 +51,7 @@ def read_rows(
         for offset in offsets:
             lines.seek(offset)
             try:
-                row = json.loads(lines.readline())
+                row = parse_json(lines.readline())
             except ValueError:
                 continue
             if isinstance(row, dict) and isinstance(row.get('file_name'), str):
@@ -113,13 +116,9 @@ class LossCurves:
 def read_events(run: Path) -> LossCurves:
     "Return the curves of a run that is still training."
     curves = LossCurves()
-    for line in (run / 'events.jsonl').read_text(errors='replace').splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        curve = dict(step=curves.training, validation=curves.validation).get(event.get('event'))
-        if curve is not None and isinstance(event.get('loss'), (int, float)):
+    for event in tracking.read_events(run / 'events.jsonl')[0]:
+        curve = dict(step=curves.training, validation=curves.validation).get(event['event'])
+        if curve is not None and 'step' in event and isinstance(event.get('loss'), (int, float)):
             curve.append((event['step'], event['loss']))
     return curves
 
@@ -127,8 +126,8 @@ def read_events(run: Path) -> LossCurves:
 def read_curves(workspace: Path) -> LossCurves:
     "Return the curves of the newest run."
     info = {}
-    with contextlib.suppress(OSError, ValueError):
-        info = json.loads((workspace / 'train.json').read_text())
+    with contextlib.suppress(OSError, UserError):
+        info = read_json(workspace / 'train.json')
     if info:
         return LossCurves(info.get('loss_curve', []), info.get('validation_curve', []), info)
     run = newest_run(workspace)

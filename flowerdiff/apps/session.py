@@ -133,8 +133,10 @@ def sampling_defaults(
 ) -> SamplingDefaults:
     "Return the steps and the guidance that suit a model."
     try:
-        settings = json.loads((session_model_folder(workspace) / 'train_settings.json').read_text())
-        steps = settings['train'].get('distill', 0)
+        settings = json.loads(
+            (session_model_folder(workspace) / 'train_settings.json').read_text(encoding='utf-8')
+        )
+        steps = int(settings['train'].get('distill', 0))
     except (TypeError, OSError, ValueError, KeyError, AttributeError):
         steps = 0
     return SamplingDefaults(steps, 1.0) if steps else SamplingDefaults()
@@ -173,9 +175,9 @@ def available_schedulers(
 ) -> list[str]:  # keys of `SCHEDULERS`
     "Return the schedulers that work with a model. Flow models have fewer."
     try:
-        config = json.loads((model / 'scheduler' / 'scheduler_config.json').read_text())
+        config = json.loads((model / 'scheduler' / 'scheduler_config.json').read_text(encoding='utf-8'))
         prediction_type = config.get('prediction_type')
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         prediction_type = ''
     return ['auto', 'dpm', 'unipc'] if prediction_type == 'flow_prediction' else [*SCHEDULERS]
 

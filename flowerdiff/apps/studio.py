@@ -8,7 +8,6 @@ __all__ = ['EXAMPLES', 'TABS', 'WORKSPACE_ENV', 'short_caption', 'example_prompt
 
 # %% ../../nbs/apps/08_studio.ipynb #d7ff65d8
 import html
-import json
 import os
 import random
 import threading
@@ -46,6 +45,10 @@ from flowerdiff.apps.widgets import (
     row,
     style_html,
 )
+from ..core.files import parse_json
+from ..core.schema import UserError
+from ..core.workspace import read_json
+from ..services.model_configs import check_config
 
 # %% ../../nbs/apps/08_studio.ipynb #72d87921
 EXAMPLES = [
@@ -75,8 +78,10 @@ def example_prompts(
     with open(path, encoding='utf-8', errors='replace') as lines:
         for line in lines:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
+                continue
+            if not isinstance(row, dict):
                 continue
             held_out = not str(row.get('file_name', '')).startswith('train/')
             if held_out or not found:
@@ -110,10 +115,11 @@ def image_size(
 ) -> int:  # pixels; 0: unknown
     "Return the size of the pictures that a model generates."
     try:
-        unet, vae = (json.loads((model / part / 'config.json').read_text()) for part in ('unet', 'vae'))
-    except (TypeError, OSError, ValueError):
+        files = {part: model / part / 'config.json' for part in ('unet', 'vae')}
+        unet, vae = (check_config(read_json(file), part, file) for part, file in files.items())
+    except (TypeError, OSError, UserError):
         return 0
-    return unet.get('sample_size', 0) * 2 ** (len(vae.get('block_out_channels', [0])) - 1)
+    return unet['sample_size'] * 2 ** (len(vae['block_out_channels']) - 1)
 
 # %% ../../nbs/apps/08_studio.ipynb #6f8e365e
 def header_html(workspace: Path) -> str:

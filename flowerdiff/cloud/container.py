@@ -110,7 +110,7 @@ def fail(
     "Write an error where SageMaker reads it. Only the first error of a host is kept."
     print(reason, file=sys.stderr, flush=True)
     if not (ml / 'output/failure').exists():
-        (ml / 'output/failure').write_text(reason)
+        (ml / 'output/failure').write_text(reason, encoding='utf-8')
     return 2
 
 # %% ../../nbs/cloud/02_container.ipynb #f5139c6d

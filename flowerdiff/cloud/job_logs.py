@@ -94,7 +94,7 @@ class JobLog:
         self.known = {_key(event) for event in past if event['event'] not in RUN_STATUS}
         self.failure = ''  # the error that a container reported
         self.tail = deque(maxlen=20)  # the last lines of the log
-        self.log.write_text('')
+        self.log.write_text('', encoding='utf-8')
 
     def write(self, event: dict):
         "Append an event, unless it is known."

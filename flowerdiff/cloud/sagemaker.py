@@ -272,7 +272,7 @@ def make_code(
     if train.optimizer == 'adamw8bit':
         packages.append('bitsandbytes')
     requirements = [f'{package}=={version(package)}\n' for package in packages]
-    (folder / 'requirements.txt').write_text(''.join(requirements))
+    (folder / 'requirements.txt').write_text(''.join(requirements), encoding='utf-8')
     overrides = {'tracking.enabled': False}  # the events are forwarded from this machine
     overrides['train.keep_checkpoints'] = max(3, train.keep_checkpoints)
     if any(file['path'].startswith('init/') for file in files):
@@ -282,7 +282,7 @@ def make_code(
     write_params(ws.settings.profile, folder / 'params.yaml', overrides)
     listed = [dict(path=file['path'], sha256=file['sha256']) for file in files]
     write_json(folder / 'job.json', dict(run=run, files=listed))
-    (folder / 'train.py').write_text(START)
+    (folder / 'train.py').write_text(START, encoding='utf-8')
 
 # %% ../../nbs/cloud/01_sagemaker.ipynb #01a111ed
 def _sdk_session(session, store: S3Store, tag: str):

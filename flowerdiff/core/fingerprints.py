@@ -138,6 +138,7 @@ def git_commit() -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            encoding='utf-8',
         )
     except (KeyError, OSError):
         return ''  # no library, or no git

@@ -6,8 +6,9 @@
 __all__ = ['Count', 'Share', 'Rate', 'Pinned', 'hide_credentials', 'UserError', 'Section', 'pinned']
 
 # %% ../../nbs/core/01_schema.ipynb #0c247bd3
+import math
+import os
 import re
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -78,7 +79,7 @@ class Section(BaseModel):
 def pinned(spec: str) -> str:
     "Return a model's name. Raises `ValueError` for a hub id without a commit, because that model can change."
     is_hub_id = re.fullmatch(r'[\w.-]+/[\w.-]+', spec) and not spec.startswith('.')
-    if is_hub_id and not Path(spec).exists():
+    if is_hub_id and not os.path.exists(spec):
         raise ValueError(
             f"is neither a folder here nor pinned to a commit; write {spec}@COMMIT for the hub's model"
         )

@@ -105,6 +105,14 @@ def explain_errors(
     return '; '.join(texts[:3]) + more
 
 
+def _shown(value) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return 'a huge number'
+    return text if len(text) <= 100 else f'{text[:97]}...'
+
+
 def _error_text(error: dict, where: str, lines: dict) -> str:
     key = '.'.join(part for part in map(str, error['loc']) if not part.isdigit())
     line = lines.get(key)
@@ -115,5 +123,5 @@ def _error_text(error: dict, where: str, lines: dict) -> str:
     if text.startswith(key):
         return text
     place = f'{where} line {line} has' if line else 'given'
-    given = '' if error['type'] == 'missing' or not key else f' ({place} {error["input"]!r})'
+    given = '' if error['type'] == 'missing' or not key else f' ({place} {_shown(error["input"])})'
     return f'{key} {text}{given}'

@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import atomic_write
+from .files import atomic_write, parse_json
 from .fingerprints import code_fingerprint, fingerprint
 from .profiles import load_profile, load_settings, run_settings, write_params
 from .schema import UserError, hide_credentials
@@ -34,14 +34,24 @@ def write_json(path: str | Path, obj):
     atomic_write(path, hide_credentials(text) + '\n')
 
 
-def read_json(path: str | Path):
-    "Read a JSON file. Raises `UserError` if it is missing or broken."
+def read_json(
+    path: str | Path,
+    *keys: str,  # that the object must have
+    kind: type = dict,  # of value, or list
+):
+    "Read a JSON file. Raises `UserError` if it is missing, broken, of another kind, or lacks a key."
     try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
+        found = parse_json(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f'{path}: is not there; run the stage that makes it') from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f'{path}: is not JSON ({error}); delete it and run the stage that makes it') from None
+    if not isinstance(found, kind) or any(key not in found for key in keys):
+        wanted = ' with '.join(
+            filter(None, [dict(dict='an object', list='a list')[kind.__name__], ', '.join(keys)])
+        )
+        raise UserError(f'{path}: does not hold {wanted}; delete it and run the stage that makes it')
+    return found
 
 # %% ../../nbs/core/08_workspace.ipynb #076feb8b
 def write_jsonl(path: str | Path, rows):
@@ -49,20 +59,28 @@ def write_jsonl(path: str | Path, rows):
     atomic_write(path, ''.join(json.dumps(row, ensure_ascii=False, default=str) + '\n' for row in rows))
 
 
+def _parse_row(line: bytes) -> dict:
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise ValueError('it is no object')
+    return row
+
+
 def read_jsonl(path: str | Path) -> list:
     "Read a file with one JSON object per line. Raises `UserError` naming a broken line."
     rows = []
     if not Path(path).exists():
         raise UserError(f'{path}: is not there; run the stage that makes it')
-    with open(path, encoding='utf-8') as file:
+    with open(path, 'rb') as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                rows.append(_parse_row(line))
+            except ValueError as error:
+                reason = getattr(error, 'msg', error)
                 raise UserError(
-                    f'{path} line {number}: is not JSON ({error.msg}); fix or delete that line'
+                    f'{path} line {number}: is not JSON ({reason}); fix or delete that line'
                 ) from None
     return rows
 

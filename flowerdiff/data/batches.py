@@ -289,7 +289,7 @@ def read_repeats(
     from flowerdiff.core.workspace import read_json
 
     path = folder / 'repeats.json'
-    return np.array(read_json(path)) if path.exists() else None
+    return np.array(read_json(path, kind=list)) if path.exists() else None
 
 
 def load_split(
@@ -306,7 +306,7 @@ def load_split(
     loaded = [shards.load() for shards in open_shard_sets(encoded / split, 'latents')]
     buckets = [(tensor(records['mean']), tensor(records['std'])) for records in loaded]
     texts = tensor(Shards(encoded / 'text', 'text').load()['embedding'])
-    captions = read_json(encoded / split / 'captions.json')
+    captions = read_json(encoded / split / 'captions.json', kind=list)
     repeats = read_repeats(encoded / split)
     if len(buckets) > 1:
         return BucketedSplit(buckets, texts, captions, repeats)

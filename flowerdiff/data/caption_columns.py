@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+from ..core.files import parse_json
 from ..core.schema import UserError
 
 # %% ../../nbs/data/19_caption_columns.ipynb #c16a0007
@@ -58,7 +59,7 @@ def parse_cell(
     if text[:1] + text[-1:] not in ('[]', '{}'):
         return text
     with_commas = re.sub(r"""(['"])\s+(?=['"])""", r'\1, ', text)  # NumPy writes ['a' 'b']
-    for parse, source in ((json.loads, text), (ast.literal_eval, with_commas)):
+    for parse, source in ((parse_json, text), (ast.literal_eval, with_commas)):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             value = parse(source)
             if isinstance(value, list | dict):

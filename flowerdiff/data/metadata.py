@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+from ..core.files import parse_json
 from ..core.schema import UserError
 from .image_folder import LeftOut, picture_label
 from .images import printable
@@ -71,7 +72,7 @@ def folder_repeats(
     folders = dict.fromkeys(os.path.dirname(name) for name in names)
     matches = {folder: KOHYA.fullmatch(os.path.basename(folder)) for folder in folders}
     found = {
-        folder: Repeats(int(m[1]), ' '.join(m[2].replace('_', ' ').split()))
+        folder: Repeats(int(m[1]), ' '.join(printable(m[2]).replace('_', ' ').split()))
         for folder, m in matches.items()
         if m
     }
@@ -102,8 +103,8 @@ def read_sidecar(path: Path) -> dict:  # column -> value
     ending = path.suffix.lower()
     if ending == '.json':
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError):
+            row = parse_json(text)
+        except ValueError:
             return {}
         row = row if isinstance(row, dict) else {}
         return {k: v for k, v in row.items() if k not in picture_names(row) and len(str(v)) < LONGEST_VALUE}

@@ -12,7 +12,6 @@ import ast
 import codecs
 import csv
 import itertools
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core.files import parse_json
 from .image_folder import LeftOut
 from .images import printable
 
@@ -60,7 +60,7 @@ def text_lines(
 
 # %% ../../nbs/data/15_tables.ipynb #8eb53390
 def _parsed_list(text: str):  # -> list or dict of texts, None if the text is something else
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (parse_json, ast.literal_eval):
         try:
             value = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
@@ -139,7 +139,7 @@ def _find_delimiter(header: str) -> str:
         if len(columns) > 1 and any(_column_key(column) in NAME_COLUMNS for column in columns):
             return delimiter
     try:
-        return csv.Sniffer().sniff(header, DELIMITERS).delimiter
+        return csv.Sniffer().sniff(header[:2000], DELIMITERS).delimiter
     except csv.Error:
         return ','
 
@@ -247,9 +247,9 @@ def _whole_json(data) -> Iterator:  # of (row number, row or reason)
 
 def _json_line(line: str):  # -> row, or the reason why there is none
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f'is not JSON ({getattr(error, "msg", "nested too deeply")})'
+        row = parse_json(line)
+    except ValueError as error:
+        return f'is not JSON ({getattr(error, "msg", error)})'
     return row if isinstance(row, dict) else 'has no file_name'
 
 
@@ -261,13 +261,13 @@ def read_json_rows(
     lines = text_lines(path, notes)
     first = next((line for line in lines if line.strip()), '')
     try:
-        alone = json.loads(first)
-    except (ValueError, RecursionError):
+        alone = parse_json(first)
+    except ValueError:
         alone = None
     if not isinstance(alone, dict) or path.suffix.lower() == '.json':
         try:
-            data = json.loads(decode_text(path.read_bytes())[0])
-        except (ValueError, RecursionError):
+            data = parse_json(decode_text(path.read_bytes())[0])
+        except ValueError:
             data = None
         if isinstance(data, list) or (isinstance(data, dict) and not picture_names(data)):
             yield from _whole_json(data)
@@ -319,8 +319,8 @@ def read_parquet(path: Path, notes: set) -> Iterator:  # of (row number, row or 
                 for row in batch.to_pylist():
                     number += 1
                     yield number, {key: plain_value(row[key], features.get(key)) for key in row}
-    except (ArrowException, OSError) as error:
-        yield 1, f'is not a Parquet file that can be read ({str(error).splitlines()[0][:80]})'
+    except (ArrowException, OSError, ValueError, ArithmeticError) as error:
+        yield 1, f'is not a Parquet file that can be read ({printable(str(error))[:80]})'
 
 # %% ../../nbs/data/15_tables.ipynb #d117f09a
 READERS = {

@@ -209,7 +209,7 @@ def _inside(source: Path, container: Container) -> str:  # name of the unpacked 
 def _unpack(container: Container, target: Path, split: str, most: int | None) -> int:  # pictures
     count = target.with_name(f'.{target.name}.pictures')
     if count.exists():
-        return int(count.read_text())
+        return int(count.read_text(encoding='utf-8'))
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     try:
@@ -217,7 +217,7 @@ def _unpack(container: Container, target: Path, split: str, most: int | None) ->
     except (OSError, ValueError, tarfile.TarError, EOFError) as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f'{container.path}: cannot be unpacked ({reason}); get it again') from None
-    count.write_text(str(pictures))
+    count.write_text(str(pictures), encoding='utf-8')
     return pictures
 
 

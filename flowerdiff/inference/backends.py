@@ -70,15 +70,13 @@ def fastest_backend(
 ) -> str:
     "Return the fastest backend that keeps the quality, as measured by the export's check; else 'onnx'."
     try:
-        measured = read_json(onnx / 'parity.json')['backends']
-    except (UserError, KeyError):
+        measured = read_json(onnx / 'parity.json', 'backends')['backends']
+        speeds = {name: float(result['milliseconds']) for name, result in measured.items() if result['keeps']}
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return 'onnx'
-    good = []
-    for name, result in measured.items():
-        allowed = name in BACKENDS and (names is None or name in names)
-        if allowed and result['keeps'] and not why_unavailable(name, onnx):
-            good.append(name)
-    return min(good, key=lambda name: measured[name]['milliseconds'], default='onnx')
+    allowed = [name for name in speeds if name in BACKENDS and (names is None or name in names)]
+    good = [name for name in allowed if not why_unavailable(name, onnx)]
+    return min(good, key=speeds.get, default='onnx')
 
 # %% ../../nbs/inference/06_backends.ipynb #2e04b585
 def choose_backend(

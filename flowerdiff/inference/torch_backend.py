@@ -30,6 +30,7 @@ from flowerdiff.models.model_folder import (
     scheduler_config,
     student_steps,
 )
+from ..services.model_configs import limit_length
 
 # %% ../../nbs/inference/02_torch_backend.ipynb #5ecac0bb
 def truncated_text(

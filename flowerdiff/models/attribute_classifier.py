@@ -204,7 +204,7 @@ def save_classifier(
     }
     save_file(weights, fresh / 'model.safetensors')
     config = dict(attributes=model.attributes, width=model.width)
-    (fresh / 'config.json').write_text(json.dumps(config, indent=1))
+    (fresh / 'config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
 
@@ -216,6 +216,6 @@ def load_classifier(
     from safetensors.torch import load_file
 
     folder = Path(folder or files('flowerdiff') / 'assets/garden/classifier')
-    model = AttributeClassifier(**json.loads((folder / 'config.json').read_text()))
+    model = AttributeClassifier(**json.loads((folder / 'config.json').read_text(encoding='utf-8')))
     model.load_state_dict(load_file(folder / 'model.safetensors'))
     return model.eval()

@@ -384,10 +384,10 @@ def save_clip(model, tokenizer, out: Path):
     shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
-    bpe = json.loads((fresh / 'tokenizer.json').read_text())['model']
-    (fresh / 'vocab.json').write_text(json.dumps(bpe['vocab'], ensure_ascii=False))
+    bpe = json.loads((fresh / 'tokenizer.json').read_text(encoding='utf-8'))['model']
+    (fresh / 'vocab.json').write_text(json.dumps(bpe['vocab'], ensure_ascii=False), encoding='utf-8')
     merges = [m if isinstance(m, str) else ' '.join(m) for m in bpe['merges']]
-    (fresh / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]) + '\n')
+    (fresh / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]) + '\n', encoding='utf-8')
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
 

@@ -27,6 +27,7 @@ from ..core.fingerprints import file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import is_out_of_memory, read_json, write_json
 from ..services.hub_cache import HUB_ID, bundled_part, snapshot
+from ..services.model_configs import check_config, check_weights, limit_length
 
 # %% ../../nbs/models/01_components.ipynb #e15652bd
 FILES = dict(
@@ -142,7 +143,7 @@ def _content_key(file: Path) -> str:
     "Return what identifies a file: a hash, or a configuration without its volatile keys."
     if file.name != 'config.json':
         return file_sha256(file)
-    return ''.join(VOLATILE.sub('', file.read_text(errors='replace')).split())
+    return ''.join(VOLATILE.sub('', file.read_text(encoding='utf-8', errors='replace')).split())
 
 
 def component_fingerprint(
@@ -220,6 +221,7 @@ def load_strict(
 ) -> nn.Module:  # in evaluation mode, without gradients
     "Load a network from safetensors. Raises `UserError` if a weight is missing or has the wrong shape."
     with component_errors(folder):
+        check_weights(Path(folder), None if kwargs.get('low_cpu_mem_usage', True) else cls)
         model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
     wrong = [*info.get('missing_keys', []), *info.get('mismatched_keys', [])]
     wrong = sorted(str(name) for name in wrong if not str(name).endswith('position_ids'))
@@ -278,7 +280,7 @@ def load_autoencoder(
     import diffusers
 
     folder = find_component(spec, 'vae', base)
-    kind = read_json(folder / 'config.json').get('_class_name')
+    kind = check_config(read_json(folder / 'config.json'), 'vae', folder / 'config.json').get('_class_name')
     if kind not in AUTOENCODERS:
         raise UserError(
             f'{folder}: is a {kind}; only {" and ".join(AUTOENCODERS)} fit a Stable Diffusion pipeline'
@@ -367,17 +369,16 @@ def load_text(
     tokenizer_folder = find_tokenizer(folder)
     is_whole_clip = kind == 'clip'
     model = load_strict(CLIPModel if is_whole_clip else CLIPTextModel, folder, dtype=torch.float32)
-    with component_errors(folder):
-        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     text_model = model.text_model if is_whole_clip else model
+    with component_errors(tokenizer_folder):
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+        limit_length(tokenizer, text_model.config.max_position_embeddings)
     vocab_size = text_model.config.vocab_size
     if len(tokenizer) > vocab_size:
         raise UserError(
             f'{tokenizer_folder}: has {len(tokenizer)} tokens, the text encoder knows {vocab_size}; '
             'they do not belong together'
         )
-    max_length = text_model.config.max_position_embeddings
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     return TextEncoder(tokenizer, text_model, model if is_whole_clip else None)
 
 # %% ../../nbs/models/01_components.ipynb #b0f16a02

@@ -63,7 +63,12 @@ def adopt_settings(
 ):  # settings.train
     "Return the settings with the noise schedule and prediction type of a base model."
     prediction_type = config.get('prediction_type', 'epsilon')
-    if prediction_type == 'flow_prediction':
+    is_flow = prediction_type == 'flow_prediction'
+    needed = ['flow_shift'] if is_flow else ['beta_start', 'beta_end', 'beta_schedule']
+    missing = [key for key in [*needed, 'num_train_timesteps'] if config.get(key) is None]
+    if missing:
+        raise UserError(f'train.init: its scheduler_config.json has no {missing[0]}; copy the model again')
+    if is_flow:
         schedule = dict(flow_shift=config['flow_shift'])
     else:
         schedule = dict(

@@ -85,7 +85,7 @@ def prepare_texts(
     if not trains_text_encoder(ws):
         return split
     text = load_text(str(ws.encoded / 'components'))
-    return with_token_ids(split, text, read_json(ws.encoded / 'text' / 'texts.json'))
+    return with_token_ids(split, text, read_json(ws.encoded / 'text' / 'texts.json', kind=list))
 
 
 def build_new_denoiser(

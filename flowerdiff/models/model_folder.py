@@ -19,6 +19,7 @@ from ..core.schema import UserError
 from ..core.workspace import read_json, write_json
 from .components import from_hub, load_strict, one_line_errors
 from ..services.hub_cache import HUB_ID
+from ..services.model_configs import check_config
 
 # %% ../../nbs/models/02_model_folder.ipynb #1763af04
 def find_model(
@@ -63,10 +64,20 @@ def read_config(
         path = folder / part / ('scheduler_config.json' if part == 'scheduler' else 'config.json')
         if path.is_file():
             with model_errors(path):
-                return read_json(path)
+                return check_config(read_json(path), parts[0], path)
     raise UserError(f'{folder / parts[0]}: this part of the model is missing; copy or make the model again')
 
 # %% ../../nbs/models/02_model_folder.ipynb #7cf2d8ca
+def _try_scheduler(scheduler):
+    "Take two steps on latents of zeros. Raises whatever a scheduler raises that cannot sample."
+    latents = torch.zeros(1, 1, 1, 1)
+    scheduler.set_timesteps(2)
+    for t in scheduler.timesteps[:2]:
+        latents = scheduler.step(scheduler.scale_model_input(latents, t), t, latents).prev_sample
+    if not torch.isfinite(latents).all():
+        raise ValueError('its noise schedule divides by zero')
+
+
 def scheduler_config(
     folder: Path,  # model folder
 ) -> dict:
@@ -78,7 +89,7 @@ def scheduler_config(
         scheduler_class = getattr(diffusers, str(config['_class_name']), None)
         if not hasattr(scheduler_class, 'set_timesteps'):
             raise ValueError(f'{config["_class_name"]} is no scheduler of Diffusers')
-        scheduler_class.from_config({k: v for k, v in config.items() if k != '_class_name'})
+        _try_scheduler(scheduler_class.from_config({k: v for k, v in config.items() if k != '_class_name'}))
     if config.get('steps_offset', 1) != 1:
         config['steps_offset'] = 1
     if config.get('clip_sample', False):

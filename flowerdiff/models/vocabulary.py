@@ -198,6 +198,21 @@ def write_vocabulary(folder: Path, vocabulary: Vocabulary):
         save_file({w: v.astype(np.float16) for w, v in vocabulary.meanings.items()}, vectors)
 
 
+def _read_meanings(file: Path) -> dict[str, np.ndarray]:  # word -> [D]
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        meanings = {word: vector.astype(np.float32) for word, vector in load_file(file).items()}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f'{file}: cannot be read ({str(error)[:80]}); delete it, or copy the model again'
+        ) from None
+    if len({vector.shape for vector in meanings.values()}) > 1 or any(v.ndim != 1 for v in meanings.values()):
+        raise UserError(f'{file}: its vectors have different lengths; delete it, or copy the model again')
+    return meanings
+
+
 def read_vocabulary(folder: Path) -> Vocabulary | None:
     "Read the vocabulary of a model, None if it has none."
     names, vectors = (Path(folder) / name for name in FILES)
@@ -205,13 +220,12 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
         return None
     stored = read_json(names)
     try:
-        vocabulary = Vocabulary({str(w): int(n) for w, n in stored['words'].items()}, stored['pieces'])
-    except (AttributeError, KeyError, TypeError, ValueError):
+        words = {str(word): int(n) for word, n in stored['words'].items()}
+        vocabulary = Vocabulary(words, list(map(str, stored['pieces'])))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f'{names}: is not a list of words; delete it, or copy the model again') from None
     if vectors.is_file():
-        from safetensors.numpy import load_file
-
-        vocabulary.meanings = {w: v.astype(np.float32) for w, v in load_file(vectors).items()}
+        vocabulary.meanings = _read_meanings(vectors)
     return vocabulary
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..core.profiles import SETTINGS_FILE
+from ..core.profiles import SETTINGS_FILE, parse_yaml
 from ..core.schema import UserError
 from ..core.workspace import Workspace, read_json, write_json
 from flowerdiff.pipeline.dvc_graph import (

@@ -127,10 +127,19 @@ def _call(args) -> int:
         return _report(error, EXIT_STATUS[name])
 
 
+def _use_utf8():
+    "Start this process again in UTF-8 mode if its locale cannot name every file, such as LC_ALL=C."
+    if sys.getfilesystemencoding() != 'utf-8' and os.environ.get('PYTHONUTF8') != '1':
+        command = [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, os.environ | dict(PYTHONUTF8='1'))
+
+
 def main(
     argv: list | None = None,  # None: the arguments of the process
 ) -> int:  # the exit status
     "Run the command line."
+    if argv is None:
+        _use_utf8()
     main_parser = parser()
     args = main_parser.parse_args(argv)
     if args.version:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.profiles import parse_yaml
 from ..core.schema import UserError
 from ..core.workspace import read_json
 from ..evaluation.report import NAMES
@@ -165,8 +166,6 @@ def read_run(
     folder: str | Path,  # a workspace
 ) -> RunRecord:
     "Read a run. Raises `UserError` if the folder holds none."
-    import yaml
-
     folder = Path(folder)
     if not (folder / 'train.json').exists():
         message = f'{folder}: holds no trained run (no train.json); `flowerdiff run {folder}` makes one'
@@ -177,7 +176,7 @@ def read_run(
     verdict = metrics.get('verdict') or {}
     return RunRecord(
         train=read_json(folder / 'train.json'),
-        settings=_flatten(yaml.safe_load((folder / 'params.yaml').read_text())),
+        settings=_flatten(parse_yaml((folder / 'params.yaml').read_text(encoding='utf-8'), 'params.yaml')),
         adherence={name: score['value'] for name, score in adherence.items()},
         verdict=verdict.get('light', ''),
     )

@@ -283,4 +283,5 @@ def remembered_inputs(
 ) -> dict[str, dict]:  # path in the workspace -> its content; empty: the stage has not run
     "Return what `remember_inputs` kept."
     file = _inputs_file(ws, stage)
-    return read_json(file) if file.exists() else {}
+    found = read_json(file) if file.exists() else {}
+    return {path: state for path, state in found.items() if isinstance(state, dict)}

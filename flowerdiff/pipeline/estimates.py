@@ -28,6 +28,7 @@ from .suggest import encoded_shapes, first_sizes, likely_autoencoder
 from .survey import inspect_source
 from ..services.hardware import cores
 from ..services.hub_cache import locate_part
+from ..services.model_configs import check_config
 from ..training.accelerator import Engine, choose_precision
 from ..training.trainer import Trainer
 
@@ -58,7 +59,8 @@ def make_network(
     folder = locate_part(train.init, 'unet', base)
     if not folder:
         raise UserError(f'{train.init} is not on this machine; the run would download it')
-    net = UNet2DConditionModel.from_config(read_json(folder / 'config.json'))
+    file = folder / 'config.json'
+    net = UNet2DConditionModel.from_config(check_config(read_json(file), 'unet', file))
     check_fit(net, latent[0], width, train.init)
     return add_lora(net, train.lora_rank, train.lora_alpha) if train.lora_rank else net
 

@@ -59,6 +59,7 @@ def start_dvc(
         errors='replace',
         start_new_session=True,
         **kwargs,
+        encoding='utf-8',
     )
 
 # %% ../../nbs/pipeline/08_pipeline.ipynb #e28571f0

@@ -8,12 +8,12 @@ __all__ = ['CLEAR_LINE', 'last_event', 'Progress', 'how_far', 'Messages', 'wrap_
 # %% ../../nbs/pipeline/04_progress.ipynb #4c0211c6
 import contextlib
 import errno
-import json
 import os
 import textwrap
 import time
 from dataclasses import dataclass
 
+from ..core.files import parse_json
 from ..core.schema import UserError
 from ..core.workspace import Workspace, open_workspace, read_json
 from .execute import duration, stage_line
@@ -36,9 +36,9 @@ def last_event(
     known = {}
     for line in lines:
         with contextlib.suppress(ValueError):
-            event = json.loads(line)
+            event = parse_json(line)
             if isinstance(event, dict) and 'step' in event:
-                known |= {key: value for key, value in event.items() if value is not None}
+                known |= {key: value for key, value in event.items() if isinstance(value, int | float)}
     return known
 
 # %% ../../nbs/pipeline/04_progress.ipynb #607d067b
@@ -119,7 +119,7 @@ class Messages:
                 continue
             events, self.offsets[file] = read_events(file, self.offsets.get(file, 0))
             notes = (e for e in events if e['event'] == 'note')
-            texts += [e['text'] for e in notes if e['time'] >= self.since]
+            texts += [str(e.get('text', '')) for e in notes if float(e.get('time') or 0) >= self.since]
         return texts
 
 # %% ../../nbs/pipeline/04_progress.ipynb #b30fe057

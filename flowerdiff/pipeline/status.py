@@ -41,7 +41,7 @@ def find_running(
         return None
     started = {}
     with contextlib.suppress(UserError):
-        started = read_json(ws.root / '.flowerdiff' / 'running.json')
+        started = read_json(ws.root / '.flowerdiff' / 'running.json', 'pid', 'stage', 'started')
     if not started or not is_alive(started['pid']):
         return Running('', 0, '')
     at = how_far(ws, started['stage'], started['started'])
@@ -76,14 +76,14 @@ def _reasons_text(reasons: list[str]) -> str:
 def _stage_status(stage: str, record: dict, why: str) -> StageStatus:
     if not record:
         return StageStatus(stage, 'never run')
-    state = 'stale' if why else record['status'].replace('done', 'fresh')
+    state = 'stale' if why else str(record['status']).replace('done', 'fresh')
     reason = why or record['reason']
     return StageStatus(stage, state, reason, record.get('summary', ''), record.get('seconds', 0))
 
 
 def _read_record(ws: Workspace, stage: str) -> dict:
     path = ws.work / 'records' / f'{stage}.json'
-    return read_json(path) if path.exists() else {}
+    return read_json(path, 'status', 'reason') if path.exists() else {}
 
 
 def _all_stages(ws: Workspace, running: Running | None) -> list[StageStatus]:

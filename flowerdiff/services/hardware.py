@@ -25,7 +25,7 @@ def gpus() -> list[str]:  # one name per GPU
     "Return the names of the NVIDIA GPUs that have a driver on this machine."
     names = []
     for path in sorted(Path('/proc/driver/nvidia/gpus').glob('*/information')):
-        models = [line for line in path.read_text().splitlines() if line.startswith('Model')]
+        models = [line for line in path.read_text(encoding='utf-8').splitlines() if line.startswith('Model')]
         names += [line.split(':', 1)[1].strip() for line in models]
     return names or ['NVIDIA GPU' for _ in Path('/dev').glob('nvidia[0-9]*')]
 

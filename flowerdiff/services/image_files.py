@@ -24,7 +24,10 @@ def printable(
     name: str,  # a file name, as the operating system gives it
 ) -> str:  # on one line
     "Return a file name with line breaks and undecodable bytes written as escapes."
-    name = os.fsencode(name).decode('utf-8', 'backslashreplace')
+    try:
+        name = os.fsencode(name).decode('utf-8', 'backslashreplace')
+    except UnicodeEncodeError:  # half of a character, which no file name has
+        name = name.encode('utf-8', 'backslashreplace').decode()
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in name)
 
 # %% ../../nbs/services/11_image_files.ipynb #28974bef

@@ -30,7 +30,7 @@ def run_lock(
     patience: float = 2.0,  # seconds to wait for the lock
 ):
     "Hold the lock of a run. Raises `UserError` if another process holds it."
-    with open(folder / 'lock', 'a') as file:
+    with open(folder / 'lock', 'a', encoding='utf-8') as file:
         for left in range(int(patience * 10), -1, -1):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,7 +174,7 @@ def start_process(
     env: dict | None = None,  # defaults for variables that this process has not set
 ) -> subprocess.Popen:
     "Start a process in a session of its own, so that it survives this one."
-    with open(log, 'a') as file:
+    with open(log, 'a', encoding='utf-8') as file:
         return subprocess.Popen(
             [sys.executable, '-m', *map(str, module)],
             stdin=subprocess.DEVNULL,

@@ -8,6 +8,7 @@ __all__ = ['SCALARS', 'MLFLOW_ENV', 'RUN_STATUS', 'DESTINATIONS', 'TORCHRUN_ENV'
            'report_failures', 'follow', 'start_follower', 'name_champion', 'new_version']
 
 # %% ../../nbs/services/03_tracking.ipynb #a6d671f8
+import contextlib
 import errno
 import fcntl
 import json
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 from ..core.child_processes import hide_in_tracebacks, safe_environment
-from ..core.files import is_alive
+from ..core.files import is_alive, parse_json
 from ..core.schema import hide_credentials
 from ..core.workspace import Workspace, open_workspace, read_json, write_json
 from .mlflow_paths import adopt_database
@@ -45,6 +46,12 @@ def log_event(
         os.close(fd)
 
 # %% ../../nbs/services/03_tracking.ipynb #4ba70038
+def _is_event(row) -> bool:
+    kinds = dict(step=int, time=int | float, levels=dict)
+    is_event = isinstance(row, dict) and isinstance(row.get('event'), str)
+    return is_event and all(isinstance(row[key], kind) for key, kind in kinds.items() if key in row)
+
+
 def read_events(
     path: Path,  # an events.jsonl
     offset: int = 0,  # byte to start at
@@ -58,12 +65,9 @@ def read_events(
     complete = data[: data.rfind(b'\n') + 1]
     events = []
     for line in complete.splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and 'event' in event:
-            events.append(event)
+        with contextlib.suppress(ValueError):
+            event = parse_json(line)
+            events += [event] if _is_event(event) else []
     return events, offset + len(complete)
 
 # %% ../../nbs/services/03_tracking.ipynb #be4736bb
@@ -73,7 +77,8 @@ def curve(
     key: str = 'loss',  # the field to plot
 ) -> tuple[list[int], list[float]]:  # steps, values
     "Extract one number from the events, as a function of the step."
-    points = {e['step']: e[key] for e in events if e['event'] == event and key in e}
+    found = [e for e in events if e['event'] == event and 'step' in e]
+    points = {e['step']: e[key] for e in found if isinstance(e.get(key), int | float)}
     steps = sorted(points)
     return steps, [points[step] for step in steps]
 
@@ -88,8 +93,8 @@ def scalars(
     if event['event'] not in ('step', 'validation'):
         return {}
     group = 'train' if event['event'] == 'step' else 'validation'
-    values = {key: event[key] for key in SCALARS if event.get(key) is not None}
-    levels = {f't{int(t):04d}': loss for t, loss in event.get('levels', {}).items()}
+    values = {key: event[key] for key in SCALARS if isinstance(event.get(key), int | float)}
+    levels = {f't{t:>04}': loss for t, loss in event.get('levels', {}).items()}
     return {f'{group}/{key}': value for key, value in {**values, **levels}.items()}
 
 # %% ../../nbs/services/03_tracking.ipynb #7637a232
@@ -266,7 +271,7 @@ def forward_events(
     destinations: dict = DESTINATIONS,  # destination -> function that opens its sink
 ) -> dict[str, str]:  # destination -> why it failed
     "Send each destination the events it has not received yet."
-    with open(folder / 'tracked.lock', 'a') as lock:
+    with open(folder / 'tracked.lock', 'a', encoding='utf-8') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -357,7 +362,7 @@ def start_follower(
         return
     arguments = [str(ws.root), str(folder), str(os.getpid())]
     try:
-        with open(folder / 'tracking.log', 'a') as log:
+        with open(folder / 'tracking.log', 'a', encoding='utf-8') as log:
             subprocess.Popen(
                 [sys.executable, '-m', 'flowerdiff.services.tracking', *arguments],
                 stdin=subprocess.DEVNULL,

@@ -259,7 +259,7 @@ class Result:
         sets = open_shard_sets(self.folder / split, 'latents')
         largest = max(sets, key=len)
         first = sum(len(shards) for shards in sets[: sets.index(largest)])
-        files = read_json(self.folder / split / 'files.json')[first : first + min(n, len(largest))]
+        files = read_json(self.folder / split / 'files.json', kind=list)[first : first + min(n, len(largest))]
         h, w = largest.fields['mean'][0][2:]
         paths = [self.pictures / split / file for file in files]
         x = pil_to_tensor(read_pictures(paths, (w * factor, h * factor)))
@@ -378,7 +378,7 @@ def write_indices(new: Path, inputs: dict[str, Inputs], texts: list[str], indice
         captions = list(itertools.islice(indices, len(own.files)))
         if own.repeats:
             write_json(new / split / 'repeats.json', own.repeats)
-        (new / split / 'captions.json').write_text(json.dumps(captions))
+        (new / split / 'captions.json').write_text(json.dumps(captions), encoding='utf-8')
     write_json(new / 'text' / 'texts.json', texts)
 
 

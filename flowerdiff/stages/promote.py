@@ -57,7 +57,7 @@ def with_model_texts(
         for row in read_jsonl(ws.captions / 'metadata.jsonl')
         if row['captions']
     }
-    files = read_json(ws.encoded / 'val' / 'files.json')
+    files = read_json(ws.encoded / 'val' / 'files.json', kind=list)
     texts = [captions.get(file, captions.get(f'val/{file}', '')) for file in files]
     text_encoder = load_text(str(model))
     embeddings = [text_encoder.encode(texts[i : i + 64]) for i in range(0, len(texts), 64)]

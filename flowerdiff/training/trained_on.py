@@ -29,7 +29,7 @@ def read_keys(
 ) -> list:  # in the order of its records; empty for a split of an old version
     "Read the keys of encoded pictures."
     file = Path(folder) / KEYS
-    return read_json(file) if file.exists() else []
+    return read_json(file, kind=list) if file.exists() else []
 
 # %% ../../nbs/training/10_trained_on.ipynb #91f3b1a2
 def read_trained_on(

@@ -194,7 +194,7 @@ def load_training(ws: Workspace) -> Split:
         return prepare_texts(ws, load_split(ws.encoded, 'train').to_gpu())
     folder = ws.encoded / 'train'
     texts = torch.from_numpy(Shards(ws.encoded / 'text', 'text').load()['embedding'])
-    captions = read_json(folder / 'captions.json')
+    captions = read_json(folder / 'captions.json', kind=list)
     fetcher = shard_fetcher(ws, settings.stream_from) if settings.stream_from else None
     return prepare_texts(ws, StreamedSplit(folder, texts, captions, settings.stream, fetcher))
 
@@ -319,7 +319,7 @@ def train_run(
     split = load_training(ws)
     val = load_validation(ws, split)
     trainer, facts = start_run(ws, split, read_origin(folder))
-    trainer.files = read_json(ws.encoded / 'train' / 'files.json')
+    trainer.files = read_json(ws.encoded / 'train' / 'files.json', kind=list)
     is_main = trainer.engine.is_main
     facts['run_id'] = f'{folder.name.removeprefix("train-")}-s{ws.settings.seed}'
     facts |= resume(trainer, folder)
