@@ -267,7 +267,7 @@ class Cancelled(Exception):
 # %% ../../nbs/core/08_workspace.ipynb #345de029
 def _write_state(file: str, state: dict):
     with contextlib.suppress(OSError):  # a full disk ends no work that only wanted to say how far it is
-        Path(file).write_text(json.dumps(state))
+        Path(file).write_text(json.dumps(state), encoding='utf-8')
 
 
 def progress(

@@ -45,7 +45,7 @@ def read_record(
 def read_rolled_back(ws: Workspace) -> list:  # UNet fingerprints
     "Read the fingerprints of the models that are not promoted again."
     file = ws.work / 'rolled_back.json'
-    return read_json(file) if file.exists() else []
+    return read_json(file, kind=list) if file.exists() else []
 
 # %% ../../nbs/evaluation/16_promotion.ipynb #e42014c5
 @dataclass

@@ -78,7 +78,11 @@ def peak_memory_so_far() -> float:  # MB
     "Return the highest resident memory of this process."
     status = Path('/proc/self/status')
     if status.exists():  # elsewhere, memory inherited from the parent process counts too
-        [peak] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith('VmHWM')]
+        [peak] = [
+            line.split()[1]
+            for line in status.read_text(encoding='utf-8').splitlines()
+            if line.startswith('VmHWM')
+        ]
         return int(peak) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == 'darwin' else 1024)
@@ -93,7 +97,12 @@ def peak_memory(
     arguments = [name, str(Path(folder).absolute()), str(steps)]
     command = [sys.executable, '-m', 'flowerdiff.inference.benchmark', *arguments]
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=safe_environment()
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding='utf-8',
+        env=safe_environment(),
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ['the process was killed; is there enough memory?']

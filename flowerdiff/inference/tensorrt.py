@@ -64,7 +64,7 @@ def find_gpu() -> GPU:
     if not shutil.which('nvidia-smi'):
         return GPU()
     query = ['nvidia-smi', '--query-gpu=name,compute_cap', '--format=csv,noheader']
-    done = subprocess.run(query, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(query, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8')
     first_line = done.stdout.partition('\n')[0]
     name, _, capability = first_line.rpartition(', ')
     if done.returncode or not name:

@@ -89,8 +89,8 @@ class Backend:
 
         with component_errors(self.folder / 'tokenizer'):
             tokenizer = CLIPTokenizer.from_pretrained(self.folder / 'tokenizer')
-        positions = read_config(self.folder, 'text_encoder')['max_position_embeddings']
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+            positions = read_config(self.folder, 'text_encoder')['max_position_embeddings']
+            limit_length(tokenizer, positions)
         return tokenizer
 
     def condition(self, text: Tensor):  # [B, L, D] embeddings -> the `text` argument of `denoise`

@@ -106,19 +106,31 @@ def _hashes_file(ws: Workspace) -> Path:
     return ws.root / '.flowerdiff' / 'hashes.json'
 
 
+def _is_entry(entry) -> bool:  # of a stage, in dvc.lock
+    if not isinstance(entry, dict) or not isinstance(entry.get('params') or {}, dict):
+        return False
+    items = [item for kind in ('deps', 'outs') for item in entry.get(kind) or []]
+    settings = (entry.get('params') or {}).get(SETTINGS_FILE) or {}
+    named = all(
+        isinstance(item, dict) and isinstance(item.get('path'), str) and 'md5' in item for item in items
+    )
+    return named and isinstance(settings, dict)
+
+
 def read_lock(ws: Workspace) -> dict:  # stage -> its entry
     "Read `dvc.lock`. Raises `UserError` if it is broken."
-    from ruamel.yaml import YAML, YAMLError
-
     path = ws.root / 'dvc.lock'
+    if not path.exists():
+        return {}
     try:
-        data = YAML(typ='safe').load(path) if path.exists() else None
-        stages = (data or {}).get('stages') or {}
-        if all(isinstance(entry, dict) for entry in stages.values()):
-            return stages
-    except (YAMLError, AttributeError, UnicodeDecodeError):
-        pass
-    raise UserError(f'{path}: is damaged; delete it, and every stage runs again')
+        data = parse_yaml(path.read_text(encoding='utf-8'), 'dvc.lock') or {}
+        stages = data.get('stages') or {}
+        broken = not all(map(_is_entry, stages.values()))
+    except (UserError, UnicodeDecodeError, AttributeError, TypeError):
+        broken = True
+    if broken:
+        raise UserError(f'{path}: is damaged; delete it, and every stage runs again')
+    return stages
 
 
 def remember_hashes(ws: Workspace, stages: list[str]):
@@ -143,7 +155,8 @@ def hash_function(ws: Workspace):  # name of a file or folder in the workspace -
     def find(name: str) -> str:
         path = ws.root / name
         entry = known.get(name)
-        return entry['md5'] if entry and entry['state'] == path_state(path) else dvc_hash(path)
+        known_state = isinstance(entry, dict) and entry.get('state') == path_state(path)
+        return str(entry.get('md5')) if known_state else dvc_hash(path)
 
     return find
 
@@ -155,7 +168,7 @@ def _setting(data: dict, key: str):
 
 
 def _changed_settings(stage: str, entry: dict, params: dict) -> dict:  # dotted key -> 'old -> new'
-    before = entry.get('params', {}).get(SETTINGS_FILE)
+    before = (entry.get('params') or {}).get(SETTINGS_FILE)
     if before is None:  # a run of an older version
         return {'settings': 'of the last run are not known'}
     changed = {}
@@ -166,7 +179,7 @@ def _changed_settings(stage: str, entry: dict, params: dict) -> dict:  # dotted 
 
 def _changed_inputs(ws: Workspace, stage: str, texts: dict, entry: dict) -> dict:  # what -> how it differs
     "Compare the code and the outside inputs of a stage."
-    ran_with = {item['path']: item.get('md5') for item in entry.get('deps', [])}
+    ran_with = {item['path']: item.get('md5') for item in entry.get('deps') or []}
     kept = remembered_inputs(ws, stage)
     changed = {}
     for path in (code_file(stage), *GRAPH[stage].reads):
@@ -186,7 +199,7 @@ def _changed_files(stage: str, entry: dict, hashed) -> list[str]:
     "Compare what a stage reads and wrote in the workspace."
     reasons = []
     for kind, text in (('deps', 'has changed'), ('outs', 'was changed by hand')):
-        for item in entry.get(kind, []):
+        for item in entry.get(kind) or []:
             name = item['path']
             found = item['md5'] if name.startswith('.flowerdiff/') else hashed(name)
             if found != item['md5']:

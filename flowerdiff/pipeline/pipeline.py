@@ -59,7 +59,6 @@ def start_dvc(
         errors='replace',
         start_new_session=True,
         **kwargs,
-        encoding='utf-8',
     )
 
 # %% ../../nbs/pipeline/08_pipeline.ipynb #e28571f0
@@ -105,7 +104,7 @@ def _remove_stale_lock(ws: Workspace):
     "Remove the lock of a DVC process that no longer runs, or a broken one."
     path = ws.root / '.dvc' / 'tmp' / 'rwlock'
     if path.exists():
-        pids = set(re.findall(r'"pid": *(\d+)', path.read_text(errors='replace')))
+        pids = set(re.findall(r'"pid": *(\d+)', path.read_text(encoding='utf-8', errors='replace')))
         if not any(_is_dvc(int(pid)) for pid in pids):
             path.unlink()
 

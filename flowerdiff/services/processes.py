@@ -57,7 +57,7 @@ def lock(ws: Workspace):
     "Allow only one run at a time in a workspace. Raises `UserError` if another one holds the lock."
     with disk_errors():
         (ws.root / '.flowerdiff').mkdir(parents=True, exist_ok=True)
-        file = open(ws.root / '.flowerdiff' / 'lock', 'a+')  # noqa: SIM115 (closed below)
+        file = open(ws.root / '.flowerdiff' / 'lock', 'a+', encoding='utf-8')  # noqa: SIM115 (closed below)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +70,7 @@ def lock(ws: Workspace):
 def is_locked(ws: Workspace) -> bool:
     "Return whether a run holds the lock. Writes nothing."
     try:
-        with open(ws.root / '.flowerdiff' / 'lock') as file:
+        with open(ws.root / '.flowerdiff' / 'lock', encoding='utf-8') as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
