@@ -26,7 +26,7 @@ CLASSES = ('passion flower', 'water lily', 'rose', 'frangipani', 'bougainvillea'
 def make_folder(flowers: Path, folder: Path):
     "Copy the first 100 pictures of each class, with their ten captions, into folders with the class's name."
     counts = dict.fromkeys(CLASSES, 0)
-    with open(folder / 'metadata.jsonl', 'w') as file:
+    with open(folder / 'metadata.jsonl', 'w', encoding='utf-8') as file:
         for row in read_jsonl(flowers / 'metadata.jsonl'):
             name = row['class_name']
             if counts.get(name, 100) == 100:

@@ -331,7 +331,7 @@ def test_a_store_with_a_damaged_list_is_refused(tmp_path):
     folder = tmp_path / 'data'
     folder.mkdir()
     for name in 'ab':
-        Path(folder / name).write_text(name)
+        Path(folder / name).write_text(name, encoding='utf-8')
     store = LocalStore(tmp_path / 'store')
     push(folder, store)
     read_manifest(store)

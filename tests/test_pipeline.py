@@ -440,7 +440,7 @@ def test_what_dvc_finds_is_said_in_our_words(toy, ws):
     import fcntl
 
     (ws / '.dvc' / 'tmp' / 'rwlock').write_text('{')  # a full disk may cut it
-    with open(ws / '.dvc' / 'tmp' / 'lock', 'a') as file:
+    with open(ws / '.dvc' / 'tmp' / 'lock', 'a', encoding='utf-8') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         p = toy('run', ws, '--only', 'onnx', '--force')
     assert p.returncode == 2 and 'DVC works here, started by hand' in only_line(p)
