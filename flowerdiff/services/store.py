@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import queue
-import re
 import shutil
 import tempfile
 import threading
@@ -22,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ..core.fingerprints import file_sha256
+from ..core.manifest import at_most, check_paths, describe_files, parse_manifest
 from ..core.schema import UserError
 from ..core.workspace import atomic_write
 from .s3 import S3Store, _ignore
@@ -212,9 +212,7 @@ def make_manifest(
         dict(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=hashed(path))
         for path in progress(found, len(found), 'files compared')
     ]
-    revision = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    size = sum(file['size'] for file in files)
-    return dict(format=1, revision=revision, count=len(files), bytes=size, files=files)
+    return describe_files(files)
 
 # %% ../../nbs/services/09_store.ipynb #2a2796a7
 MB = 1_000_000
@@ -278,6 +276,7 @@ def push(
     "Send the files of a folder that the store does not have, and replace its manifest."
     start = time.time()
     manifest = make_manifest(folder, parts, hashed, progress)
+    check_paths(manifest['files'], str(folder))
     sizes = store.sizes()
     missing = {
         file['sha256']: file
@@ -308,19 +307,7 @@ def read_manifest(
             f'{store.url}: holds no set (there is no {name}); '
             'flowerdiff run WORKSPACE --only upload sends one there'
         )
-    try:
-        manifest = json.loads(data)
-        files = [(file['path'], file['sha256'], file['size']) for file in manifest['files']]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{store.url}: its {name} is damaged, or not flowerdiff's; "
-            'check the address, or send the set again'
-        ) from None
-    for path, sha256, _ in files:
-        parts = PurePosixPath(path)
-        if parts.is_absolute() or '..' in parts.parts or not re.fullmatch('[0-9a-f]{64}', sha256):
-            raise UserError(f'{store.url}: {name} names {path}, outside of the folder; do not use this store')
-    return manifest
+    return parse_manifest(data, f'{store.url}: its {name}')
 
 # %% ../../nbs/services/09_store.ipynb #97c2dcdf
 def _is_current(entry: dict, file: Path, hashed: Callable = file_sha256) -> bool:
@@ -331,13 +318,14 @@ def _download(store: Store, entry: dict, file: Path, moved: Callable = _ignore):
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f'.{file.name}.{os.getpid()}')
     key = object_key(entry['sha256'])
+    damaged = UserError(
+        f'{store.url}: {entry["path"]} is damaged there (its checksum or size differs); '
+        f'delete {key} and send the set again'
+    )
     try:
-        store.get(key, part, moved)
-        if file_sha256(part) != entry['sha256']:
-            raise UserError(
-                f'{store.url}: {entry["path"]} is damaged there (its checksum differs); '
-                f'delete {key} and send the set again'
-            )
+        store.get(key, part, at_most(entry['size'], damaged, moved))
+        if part.stat().st_size != entry['size'] or file_sha256(part) != entry['sha256']:
+            raise damaged
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
