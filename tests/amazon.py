@@ -46,6 +46,7 @@ class Amazon:
         from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
         self.folder, self.jobs, self.asked, self.refuse = Path(folder), {}, [], None
+        self.refused = None  # the request that `refuse` answered
         self.interrupt = lambda job: (
             False
         )  # (job) -> are the spot machines taken back now? asked while the first containers run
@@ -112,6 +113,7 @@ class Handler(BaseHTTPRequestHandler):
                 )
             )  # as IAM writes it
         if what == 'CreateTrainingJob' and a.refuse:
+            a.refused = json.loads(body)
             return self.answer(400, dict(__type=a.refuse[0], message=a.refuse[1]))
         if what == 'GetProducts':
             return self.answer(

@@ -471,6 +471,9 @@ class Hub:
                     for x in r.get('metrics') or []
                     if not x.get('type') or x.get('value') is None
                 ]
+        link = card.get('license_link')
+        if link and link not in ('LICENSE', 'LICENSE.md') and not link.startswith(('http://', 'https://')):
+            errors.append('"license_link" must be LICENSE, LICENSE.md or an address')
         return errors, [
             '"license_name" and "license_link" should be given where license is other'
         ] if card.get('license') == 'other' and not (

@@ -542,6 +542,21 @@ def test_workflows_are_safe_and_valid():
         assert not done.returncode, done.stdout + done.stderr
 
 
+def test_workflows_install_what_was_tested():
+    "By .ci/setup alone, on the Pythons that it accepts; the Space is written when something of it changed."
+    flows = {path.stem: yaml.safe_load(path.read_text()) for path in WORKFLOWS}
+    docs = [step.get('run', '') for step in flows['docs']['jobs']['build']['steps']]
+    assert any('. .ci/setup\nnbdev_docs' in run for run in docs) and not any(
+        'pip install' in run for run in docs
+    )
+    tested = flows['test']['jobs']['test']['strategy']['matrix']['python']
+    low, high = re.search(
+        r'\((\d, \d+)\) <= sys.version_info\[:2\] <= \((\d, \d+)\)', (ROOT / '.ci/setup').read_text()
+    ).groups()
+    assert [tested[0], tested[-1]] == [low.replace(', ', '.'), high.replace(', ', '.')]
+    assert all(any(ROOT.glob(path)) for path in flows['space'][True]['push']['paths'])
+
+
 def test_every_dependency_is_pinned():
     from configparser import ConfigParser
 

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
-from flowerdiff.cloud import jobs, sagemaker
+from flowerdiff.cloud import jobs, permissions, sagemaker
 from flowerdiff.core.fingerprints import file_sha256
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import demo_workspace, open_workspace, read_json
@@ -255,12 +255,21 @@ def test_what_is_wrong_at_amazon_is_one_line(amazon, tmp_path, monkeypatch):
         ),
         (
             ('ValidationException', 'Could not assume role arn:aws:iam::123456789012:role/flowers'),
-            ('sagemaker.role', 'Could not assume'),
+            ('sagemaker.role: ', 'Could not assume'),
+        ),
+        (
+            (
+                'ValidationException',
+                'No S3 objects found under "s3://flowers/x". Ensure that the role "arn:aws:iam::1:role/x" '
+                'has "s3:ListBucket"',
+            ),
+            ('SageMaker, us-east-1: ', 'No S3 objects found under'),
         ),
     ):
         amazon.refuse = refuse
         said = line_of(ws)
         assert all(w in said for w in words), said
+        assert said.startswith('sagemaker.role') == (words[0] == 'sagemaker.role: '), said
     amazon.refuse = None
     other = workspace(tmp_path / 'clearing', 'lines', sagemaker__instance_type='ml.trn1.2xlarge')
     assert 'for Trainium instances' in line_of(other)  # the SDK's own ValueError
@@ -278,6 +287,30 @@ def test_what_is_wrong_at_amazon_is_one_line(amazon, tmp_path, monkeypatch):
     monkeypatch.setenv('AWS_CONFIG_FILE', '/nowhere')
     assert 'no AWS credentials' in line_of(ws)
     assert len(amazon.jobs) == jobs_before
+
+
+def test_the_network_keys_and_tags_of_a_job_reach_amazon(amazon, tmp_path):
+    "As the SDK sends them; without them the request has none."
+    key = 'arn:aws:kms:us-east-1:123456789012:key/0a1b'
+    own = dict(
+        sagemaker__subnets=['subnet-0a1b2c3d'],
+        sagemaker__security_groups=['sg-0a1b2c3d'],
+        sagemaker__volume_key=key,
+        sagemaker__output_key=f'{key}c',
+        sagemaker__tags=['project=flowers', 'owner='],
+    )
+    amazon.refuse = ('ResourceLimitExceeded', 'no more machines')
+    requests = {}
+    for name, changes in dict(plain={}, own=own).items():
+        line_of(workspace(tmp_path / name, f'network-{name}', **changes))
+        requests[name] = amazon.refused
+    plain, own = requests['plain'], requests['own']
+    assert own['VpcConfig'] == dict(SecurityGroupIds=['sg-0a1b2c3d'], Subnets=['subnet-0a1b2c3d'])
+    assert own['ResourceConfig']['VolumeKmsKeyId'] == key
+    assert own['OutputDataConfig']['KmsKeyId'] == f'{key}c'
+    assert own['Tags'] == [dict(Key='project', Value='flowers'), dict(Key='owner', Value='')]
+    assert not {'VpcConfig', 'Tags'} & set(plain)
+    assert not {'VolumeKmsKeyId', 'KmsKeyId'} & {*plain['ResourceConfig'], *plain['OutputDataConfig']}
 
 
 def test_a_run_that_could_not_train_does_not_begin(amazon, tmp_path, monkeypatch, cli):
@@ -345,7 +378,7 @@ def test_the_policy_allows_what_was_asked_and_no_more(amazon):
     right too many or too few fails."""
     rights = {
         a
-        for s in sagemaker.person_policy('s3://flowers/meadow', ROLE)['Statement']
+        for s in permissions.person_policy('s3://flowers/meadow', ROLE)['Statement']
         for a in s['Action']
         if a.split(':')[0] in ('sagemaker', 'logs', 'pricing')
     }

@@ -266,6 +266,48 @@ def test_the_folder_is_whole(workspace, tmp_path, of):
     ]
 
 
+def test_what_is_pinned_is_what_the_space_needs(tmp_path, monkeypatch):
+    "The markers are those of the Space's Python and system, whichever runs here."
+    from flowerdiff.apps.hf_space import BASE
+    from flowerdiff.services import space_pins
+
+    meadow = tmp_path / 'meadow-1.0.dist-info'
+    meadow.mkdir()
+    lines = [
+        'Name: meadow',
+        'Version: 1.0',
+        'Requires-Python: >=3.11',
+        'Requires-Dist: spade>=2; python_version < "3.12"',
+        'Requires-Dist: rake; python_version >= "3.12"',
+        'Requires-Dist: hoe; sys_platform == "darwin"',
+        'Requires-Dist: shed; extra == "more"',
+    ]
+    (meadow / 'METADATA').write_text('\n'.join(['Metadata-Version: 2.1', *lines, '']))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert space_pins.pinned(['meadow']) == ['meadow==1.0', 'spade>=2']
+    monkeypatch.setitem(space_pins.SPACE_SYSTEM, 'python_version', '3.13')
+    assert space_pins.pinned(['meadow']) == ['meadow==1.0', 'rake']
+    (meadow / 'METADATA').write_text('\n'.join(['Metadata-Version: 2.1', *lines]).replace('>=3.11', '>=3.12'))
+    with pytest.raises(UserError, match=r'does not run on Python 3\.11'):
+        space_pins.pinned(['meadow'])
+    assert BASE.startswith(f'python:{space_pins.SPACE_SYSTEM["python_full_version"]}-')
+
+
+@pytest.mark.parametrize(
+    'header', [b'{', b'[' * 1000, b'{"w":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4]}}']
+)
+@pytest.mark.parametrize('size', [None, 2**62, 3])
+def test_a_false_header_gives_no_visitors_but_a_line(header, size, tmp_path):
+    from flowerdiff.apps.hf_space import weights_gb
+
+    (tmp_path / 'unet').mkdir()
+    size = len(header) if size is None else size
+    (tmp_path / 'unet/model.safetensors').write_bytes(size.to_bytes(8, 'little') + header + bytes(4))
+    with pytest.raises(UserError, match='damaged weights') as e:
+        weights_gb(tmp_path)
+    assert '\n' not in str(e.value)
+
+
 def test_a_folder_with_other_files_is_left_alone(workspace, tmp_path):
     from flowerdiff.apps.hf_space import make_space
     from flowerdiff.core.schema import UserError

@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-from s3_proxy import Proxy, error
+from s3_proxy import Proxy, certificate, error, other_store
 from test_store import bucket, endpoint, folder, tree  # noqa: F401 (fixtures among them)
 
+from flowerdiff.core.manifest import describe_files
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import open_workspace
 from flowerdiff.services import s3 as B
@@ -54,6 +55,18 @@ FAULTS = [  # what S3 answers to an upload, what a person reads
     (error('InvalidAccessKeyId', 403), 'check AWS_ACCESS_KEY_ID'),
     (error('SignatureDoesNotMatch', 403), 'check AWS_SECRET_ACCESS_KEY'),
     (error('AccessDenied', 403), "another account's bucket, or the credentials lack s3:ListBucket"),
+    (
+        error('AccessDenied', 403, Message='ada is not authorized to perform: kms:GenerateDataKey'),
+        'access denied (ada is not authorized to perform: kms:GenerateDataKey); the credentials may not use',
+    ),
+    (
+        error('AccessDenied', 403, Message='ada may not, with an explicit deny in a policy'),
+        'with an explicit deny in a policy); a policy forbids it, perhaps because it demands an MFA code',
+    ),
+    (
+        error('KMS.DisabledException', 400),
+        'KMS.DisabledException it is); the credentials may not use the KMS',
+    ),
     (error('QuotaExceeded', 403), 'the quota is full; make room'),
     (error('XMinioStorageFull', 507), 'the quota is full; make room'),
     (error('SlowDown', 503), 'asks to slow down; run again later'),
@@ -71,7 +84,7 @@ FAULTS = [  # what S3 answers to an upload, what a person reads
 
 
 @pytest.mark.parametrize(
-    'fault,says', FAULTS, ids=[f[0] if isinstance(f[0], str) else f[1][:24] for f in FAULTS]
+    'fault,says', FAULTS, ids=[f[0] if isinstance(f[0], str) else f[1][-24:] for f in FAULTS]
 )
 def test_a_fault_midway_is_one_line_and_is_gone_on_from(fault, says, line, folder):
     """After sixteen lists and four objects, so that some have arrived; the next try sends only the rest.
@@ -291,6 +304,46 @@ def test_the_policy_is_what_is_used(line, folder, tmp_path):
     assert all(f'/{place.bucket}?' in s or f'/{place.bucket}/set/' in s for s in line.seen)
 
 
+# ---- stores that are not Amazon's
+
+
+@pytest.fixture
+def other(bucket, endpoint, tmp_path, monkeypatch):
+    "A store behind https, where boto3 sends checksums behind the data if it may."
+    pem = certificate(tmp_path)
+    proxy = Proxy(endpoint, pem)
+    for name, value in dict(ENDPOINT_URL=proxy.url, CA_BUNDLE=str(pem), MAX_ATTEMPTS='1').items():
+        monkeypatch.setenv(f'AWS_{name}', value)
+    proxy.new = lambda: S.open_store(f's3://{bucket}/set')
+    yield proxy
+    proxy.shutdown()
+    proxy.server_close()
+
+
+@pytest.mark.parametrize('kind,says', [('r2', 'is not implemented'), ('gcs', 'signature not accepted')])
+def test_a_store_that_knows_no_checksums(kind, says, other, folder, tmp_path, monkeypatch):
+    "Large files and small ones arrive; with the requests that Amazon gets, they would be refused."
+    other.refuse = other_store(kind)
+    big(folder, 20)
+    assert S.push(folder, other.new())['sent'] == 34
+    S.pull(other.new(), tmp_path / 'back')
+    assert tree(tmp_path / 'back') == tree(folder)
+    (folder / '0.bin').write_bytes(os.urandom(20 * MiB))
+    monkeypatch.setattr(B, 'is_amazon', lambda *_: True)
+    assert says in told(S.push, folder, other.new())
+
+
+@pytest.mark.parametrize('mb', [0, 20])
+def test_bytes_that_change_on_the_way_are_refused_without_checksums(mb, other, tmp_path):
+    "The hash is part of the signature."
+    other.refuse = other_store('r2')
+    other.damage = lambda body: body[:-1] + b'?' if len(body) > 1000 and b'<' not in body[:1] else body
+    (tmp_path / 'set').mkdir()
+    (tmp_path / 'set/a').write_bytes(bytes(2000 + mb * MiB))
+    assert 'checksum differs' in told(S.push, tmp_path / 'set', other.new())
+    assert other.new().sizes() == {} and other.new().read('manifest.json') is None
+
+
 # ---- faults on the way down
 
 
@@ -368,11 +421,90 @@ def test_a_manifest_from_elsewhere(tmp_path):
     for data, says in (
         (b'<html>', 'damaged, or not'),
         (b'[1]', 'damaged, or not'),
-        (json.dumps(dict(files=[dict(path='a', size=1, sha256='../../a')])).encode(), 'outside'),
+        (json.dumps(dict(files=[dict(path='a', size=1, sha256='../../a')])).encode(), 'damaged, or not'),
     ):
         place.write('manifest.json', data)
         with pytest.raises(UserError, match=says):
             S.pull(place, tmp_path / 'back')
+
+
+ENTRY = dict(path='a', size=1, sha256='0' * 64)
+HOSTILE = {
+    'NUL': [dict(ENTRY, path='a\0b')],
+    'line': [dict(ENTRY, path='a\nb')],
+    'surrogate': [dict(ENTRY, path='a\ud83d')],
+    'file and folder': [ENTRY, dict(ENTRY, path='a/b')],
+    'file and folder, by case': [dict(ENTRY, path='A'), dict(ENTRY, path='a/b')],
+    'long': [dict(ENTRY, path='a' * 300)],
+    'deep': [dict(ENTRY, path='a/' * 600 + 'a')],
+    'absolute': [dict(ENTRY, path='/tmp/a')],
+    'up': [dict(ENTRY, path='a/../../b')],
+    'empty': [dict(ENTRY, path='')],
+    'hidden': [dict(ENTRY, path='.git/hooks/post-commit')],
+    'not plain': [dict(ENTRY, path='./a')],
+    'twice': [ENTRY, ENTRY],
+    'by case': [ENTRY, dict(ENTRY, path='A')],
+    'by accent': [dict(ENTRY, path='\u00fc'), dict(ENTRY, path='u\u0308')],
+    'path is a number': [dict(ENTRY, path=7)],
+    'size is a text': [dict(ENTRY, size='1')],
+    'size is true': [dict(ENTRY, size=True)],
+    'size is negative': [dict(ENTRY, size=-1)],
+    'size is huge': [dict(ENTRY, size=10**30)],
+    'hash is a list': [dict(ENTRY, sha256=['0'])],
+    'an entry is a text': ['a'],
+    'files is none': None,
+}
+
+
+@pytest.mark.parametrize('name', HOSTILE)
+def test_nothing_is_taken_in_from_a_hostile_manifest(name, tmp_path):
+    "One line, before anything is made, even where a good file stands first."
+    store, files = S.LocalStore(tmp_path / 'store'), HOSTILE[name]
+    (tmp_path / 'set').mkdir()
+    (tmp_path / 'set/good').write_text('good')
+    good = S.push(tmp_path / 'set', store)['files']
+    try:
+        data = describe_files(good + files)
+    except TypeError:  # sizes that cannot be added up
+        data = dict(files=files if files is None else good + files)
+    store.write('manifest.json', json.dumps(data).encode())
+    with pytest.raises(UserError) as e:
+        S.pull(store, tmp_path / 'back')
+    assert '\n' not in str(e.value) and '\0' not in str(e.value) and len(str(e.value)) < 500
+    assert str(e.value).encode() and not (tmp_path / 'back').exists()
+
+
+@pytest.mark.parametrize('changes', [dict(bytes=2), dict(count='2'), dict(revision='0' * 64), dict(format=2)])
+def test_a_manifest_that_contradicts_itself(changes, tmp_path):
+    store = S.LocalStore(tmp_path / 'store')
+    store.write('manifest.json', json.dumps(describe_files([ENTRY]) | changes).encode())
+    with pytest.raises(UserError, match='damaged, or not'):
+        S.read_manifest(store)
+    store.write('manifest.json', b'[' * 100_000)
+    with pytest.raises(UserError, match='damaged, or not'):
+        S.read_manifest(store)
+
+
+@pytest.mark.parametrize('size', [3, 5, 10**15])
+def test_a_false_size_is_found(size, tmp_path):
+    "Too small: it stops before the rest arrives. Too large: it would be fetched again each time."
+    store, data = S.LocalStore(tmp_path / 'store'), b'rose'
+    (tmp_path / 'set').mkdir()
+    (tmp_path / 'set/a').write_bytes(data)
+    files = S.push(tmp_path / 'set', store)['files']
+    store.write('manifest.json', json.dumps(describe_files([dict(files[0], size=size)])).encode())
+    with pytest.raises(UserError, match='checksum or size differs'):
+        S.pull(store, tmp_path / 'back')
+    assert not (tmp_path / 'back/a').exists()
+
+
+def test_names_that_a_download_would_refuse_are_not_sent(tmp_path):
+    (tmp_path / 'set').mkdir()
+    for name in ('Rose.png', 'rose.png'):
+        (tmp_path / 'set' / name).write_text(name)
+    with pytest.raises(UserError, match='one file on some disks'):
+        S.push(tmp_path / 'set', S.LocalStore(tmp_path / 'store'))
+    assert not (tmp_path / 'store').exists()
 
 
 def test_same_bytes_twice_and_a_stop_between(tmp_path, monkeypatch):

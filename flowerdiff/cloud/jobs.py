@@ -133,6 +133,9 @@ def why_ended(
     return f'{failed}{log}; {job_log.log} has all of it'
 
 # %% ../../nbs/cloud/04_jobs.ipynb #29404ad4
+_DAMAGE = (tarfile.TarError, zlib.error, EOFError, OSError, LookupError, TypeError, ValueError)
+
+
 def unpack_model(
     archive: Path,  # model.tar.gz
     folder: Path,  # empty
@@ -143,7 +146,7 @@ def unpack_model(
             tar.extractall(folder, filter='data')
         files = read_json(folder / 'manifest.json')['files']
         wrong = [file['path'] for file in files if file_sha256(folder / file['path']) != file['sha256']]
-    except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError, UserError) as error:
+    except (*_DAMAGE, UserError) as error:
         if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):  # this disk is full
             raise
         wrong = [f'{archive.name} ({type(error).__name__})']

@@ -211,8 +211,19 @@ class Publish(Section):
     'Make a new repository private.'
     license: str = 'apache-2.0'
     'License id of the Hub.'
+    license_link: str = ''
+    'For license other: a file of the workspace, or an address. Empty: the terms of the training data.'
     engines: bool = False
     'Also publish TensorRT engines, which only run on the same kind of GPU.'
+
+    @model_validator(mode='after')
+    def _check_license(self):
+        if self.license_link and self.license != 'other':
+            raise ValueError(
+                f'publish.license_link: the Hub knows the license {self.license} and shows no link for it;'
+                ' set publish.license to other, or license_link to nothing'
+            )
+        return self
 
 # %% ../../nbs/core/03_settings.ipynb #2c729d2e
 class Tracking(Section):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KNOWN_TERMS', 'DISTRIBUTION_METRICS', 'CARD_USE', 'CARD_QUALITY', 'CARD_ORIGIN', 'CARD', 'KNOWN_SOURCES', 'hub_id',
-           'base_models', 'DataTerms', 'data_terms', 'metric_type', 'card_results', 'card_data', 'data_sentence',
-           'card_limits', 'card_texts', 'without_folder', 'autoencoder_name', 'training_settings', 'describe_engine',
-           'make_card']
+           'base_models', 'DataTerms', 'data_terms', 'license_fields', 'is_address', 'metric_type', 'card_results',
+           'card_data', 'data_sentence', 'card_limits', 'card_texts', 'without_folder', 'autoencoder_name',
+           'training_settings', 'describe_engine', 'make_card']
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #804e582f
 import os
@@ -63,11 +63,28 @@ def data_terms(ws: Workspace) -> DataTerms:
     text = 'Check that the rights to the training images allow what you intend.'
     if source == 'garden':
         text = 'The training images were drawn by the library and carry no rights of others.'
-    found = KNOWN_TERMS.get(source, DataTerms('see-the-card', 'README.md', text))
+    found = KNOWN_TERMS.get(source, DataTerms('see-license', 'LICENSE', text))
     if bases := base_models(ws):
         terms = f' The model was built on {" and ".join(bases)}, whose terms also apply.'
         found = replace(found, text=found.text + terms)
     return found
+
+
+def license_fields(ws: Workspace) -> dict:  # license_name and license_link; empty for a license of the Hub
+    "Return what the header says about a license that the Hub does not know."
+    link = ws.settings.publish.license_link
+    if ws.settings.publish.license != 'other':
+        return {}
+    if not link:
+        terms = data_terms(ws)
+        return dict(license_name=terms.name, license_link=terms.link)
+    if not is_address(link):
+        link = 'LICENSE.md' if link.lower().endswith('.md') else 'LICENSE'
+    return dict(license_name='see-license', license_link=link)
+
+
+def is_address(link: str) -> bool:
+    return re.match('https?://', link) is not None
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #56c53430
 DISTRIBUTION_METRICS = (
@@ -138,10 +155,7 @@ def card_data(
     "Return the header of the card."
     from huggingface_hub import ModelCardData
 
-    extra = {}
-    if ws.settings.publish.license == 'other':
-        terms = data_terms(ws)
-        extra |= dict(license_name=terms.name, license_link=terms.link)
+    extra = license_fields(ws)
     if hub_id(ws.settings.train.init):
         extra['base_model_relation'] = 'finetune'
     return ModelCardData(

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import queue
-import re
 import shutil
 import tempfile
 import threading
@@ -22,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ..core.fingerprints import file_sha256
+from ..core.manifest import at_most, check_paths, describe_files, parse_manifest
 from ..core.schema import UserError
 from ..core.workspace import atomic_write
 from .s3 import S3Store, _ignore
@@ -281,6 +281,7 @@ def push(
     "Send the files of a folder that the store does not have, and replace its manifest."
     start = time.time()
     manifest = make_manifest(folder, parts, hashed, progress)
+    check_paths(manifest['files'], str(folder))
     sizes = store.sizes()
     missing = {
         file['sha256']: file
@@ -336,13 +337,14 @@ def _download(store: Store, entry: dict, file: Path, moved: Callable = _ignore):
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f'.{file.name}.{os.getpid()}')
     key = object_key(entry['sha256'])
+    damaged = UserError(
+        f'{store.url}: {entry["path"]} is damaged there (its checksum or size differs); '
+        f'delete {key} and send the set again'
+    )
     try:
-        store.get(key, part, moved)
-        if file_sha256(part) != entry['sha256']:
-            raise UserError(
-                f'{store.url}: {entry["path"]} is damaged there (its checksum differs); '
-                f'delete {key} and send the set again'
-            )
+        store.get(key, part, at_most(entry['size'], damaged, moved))
+        if part.stat().st_size != entry['size'] or file_sha256(part) != entry['sha256']:
+            raise damaged
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
