@@ -257,7 +257,8 @@ def compare_runs(
     x = np.asarray(a['validation']['by_picture'], float)
     y = np.asarray(b['validation']['by_picture'], float)
     same_levels = a['validation']['levels'] == b['validation']['levels']
-    if a['data'] != b['data'] or x.shape != y.shape or not same_levels:
+    kinds = {run.settings.get('train.prediction_type') for run in (first, second)}
+    if a['data'] != b['data'] or x.shape != y.shape or not same_levels or len(kinds) > 1:
         return Comparison(rows, comparable=False)
     if np.array_equal(x, y):
         return Comparison(rows, same=True)
