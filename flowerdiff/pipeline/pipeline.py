@@ -28,6 +28,7 @@ from .dvc_graph import GRAPH, refresh
 from .execute import stage_line, stop_tree
 from .progress import Display, Messages, how_far, last_event
 from .request import Request, check_paths, choose_stages, requested_settings
+from ..services.mlflow_paths import adopt_database
 
 # %% ../../nbs/pipeline/08_pipeline.ipynb #25ce1e6f
 def start_dvc(
@@ -266,6 +267,7 @@ def _check(ws: Workspace, stages: list[str]):
 def _prepare_workspace(ws: Workspace, stages: list[str], force: bool):
     "Update what DVC reads, and remove what an earlier run left."
     ws.work.mkdir(exist_ok=True)
+    adopt_database(ws.root)
     refresh(ws)
     _remove_stale_lock(ws)
     if force:

@@ -99,9 +99,10 @@ def assemble(
     name: str,  # of the model
     repo: str,  # what a reader passes to `from_pretrained`
 ):
-    "Fill a folder with the model, matching ONNX files and engines, sample images and the model card."
+    "Fill a folder with the model, files for other programs, sample images and the model card."
     from flowerdiff.inference.backends import onnx_beside
     from flowerdiff.models.model_folder import copy_student_steps
+    from flowerdiff.models.single_file import single_files
     from flowerdiff.models.vocabulary import copy_vocabulary
 
     if not (ws.model / 'model_index.json').exists():
@@ -120,7 +121,8 @@ def assemble(
     samples = draw_samples(ws, folder / 'samples')
     if (ws.report / 'grid.png').exists():
         shutil.copyfile(ws.report / 'grid.png', folder / 'samples/grid.png')
-    card = make_card(ws, name, repo, samples, onnx=bool(onnx), engines=engines)
+    files = single_files(ws.model, folder, name)
+    card = make_card(ws, name, repo, samples, onnx=bool(onnx), engines=engines, single_files=files)
     (folder / 'README.md').write_text(card, encoding='utf-8')
 
 # %% ../../nbs/stages/10_publish.ipynb #0254c253
