@@ -106,6 +106,56 @@ def tiny_model(folder, size=32):
     return Path(folder)
 
 
+SD1 = dict(
+    unet=dict(block_out_channels=[16, 32, 64, 64], cross_attention_dim=32),
+    vae=dict(block_out_channels=[4, 8, 16, 16]),
+    text_encoder=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+)  # the sizes of `tiny_sd1`
+
+
+def tiny_sd1(folder, rank=0, alpha=8.0):
+    "Write a pipeline with Stable Diffusion 1's blocks and small sizes, and with a LoRA if `rank` is not 0."
+    import tempfile
+
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from flowerdiff.models.components import TextEncoder
+    from flowerdiff.models.finetune import add_lora, merge_lora, save_lora
+    from flowerdiff.models.saving import save_components, save_pipeline
+
+    torch.manual_seed(0)
+    tok = tiny_tokenizer(77)
+    special = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+    config = CLIPTextConfig(vocab_size=len(tok), intermediate_size=64, **special, **SD1['text_encoder'])
+    text = CLIPTextModel(config)
+    unet = UNet2DConditionModel(sample_size=8, norm_num_groups=8, **SD1['unet'])
+    vae = AutoencoderKL(
+        down_block_types=('DownEncoderBlock2D',) * 4,
+        up_block_types=('UpDecoderBlock2D',) * 4,
+        layers_per_block=2,
+        norm_num_groups=4,
+        **SD1['vae'],
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', skip_prk_steps=True, steps_offset=1
+    )
+    base = unet
+    if rank:
+        unet = add_lora(unet, rank, alpha)
+        for name, parameter in unet.named_parameters():
+            if 'lora_B' in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        base = merge_lora(unet)
+    with tempfile.TemporaryDirectory() as parts:
+        save_components(parts, vae, TextEncoder(tok, text))
+        save_pipeline(folder, base, parts, scheduler)
+    if rank:
+        save_lora(unet, Path(folder) / 'lora')
+    return Path(folder)
+
+
 VOCABULARY = Path(__file__).parents[2] / 'shared' / 'data' / 'clip' / 'bpe_simple_vocab_16e6.txt.gz'
 
 

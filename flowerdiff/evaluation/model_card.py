@@ -204,6 +204,9 @@ generator("{{ prompt }}", num_images_per_prompt=4, seed=7)[0].save("picture.png"
 {% if lora %}
 The LoRA weights alone are in `lora/`, for the base model `{{ lora }}`:
 `pipe.load_lora_weights("{{ repo }}", subfolder="lora")`.
+{% endif %}{% if single_files %}
+For ComfyUI and AUTOMATIC1111: `{{ single_files|join('`, `') }}`,
+the whole model in one file{% if single_files|length > 1 %}, and the LoRA alone{% endif %}.
 {% endif %}{% if onnx %}
 The same model for ONNX Runtime, without PyTorch, is in `onnx/`.
 {% endif %}{% if engines %}
@@ -370,6 +373,7 @@ def make_card(
     *,
     onnx: bool,  # the ONNX files are included
     engines: dict,  # name -> TensorRT engine, see `describe_engine`
+    single_files: list = (),  # files for programs that open no Diffusers folder
 ) -> str:  # README.md
     "Write the model card, with its header."
     from huggingface_hub import ModelCard
@@ -390,6 +394,7 @@ def make_card(
         repo=repo,
         grid=(ws.report / 'grid.png').exists(),
         onnx=onnx,
+        single_files=single_files,
         lora=without_folder(ws.settings.train.init) if (ws.model / 'lora').is_dir() else '',
         prompt=samples[0]['prompt'].replace('"', "'") if samples else 'a red rose',
         size=ws.settings.prepare.resolution,

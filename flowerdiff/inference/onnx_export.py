@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.workspace import write_json
 from .onnx_openvino import onnx_session
 from .torch_backend import TorchBackend
-from ..models.model_folder import copy_student_steps
+from ..models.model_folder import copy_student_steps, read_config
 from ..models.vocabulary import copy_vocabulary
 
 # %% ../../nbs/inference/10_onnx_export.ipynb #cc6cfd6e
@@ -54,8 +55,8 @@ def encode_text(text_encoder: nn.Module, ids: Tensor) -> tuple:
 
 
 def denoise(unet: nn.Module, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    "Return the prediction of a UNet."
-    return unet(sample, timestep, encoder_hidden_states=text, return_dict=False)[0]
+    "Return the prediction of a UNet. The timestep is a scalar or has shape [1]."
+    return unet(sample, timestep.reshape(-1), encoder_hidden_states=text, return_dict=False)[0]
 
 
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:
@@ -135,6 +136,8 @@ def save_onnx(
     "Write a model into one file, or into one file and its weights into `…_data`. Removes older files."
     import onnx
 
+    for i in model.graph.input:
+        i.type.tensor_type.shape.SetInParent()
     size = sum(len(t.raw_data) for t in model.graph.initializer)
     for p in path.parent.glob(f'{path.name}?*'):
         p.unlink()
@@ -147,6 +150,17 @@ def save_onnx(
         size_threshold=1024,
     )
     onnx.checker.check_model(str(path))
+    _forget_timestep_shape(path)
+
+
+def _forget_timestep_shape(path: Path):
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for i in model.graph.input:
+        if i.name == 'timestep':
+            i.type.tensor_type.ClearField('shape')
+            path.write_bytes(model.SerializeToString())
 
 
 def gather_weights(
@@ -232,7 +246,7 @@ def total_bytes(path: Path) -> int:
 def new_inputs(
     part: Part,
     batch: int,
-    timestep: int,
+    timestep: int | list,  # a list of one for shape [1]
 ) -> dict:  # name -> Tensor
     "Return inputs that differ in batch size and values from those that were traced."
     rng = torch.Generator().manual_seed(batch)
@@ -255,7 +269,7 @@ def part_difference(
     session = onnx_session(path)
     names = [i.name for i in session.get_inputs()]  # a UNet may not use the text
     differences = [0.0]
-    for batch, timestep in ((1, 999), (3, 500), (1, 0)):
+    for batch, timestep in ((1, 999), (3, 500), (1, 0), (2, [250])):
         inputs = new_inputs(part, batch, timestep)
         with torch.inference_mode():
             want = part.fn(*inputs.values())
@@ -277,4 +291,4 @@ def copy_configs(model: Path, folder: Path):
         shutil.copytree(model / part, folder / part)
     sources = dict(text_encoder='text_encoder', unet='unet', vae_decoder='vae', vae_encoder='vae')
     for part, source in sources.items():
-        shutil.copy(model / source / 'config.json', folder / part)
+        write_json(folder / part / 'config.json', read_config(model, source))

@@ -32,6 +32,7 @@ from .execute import FAILURE, stage_line, stop_leftovers, stop_tree
 from .progress import Display, Messages, how_far, last_event
 from .request import Request, check_paths, choose_stages, requested_settings
 from ..services.hardware import check_disk, explain_end, oom_kills
+from ..services.mlflow_paths import adopt_database
 from ..services.processes import lock, run_variable, signals_as_interrupt
 
 # %% ../../nbs/pipeline/08_pipeline.ipynb #25ce1e6f

@@ -22,7 +22,7 @@ from ..core.child_processes import hide_in_tracebacks, safe_environment
 from ..core.files import is_alive, parse_json
 from ..core.schema import hide_credentials
 from ..core.workspace import Workspace, open_workspace, read_json, write_json
-from .mlflow_paths import adopt_database
+from .mlflow_paths import adopt_database, release_model, store_model
 
 # %% ../../nbs/services/03_tracking.ipynb #2090b0a8
 def log_event(
@@ -400,6 +400,10 @@ def _set_champion(client, ws: Workspace, name: str, record: dict) -> str:  # the
     registered = client.search_model_versions(f"name = '{name}'")
     mine = [version for version in registered if version.tags.get('run_id') == record['run_id']]
     champion = mine[0] if mine else new_version(client, ws, name, record)
+    if champion.run_id:
+        store_model(client, champion.run_id, ws.model)
+    for former in {version.run_id for version in registered} - {champion.run_id, None, ''}:
+        release_model(client, former)
     try:
         client.set_registered_model_alias(name, 'champion', champion.version)
     except Exception:  # servers from before MLflow 2.3 have no aliases
@@ -413,12 +417,10 @@ def new_version(
     name: str,  # of the registered model
     record: dict,  # model/record.json
 ):  # a ModelVersion
-    "Register `model/` by a pointer: a small file that says where the model is and what it contains."
+    "Register the artifact `model` of the run that trained `model/`; without such a run, `model/` itself."
     run = _mlflow_run(ws, record['run_id'])
     source = ws.model.as_uri()
     if run:
-        facts = {key: record.get(key) for key in ('run_id', 'validation', 'fingerprint')}
-        client.log_dict(run, dict(folder=str(ws.model), **facts), 'model/pointer.json')
         source = f'{client.get_run(run).info.artifact_uri}/model'
     tags = dict(run_id=record['run_id'], validation=f'{record.get("validation", 0):.6f}')
     return client.create_model_version(name, source, run, tags=tags)

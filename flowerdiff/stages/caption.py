@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'CAPTIONERS', 'AUTO', 'NEEDED', 'given', 'properties', 'different_sentences', 'describe_properties',
-           'attributes', 'labels', 'filenames', 'florence', 'picture_rng', 'caption', 'Captioned', 'all_rows',
-           'florence_answers', 'check_captioner', 'Written', 'write_captions', 'lint_captions', 'run', 'sample_rows',
-           'show_captions']
+           'attributes', 'labels', 'filenames', 'florence', 'caption', 'Captioned', 'all_rows', 'florence_answers',
+           'check_captioner', 'Written', 'write_captions', 'lint_captions', 'run', 'sample_rows', 'show_captions']
 
 # %% ../../nbs/stages/02_caption.ipynb #384b16e2
-import hashlib
 import itertools
 import json
 from collections import Counter
@@ -17,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from ..core.schema import UserError
 from ..core.workspace import Workspace, atomic_dir, progress, read_json, stage, write_json
@@ -44,6 +40,7 @@ from flowerdiff.data.caption_lint import (
     token_counter,
 )
 from ..data.celeba_captions import describe_face, is_celeba
+from ..data.first_caption import picture_rng
 from ..data.image_folder import read_rows
 from ..data.images import open_picture
 from ..garden.captions import describe
@@ -162,12 +159,6 @@ def florence(row: dict, rng, n: int) -> list:
 # %% ../../nbs/stages/02_caption.ipynb #588f4961
 CAPTIONERS = dict(given=given, attributes=attributes, labels=labels, florence=florence, filenames=filenames)
 AUTO = ('given', 'attributes', 'labels', 'florence')
-
-
-def picture_rng(row: dict, seed: int) -> np.random.Generator:
-    "Return a generator that depends on the picture and the seed only."
-    key = f'{seed} {row.get("sha256") or row.get("source")}'
-    return np.random.default_rng(int(hashlib.sha256(key.encode()).hexdigest()[:16], 16))
 
 
 def caption(

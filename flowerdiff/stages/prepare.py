@@ -35,6 +35,7 @@ from flowerdiff.core.workspace import (
     write_jsonl,
 )
 from ..data.datasets import DATASETS, prepare_dataset
+from ..data.first_caption import first_caption
 from ..data.image_folder import crop_pictures, crop_squares, picture_label, row_captions
 from ..data.images import map_in_order, pixel_sha256, printable
 from ..data.metadata import Metadata
@@ -99,7 +100,8 @@ def draw_pictures(
     for task in tasks:
         im = draw(task.row, task.seed, task.index, task.side)
         im.save(task.folder / task.row['file_name'], compress_level=1)
-        drawn.append((task.folder.name, task.row | dict(sha256=pixel_sha256(im))))
+        row = task.row | dict(sha256=pixel_sha256(im))
+        drawn.append((task.folder.name, row | dict(text=first_caption(row, {}, task.seed))))
     return drawn
 
 # %% ../../nbs/stages/01_prepare.ipynb #73111d2f
@@ -273,19 +275,23 @@ def picture_row(
     facts: dict,  # about the cropped picture
     described: dict,  # its row of metadata
 ) -> dict:
-    "Collect what is known of a picture, without empty entries."
+    "Collect what is known of a picture. Lists and tables that are empty are left out."
     row = dict(
         bucket=facts.get('bucket'),
         source=printable(name),
         sha256=facts['sha256'],
         content_hash=facts['content'][:KEY_DIGITS],
-        repeats=described.get('repeats'),
-        note=facts['note'],
-        label=picture_label(name, described),
         captions=row_captions(described),
         attributes=other_columns(described),
     )
-    return dict(width=facts['width'], height=facts['height']) | {k: v for k, v in row.items() if v}
+    always = dict(
+        width=facts['width'],
+        height=facts['height'],
+        label=picture_label(name, described),
+        repeats=described.get('repeats') or 1,
+        note=facts['note'],
+    )  # in each row, because `datasets` wants the same columns in each split
+    return always | {k: v for k, v in row.items() if v}
 
 # %% ../../nbs/stages/01_prepare.ipynb #2724d954
 def _link_or_copy(source: Path, target: Path):
@@ -313,9 +319,10 @@ def fill_splits(
             count[picture.split] += 1
             _link_or_copy(folder / facts['file'], new / picture.split / file_name)
             row = picture_row(picture.name, facts, metadata.row(picture.name))
-            known = dict(file_name=f'{picture.split}/{file_name}', texts=metadata.texts(picture.name))
-            texts.write(json.dumps(known, ensure_ascii=False) + '\n')
-            yield picture.split, dict(file_name=file_name, **row)
+            known = metadata.texts(picture.name)
+            line = dict(file_name=f'{picture.split}/{file_name}', texts=known)
+            texts.write(json.dumps(line, ensure_ascii=False) + '\n')
+            yield picture.split, dict(file_name=file_name, **row, text=first_caption(row, known))
 
 # %% ../../nbs/stages/01_prepare.ipynb #7f5d1386
 def _check_enough(source: str, selection: Selection, left_out: list):
