@@ -64,7 +64,10 @@ def read_config(
         path = folder / part / ('scheduler_config.json' if part == 'scheduler' else 'config.json')
         if path.is_file():
             with model_errors(path):
-                return check_config(read_json(path), parts[0], path)
+                config = check_config(read_json(path), parts[0], path)
+                if config.get('_class_name') == 'AutoencoderTiny':  # its file leaves out what can be derived
+                    config.setdefault('block_out_channels', config['decoder_block_out_channels'])
+                return config
     raise UserError(f'{folder / parts[0]}: this part of the model is missing; copy or make the model again')
 
 # %% ../../nbs/models/02_model_folder.ipynb #7cf2d8ca

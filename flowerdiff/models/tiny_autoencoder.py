@@ -131,10 +131,6 @@ def save_autoencoder(
     for folder in (fresh, old):
         shutil.rmtree(folder, ignore_errors=True)
     save_part(model, fresh)
-    config = json.loads((fresh / 'config.json').read_text(encoding='utf-8'))
-    if config['_class_name'] == 'AutoencoderTiny':
-        config.pop('block_out_channels', None)  # derived; loading it would cause a warning
-    (fresh / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
     if spent:
         (fresh / 'spent.json').write_text(json.dumps(spent), encoding='utf-8')
     if out.exists():

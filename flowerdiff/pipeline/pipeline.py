@@ -286,6 +286,7 @@ def _prepare_workspace(ws: Workspace, stages: list[str], force: bool, display: D
     if left:
         display.line(f'an earlier run was killed; ended {left} process{"es" if left > 1 else ""} of it')
     ws.work.mkdir(exist_ok=True)
+    adopt_database(ws.root)
     read_lock(ws)
     refresh(ws)
     _remove_stale_lock(ws)

@@ -212,12 +212,7 @@ def make_manifest(
         dict(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=hashed(path))
         for path in progress(found, len(found), 'files compared')
     ]
-    size = sum(file['size'] for file in files)
-    return dict(format=1, revision=_revision(files), count=len(files), bytes=size, files=files)
-
-
-def _revision(files: list[dict]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return describe_files(files)
 
 # %% ../../nbs/services/09_store.ipynb #2a2796a7
 MB = 1_000_000
@@ -312,21 +307,7 @@ def read_manifest(
             f'{store.url}: holds no set (there is no {name}); '
             'flowerdiff run WORKSPACE --only upload sends one there'
         )
-    try:
-        manifest = json.loads(data)
-        files = [(file['path'], file['sha256'], file['size']) for file in manifest['files']]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{store.url}: its {name} is damaged, or not flowerdiff's; "
-            'check the address, or send the set again'
-        ) from None
-    for path, sha256, _ in files:
-        parts = PurePosixPath(path)
-        if parts.is_absolute() or '..' in parts.parts or not re.fullmatch('[0-9a-f]{64}', sha256):
-            raise UserError(f'{store.url}: {name} names {path}, outside of the folder; do not use this store')
-    if manifest.get('revision', _revision(manifest['files'])) != _revision(manifest['files']):
-        raise UserError(f'{store.url}: its {name} is damaged; send the set again')
-    return manifest
+    return parse_manifest(data, f'{store.url}: its {name}')
 
 # %% ../../nbs/services/09_store.ipynb #97c2dcdf
 def _is_current(entry: dict, file: Path, hashed: Callable = file_sha256) -> bool:

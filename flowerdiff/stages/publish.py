@@ -121,9 +121,10 @@ def assemble(
     name: str,  # of the model
     repo: str,  # what a reader passes to `from_pretrained`
 ):
-    "Fill a folder with the model, matching ONNX files and engines, sample images and the model card."
+    "Fill a folder with the model, files for other programs, sample images and the model card."
     from flowerdiff.inference.backends import onnx_beside
     from flowerdiff.models.model_folder import copy_student_steps
+    from flowerdiff.models.single_file import single_files
     from flowerdiff.models.vocabulary import copy_vocabulary
 
     if not (ws.model / 'model_index.json').exists():
@@ -146,7 +147,8 @@ def assemble(
     if (ws.report / 'grid.png').exists():
         shutil.copyfile(ws.report / 'grid.png', folder / 'samples/grid.png')
     write_license(ws, folder)
-    card = make_card(ws, name, repo, samples, onnx=bool(onnx), engines=engines)
+    files = single_files(ws.model, folder, name)
+    card = make_card(ws, name, repo, samples, onnx=bool(onnx), engines=engines, single_files=files)
     (folder / 'README.md').write_text(card, encoding='utf-8')
     write_checksums(folder)
 
