@@ -216,6 +216,17 @@ def gather(
 
 # %% ../../nbs/data/06_shards.ipynb #6cf05427
 @patch
+def verify(self: Shards):
+    "Compare every byte with the checksums. Raises `UserError` naming the damaged file."
+    for i, shard in enumerate(self.shards):
+        path = shard_path(self.folder, self.name, i)
+        if file_sha256(path) != shard['sha256']:
+            raise UserError(
+                f'{path}: is damaged (its checksum differs); delete it and run the stage encode again'
+            )
+
+
+@patch
 def load(self: Shards) -> dict[str, np.ndarray]:  # field -> [records, ...]
     "Load all records into memory. Raises `UserError` as `verify` does."
     self.verify()
@@ -245,14 +256,3 @@ def open_shard_sets(
     "Open all sets in a folder. Raises `UserError` as `Shards` does."
     others = sorted(path.stem for path in Path(folder).glob(f'{name}*x*.json'))
     return [Shards(folder, set_name) for set_name in (name, *others)]
-
-# %% ../../nbs/data/06_shards.ipynb #e605bc03
-@patch
-def verify(self: Shards):
-    "Compare every byte with the checksums. Raises `UserError` naming the damaged file."
-    for i, shard in enumerate(self.shards):
-        path = shard_path(self.folder, self.name, i)
-        if file_sha256(path) != shard['sha256']:
-            raise UserError(
-                f'{path}: is damaged (its checksum differs); delete it and run the stage encode again'
-            )
