@@ -196,7 +196,7 @@ class Comparison:
     "What two runs did differently, and which is better. The text of it says which."
 
     rows: list[Row]  # changed settings, then results
-    comparable: bool = True  # same data, pictures and timesteps
+    comparable: bool = True  # same data, pictures, timesteps and prediction type
     same: bool = False  # same losses, picture by picture
     lower: str = ''  # 'first' or 'second': the lower validation loss
     better: bool = False  # by more than chance, see `flowerdiff.stages.promote.compare`
@@ -205,7 +205,7 @@ class Comparison:
 
     def __str__(self):
         if not self.comparable:
-            return 'They were trained on different data: their validation losses do not compare.'
+            return 'Their data or prediction types differ: their validation losses do not compare.'
         if self.same:
             return 'The same losses, picture by picture: the same model.'
         result = 'better' if self.better else 'lower, but that may be chance'
