@@ -77,7 +77,12 @@ class Backend:
         if distilled_steps:
             self.steps = distilled_steps
             self.guidance = 1.0
-        self.scale = 2 ** (len(self.vae_config['block_out_channels']) - 1)  # pixels per latent
+        levels = self.vae_config.get('block_out_channels') or self.vae_config.get(
+            'encoder_block_out_channels'
+        )
+        if not levels:
+            raise UserError(f'{self.folder}: the autoencoder has no block_out_channels; copy the model again')
+        self.scale = 2 ** (len(levels) - 1)  # pixels per latent
         self.channels = self.unet_config['in_channels']
         self.size = self.unet_config['sample_size'] * self.scale  # pixels of a side
         self.scaling = self.vae_config.get('scaling_factor', 1.0)
