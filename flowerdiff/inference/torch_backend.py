@@ -92,8 +92,11 @@ class Backend:
 
         with component_errors(self.folder / 'tokenizer'):
             tokenizer = AutoTokenizer.from_pretrained(self.folder / 'tokenizer')
-            positions = read_config(self.folder, 'text_encoder')['max_position_embeddings']
-            limit_length(tokenizer, positions)
+            text = read_config(self.folder, 'text_encoder')
+            limit_length(tokenizer, text['max_position_embeddings'])
+            tokenizer('', padding='max_length')  # raises without a padding token
+            if len(tokenizer) > text.get('vocab_size', len(tokenizer)):
+                raise ValueError(f'has {len(tokenizer)} tokens, the text encoder knows {text["vocab_size"]}')
         return tokenizer
 
     def condition(self, text: Tensor):  # [B, L, D] embeddings -> the `text` argument of `denoise`
