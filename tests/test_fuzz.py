@@ -277,7 +277,7 @@ def draw(folder: Path):
     Generator.from_pretrained(folder, 'torch')('a red rose', num_inference_steps=1, size=16)
 
 
-@tries(30)
+@tries(15)
 @given(data=st.data())
 def test_model_configs(model, data):
     name = data.draw(st.sampled_from([*CONFIGS, 'vocabulary.json', 'train_settings.json']))
@@ -292,7 +292,7 @@ def test_model_configs(model, data):
         (model / name).write_bytes(original)
 
 
-@tries(15)
+@tries(8)
 @given(data=st.data())
 def test_weights(model, data):
     "The first 2 KB of a safetensors file are its header."

@@ -119,7 +119,7 @@ def image_size(
         unet, vae = (check_config(read_json(file), part, file) for part, file in files.items())
     except (TypeError, OSError, UserError):
         return 0
-    return unet['sample_size'] * 2 ** (len(vae['block_out_channels']) - 1)
+    return unet['sample_size'] * 2 ** (len(vae.get('block_out_channels') or [0]) - 1)
 
 # %% ../../nbs/apps/08_studio.ipynb #6f8e365e
 def header_html(workspace: Path) -> str:

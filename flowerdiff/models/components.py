@@ -381,6 +381,7 @@ def load_text(
     with component_errors(tokenizer_folder):
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
         limit_length(tokenizer, text_model.config.max_position_embeddings)
+        tokenizer('', padding='max_length')  # raises without a padding token
     vocab_size = text_model.config.vocab_size
     if len(tokenizer) > vocab_size:
         raise UserError(

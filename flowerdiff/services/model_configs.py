@@ -49,7 +49,8 @@ class _UNet(_Part):
 
 
 class _Autoencoder(_Part):
-    block_out_channels: Levels
+    block_out_channels: Levels | None = None
+    encoder_block_out_channels: Levels | None = None
     latent_channels: Width = 4
     scaling_factor: Annotated[float, Field(gt=0, le=1000)] = 1.0
     layers_per_block: Layers = 1
