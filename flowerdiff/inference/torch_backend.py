@@ -79,7 +79,10 @@ class Backend:
         if distilled_steps:
             self.steps = distilled_steps
             self.guidance = 1.0
-        self.scale = 2 ** (len(self.vae_config['block_out_channels']) - 1)  # pixels per latent
+        levels = self.vae_config.get('block_out_channels')
+        if not levels:
+            raise UserError(f'{self.folder}: the autoencoder has no block_out_channels; copy the model again')
+        self.scale = 2 ** (len(levels) - 1)  # pixels per latent
         self.channels = self.unet_config['in_channels']
         self.size = self.unet_config['sample_size'] * self.scale  # pixels of a side
         self.scaling = self.vae_config.get('scaling_factor', 1.0)
@@ -89,8 +92,11 @@ class Backend:
 
         with component_errors(self.folder / 'tokenizer'):
             tokenizer = CLIPTokenizer.from_pretrained(self.folder / 'tokenizer')
-            positions = read_config(self.folder, 'text_encoder')['max_position_embeddings']
-            limit_length(tokenizer, positions)
+            text = read_config(self.folder, 'text_encoder')
+            limit_length(tokenizer, text['max_position_embeddings'])
+            tokenizer('', padding='max_length')  # raises without a padding token
+            if len(tokenizer) > text.get('vocab_size', len(tokenizer)):
+                raise ValueError(f'has {len(tokenizer)} tokens, the text encoder knows {text["vocab_size"]}')
         return tokenizer
 
     def condition(self, text: Tensor):  # [B, L, D] embeddings -> the `text` argument of `denoise`

@@ -66,7 +66,7 @@ def read_config(
             with model_errors(path):
                 config = check_config(read_json(path), parts[0], path)
                 if config.get('_class_name') == 'AutoencoderTiny':  # its file leaves out what can be derived
-                    config.setdefault('block_out_channels', config['decoder_block_out_channels'])
+                    config.setdefault('block_out_channels', config.get('decoder_block_out_channels'))
                 return config
     raise UserError(f'{folder / parts[0]}: this part of the model is missing; copy or make the model again')
 
