@@ -61,7 +61,7 @@ def artifact_folder(
     "Return the folder of artifacts that are on this machine."
     if uri.startswith('file://'):
         return Path(url2pathname(uri.removeprefix('file://')))
-    return Path(uri) if '://' not in uri else None
+    return Path(uri) if uri.startswith('/') else None
 
 
 def link_model(
