@@ -26,13 +26,8 @@ def main():
     from flowerdiff.data.encoding import encode_captions, encode_pictures, read_pictures
     from flowerdiff.garden.captions import caption
     from flowerdiff.garden.garden import draw, sample_attributes
-    from flowerdiff.models.components import (
-        bf16_is_fast,
-        encode_moments,
-        load_autoencoder,
-        load_text,
-        pil_to_tensor,
-    )
+    from flowerdiff.models.components import encode_moments, load_autoencoder, load_text, pil_to_tensor
+    from flowerdiff.services.hardware import bf16_is_fast
 
     torch.set_num_threads(a.threads or len(os.sched_getaffinity(0)))
     vae, text, folder = (

@@ -238,7 +238,7 @@ def test_a_damaged_folder_names_the_way_back(ws):
     settings.write_bytes(whole)
 
 
-def test_a_folder_of_somebody_else_is_accepted(tmp_path):
+def test_a_folder_of_another_program_is_accepted(tmp_path):
     "Breaks when a model without checksums is refused."
     verify_folder(tiny_model(tmp_path))
     verify_folder(tmp_path / 'missing')

@@ -22,7 +22,8 @@ from flowerdiff.inference import sampling_loop
 from flowerdiff.inference.backends import load_backend
 from flowerdiff.inference.generator import Generator
 from flowerdiff.inference.torch_backend import TorchBackend, cross_attentions
-from flowerdiff.models.components import tensor_to_pil, why_not_compile
+from flowerdiff.models.components import tensor_to_pil
+from flowerdiff.services.hardware import why_not_compile
 
 
 def pixels(pictures):

@@ -172,7 +172,8 @@ def test_mlflow_gives_the_champion_s_files(tmp_path, monkeypatch):
     import mlflow
 
     from flowerdiff.services.mlflow_paths import adopt_database
-    from flowerdiff.services.tracking import experiment_id, mlflow_client, name_champion
+    from flowerdiff.services.registry import name_champion
+    from flowerdiff.services.tracking import experiment_id, mlflow_client
 
     monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
     ws = open_workspace(tmp_path / 'meadow', 'garden')

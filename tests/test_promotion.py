@@ -151,7 +151,7 @@ def test_a_rollback_is_killed_at_changes_of_the_disk(champion, tmp_path):
 
 
 def test_a_student_is_killed_at_changes_of_the_disk(champion, tmp_path, monkeypatch):
-    "Breaks when a student that passed is recorded as one that did not, or is examined again."
+    "Breaks when a student that passed is recorded as one that did not, or is measured again."
     result = promote.StudentResult(True, 'a fixed result', dict(lost=0.0))
     monkeypatch.setattr(promote, 'decide_student', lambda *_: result)
     start = copy_of(champion, tmp_path / 'start' / 'ws')

@@ -120,8 +120,8 @@ def test_no_password_in_messages_of_stores(monkeypatch, tmp_path):
     from huggingface_hub import HfApi
 
     from flowerdiff.services.model_repo import publish_hub
+    from flowerdiff.services.registry import name_champion
     from flowerdiff.services.store import open_store
-    from flowerdiff.services.tracking import name_champion
 
     for name, value in ADDRESSES.items():
         monkeypatch.setenv(name, value)

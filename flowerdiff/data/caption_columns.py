@@ -6,19 +6,26 @@
 __all__ = ['ENDINGS', 'REFERENCE', 'EMPTY', 'COLUMNS', 'LANGUAGE', 'TECHNICAL', 'STAMP', 'COUNTER', 'CAMERA', 'is_reference',
            'plain_text', 'parse_cell', 'caption_columns', 'is_technical', 'languages', 'dict_values',
            'describes_picture', 'value_captions', 'value_tags', 'is_tag_list', 'shuffled_tags', 'column_captions',
-           'GivenCaptions', 'given_captions', 'Texts', 'file_name_caption']
+           'GivenCaptions', 'given_captions', 'Texts', 'file_name_caption', 'picture_rng', 'first_caption']
 
 # %% ../../nbs/data/19_caption_columns.ipynb #c16a0004
 import ast
 import contextlib
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+import numpy as np
+
 from ..core.files import parse_json
 from ..core.schema import UserError
+from ..core.settings import Caption
+from .caption_cleanup import article
+from .celeba_captions import describe_face, is_celeba
+from ..garden.captions import describe
 
 # %% ../../nbs/data/19_caption_columns.ipynb #c16a0007
 ENDINGS = 'jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|jxl|svg|txt|json|caption|tar|zip'
@@ -302,3 +309,26 @@ def file_name_caption(
     if words and len(words[-1].rstrip('0123456789')) > 1:
         words[-1] = words[-1].rstrip('0123456789')
     return '' if all(CAMERA.fullmatch(word) for word in words) else ' '.join(words)
+
+# %% ../../nbs/data/19_caption_columns.ipynb #fd9ecb15
+def picture_rng(row: dict, seed: int) -> np.random.Generator:
+    "Return a generator that depends on the picture and the seed only."
+    key = f'{seed} {row.get("sha256") or row.get("source")}'
+    return np.random.default_rng(int(hashlib.sha256(key.encode()).hexdigest()[:16], 16))
+
+# %% ../../nbs/data/19_caption_columns.ipynb #dacfea65
+def first_caption(
+    row: dict,  # of a `metadata.jsonl` in `pictures/`
+    texts: dict,  # column -> values, what came with the picture
+    seed: int = 0,
+) -> str:  # '' if nothing is known
+    "Return one caption of a picture."
+    rng = picture_rng(row, seed)
+    captions = given_captions(texts, Caption(), rng).captions or row.get('captions', [])
+    if captions:
+        return captions[0]
+    if 'species' in row and 'petals' in row:
+        return describe(row, rng)
+    if is_celeba(row.get('attributes', {})):
+        return describe_face(row['attributes'], rng)
+    return article(row['label']) if row.get('label') else ''

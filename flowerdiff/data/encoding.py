@@ -17,13 +17,8 @@ from torch import nn
 from ..core.schema import UserError
 from .images import open_picture
 from .shards import Shards, ShardWriter, shard_set_name
-from flowerdiff.models.components import (
-    TextEncoder,
-    bf16_is_fast,
-    encode_moments,
-    pil_to_tensor,
-    scale_factor,
-)
+from ..models.components import TextEncoder, encode_moments, pil_to_tensor, scale_factor
+from ..services.hardware import bf16_is_fast
 
 # %% ../../nbs/data/07_encoding.ipynb #476f584c
 def read_pictures(

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..core.workspace import Workspace, read_json
 from .eval_prompts import display_settings
 from .metric_table import REFERENCES, format_value, measured_values
+from ..models.model_folder import student_steps
 from ..models.text_encoder import recorded_text_encoder
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #9fcf241a
@@ -377,8 +378,6 @@ def make_card(
 ) -> str:  # README.md
     "Write the model card, with its header."
     from huggingface_hub import ModelCard
-
-    from flowerdiff.models.model_folder import student_steps
 
     metrics = read_json(ws.report / 'metrics.json') if (ws.report / 'metrics.json').exists() else {}
     found = measured_values(metrics)

@@ -23,7 +23,8 @@ from .gate import GateResult
 from .student_eval import StudentResult
 from ..models.components import component_fingerprint
 from ..models.model_folder import student_steps
-from ..services.tracking import log_event, name_champion, read_events
+from ..services.registry import name_champion
+from ..services.tracking import log_event, read_events
 
 # %% ../../nbs/evaluation/16_promotion.ipynb #fda99b74
 def now() -> str:

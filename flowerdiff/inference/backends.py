@@ -15,8 +15,8 @@ from ..core.workspace import read_json
 from .onnx_openvino import OnnxBackend, OpenVinoBackend, why_not_openvino
 from .tensorrt import TensorRTBackend, cuda_device, why_not_tensorrt
 from .torch_backend import Backend, TorchBackend
-from ..models.components import why_not_compile
 from ..models.model_folder import find_model, weights_fingerprint
+from ..services.hardware import why_not_compile
 
 # %% ../../nbs/inference/06_backends.ipynb #d6d0e008
 BACKENDS = {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.checksums import verify_folder
 from ..core.schema import UserError
 from ..core.workspace import read_json
-from ..models.components import component_errors, why_not_compile
+from ..models.components import component_errors
 from flowerdiff.models.model_folder import (
     PIPELINES,
     load_part,
@@ -30,6 +30,7 @@ from flowerdiff.models.model_folder import (
     scheduler_config,
     student_steps,
 )
+from ..services.hardware import why_not_compile
 from ..services.model_configs import limit_length
 
 # %% ../../nbs/inference/02_torch_backend.ipynb #5ecac0bb

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .components import bf16_is_fast
 from .tokenizer import Attributes, tokenize, tokenize_captions, train_tokenizer
+from ..services.hardware import bf16_is_fast
 
 # %% ../../nbs/models/04_clip.ipynb #63499cbf
 def small_clip(

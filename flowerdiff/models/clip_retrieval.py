@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .clip import Batch, joint_loss, pixels, small_clip
-from .components import bf16_is_fast
 from .tokenizer import tokenize, train_tokenizer
 from .vocabulary import words_of
+from ..services.hardware import bf16_is_fast
 
 # %% ../../nbs/models/16_clip_retrieval.ipynb #0c1c4953
 @dataclass

@@ -7,14 +7,12 @@ __all__ = ['FILES', 'UNSAFE', 'HUB_FILES', 'PINNED', 'ORIGIN', 'VOLATILE', 'DERI
            'cached_part', 'from_hub', 'component_folder', 'find_component', 'component_fingerprint', 'save_part',
            'quiet_libraries', 'one_line_errors', 'component_errors', 'load_strict', 'check_finite', 'pil_to_tensor',
            'tensor_to_pil', 'psnr', 'load_autoencoder', 'scale_factor', 'encode_moments', 'decode', 'TextEncoder',
-           'find_tokenizer', 'load_text', 'bf16_is_fast', 'why_not_compile', 'build_denoiser']
+           'find_tokenizer', 'load_text', 'build_denoiser']
 
 # %% ../../nbs/models/01_components.ipynb #ee23b767
 import contextlib
-import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -389,28 +387,6 @@ def load_text(
             'they do not belong together'
         )
     return TextEncoder(tokenizer, text_model, model if is_whole_clip else None)
-
-# %% ../../nbs/models/01_components.ipynb #b0f16a02
-def bf16_is_fast(device='cpu') -> bool:
-    "Whether computing in bfloat16 is faster on this device."
-    if str(device).startswith('cuda'):
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported()
-
-
-def why_not_compile() -> str:
-    "Explain why `torch.compile` cannot work here; '' if it can."
-    gpu = torch.cuda.is_available()
-    language, variable = ('C', 'CC') if gpu else ('C++', 'CXX')  # of Triton, and of TorchInductor
-    if variable in os.environ:
-        compilers = [os.environ[variable]]
-    elif gpu:
-        compilers = ['cc', 'gcc', 'clang']
-    else:
-        compilers = [dict(darwin='clang++', win32='cl').get(sys.platform, 'g++')]
-    if any(map(shutil.which, compilers)):
-        return ''
-    return f'there is no {language} compiler ({" or ".join(compilers)}), which torch.compile needs'
 
 # %% ../../nbs/models/01_components.ipynb #22ac2281
 def build_denoiser(

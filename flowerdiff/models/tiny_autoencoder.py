@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from .clip import LossLog, fraction_done, set_learning_rate
-from .components import bf16_is_fast, decode, encode_moments, psnr, save_part
+from .components import decode, encode_moments, psnr, save_part
+from ..services.hardware import bf16_is_fast
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #18581398
 def small_autoencoder(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.schema import UserError
 from ..core.workspace import read_json, write_json
 from .clip import fraction_done, set_learning_rate
-from .components import bf16_is_fast, decode, encode_moments, load_autoencoder
+from .components import decode, encode_moments, load_autoencoder
 from .perceptual import SqueezeNet
 from flowerdiff.models.tiny_autoencoder import (
     reconstruction_psnr,
@@ -26,6 +26,7 @@ from flowerdiff.models.tiny_autoencoder import (
     to_tensor,
     update_average,
 )
+from ..services.hardware import bf16_is_fast
 
 # %% ../../nbs/models/07_vae.ipynb #7149ae44
 def kl_autoencoder(

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['AWS_VARIABLES', 'OOM_COUNTERS', 'MEMORY_SETTINGS', 'NEEDS', 'EXTRAS', 'gpus', 'has_package', 'package_version',
-           'has_aws', 'has_hub', 'cores', 'memory_gb', 'check_disk', 'oom_kills', 'explain_end', 'StageCheck',
-           'stage_check', 'doctor']
+           'has_aws', 'has_hub', 'cores', 'memory_gb', 'check_disk', 'oom_kills', 'explain_end', 'bf16_is_fast',
+           'why_not_compile', 'StageCheck', 'stage_check', 'doctor']
 
 # %% ../../nbs/services/01_hardware.ipynb #c4d07410
 import contextlib
 import os
 import platform
+import shutil
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -133,6 +135,32 @@ def explain_end(
         )
     how = f'was ended by signal {-exit_code}' if exit_code < 0 else f'ended with exit code {exit_code}'
     return RuntimeError(f'a process of {stage} {how}')
+
+# %% ../../nbs/services/01_hardware.ipynb #b0f16a02
+def bf16_is_fast(device='cpu') -> bool:
+    "Whether computing in bfloat16 is faster on this device."
+    import torch
+
+    if str(device).startswith('cuda'):
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def why_not_compile() -> str:
+    "Explain why `torch.compile` cannot work here; '' if it can."
+    import torch
+
+    gpu = torch.cuda.is_available()
+    language, variable = ('C', 'CC') if gpu else ('C++', 'CXX')  # of Triton, and of TorchInductor
+    if variable in os.environ:
+        compilers = [os.environ[variable]]
+    elif gpu:
+        compilers = ['cc', 'gcc', 'clang']
+    else:
+        compilers = [dict(darwin='clang++', win32='cl').get(sys.platform, 'g++')]
+    if any(map(shutil.which, compilers)):
+        return ''
+    return f'there is no {language} compiler ({" or ".join(compilers)}), which torch.compile needs'
 
 # %% ../../nbs/services/01_hardware.ipynb #fc02f29b
 NEEDS = dict(

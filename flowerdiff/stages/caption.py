@@ -25,6 +25,7 @@ from flowerdiff.data.caption_columns import (
     describes_picture,
     file_name_caption,
     given_captions,
+    picture_rng,
 )
 from flowerdiff.data.caption_lint import (
     NO_FINDINGS,
@@ -40,7 +41,6 @@ from flowerdiff.data.caption_lint import (
     token_counter,
 )
 from ..data.celeba_captions import describe_face, is_celeba
-from ..data.first_caption import picture_rng
 from ..data.image_folder import read_rows
 from ..data.images import open_picture
 from ..garden.captions import describe

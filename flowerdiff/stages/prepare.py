@@ -34,8 +34,8 @@ from flowerdiff.core.workspace import (
     write_json,
     write_jsonl,
 )
+from ..data.caption_columns import first_caption
 from ..data.datasets import DATASETS, prepare_dataset
-from ..data.first_caption import first_caption
 from ..data.image_folder import crop_pictures, crop_squares, picture_label, row_captions
 from ..data.images import map_in_order, pixel_sha256, printable
 from ..data.metadata import Metadata
@@ -400,8 +400,7 @@ def _summary(info: dict) -> str:
     if near_copies:
         line += f', {near_copies} near {"copy" if near_copies == 1 else "copies"} in one split each'
     notes = [f'{count} {note}' for note, count in info.get('notes', {}).items()]
-    line = ', '.join([line, *notes[:3]])
-    return line
+    return ', '.join([line, *notes[:3]])
 
 
 @stage('prepare')

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.schema import UserError
-from ..models.components import why_not_compile
+from ..services.hardware import why_not_compile
 from .ema import EMA, averaged
 
 # %% ../../nbs/training/02_accelerator.ipynb #9eca5df5

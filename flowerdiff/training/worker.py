@@ -6,7 +6,7 @@
 __all__ = ['NEUTRAL_SETTINGS', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint', 'relevant_settings',
            'new_run_fingerprint', 'continuation', 'run_fingerprint', 'write_result', 'write_candidate', 'load_training',
            'shard_fetcher', 'finetuning_setup', 'new_model_setup', 'start_run', 'default_threads', 'run_facts',
-           'median_rate', 'train_run', 'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker']
+           'train_run', 'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker']
 
 # %% ../../nbs/training/11_worker.ipynb #c3d97a58
 import math
@@ -25,6 +25,7 @@ from ..core.workspace import Workspace, atomic_dir, open_workspace, read_json, w
 from ..data.batches import Split, load_split
 from ..data.shards import Shards
 from ..data.streaming import StreamedSplit
+from ..models.components import component_fingerprint
 from ..models.diffusion import check_schedule
 from flowerdiff.models.finetune import (
     add_lora,
@@ -39,7 +40,7 @@ from ..models.model_folder import read_config
 from ..models.vocabulary import write_learned_words
 from ..services.processes import STOPPED, StopSignal, run_lock
 from ..services.store import fetch, open_store, read_manifest
-from ..services.tracking import log_event, read_events, start_follower
+from ..services.tracking import log_event, median_rate, read_events, start_follower
 from .checkpoints import Origin, load_run, read_origin
 from .deepspeed import make_engine
 from .distillation import RunSetup, distillation_setup
@@ -77,8 +78,6 @@ def teacher_fingerprint(ws: Workspace) -> str:
 
     Raises `UserError` if there is no champion, or if its autoencoder or text encoder is not that of the data.
     """
-    from flowerdiff.models.components import component_fingerprint
-
     if not (ws.model / 'model_index.json').is_file():
         raise UserError(
             'train.distill: there is no champion to learn from; train one first, with train.distill=0'
@@ -94,8 +93,6 @@ def teacher_fingerprint(ws: Workspace) -> str:
 # %% ../../nbs/training/11_worker.ipynb #d1e34f78
 def base_fingerprint(ws: Workspace) -> str:
     "Return the fingerprint of the model that a run starts from, '' without one."
-    from flowerdiff.models.components import component_fingerprint
-
     if not ws.settings.train.init:
         return ''
     base = find_base(ws.settings.train.init, ws.root)
@@ -302,12 +299,6 @@ def run_facts(ws: Workspace, trainer: Trainer) -> dict:
         git=git_commit(),
         base=base_fingerprint(ws) if trainer.settings.lora_rank else '',
     )
-
-# %% ../../nbs/training/11_worker.ipynb #82ae083e
-def median_rate(events: Path) -> float:  # samples per second; 0: nothing was logged
-    "Return the median speed of a run."
-    rates = sorted(e['samples_per_second'] for e in read_events(events)[0] if e.get('samples_per_second'))
-    return rates[len(rates) // 2] if rates else 0.0
 
 # %% ../../nbs/training/11_worker.ipynb #2af30415
 def train_run(
