@@ -59,7 +59,7 @@ def download_rest(
     request = Request(url, headers=headers)
     with (
         urlopen(request, timeout=30) as response,
-        open(part, 'ab' if response.status == 206 else 'wb', encoding='utf-8') as file,
+        part.open('ab' if response.status == 206 else 'wb') as file,
     ):
         left = int(response.headers.get('Content-Length') or 0)
         while data := response.read(1 << 20):
