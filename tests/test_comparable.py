@@ -197,6 +197,7 @@ def test_epsilon_and_velocity_are_the_same_error():
 
 @pytest.fixture
 def gate(tmp_path):
+    from flowerdiff.core.checksums import write_checksums
     from flowerdiff.core.workspace import demo_workspace, read_json, write_json
 
     ws = demo_workspace('promote', copy_to=tmp_path / 'demo')
@@ -205,6 +206,7 @@ def gate(tmp_path):
     write_json(ws.root / 'train.json', trained | dict(run_id='lower loss'))
     config = ws.candidate / 'unet' / 'config.json'
     write_json(config, read_json(config) | dict(pretended='lower loss'))
+    write_checksums(ws.candidate)
     return ws
 
 

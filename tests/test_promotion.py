@@ -93,11 +93,13 @@ def state(ws):
         if not path.is_file():
             found[name] = 'folder'
         elif path.suffix == '.jsonl':
-            found[name] = [without_stamps(json.loads(line)) for line in path.read_text().splitlines()]
+            lines = path.read_text(encoding='utf-8').replace(str(ws.root), '').splitlines()
+            found[name] = [without_stamps(json.loads(line)) for line in lines]
         elif path.name == 'checksums.json':
             found[name] = sorted(read_json(path)['files'])
         elif path.suffix == '.json':
-            found[name] = without_stamps(read_json(path))
+            text = path.read_text(encoding='utf-8').replace(str(ws.root), '')
+            found[name] = without_stamps(json.loads(text))
         else:
             found[name] = path.read_bytes()
     return found

@@ -77,6 +77,10 @@ def _draw(ws: Workspace, folder, prompts: list[EvalPrompt]) -> list:  # of PIL.I
     )
 
 
+def _reason(ws: Workspace, error: Exception) -> str:
+    return str(error).replace(f'{ws.root}/', '')[:120]
+
+
 def check_drawings(ws: Workspace) -> DrawingCheck:
     "Draw with `model/` and `candidate/`, and compare."
     try:
@@ -89,11 +93,11 @@ def check_drawings(ws: Workspace) -> DrawingCheck:
             return DrawingCheck(False, 'drawings were not compared: nothing here can measure them')
         champion = _draw(ws, ws.model, prompts)
     except (OSError, ValueError, RuntimeError, UserError) as error:
-        return DrawingCheck(False, f'drawings were not compared ({str(error)[:120]})')
+        return DrawingCheck(False, f'drawings were not compared ({_reason(ws, error)})')
     try:
         candidate = _draw(ws, ws.candidate, prompts)
     except (OSError, ValueError, RuntimeError, UserError) as error:
-        return DrawingCheck(True, f'the candidate cannot draw ({str(error)[:120]})')
+        return DrawingCheck(True, f'the candidate cannot draw ({_reason(ws, error)})')
     if has_attributes:
         from flowerdiff.models.attribute_classifier import load_classifier
 
