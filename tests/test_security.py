@@ -200,6 +200,7 @@ def with_code(folder: Path, marks: Path):
 def test_a_model_that_offers_code(tiny_workspace, tmp_path, monkeypatch):
     "It loads with the library's own classes, without a question, and its code does not run."
     import flowerdiff.models.components as components
+    from flowerdiff.core.checksums import write_checksums
     from flowerdiff.evaluation.feature_extractors import ClipFeatures
     from flowerdiff.inference.torch_backend import TorchBackend
 
@@ -209,8 +210,8 @@ def test_a_model_that_offers_code(tiny_workspace, tmp_path, monkeypatch):
     monkeypatch.setattr('builtins.input', ask)
     marks = tmp_path / 'marks'
     shutil.copytree(tiny_workspace / 'model', tmp_path / 'model')
-    (tmp_path / 'model' / 'checksums.json').unlink()  # a model of another program has no record
     with_code(tmp_path / 'model', marks)
+    write_checksums(tmp_path / 'model')
     TorchBackend(tmp_path / 'model')
     components.load_text(str(tmp_path / 'model'))
     components.load_autoencoder(str(tmp_path / 'model'))
