@@ -314,4 +314,5 @@ def test_each_process_is_safe():
         if not known or not (git_or_driver or safe):
             found.append(f'{path}: {ast.unparse(node)[:100]}')
     assert seen >= 6 and not found, found
-    assert 'env = safe_environment() | run_variable(' in (ROOT / 'flowerdiff/pipeline/pipeline.py').read_text()
+    pipeline = (ROOT / 'flowerdiff/pipeline/pipeline.py').read_text()
+    assert 'env = safe_environment() | run_variable(' in pipeline
