@@ -119,6 +119,13 @@ class Handler(BaseHTTPRequestHandler):
             move(i)
             time.sleep(self.server.pause)
 
+    def chunks(self):
+        "Yield a body of unknown size. Unread, it would break the connection before the answer arrives."
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
     def go(self):
         s, size, parts = self.server, int(self.headers.get('Content-Length', 0)), []
         s.seen.append(f'{self.command} {self.path}')
@@ -127,6 +134,8 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(size // 2)
             return self.cut()
         self.slowly(lambda i: parts.append(self.rfile.read(min(65536, size - i))), size)
+        if self.headers.get('Transfer-Encoding') == 'chunked':
+            parts += self.chunks()
         if fault and self.command in ('GET', 'PUT', 'POST', 'DELETE', 'HEAD') and fault[0] != 'half':
             return self.answer(*fault)
         sent = b''.join(parts)

@@ -98,17 +98,17 @@ def choose_backend(
     return fastest_backend(onnx, None if weights else [name for name in BACKENDS if reads_onnx(name)])
 
 # %% ../../nbs/inference/06_backends.ipynb #c0d22f37
-def folder_identity(folder: Path) -> int | None:  # None: it is not there
+def folder_identity(folder: str | Path) -> int | None:  # None: it is not there
     "Return what tells a folder from another one that is put in its place."
     try:
-        return folder.stat().st_ino
+        return Path(folder).stat().st_ino
     except OSError:
         return None
 
 
 def open_backend(
     name: str,  # one of `BACKENDS`
-    folder: Path,  # model folder or export, see `reads_onnx`
+    folder: str | Path,  # model folder or export, see `reads_onnx`
 ) -> Backend:
     "Open a folder with a backend. A promotion may replace the folder meanwhile; then it is opened again."
     for _ in range(10):
