@@ -304,7 +304,9 @@ def test_two_processes_give_the_same_captions_and_a_killed_one_is_reported(mini,
     killer = threading.Thread(target=kill_rank, args=('1', done))
     killer.start()
     try:
-        with pytest.raises(UserError, match=r'a process ended without a message.*run again: what is done stays') as e:
+        with pytest.raises(
+            UserError, match=r'a process ended without a message.*run again: what is done stays'
+        ) as e:
             run(ws.root)
     finally:
         done.set()

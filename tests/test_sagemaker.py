@@ -297,18 +297,20 @@ def test_the_network_keys_and_tags_of_a_job_reach_amazon(amazon, tmp_path):
         sagemaker__security_groups=['sg-0a1b2c3d'],
         sagemaker__volume_key=key,
         sagemaker__output_key=f'{key}c',
-        sagemaker__tags=['project=flowers', 'owner='],
+        sagemaker__tags=['project=flowers', 'owner=maria'],
     )
     amazon.refuse = ('ResourceLimitExceeded', 'no more machines')
     requests = {}
     for name, changes in dict(plain={}, own=own).items():
-        line_of(workspace(tmp_path / name, f'network-{name}', **changes))
+        said = line_of(workspace(tmp_path / name, f'network-{name}', **changes))
+        assert 'no more machines' in said, said
         requests[name] = amazon.refused
     plain, own = requests['plain'], requests['own']
+
     assert own['VpcConfig'] == dict(SecurityGroupIds=['sg-0a1b2c3d'], Subnets=['subnet-0a1b2c3d'])
     assert own['ResourceConfig']['VolumeKmsKeyId'] == key
     assert own['OutputDataConfig']['KmsKeyId'] == f'{key}c'
-    assert own['Tags'] == [dict(Key='project', Value='flowers'), dict(Key='owner', Value='')]
+    assert own['Tags'] == [dict(Key='project', Value='flowers'), dict(Key='owner', Value='maria')]
     assert not {'VpcConfig', 'Tags'} & set(plain)
     assert not {'VolumeKmsKeyId', 'KmsKeyId'} & {*plain['ResourceConfig'], *plain['OutputDataConfig']}
 

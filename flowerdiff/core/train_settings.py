@@ -253,7 +253,7 @@ class Sagemaker(Section):
     "KMS key of the instances' disks: its ARN."
     output_key: KeyArn = ''
     'KMS key of the model and the code in the bucket: its ARN.'
-    tags: list[Annotated[str, Field(pattern=r'^[^=]{1,128}=[^=]{0,256}$')]] = []
+    tags: list[Annotated[str, Field(pattern=r'^[^=]{1,128}=[^=]{1,256}$')]] = []
     'Tags of the job, such as [project=flowers].'
 
     @model_validator(mode='after')
