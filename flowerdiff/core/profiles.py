@@ -166,7 +166,8 @@ def _parse_value(text: str, key: str):
     try:
         return parse_yaml(text, key)
     except UserError:
-        raise UserError(f'{key}={text[:60]}: the value is not YAML; quote it') from None
+        shown = text[:60] if text[:60].isprintable() else ascii(text[:60])
+        raise UserError(f'{key}={shown}: the value is not YAML; quote it') from None
 
 # %% ../../nbs/core/05_profiles.ipynb #499e421d
 def _apply(data, overrides: dict):

@@ -46,6 +46,8 @@ class _UNet(_Part):
     block_out_channels: Levels
     layers_per_block: Layers | list[Layers] = 2
     transformer_layers_per_block: Layers | list[Any] = 1
+    freq_shift: Annotated[float, Field(ge=0, le=1)] = 0
+    flip_sin_to_cos: bool = True
 
 
 class _Autoencoder(_Part):
