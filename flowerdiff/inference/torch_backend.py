@@ -240,7 +240,7 @@ class TorchBackend(Backend):
         reason = why_not_compile() if compile else ''
         if reason:
             raise UserError(f'backend torch-compile: {reason}')
-        kind = self.vae_config['_class_name']
+        kind = self.vae_config.get('_class_name', 'a model without _class_name')
         if kind not in ('AutoencoderKL', 'AutoencoderTiny'):
             raise UserError(
                 f'{self.folder / "vae"}: {kind} is not supported; use AutoencoderKL or AutoencoderTiny'
