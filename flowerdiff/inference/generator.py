@@ -171,9 +171,9 @@ def check_settings(
     loaded = load_scheduler(self.backend.scheduler_config, scheduler)
     try:
         loaded.set_timesteps(int(steps))
-    except ValueError as e:
+    except Exception as e:
         name = scheduler or "the model's own"
-        reason = str(e).splitlines()[0][:160]
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
         raise UserError(f'scheduler: {name} does not support {int(steps)} steps ({reason})') from None
     return SamplingSettings(int(steps), guidance, guidance_interval, shape, loaded)
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PLAIN_BLOCKS', 'truncated_text', 'EncodedText', 'Backend', 'PrecomputedAttnProcessor', 'is_plain_attention',
-           'cross_attentions', 'compile_per_shape', 'TorchBackend']
+           'cross_attentions', 'compile_per_shape', 'run_part', 'TorchBackend']
 
 # %% ../../nbs/inference/02_torch_backend.ipynb #f8e4e459
 import threading
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.checksums import verify_folder
 from ..core.schema import UserError
-from ..core.workspace import read_json
+from ..core.workspace import is_out_of_memory, read_json
 from ..models.components import component_errors
 from flowerdiff.models.model_folder import (
     PIPELINES,
@@ -221,6 +222,33 @@ def compile_per_shape(f):  # f, compiled anew for each input shape
 
     return call
 
+# %% ../../nbs/inference/02_torch_backend.ipynb #08a56c84
+def run_part(
+    part: str,  # folder of the network that a method runs
+):
+    "Decorate a backend's method: run it without gradients, its errors as `UserError`."
+
+    def decorate(method):
+        @wraps(method)
+        def call(self, *args):
+            try:
+                with torch.inference_mode():
+                    return method(self, *args)
+            except UserError:
+                raise
+            except Exception as e:
+                if is_out_of_memory(e):
+                    raise
+                reason = (str(e).strip().splitlines() or [''])[0][:150]
+                raise UserError(
+                    f'{self.folder / part}: the network cannot run ({type(e).__name__}: {reason}); '
+                    'its config.json does not fit; copy the model again'
+                ) from e
+
+        return call
+
+    return decorate
+
 # %% ../../nbs/inference/02_torch_backend.ipynb #1fa02190
 class TorchBackend(Backend):
     "Run a model with PyTorch, on the GPU if there is one."
@@ -255,18 +283,18 @@ class TorchBackend(Backend):
         self._unet = compile_per_shape(self.unet) if compile else self.unet
         self._decode = compile_per_shape(self.vae.decode) if compile else self.vae.decode
 
-    @torch.inference_mode()
+    @run_part('text_encoder')
     def text(self, ids: Tensor) -> Tensor:  # [n, L] token ids -> [n, L, D]
         return self.text_encoder(ids.to(self.device))[0]
 
-    @torch.inference_mode()
+    @run_part('unet')
     def condition(self, text: Tensor):  # [B, L, D] -> (keys, values) of each cross-attention layer
         text = text.to(self.unet.conv_in.weight.dtype)
         if not self.cross_attentions:
             return text
         return [(layer.to_k(text), layer.to_v(text)) for layer in self.cross_attentions]
 
-    @torch.inference_mode()
+    @run_part('unet')
     def denoise(
         self,
         latents: Tensor,  # [B, C, h, w]
@@ -276,6 +304,6 @@ class TorchBackend(Backend):
         x = latents.to(self.unet.conv_in.weight.dtype)
         return self._unet(x, t, encoder_hidden_states=text, return_dict=False)[0].to(latents.dtype)
 
-    @torch.inference_mode()
+    @run_part('vae')
     def decode(self, latents: Tensor) -> Tensor:  # [B, C, h, w] -> [B, 3, H, W] in -1..1
         return self._decode(latents / self.scaling, return_dict=False)[0]
