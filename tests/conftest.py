@@ -85,7 +85,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import atomic_dir, atomic_write, stage
+from flowerdiff.core.files import atomic_dir, atomic_write
+from flowerdiff.core.workspace import stage
 from flowerdiff.pipeline.dvc_graph import GRAPH
 from flowerdiff.toolbox import helper
 

@@ -586,43 +586,83 @@ def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path
     assert train['resumed_from'] == stopped and train['steps'] == 600
 
 
+TIMES = {'time', 'seconds', 'latency', 'samples_per_second', 'milliseconds', 'created', 'date', 'run_id'}
+
+
+def without_times(value):
+    "Leave out of a record what differs between two undisturbed runs."
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
 def results(root, stage):
-    "Return what a stage has made, without the times it took."
+    "Return what a stage has made: file -> content, or its hash."
     from flowerdiff.core.fingerprints import file_sha256
 
-    if stage == 'evaluate':
-        metrics = json.loads((root / 'report' / 'metrics.json').read_text())
-        return {key: value for key, value in metrics.items() if key not in ('latency', 'seconds')}
-    files = sorted(path for path in (root / stage).rglob('*.onnx*') if path.is_file())
-    assert files
-    return {str(path.relative_to(root)): file_sha256(path) for path in files}
+    found = {}
+    names = [*GRAPH[stage].writes, *(['work/decisions.jsonl'] if stage == 'promote' else [])]
+    for name in names:
+        for path in sorted([root / name, *(root / name).rglob('*')]):
+            if path.suffix in ('.json', '.jsonl') and path.name != 'checksums.json':
+                lines = [path.read_text()] if path.suffix == '.json' else path.read_text().splitlines()
+                found[str(path.relative_to(root))] = [without_times(json.loads(line)) for line in lines]
+            elif path.is_file():
+                found[str(path.relative_to(root))] = file_sha256(path)
+    assert found
+    return found
+
+
+def differences(one, other):
+    "Name the results that differ."
+    return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+
+
+def interrupted(root, stage, seconds, number):
+    "Run a workspace up to a stage, send a signal while this stage runs, and return the exit code."
+    words = [sys.executable, '-P', '-m', 'flowerdiff.pipeline.cli', 'run', str(root), '--to', stage]
+    begun = time.time()
+    state = root / '.flowerdiff' / 'running.json'
+    p = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def is_there():
+        new = state.exists() and state.stat().st_mtime > begun
+        return p.poll() is not None or (new and running_stage(root) == stage)
+
+    wait(is_there, 120)
+    time.sleep(seconds)
+    p.send_signal(number)
+    end = ended(p)
+    assert end.returncode in (-number, 130, 0), end.stdout + end.stderr
+    if end.returncode == 130:
+        assert re.fullmatch(r'stopped( in \w+)?( at step \d+)?; run the same command .*', only_line(end))
+    wait(lambda: not processes(root))
+    return end.returncode
 
 
 @pytest.mark.skipif('FLOWERDIFF_INTERRUPTS' not in os.environ, reason='takes minutes')
-@pytest.mark.parametrize('stage, number', [('evaluate', signal.SIGKILL), ('onnx', signal.SIGTERM)])
-def test_an_interrupted_stage_ends_like_an_undisturbed_one(tiny_workspace, cli, tmp_path, stage, number):
-    """Interrupt a stage at a random moment, and run it again.
+def test_an_interrupted_stage_ends_like_an_undisturbed_one(tiny_workspace, cli, tmp_path):
+    """Interrupt each stage at random moments, again and again, and compare what it has made in the end.
 
-    FLOWERDIFF_INTERRUPTS: how many times before it may end. Without it, the test is skipped.
+    FLOWERDIFF_INTERRUPTS: how many times, each stage. Without it, the test is skipped.
     """
-    root = shutil.copytree(tiny_workspace, tmp_path / 'garden', symlinks=True)
-    whole = results(root, stage)
-    seconds = json.loads((root / 'work' / 'records' / f'{stage}.json').read_text())['seconds']
-    rng = random.Random(stage)
-    command = ['run', str(root), '--only', stage]
-    shutil.rmtree(root / GRAPH[stage].writes[0])
-    for _ in range(int(os.environ['FLOWERDIFF_INTERRUPTS'])):
-        words = [sys.executable, '-P', '-m', 'flowerdiff.pipeline.cli', *command]
-        p = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        wait(lambda: running_stage(root) == stage)
-        time.sleep(rng.uniform(0, seconds))
-        p.send_signal(number)
-        end = ended(p)
-        assert end.returncode in (-number, 130, 0), end.stdout + end.stderr
-        if end.returncode == 130:
-            assert re.fullmatch(rf'stopped( in {stage})?; run the same command .*', only_line(end))
-        wait(lambda: not processes(root))
-        (root / '.flowerdiff' / 'running.json').unlink(missing_ok=True)
-    p = cli(*command)
-    assert p.returncode == 0, p.stdout + p.stderr
-    assert results(root, stage) == whole
+    root = tmp_path / 'garden'
+    root.mkdir()
+    shutil.copy(tiny_workspace / 'params.yaml', root)
+    rng = random.Random(0)
+    for stage in GRAPH:
+        whole = results(tiny_workspace, stage)
+        record = json.loads((tiny_workspace / 'work' / 'records' / f'{stage}.json').read_text())
+        before = shutil.copytree(root, tmp_path / stage, symlinks=True)
+        codes = []
+        for _ in range(int(os.environ['FLOWERDIFF_INTERRUPTS'])):
+            number = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+            codes.append(interrupted(root, stage, rng.uniform(0, 1.2 * record['seconds']), number))
+            if codes[-1] == 0:  # it was too late: begin anew
+                assert not differences(results(root, stage), whole), stage
+                shutil.rmtree(root)
+                shutil.copytree(before, root, symlinks=True)
+        p = cli('run', str(root), '--to', stage)
+        assert p.returncode == 0, p.stdout + p.stderr
+        assert not differences(results(root, stage), whole), stage
+        print(f'{stage}: {len(codes)} signals, {sum(code != 0 for code in codes)} stopped the run')

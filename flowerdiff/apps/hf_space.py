@@ -22,8 +22,9 @@ from pathlib import Path
 from .. import __version__
 from .studio import example_prompts
 from ..core.checksums import verify_folder
+from ..core.files import atomic_dir
 from ..core.schema import UserError
-from ..core.workspace import atomic_dir, open_workspace, read_json, write_json, write_jsonl
+from ..core.workspace import open_workspace, read_json, write_json, write_jsonl
 from ..services.hub_cache import HUB_ID, snapshot
 from ..services.model_repo import check_hub_name, check_token, publish_hub
 from ..services.space_pins import pinned

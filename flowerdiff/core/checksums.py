@@ -14,9 +14,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .files import atomic_write
 from .fingerprints import file_sha256
 from .schema import UserError
-from .workspace import atomic_write, read_json
+from .workspace import read_json
 
 # %% ../../nbs/core/09_checksums.ipynb #ceb51796
 CHECKSUMS = 'checksums.json'

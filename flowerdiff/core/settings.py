@@ -12,7 +12,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from .schema import Count, Pinned, Rate, Section, Share
+from .schema import Count, Pinned, Rate, Section, Share, like
 from .train_settings import Sagemaker, Train
 
 # %% ../../nbs/core/03_settings.ipynb #6813276a
@@ -170,7 +170,7 @@ class Evaluate(Section):
     'Model to compare by FID: a folder, a hub id, or previous (the champion before).'
     grid: Count = 8
     'Prompts of the sample grid.'
-    grid_prompts: list[Annotated[str, Field(pattern=r'\S')]] = []
+    grid_prompts: list[Annotated[str, like(r'\s*\S[\s\S]*', 'a red rose')]] = []
     "The first of them. The others are the garden's, or captions of test pictures."
     attention: Annotated[int, Field(ge=0)] = 0
     'Prompts of the grid that get an attention map per word.'

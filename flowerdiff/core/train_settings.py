@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from .schema import Count, Pinned, Rate, Section, Share
+from .schema import Count, Pinned, Rate, Section, Share, like
 
 # %% ../../nbs/core/02_train_settings.ipynb #c13e5216
 class _Length(Section):
@@ -223,13 +223,19 @@ class Train(_Notes, _Machine, _Averages, _Student, _Larger, _Samples, _Noise, _N
         return self
 
 # %% ../../nbs/core/02_train_settings.ipynb #d9ca64fb
-KeyArn = Annotated[str, Field(pattern=r'^(arn:aws[a-z-]*:kms:[a-z0-9-]+:\d{12}:key/[\w-]+)?$')]
+KeyArn = Annotated[
+    str,
+    like(
+        r'(arn:aws[a-z-]*:kms:[a-z0-9-]+:\d{12}:key/[\w-]+)?',
+        'arn:aws:kms:eu-west-1:123456789012:key/0a1b2c3d',
+    ),
+]
 
 
 class Sagemaker(Section):
     "The machines of a training job on Amazon SageMaker."
 
-    instance_type: Annotated[str, Field(pattern=r'^ml\.[a-z0-9-]+\.[a-z0-9]+$')] = 'ml.g4dn.xlarge'
+    instance_type: Annotated[str, like(r'ml\.[a-z0-9-]+\.[a-z0-9]+', 'ml.g4dn.xlarge')] = 'ml.g4dn.xlarge'
     'Instance type. The default has one T4 with 16 GB.'
     instance_count: Count = 2
     'Number of instances.'
@@ -245,15 +251,15 @@ class Sagemaker(Section):
     'IAM role: an ARN or a name. Empty: SAGEMAKER_ROLE of the environment.'
     image: str = ''
     "Container image. Empty: Amazon's image with PyTorch."
-    subnets: list[Annotated[str, Field(pattern=r'^subnet-[0-9a-f]+$')]] = []
+    subnets: list[Annotated[str, like(r'subnet-[0-9a-f]+', 'subnet-0a1b2c3d')]] = []
     'Subnets of your own network (VPC). They need a way to S3 and to the package index.'
-    security_groups: list[Annotated[str, Field(pattern=r'^sg-[0-9a-f]+$')]] = []
+    security_groups: list[Annotated[str, like(r'sg-[0-9a-f]+', 'sg-0a1b2c3d')]] = []
     'Security groups of the instances. Needed with subnets.'
     volume_key: KeyArn = ''
     "KMS key of the instances' disks: its ARN."
     output_key: KeyArn = ''
     'KMS key of the model and the code in the bucket: its ARN.'
-    tags: list[Annotated[str, Field(pattern=r'^[^=]{1,128}=[^=]{1,256}$')]] = []
+    tags: list[Annotated[str, like(r'[^=]{1,128}=[^=]{1,256}', 'project=flowers')]] = []
     'Tags of the job, such as [project=flowers].'
 
     @model_validator(mode='after')

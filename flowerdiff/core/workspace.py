@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import atomic_dir, atomic_write, parse_json  # noqa: F401 (others import them from here)
+from .files import atomic_write, parse_json
 from .fingerprints import code_fingerprint, fingerprint
 from .profiles import load_profile, load_settings, run_settings, write_params
 from .schema import UserError, hide_credentials

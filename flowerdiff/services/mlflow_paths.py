@@ -13,7 +13,7 @@ import sqlite3
 from pathlib import Path
 from urllib.request import url2pathname
 
-from ..core.workspace import atomic_dir
+from ..core.files import atomic_dir
 
 # %% ../../nbs/services/02_mlflow_paths.ipynb #397874e6
 PATH_COLUMNS = {  # of MLflow's database

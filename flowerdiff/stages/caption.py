@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from ..core.files import atomic_dir
 from ..core.schema import UserError
-from ..core.workspace import Workspace, atomic_dir, progress, read_json, stage, write_json
+from ..core.workspace import Workspace, progress, read_json, stage, write_json
 from ..data.caption_cleanup import article, clean_caption, names_class
 from flowerdiff.data.caption_columns import (
     GivenCaptions,

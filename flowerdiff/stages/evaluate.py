@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from ..core.checksums import verify_folder
+from ..core.files import atomic_dir
 from ..core.schema import UserError
-from ..core.workspace import Workspace, atomic_dir, read_json, read_jsonl, stage, write_json
+from ..core.workspace import Workspace, read_json, read_jsonl, stage, write_json
 from ..evaluation.class_recognition import MAX_CLASSES, find_classes, images_of_each
 from flowerdiff.evaluation.eval_prompts import (
     CountedGenerator,

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from ..core.checksums import verify_folder, write_checksums
+from ..core.files import atomic_dir
 from ..core.schema import UserError
-from ..core.workspace import Workspace, atomic_dir, stage, write_json
+from ..core.workspace import Workspace, stage, write_json
 from ..evaluation.eval_prompts import display_settings
 from ..inference.backends import BACKENDS, EXACT_BACKENDS, open_backend, reads_onnx, why_unavailable
 from ..inference.benchmark import time_backends

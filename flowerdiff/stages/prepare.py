@@ -23,17 +23,10 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import chunked
 
+from ..core.files import atomic_dir
 from ..core.fingerprints import code_fingerprint, fingerprint
 from ..core.schema import UserError
-from flowerdiff.core.workspace import (
-    Workspace,
-    atomic_dir,
-    progress,
-    read_jsonl,
-    stage,
-    write_json,
-    write_jsonl,
-)
+from ..core.workspace import Workspace, progress, read_jsonl, stage, write_json, write_jsonl
 from ..data.caption_columns import first_caption
 from ..data.datasets import DATASETS, prepare_dataset
 from ..data.image_folder import crop_pictures, crop_squares, picture_label, row_captions

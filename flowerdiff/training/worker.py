@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from ..core.checksums import verify_folder, write_checksums
+from ..core.files import atomic_dir
 from ..core.fingerprints import code_fingerprint, fingerprint, git_commit
 from ..core.schema import UserError
-from ..core.workspace import Workspace, atomic_dir, open_workspace, read_json, write_json
+from ..core.workspace import Workspace, open_workspace, read_json, write_json
 from ..data.batches import Split, load_split
 from ..data.shards import Shards
 from ..data.streaming import StreamedSplit
