@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_PROMPT', 'MAX_PICTURES', 'check_number', 'is_control_character', 'check_prompts', 'latent_shape',
-           'Generator', 'SamplingSettings', 'check_interval', 'memory_errors', 'UnknownWordsWarning', 'montage',
-           'resize_to_height']
+           'Generator', 'SamplingSettings', 'check_interval', 'check_steps', 'memory_errors', 'UnknownWordsWarning',
+           'montage', 'resize_to_height']
 
 # %% ../../nbs/inference/07_generator.ipynb #35d0ca56
 import math
@@ -151,6 +151,24 @@ def check_interval(interval):
     check_number(name, end, start, 1, whole=False)
 
 
+def check_steps(
+    scheduler,  # of Diffusers
+    steps: int,
+    name: str,  # of the scheduler, for the error
+):
+    "Raise a UserError if a scheduler does not support a number of steps."
+    reason = ''
+    try:
+        scheduler.set_timesteps(steps)
+    except Exception as e:
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
+    times = scheduler.timesteps
+    if not reason and 'solver_order' in scheduler.config and len(times.unique()) < len(times):
+        reason = 'two of its timesteps are equal; use fewer'  # a multistep solver divides by their difference
+    if reason:
+        raise UserError(f'scheduler: {name} does not support {steps} steps ({reason})')
+
+
 @patch
 def check_settings(
     self: Generator,
@@ -169,12 +187,7 @@ def check_settings(
     check_interval(guidance_interval)
     shape = latent_shape(size, self.backend)
     loaded = load_scheduler(self.backend.scheduler_config, scheduler)
-    try:
-        loaded.set_timesteps(int(steps))
-    except Exception as e:
-        name = scheduler or "the model's own"
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
-        raise UserError(f'scheduler: {name} does not support {int(steps)} steps ({reason})') from None
+    check_steps(loaded, int(steps), scheduler or "the model's own")
     return SamplingSettings(int(steps), guidance, guidance_interval, shape, loaded)
 
 # %% ../../nbs/inference/07_generator.ipynb #4b2c457b
