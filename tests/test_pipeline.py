@@ -586,14 +586,17 @@ def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path
     assert train['resumed_from'] == stopped and train['steps'] == 600
 
 
-TIMES = {'time', 'seconds', 'latency', 'samples_per_second', 'milliseconds', 'created', 'date', 'run_id'}
+OF_A_RUN = {'time', 'seconds', 'latency', 'samples_per_second', 'milliseconds', 'created', 'git'}
+OF_A_RUN |= {'sent', 'sent_bytes', 'resumed_from', 'pictures_per_second'}
 
 
-def without_times(value):
+def comparable(value, root):
     "Leave out of a record what differs between two undisturbed runs."
     if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
+        return {key: comparable(item, root) for key, item in value.items() if key not in OF_A_RUN}
+    if isinstance(value, list):
+        return [comparable(item, root) for item in value]
+    return value.replace(str(root), 'ROOT') if isinstance(value, str) else value
 
 
 def results(root, stage):
@@ -606,7 +609,7 @@ def results(root, stage):
         for path in sorted([root / name, *(root / name).rglob('*')]):
             if path.suffix in ('.json', '.jsonl') and path.name != 'checksums.json':
                 lines = [path.read_text()] if path.suffix == '.json' else path.read_text().splitlines()
-                found[str(path.relative_to(root))] = [without_times(json.loads(line)) for line in lines]
+                found[str(path.relative_to(root))] = [comparable(json.loads(line), root) for line in lines]
             elif path.is_file():
                 found[str(path.relative_to(root))] = file_sha256(path)
     assert found
@@ -614,8 +617,15 @@ def results(root, stage):
 
 
 def differences(one, other):
-    "Name the results that differ."
-    return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    "Name the results that differ, and for records the keys."
+    names = []
+    for name in sorted({*one, *other}):
+        a, b = one.get(name), other.get(name)
+        keys = []
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            keys = [k for x, y in zip(a, b) for k in {*x, *y} if x.get(k) != y.get(k)]
+        names += [f'{name} {" ".join(keys)}'.strip()] if a != b else []
+    return names
 
 
 def interrupted(root, stage, seconds, number):
