@@ -618,14 +618,16 @@ def results(root, stage):
 
 def differences(one, other):
     "Name the results that differ, and for records the keys."
-    names = []
-    for name in sorted({*one, *other}):
-        a, b = one.get(name), other.get(name)
-        keys = []
-        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-            keys = [k for x, y in zip(a, b) for k in {*x, *y} if x.get(k) != y.get(k)]
-        names += [f'{name} {" ".join(keys)}'.strip()] if a != b else []
-    return names
+    return [
+        f'{name} {differing_keys(one.get(name), other.get(name))}'
+        for name in sorted({*one, *other})
+        if one.get(name) != other.get(name)
+    ]
+
+
+def differing_keys(a, b):
+    rows = zip(a, b) if isinstance(a, list) and isinstance(b, list) else []
+    return [key for x, y in rows if isinstance(x, dict) for key in {*x, *y} if x.get(key) != y.get(key)]
 
 
 def interrupted(root, stage, seconds, number):
