@@ -596,6 +596,8 @@ def comparable(value, root):
         return {key: comparable(item, root) for key, item in value.items() if key not in OF_A_RUN}
     if isinstance(value, list):
         return [comparable(item, root) for item in value]
+    if isinstance(value, str) and re.match(r'\d{4}-\d\d-\d\d', value):
+        return 'a time'
     return value.replace(str(root), 'ROOT') if isinstance(value, str) else value
 
 
@@ -607,7 +609,7 @@ def results(root, stage):
     names = [*GRAPH[stage].writes, *(['work/decisions.jsonl'] if stage == 'promote' else [])]
     for name in names:
         for path in sorted([root / name, *(root / name).rglob('*')]):
-            if path.name == 'checksums.json':  # of files that hold times, too
+            if path.name in ('checksums.json', 'index.html'):  # they hold times, too
                 continue
             if path.suffix in ('.json', '.jsonl'):
                 lines = [path.read_text()] if path.suffix == '.json' else path.read_text().splitlines()
