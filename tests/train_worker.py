@@ -56,7 +56,9 @@ def some_steps(root, folder, upto, env):
 
     trainer_module.make_batch = recording_make_batch
     ws = open_workspace(root)
-    trainer, _ = flowerdiff.training.worker.start_run(ws, load_split(ws.encoded, 'train'))
+    trainer, _ = flowerdiff.training.worker.start_run(
+        ws, load_split(ws.encoded, 'train'), flowerdiff.training.worker.start_engine(ws)
+    )
     first_step = load_run(trainer, Path(folder))
     losses = []
     while trainer.step < upto:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AWS_VARIABLES', 'OOM_COUNTERS', 'MEMORY_SETTINGS', 'NEEDS', 'EXTRAS', 'gpus', 'has_package', 'package_version',
-           'has_aws', 'has_hub', 'cores', 'memory_gb', 'check_disk', 'oom_kills', 'explain_end', 'bf16_is_fast',
-           'why_not_compile', 'StageCheck', 'stage_check', 'doctor']
+           'unused_gpu', 'has_aws', 'has_hub', 'cores', 'memory_gb', 'check_disk', 'oom_kills', 'explain_end',
+           'bf16_is_fast', 'why_not_compile', 'StageCheck', 'stage_check', 'doctor']
 
 # %% ../../nbs/services/01_hardware.ipynb #c4d07410
 import contextlib
@@ -47,6 +47,12 @@ def package_version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ''
+
+# %% ../../nbs/services/01_hardware.ipynb #f1807f91
+def unused_gpu() -> str:  # its name; '' if there is none, or PyTorch can use it
+    "Return the GPU of this machine if the installed PyTorch is a build for CPUs only."
+    names = gpus()
+    return names[0] if names and '+cpu' in package_version('torch') else ''
 
 # %% ../../nbs/services/01_hardware.ipynb #c208f24e
 AWS_VARIABLES = {
@@ -138,11 +144,11 @@ def explain_end(
 
 # %% ../../nbs/services/01_hardware.ipynb #b0f16a02
 def bf16_is_fast(device='cpu') -> bool:
-    "Whether computing in bfloat16 is faster on this device."
+    "Whether computing in bfloat16 is faster on this device. A GPU before Ampere only emulates it."
     import torch
 
     if str(device).startswith('cuda'):
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
 
 
@@ -200,7 +206,7 @@ def stage_check(
 def _check_train() -> StageCheck:
     if not gpus():
         return StageCheck(True, f'the CPU, {cores()} cores', 'a GPU makes it faster')
-    if '+cpu' in package_version('torch'):
+    if unused_gpu():
         uses = f'the CPU, {cores()} cores (this PyTorch has no CUDA; install a build that has)'
         return StageCheck(True, uses)
     return StageCheck(True, gpus()[0])

@@ -21,7 +21,7 @@ from flowerdiff.models.diffusion import (
     sampling_scheduler,
     snr,
 )
-from .validation import timestep_grid, validation_losses
+from .validation import evaluation_batch, timestep_grid, validation_losses
 
 # %% ../../nbs/training/06_losses.ipynb #0e8c5e61
 class Denoising:
@@ -72,6 +72,7 @@ class Denoising:
             self.validation_timesteps,
             self.settings.prediction_type,
             pictures=pictures,
+            batch=evaluation_batch(self.settings),
             device=self.device,
         )
 

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['nearest_timesteps', 'timestep_grid', 'fixed_noise', 'ValidationInputs', 'validation_inputs', 'per_picture_loss',
-           'predict_velocity', 'level_weight', 'validation_losses', 'sample_latents', 'save_rows', 'sample_grid',
-           'DenoisedPrediction', 'denoised_predictions', 'ValidationCallback', 'run_validation', 'final_validation']
+           'predict_velocity', 'level_weight', 'evaluation_batch', 'validation_losses', 'sample_latents', 'save_rows',
+           'sample_grid', 'DenoisedPrediction', 'denoised_predictions', 'ValidationCallback', 'run_validation',
+           'final_validation']
 
 # %% ../../nbs/training/05_validation.ipynb #b1b31943
 import functools
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.workspace import is_out_of_memory
 from ..data.batches import SAMPLING_STREAM, VALIDATION_STREAM, Split, make_rng
 from flowerdiff.models.diffusion import (
     LEAST_SNR,
@@ -101,15 +104,21 @@ def per_picture_loss(
     batch: int = 128,  # evaluations at a time
     device='cpu',
 ) -> Tensor:  # [N, n] float64
-    "Return an error of each picture at each noise level."
-    pictures = list(range(len(split)) if pictures is None else pictures)
-    pictures_per_batch = max(1, batch // n)
+    "Return an error of each picture at each noise level. A batch that does not fit into memory is halved."
+    left = list(range(len(split)) if pictures is None else pictures)
+    size = max(1, batch // n)  # pictures at a time
     was_training = unet.training
     unet.eval()
     losses = [torch.zeros(0, n, dtype=torch.float64)]
-    for i in range(0, len(pictures), pictures_per_batch):
-        inputs = validation_inputs(split, pictures[i : i + pictures_per_batch], n, device)
-        losses.append(error(*inputs).double().cpu().view(-1, n))
+    while left:
+        try:
+            inputs = validation_inputs(split, left[:size], n, device)
+            losses.append(error(*inputs).double().cpu().view(-1, n))
+            left = left[size:]
+        except Exception as e:
+            if size == 1 or not is_out_of_memory(e):
+                raise
+            size //= 2
     unet.train(was_training)
     return torch.cat(losses)
 
@@ -141,6 +150,14 @@ def level_weight(
     return (snr(a) / LEAST_SNR).clamp(max=1) if prediction_type == 'epsilon' else torch.ones_like(a)
 
 
+def evaluation_batch(
+    settings,  # settings.train
+) -> int:
+    "Return how many evaluations fit where a micro-batch fits: without gradients, eight times as many."
+    micro_batch = settings.batch_size / (settings.accumulate * settings.num_processes)
+    return min(128, 8 * math.ceil(micro_batch))
+
+
 def validation_losses(
     unet,  # a denoiser, with the weights to measure
     split: Split,  # the validation pictures
@@ -149,7 +166,7 @@ def validation_losses(
     prediction_type: str,  # of the model
     *,
     pictures=None,  # numbers of the pictures; None: all
-    batch: int = 128,  # evaluations at a time
+    batch: int = 128,  # evaluations at a time, see `evaluation_batch`
     device='cpu',
 ) -> Tensor:  # [N, n] squared error of the velocity, float64
     "Return the validation loss of each picture at each noise level. Nothing in it is random."
@@ -286,7 +303,7 @@ class ValidationCallback:
         with engine.averaged_net(self.trainer.ema) as net:
             if engine.is_main and len(self.val):
                 if validate:
-                    self.validate(net)
+                    self.try_to_validate(net)
                 if sample:
                     self.try_to_sample(net)
         engine.wait()
@@ -295,10 +312,20 @@ class ValidationCallback:
         "Append an event to `events.jsonl`."
         log_event(self.folder / 'events.jsonl', event, **fields)
 
+    def try_to_validate(self, net):
+        "Measure the validation loss and add it to the curve. Too little memory becomes a note in the events."
+        try:
+            self.validate(net)
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+            step = self.trainer.step
+            self.log('note', text=f'no validation at step {step}: one picture alone does not fit into memory')
+
     def validate(self, net):
-        "Measure the validation loss and add it to the curve."
         trainer, objective = self.trainer, self.trainer.objective
-        losses = objective.validation_losses(net, self.val, range(min(64, len(self.val))))
+        with trainer.engine.autocast():
+            losses = objective.validation_losses(net, self.val, range(min(64, len(self.val))))
         trainer.validations.append([trainer.step, float(losses.mean())])
         timesteps = map(str, objective.validation_timesteps.tolist())
         levels = dict(zip(timesteps, losses.mean(0).tolist()))
@@ -308,7 +335,8 @@ class ValidationCallback:
         "Save images; an error becomes a note in the events."
         step = self.trainer.step
         try:
-            files = [self.save_samples(net), self.save_predictions(net)]
+            with self.trainer.engine.autocast():
+                files = [self.save_samples(net), self.save_predictions(net)]
             for file in files:
                 self.log('samples', step=step, kind=file.parent.name, file=str(file))
         except Exception as e:
@@ -386,7 +414,8 @@ def final_validation(
     for ema in trainer.averages:
         with engine.averaged_net(ema) as net:
             if engine.is_main:
-                measured.append(trainer.objective.validation_losses(net, val))
+                with engine.autocast():
+                    measured.append(trainer.objective.validation_losses(net, val))
     best = min(range(len(measured)), key=lambda i: float(measured[i].mean()), default=0)
     best_on_main = engine.gather(torch.tensor([best], device=engine.device))[0]
     trainer.ema = trainer.averages[int(best_on_main)]
