@@ -21,7 +21,8 @@ from flowerdiff.models.diffusion import (
     sampling_scheduler,
     snr,
 )
-from .validation import evaluation_batch, timestep_grid, validation_losses
+from .spikes_and_oom import evaluation_batch
+from .validation import timestep_grid, validation_losses
 
 # %% ../../nbs/training/06_losses.ipynb #0e8c5e61
 class Denoising:

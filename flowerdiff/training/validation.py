@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['nearest_timesteps', 'timestep_grid', 'fixed_noise', 'ValidationInputs', 'validation_inputs', 'per_picture_loss',
-           'predict_velocity', 'level_weight', 'evaluation_batch', 'validation_losses', 'sample_latents', 'save_rows',
-           'sample_grid', 'DenoisedPrediction', 'denoised_predictions', 'ValidationCallback', 'run_validation',
-           'final_validation']
+           'predict_velocity', 'level_weight', 'validation_losses', 'sample_latents', 'save_rows', 'sample_grid',
+           'DenoisedPrediction', 'denoised_predictions', 'ValidationCallback', 'run_validation', 'final_validation']
 
 # %% ../../nbs/training/05_validation.ipynb #b1b31943
 import functools
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,14 +146,6 @@ def level_weight(
     epsilon, magnified without limit, and would hide all other levels.
     """
     return (snr(a) / LEAST_SNR).clamp(max=1) if prediction_type == 'epsilon' else torch.ones_like(a)
-
-
-def evaluation_batch(
-    settings,  # settings.train
-) -> int:
-    "Return how many evaluations fit where a micro-batch fits: without gradients, eight times as many."
-    micro_batch = settings.batch_size / (settings.accumulate * settings.num_processes)
-    return min(128, 8 * math.ceil(micro_batch))
 
 
 def validation_losses(
@@ -303,7 +293,7 @@ class ValidationCallback:
         with engine.averaged_net(self.trainer.ema) as net:
             if engine.is_main and len(self.val):
                 if validate:
-                    self.try_to_validate(net)
+                    self.validate(net)
                 if sample:
                     self.try_to_sample(net)
         engine.wait()
@@ -312,20 +302,17 @@ class ValidationCallback:
         "Append an event to `events.jsonl`."
         log_event(self.folder / 'events.jsonl', event, **fields)
 
-    def try_to_validate(self, net):
+    def validate(self, net):
         "Measure the validation loss and add it to the curve. Too little memory becomes a note in the events."
+        trainer, objective = self.trainer, self.trainer.objective
         try:
-            self.validate(net)
+            with trainer.engine.autocast():
+                losses = objective.validation_losses(net, self.val, range(min(64, len(self.val))))
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
-            step = self.trainer.step
-            self.log('note', text=f'no validation at step {step}: one picture alone does not fit into memory')
-
-    def validate(self, net):
-        trainer, objective = self.trainer, self.trainer.objective
-        with trainer.engine.autocast():
-            losses = objective.validation_losses(net, self.val, range(min(64, len(self.val))))
+            self.log('note', text=f'no validation at step {trainer.step}: a picture does not fit into memory')
+            return
         trainer.validations.append([trainer.step, float(losses.mean())])
         timesteps = map(str, objective.validation_timesteps.tolist())
         levels = dict(zip(timesteps, losses.mean(0).tolist()))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NEUTRAL_SETTINGS', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint', 'relevant_settings',
            'new_run_fingerprint', 'continuation', 'run_fingerprint', 'write_result', 'write_candidate', 'load_training',
-           'shard_fetcher', 'finetuning_setup', 'new_model_setup', 'start_engine', 'start_run', 'default_threads',
-           'run_facts', 'train_run', 'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker']
+           'shard_fetcher', 'finetuning_setup', 'new_model_setup', 'start_run', 'run_facts', 'train_run',
+           'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker']
 
 # %% ../../nbs/training/11_worker.ipynb #c3d97a58
 import math
@@ -39,13 +39,12 @@ from flowerdiff.models.finetune import (
 from ..models.joint_denoiser import build_new_denoiser, prepare_texts, save_trained_pipeline
 from ..models.model_folder import read_config
 from ..models.vocabulary import write_learned_words
-from ..services.hardware import cores
 from ..services.processes import STOPPED, StopSignal, run_lock
 from ..services.store import fetch, open_store, read_manifest
 from ..services.tracking import log_event, median_rate, read_events, start_follower
 from .accelerator import Engine
 from .checkpoints import Origin, load_run, read_origin
-from .deepspeed import make_engine
+from .deepspeed import start_engine
 from .distillation import RunSetup, distillation_setup
 from .spikes_and_oom import explain_out_of_memory
 from .trained_on import base_models, read_keys, write_trained_on
@@ -251,14 +250,6 @@ def new_model_setup(ws: Workspace, split: Split) -> RunSetup:
     return RunSetup(ws.settings.train, make_unet)
 
 # %% ../../nbs/training/11_worker.ipynb #19358626
-def start_engine(ws: Workspace) -> Engine:
-    "Create the engine that the settings ask for. From here on, this process has its device."
-    settings = ws.settings.train
-    world_size = int(os.environ.get('WORLD_SIZE', 1))
-    torch.set_num_threads(settings.threads or default_threads(world_size))
-    return make_engine(settings, world_size)
-
-
 def start_run(
     ws: Workspace,
     split: Split,  # the training pictures
@@ -283,12 +274,6 @@ def start_run(
         origin=origin,
     )
     return trainer, run_facts(ws, trainer)
-
-
-def default_threads(world_size: int) -> int:
-    "Return the number of threads of each process, if the cores are divided evenly."
-    on_this_machine = int(os.environ.get('LOCAL_WORLD_SIZE', world_size))
-    return max(1, cores() // on_this_machine)
 
 
 def run_facts(ws: Workspace, trainer: Trainer) -> dict:
@@ -319,7 +304,7 @@ def train_run(
     should_stop,  # () -> bool
 ) -> bool:  # False: stopped before the end
     "Train a run from its newest checkpoint to the end, and write its result."
-    engine = start_engine(ws)
+    engine = start_engine(ws.settings.train)  # from here on, this process has its device
     split = load_training(ws, engine.device)
     val = load_validation(ws, split)
     trainer, facts = start_run(ws, split, engine, read_origin(folder))
