@@ -65,7 +65,7 @@ DEFAULTS = {
 def speeds(folder: Path, choice: dict, rounds: int = 5, steps: int = 4) -> float:  # of the default's
     def make(change):
         ws = open_workspace(folder, overrides={f'train.{k}': v for k, v in (DEFAULTS | change).items()})
-        return train.start_run(ws, load_split(ws.encoded, 'train'))[0]
+        return train.start_run(ws, load_split(ws.encoded, 'train'), train.start_engine(ws.settings.train))[0]
 
     def timed(run):
         start = time.perf_counter()

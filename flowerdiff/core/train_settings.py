@@ -215,6 +215,11 @@ class Train(_Notes, _Machine, _Averages, _Student, _Larger, _Samples, _Noise, _N
             raise ValueError(
                 'train.lora_rank: LoRA has too few weights to shard; set train.distributed to ddp'
             )
+        if self.cuda_graphs and self.accumulate > 1:
+            raise ValueError(
+                'train.cuda_graphs: replays write to the same memory, so the gradients of'
+                ' several micro-batches would be mixed up; set train.accumulate to 1'
+            )
         if self.init and self.distill:
             raise ValueError(
                 'train.init and train.distill both name the initial weights;'

@@ -115,13 +115,15 @@ def shift_time(
 
 # %% ../../nbs/data/10_batches.ipynb #11958131
 def fits_on_gpu(
+    device,  # of this process
     share: float,  # of the free memory
     *tensors,
 ) -> bool:
-    "Return whether there is a GPU and the tensors take at most a share of its free memory."
-    if not torch.cuda.is_available():
+    "Return whether a device is a GPU and the tensors take at most a share of its free memory."
+    device = torch.device(device)
+    if device.type != 'cuda':
         return False
-    return sum(tensor.nbytes for tensor in tensors) <= share * torch.cuda.mem_get_info()[0]
+    return sum(tensor.nbytes for tensor in tensors) <= share * torch.cuda.mem_get_info(device)[0]
 
 
 @dataclass
@@ -169,14 +171,16 @@ class Split:
         "Return the first `n` pictures."
         return Split(self.mean[:n], self.std[:n], self.texts, self.captions[:n])
 
-    def to_gpu(
+    def to_device(
         self,
-        share: float = 0.5,  # of the free memory
+        device,  # of this process
+        share: float = 0.5,  # of the free memory of a GPU
     ) -> 'Split':
-        "Move the split to the GPU if there is one and it fits."
-        if not fits_on_gpu(share, self.mean, self.std, self.texts):
+        "Move the split to a GPU if it fits. On a CPU it is there already."
+        tensors = (self.mean, self.std, self.texts)
+        if not fits_on_gpu(device, share, *tensors):
             return self
-        return Split(self.mean.cuda(), self.std.cuda(), self.texts.cuda(), self.captions, self.repeats)
+        return Split(*(tensor.to(device) for tensor in tensors), self.captions, self.repeats)
 
 # %% ../../nbs/data/10_batches.ipynb #1a7fc950
 def toy_split(
@@ -275,11 +279,11 @@ class BucketedSplit(Split):
         start = self.starts[bucket]
         return Split(mean[:n], std[:n], self.texts, self.captions[start : start + n])
 
-    def to_gpu(self, share: float = 0.5) -> Split:
-        if not fits_on_gpu(share, self.texts, *itertools.chain.from_iterable(self.buckets)):
+    def to_device(self, device, share: float = 0.5) -> Split:
+        if not fits_on_gpu(device, share, self.texts, *itertools.chain.from_iterable(self.buckets)):
             return self
-        buckets = [(mean.cuda(), std.cuda()) for mean, std in self.buckets]
-        return BucketedSplit(buckets, self.texts.cuda(), self.captions, self.repeats)
+        buckets = [(mean.to(device), std.to(device)) for mean, std in self.buckets]
+        return BucketedSplit(buckets, self.texts.to(device), self.captions, self.repeats)
 
 # %% ../../nbs/data/10_batches.ipynb #3f5cc3ab
 def read_repeats(

@@ -92,7 +92,7 @@ class StreamedSplit(Split):
     def shape(self) -> tuple:
         return tuple(self.shards.dtype['mean'].shape[1:])
 
-    def to_gpu(self, share: float = 0.5) -> Split:
+    def to_device(self, device, share: float = 0.5) -> Split:
         return self
 
 # %% ../../nbs/data/11_streaming.ipynb #c51b6fb7

@@ -157,13 +157,14 @@ def time_training(
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     torch.set_num_threads(train.threads or cores())
+    engine = Engine(choose_precision(train.precision))
     try:
         run = Trainer(
             _settings_to_time(train, size),
             settings.seed,
-            noise_split(size, latent, text).to_gpu(),
+            noise_split(size, latent, text).to_device(engine.device),
             lambda: make_network(settings, latent, text[1], base),
-            engine=Engine(choose_precision(train.precision)),
+            engine=engine,
         )
         rate = size / seconds_per_call(run.try_step, seconds)
     finally:

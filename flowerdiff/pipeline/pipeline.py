@@ -31,7 +31,7 @@ from .dvc_graph import GRAPH, refresh
 from .execute import FAILURE, stage_line, stop_leftovers, stop_tree
 from .progress import Display, Messages, how_far, last_event
 from .request import Request, check_paths, choose_stages, requested_settings
-from ..services.hardware import check_disk, explain_end, oom_kills
+from ..services.hardware import check_disk, explain_end, oom_kills, unused_gpu
 from ..services.mlflow_paths import adopt_database
 from ..services.processes import lock, run_variable, signals_as_interrupt
 
@@ -319,7 +319,7 @@ def _continuing(ws: Workspace, go_on: bool):
 
 
 def _say_choices(display: Display, ws: Workspace, new, stages: list[str]):
-    "Say what was chosen for you: settings, and the text encoder."
+    "Say what was chosen for you: settings, the text encoder, and a CPU where there is a GPU."
     from flowerdiff.models.text_encoder import choose_text_encoder
     from flowerdiff.pipeline.suggest import suggestion_line
 
@@ -327,6 +327,8 @@ def _say_choices(display: Display, ws: Workspace, new, stages: list[str]):
         display.line(suggestion_line(new))
     if 'encode' in stages and ws.settings.components.text_encoder == 'auto':
         display.line(f'text encoder: {choose_text_encoder("auto", ws.encoded).line()}')
+    if 'train' in stages and unused_gpu():
+        display.line(f'training on the CPU: this PyTorch is a CPU build, which cannot use the {unused_gpu()}')
 
 
 def _say_changed_settings(display: Display, ws: Workspace):

@@ -82,12 +82,15 @@ def measure_champion(
     from flowerdiff.models.diffusion import noise_levels
     from flowerdiff.training.validation import nearest_timesteps, validation_losses
 
-    unet = load_part(UNet2DConditionModel, ws.model / 'unet')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    unet = load_part(UNet2DConditionModel, ws.model / 'unet', device)
     schedule = DDPMScheduler.from_pretrained(ws.model / 'scheduler')
     val = model_split(ws, ws.model)
     alpha_bar = noise_levels(schedule)
     timesteps = nearest_timesteps(alpha_bar, torch.tensor(levels))
-    losses = validation_losses(unet, val, alpha_bar, timesteps, schedule.config.prediction_type)
+    losses = validation_losses(
+        unet, val, alpha_bar, timesteps, schedule.config.prediction_type, device=device
+    )
     return losses.mean(1).tolist()
 
 # %% ../../nbs/stages/06_promote.ipynb #ed1071e7

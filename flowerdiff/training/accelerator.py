@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MIN_LOSS_SCALE', 'MAX_OVERFLOWS', 'learning_rate', 'MuonAdamW', 'adamw8bit', 'make_optimizer', 'optimizer_tensors',
-           'load_optimizer', 'choose_precision', 'Engine', 'compile_options']
+           'load_optimizer', 'choose_precision', 'check_gpu_in_use', 'Engine', 'compile_options']
 
 # %% ../../nbs/training/02_accelerator.ipynb #5288ec84
 import math
+import os
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -15,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.schema import UserError
-from ..services.hardware import why_not_compile
+from ..services.hardware import bf16_is_fast, gpus, why_not_compile
 from .ema import EMA, averaged
 
 # %% ../../nbs/training/02_accelerator.ipynb #9eca5df5
@@ -158,12 +159,28 @@ def choose_precision(
         if wanted == 'fp16':
             raise UserError('train.precision: fp16 is not for training on a CPU; use fp32, bf16 or auto')
         return 'fp32' if wanted == 'auto' else wanted
-    best = 'bf16' if torch.cuda.get_device_capability() >= (8, 0) else 'fp16'
+    best = 'bf16' if bf16_is_fast('cuda') else 'fp16'
     if wanted == 'bf16' and best == 'fp16':
         raise UserError('train.precision: this GPU has no bf16; use fp16, or auto')
     return best if wanted == 'auto' else wanted
 
 # %% ../../nbs/training/02_accelerator.ipynb #6ce1c0d3
+def check_gpu_in_use():
+    "Raise `UserError` if the GPUs of a rented machine or of several processes cannot be used by PyTorch."
+    rented = int(os.environ.get('SM_NUM_GPUS') or 0)
+    several = int(os.environ.get('WORLD_SIZE', 1)) > 1 and gpus()
+    if torch.cuda.is_available() or not (rented or several):
+        return
+    if os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1'):  # hidden on purpose
+        return
+    build = torch.version.cuda
+    reason = f'its driver is too old for CUDA {build}' if build else 'this PyTorch is a CPU build'
+    raise UserError(
+        f'train: there is a GPU and PyTorch cannot use it ({reason}); compare nvidia-smi with '
+        'python -m torch.utils.collect_env, or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the CPU'
+    )
+
+
 class Engine:
     "Device, processes and precision of a training loop."
 
@@ -173,6 +190,7 @@ class Engine:
     ):
         from accelerate import Accelerator
 
+        check_gpu_in_use()
         self.accelerator = Accelerator(mixed_precision='no', cpu=not torch.cuda.is_available())
         self.precision = precision
         self.device = self.accelerator.device

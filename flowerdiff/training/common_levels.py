@@ -87,17 +87,18 @@ def losses_at(
 ) -> np.ndarray:  # [N, n] squared errors of the velocity
     "Measure a model on each picture at given noise levels, with fixed noise."
     timesteps = torch.from_numpy(timesteps_at(model.abar, levels)).float()
-    unet = model.load()
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    unet = model.load().to(device)
 
     def error(latents, noise, text):
         repeats = len(latents) // len(levels)
-        t = timesteps.repeat(repeats)
-        a = torch.tensor(levels).repeat(repeats).view(-1, 1, 1, 1)
+        t = timesteps.repeat(repeats).to(device)
+        a = torch.tensor(levels, device=device).repeat(repeats).view(-1, 1, 1, 1)
         noisy = add_noise(latents, noise, a)
         v = predict_velocity(unet, noisy, t, a=a, text=text, prediction_type=model.prediction_type)
         return loss_per_sample(v, velocity(latents, noise, a))
 
-    return per_picture_loss(unet, split, len(levels), error).numpy()
+    return per_picture_loss(unet, split, len(levels), error, device=device).numpy()
 
 
 @dataclass

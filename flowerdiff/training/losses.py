@@ -21,6 +21,7 @@ from flowerdiff.models.diffusion import (
     sampling_scheduler,
     snr,
 )
+from .spikes_and_oom import evaluation_batch
 from .validation import timestep_grid, validation_losses
 
 # %% ../../nbs/training/06_losses.ipynb #0e8c5e61
@@ -72,6 +73,7 @@ class Denoising:
             self.validation_timesteps,
             self.settings.prediction_type,
             pictures=pictures,
+            batch=evaluation_batch(self.settings),
             device=self.device,
         )
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.workspace import is_out_of_memory
 from ..data.batches import SAMPLING_STREAM, VALIDATION_STREAM, Split, make_rng
 from flowerdiff.models.diffusion import (
     LEAST_SNR,
@@ -101,15 +102,21 @@ def per_picture_loss(
     batch: int = 128,  # evaluations at a time
     device='cpu',
 ) -> Tensor:  # [N, n] float64
-    "Return an error of each picture at each noise level."
-    pictures = list(range(len(split)) if pictures is None else pictures)
-    pictures_per_batch = max(1, batch // n)
+    "Return an error of each picture at each noise level. A batch that does not fit into memory is halved."
+    left = list(range(len(split)) if pictures is None else pictures)
+    size = max(1, batch // n)  # pictures at a time
     was_training = unet.training
     unet.eval()
     losses = [torch.zeros(0, n, dtype=torch.float64)]
-    for i in range(0, len(pictures), pictures_per_batch):
-        inputs = validation_inputs(split, pictures[i : i + pictures_per_batch], n, device)
-        losses.append(error(*inputs).double().cpu().view(-1, n))
+    while left:
+        try:
+            inputs = validation_inputs(split, left[:size], n, device)
+            losses.append(error(*inputs).double().cpu().view(-1, n))
+            left = left[size:]
+        except Exception as e:
+            if size == 1 or not is_out_of_memory(e):
+                raise
+            size //= 2
     unet.train(was_training)
     return torch.cat(losses)
 
@@ -149,7 +156,7 @@ def validation_losses(
     prediction_type: str,  # of the model
     *,
     pictures=None,  # numbers of the pictures; None: all
-    batch: int = 128,  # evaluations at a time
+    batch: int = 128,  # evaluations at a time, see `evaluation_batch`
     device='cpu',
 ) -> Tensor:  # [N, n] squared error of the velocity, float64
     "Return the validation loss of each picture at each noise level. Nothing in it is random."
@@ -296,9 +303,16 @@ class ValidationCallback:
         log_event(self.folder / 'events.jsonl', event, **fields)
 
     def validate(self, net):
-        "Measure the validation loss and add it to the curve."
+        "Measure the validation loss and add it to the curve. Too little memory becomes a note in the events."
         trainer, objective = self.trainer, self.trainer.objective
-        losses = objective.validation_losses(net, self.val, range(min(64, len(self.val))))
+        try:
+            with trainer.engine.autocast():
+                losses = objective.validation_losses(net, self.val, range(min(64, len(self.val))))
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+            self.log('note', text=f'no validation at step {trainer.step}: a picture does not fit into memory')
+            return
         trainer.validations.append([trainer.step, float(losses.mean())])
         timesteps = map(str, objective.validation_timesteps.tolist())
         levels = dict(zip(timesteps, losses.mean(0).tolist()))
@@ -308,7 +322,8 @@ class ValidationCallback:
         "Save images; an error becomes a note in the events."
         step = self.trainer.step
         try:
-            files = [self.save_samples(net), self.save_predictions(net)]
+            with self.trainer.engine.autocast():
+                files = [self.save_samples(net), self.save_predictions(net)]
             for file in files:
                 self.log('samples', step=step, kind=file.parent.name, file=str(file))
         except Exception as e:
@@ -386,7 +401,8 @@ def final_validation(
     for ema in trainer.averages:
         with engine.averaged_net(ema) as net:
             if engine.is_main:
-                measured.append(trainer.objective.validation_losses(net, val))
+                with engine.autocast():
+                    measured.append(trainer.objective.validation_losses(net, val))
     best = min(range(len(measured)), key=lambda i: float(measured[i].mean()), default=0)
     best_on_main = engine.gather(torch.tensor([best], device=engine.device))[0]
     trainer.ema = trainer.averages[int(best_on_main)]

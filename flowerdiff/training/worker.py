@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NEUTRAL_SETTINGS', 'data_fingerprint', 'teacher_fingerprint', 'base_fingerprint', 'relevant_settings',
            'new_run_fingerprint', 'continuation', 'run_fingerprint', 'write_result', 'write_candidate', 'load_training',
-           'shard_fetcher', 'finetuning_setup', 'new_model_setup', 'start_run', 'default_threads', 'run_facts',
-           'train_run', 'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker']
+           'shard_fetcher', 'finetuning_setup', 'new_model_setup', 'start_run', 'run_facts', 'train_run',
+           'load_validation', 'resume', 'log_start', 'finish_run', 'run_worker']
 
 # %% ../../nbs/training/11_worker.ipynb #c3d97a58
 import math
@@ -42,8 +42,9 @@ from ..models.vocabulary import write_learned_words
 from ..services.processes import STOPPED, StopSignal, run_lock
 from ..services.store import fetch, open_store, read_manifest
 from ..services.tracking import log_event, median_rate, read_events, start_follower
+from .accelerator import Engine
 from .checkpoints import Origin, load_run, read_origin
-from .deepspeed import make_engine
+from .deepspeed import start_engine
 from .distillation import RunSetup, distillation_setup
 from .spikes_and_oom import explain_out_of_memory
 from .trained_on import base_models, read_keys, write_trained_on
@@ -184,12 +185,15 @@ def write_candidate(ws: Workspace, trainer: Trainer, net, facts: dict, *, folder
         write_checksums(new)
 
 # %% ../../nbs/training/11_worker.ipynb #e25c9507
-def load_training(ws: Workspace) -> Split:
-    "Load the training split, in memory or streamed. Raises `UserError` if it is damaged."
+def load_training(
+    ws: Workspace,
+    device='cpu',  # of this process
+) -> Split:
+    "Load the training split, to the device if it fits, or streamed. Raises `UserError` if it is damaged."
     verify_folder(ws.encoded)
     settings = ws.settings.train
     if not settings.stream:
-        return prepare_texts(ws, load_split(ws.encoded, 'train').to_gpu())
+        return prepare_texts(ws, load_split(ws.encoded, 'train').to_device(device))
     folder = ws.encoded / 'train'
     texts = torch.from_numpy(Shards(ws.encoded / 'text', 'text').load()['embedding'])
     captions = read_json(folder / 'captions.json', kind=list)
@@ -249,13 +253,11 @@ def new_model_setup(ws: Workspace, split: Split) -> RunSetup:
 def start_run(
     ws: Workspace,
     split: Split,  # the training pictures
+    engine: Engine,
     origin: Origin | None = None,  # the end of the run that this one goes on from
 ) -> tuple[Trainer, dict]:  # fresh; facts about the run
     "Create the trainer that the settings ask for."
     settings = ws.settings.train
-    world_size = int(os.environ.get('WORLD_SIZE', 1))
-    torch.set_num_threads(settings.threads or default_threads(world_size))
-    engine = make_engine(settings, world_size)
     if settings.init:
         setup = finetuning_setup(ws, split.shape[0], split.texts.shape[-1])
     elif settings.distill:
@@ -272,12 +274,6 @@ def start_run(
         origin=origin,
     )
     return trainer, run_facts(ws, trainer)
-
-
-def default_threads(world_size: int) -> int:
-    "Return the number of threads of each process, if the cores are divided evenly."
-    on_this_machine = int(os.environ.get('LOCAL_WORLD_SIZE', world_size))
-    return max(1, len(os.sched_getaffinity(0)) // on_this_machine)
 
 
 def run_facts(ws: Workspace, trainer: Trainer) -> dict:
@@ -308,9 +304,10 @@ def train_run(
     should_stop,  # () -> bool
 ) -> bool:  # False: stopped before the end
     "Train a run from its newest checkpoint to the end, and write its result."
-    split = load_training(ws)
+    engine = start_engine(ws.settings.train)  # from here on, this process has its device
+    split = load_training(ws, engine.device)
     val = load_validation(ws, split)
-    trainer, facts = start_run(ws, split, read_origin(folder))
+    trainer, facts = start_run(ws, split, engine, read_origin(folder))
     trainer.files = read_json(ws.encoded / 'train' / 'files.json', kind=list)
     is_main = trainer.engine.is_main
     facts['run_id'] = f'{folder.name.removeprefix("train-")}-s{ws.settings.seed}'
