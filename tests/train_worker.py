@@ -41,12 +41,12 @@ def start(root, folder='', fault=(), **env):
 def some_steps(root, folder, upto, env):
     "Train to a step as one of the ranks, save a checkpoint, and write down what this rank saw and held."
     os.environ.update(env)
-    import flowerdiff.training.batch_maker as batch_module
+    import flowerdiff.training.trainer as trainer_module
     from flowerdiff.core.workspace import open_workspace
     from flowerdiff.data.batches import load_split
     from flowerdiff.training.checkpoints import Saver, load_run, save_run
 
-    make_batch = batch_module.make_batch
+    make_batch = trainer_module.make_batch
     pictures = []
 
     def recording_make_batch(*args, **kwargs):
@@ -54,7 +54,7 @@ def some_steps(root, folder, upto, env):
         pictures.append(batch.pictures.tolist())
         return batch
 
-    batch_module.make_batch = recording_make_batch
+    trainer_module.make_batch = recording_make_batch
     ws = open_workspace(root)
     trainer, _ = flowerdiff.training.worker.start_run(
         ws, load_split(ws.encoded, 'train'), flowerdiff.training.worker.start_engine(ws.settings.train)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_LOSS_SCALE', 'MAX_OVERFLOWS', 'learning_rate', 'MuonAdamW', 'adamw8bit', 'make_optimizer', 'optimizer_tensors',
-           'load_optimizer', 'choose_precision', 'check_gpu_in_use', 'Engine', 'compile_options']
+           'load_optimizer', 'choose_precision', 'check_gpu_in_use', 'Engine', 'evaluation_batch', 'compile_options']
 
 # %% ../../nbs/training/02_accelerator.ipynb #5288ec84
 import math
@@ -268,6 +268,14 @@ def accumulate(
 ):
     "Return the context for the forward and backward pass of a micro-batch."
     return nullcontext() if is_last else self.accelerator.no_sync(self.model)
+
+# %% ../../nbs/training/02_accelerator.ipynb #17a40729
+def evaluation_batch(
+    settings,  # settings.train
+) -> int:
+    "Return how many evaluations fit where a micro-batch fits: without gradients, eight times as many."
+    micro_batch = settings.batch_size / (settings.accumulate * settings.num_processes)
+    return min(128, 8 * math.ceil(micro_batch))
 
 # %% ../../nbs/training/02_accelerator.ipynb #a24d00df
 def compile_options(

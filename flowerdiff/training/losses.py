@@ -21,7 +21,7 @@ from flowerdiff.models.diffusion import (
     sampling_scheduler,
     snr,
 )
-from .spikes_and_oom import evaluation_batch
+from .accelerator import evaluation_batch
 from .validation import timestep_grid, validation_losses
 
 # %% ../../nbs/training/06_losses.ipynb #0e8c5e61

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORM_HISTORY', 'MIN_HISTORY', 'MAX_SPIKES', 'spike_limit', 'skip_reason', 'picture_names', 'settings_that_fit',
-           'step_fits', 'out_of_memory_message', 'evaluation_batch', 'explain_out_of_memory']
+           'step_fits', 'out_of_memory_message', 'explain_out_of_memory']
 
 # %% ../../nbs/training/08_spikes_and_oom.ipynb #0603cd86
 import math
@@ -93,7 +93,7 @@ def step_fits(
     else:
         net.disable_gradient_checkpointing()
     try:
-        batch = trainer.next_batch(batch_size)
+        batch = trainer.batch_of(trainer.step, batch_size)
         micro_batch = max(batch.parts(trainer.settings.accumulate), key=len)
         # without oneDNN: one of its primitives that failed once keeps failing
         with torch.backends.mkldnn.flags(enabled=False), engine.autocast():
@@ -128,14 +128,6 @@ def out_of_memory_message(
     return f'train: not enough memory at {step}; {advice}'
 
 # %% ../../nbs/training/08_spikes_and_oom.ipynb #e1a70002
-def evaluation_batch(
-    settings,  # settings.train
-) -> int:
-    "Return how many evaluations fit where a micro-batch fits: without gradients, eight times as many."
-    micro_batch = settings.batch_size / (settings.accumulate * settings.num_processes)
-    return min(128, 8 * math.ceil(micro_batch))
-
-
 def explain_out_of_memory(error: Exception, settings) -> Exception:
     "Return a `UserError` for an out-of-memory error, and any other error as it is."
     if not is_out_of_memory(error):

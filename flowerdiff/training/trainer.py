@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..core.schema import UserError
 from ..core.workspace import is_out_of_memory
-from ..data.batches import Split
+from ..data.batches import Split, make_batch
+from ..data.streaming import MadeAhead
 from ..models.diffusion import make_scheduler, noise_levels
 from ..services.tracking import log_event
 from .accelerator import Engine, learning_rate, make_optimizer
-from .batch_maker import BatchMaker
 from .checkpoints import CheckpointWriter, Origin
 from .ema import EMA
 from .losses import Denoising, LossMeter
@@ -79,7 +79,7 @@ class Trainer:
         self.split = split
         self.files = files
         self.engine = engine or Engine()
-        self.batches = BatchMaker(split, settings, seed, self.engine)
+        self.take_batch = MadeAhead(lambda step: self.batch_of(step), self.engine.device.type == 'cuda')
         self._prepare_model(make_unet)
         decays = (settings.ema_decay, *settings.ema_decays)
         self.averages = [EMA(self.engine.ema_source, decay) for decay in decays]
@@ -137,12 +137,29 @@ class Trainer:
 
 # %% ../../nbs/training/09_trainer.ipynb #8a422a00
 @patch
-def next_batch(
+def batch_of(
     self: Trainer,
+    step: int,
     size: int | None = None,  # samples over all processes; None: settings.batch_size
 ):  # a `Batch`, this process's share
-    "Return the batch of the next step."
-    return self.batches.make(self.step, size) if size else self.batches.take(self.step)
+    "Make the batch of a step."
+    settings = self.settings
+    is_flow = settings.prediction_type == 'flow_prediction'
+    return make_batch(
+        self.split,
+        step,
+        self.seed,
+        size or settings.batch_size,
+        dropout=settings.caption_dropout,
+        mirror=settings.mirror,
+        timesteps=settings.timesteps,
+        rank=self.engine.rank,
+        world=self.engine.world_size,
+        device=self.engine.device,
+        sampling=settings.timestep_sampling,
+        shift=settings.flow_shift if is_flow else 1.0,
+        offset=settings.offset_noise,
+    )
 
 # %% ../../nbs/training/09_trainer.ipynb #9a180325
 @patch
@@ -224,7 +241,7 @@ def train_step(
     self: Trainer,
 ) -> dict:  # `lr`, `grad_norm`; of a skipped update also `skipped`, `limit`, `scale` and `pictures`
     "Run one optimizer step and return its metrics."
-    batch = self.next_batch()
+    batch = self.take_batch(self.step)
     losses = self.forward_backward(batch)
     settings = self.settings
     start = self.origin.step  # the schedule is that of the remaining steps
