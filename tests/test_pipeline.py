@@ -588,6 +588,8 @@ def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path
 
 OF_A_RUN = {'time', 'seconds', 'latency', 'samples_per_second', 'milliseconds', 'created', 'git'}
 OF_A_RUN |= {'sent', 'sent_bytes', 'resumed_from', 'pictures_per_second'}
+MADE_BESIDE = dict(promote=['work/decisions.jsonl'], publish=['published'])  # what the graph does not name
+HOLD_TIMES = ('checksums.json', 'index.html', 'README.md', 'published.json')  # and hashes of such files
 
 
 def comparable(value, root):
@@ -606,10 +608,10 @@ def results(root, stage):
     from flowerdiff.core.fingerprints import file_sha256
 
     found = {}
-    names = [*GRAPH[stage].writes, *(['work/decisions.jsonl'] if stage == 'promote' else [])]
+    names = [*GRAPH[stage].writes, *MADE_BESIDE.get(stage, [])]
     for name in names:
         for path in sorted([root / name, *(root / name).rglob('*')]):
-            if path.name in ('checksums.json', 'index.html'):  # they hold times, too
+            if path.name in HOLD_TIMES:
                 continue
             if path.suffix in ('.json', '.jsonl'):
                 lines = [path.read_text()] if path.suffix == '.json' else path.read_text().splitlines()
