@@ -138,6 +138,9 @@ class Function:
     def load(self):
         return self
 
+    def to(self, device):
+        return self
+
     training = False
 
     def eval(self):

@@ -587,7 +587,7 @@ def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path
 
 
 OF_A_RUN = {'time', 'seconds', 'latency', 'samples_per_second', 'milliseconds', 'created', 'git'}
-OF_A_RUN |= {'sent', 'sent_bytes', 'resumed_from', 'pictures_per_second'}
+OF_A_RUN |= {'sent', 'sent_bytes', 'resumed_from', 'pictures_per_second', 'decision'}
 MADE_BESIDE = dict(promote=['work/decisions.jsonl'], publish=['published'])  # what the graph does not name
 HOLD_TIMES = ('checksums.json', 'index.html', 'README.md', 'published.json')  # and hashes of such files
 
