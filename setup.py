@@ -46,6 +46,7 @@ setup(
     zip_safe=False,
     classifiers=[
         'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
         'Intended Audience :: Developers',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
