@@ -108,16 +108,18 @@ def per_picture_loss(
     was_training = unet.training
     unet.eval()
     losses = [torch.zeros(0, n, dtype=torch.float64)]
-    while left:
-        try:
-            inputs = validation_inputs(split, left[:size], n, device)
-            losses.append(error(*inputs).double().cpu().view(-1, n))
-            left = left[size:]
-        except Exception as e:
-            if size == 1 or not is_out_of_memory(e):
-                raise
-            size //= 2
-    unet.train(was_training)
+    try:
+        while left:
+            try:
+                inputs = validation_inputs(split, left[:size], n, device)
+                losses.append(error(*inputs).double().cpu().view(-1, n))
+                left = left[size:]
+            except Exception as e:
+                if size == 1 or not is_out_of_memory(e):
+                    raise
+                size //= 2
+    finally:
+        unet.train(was_training)  # also when the run goes on without this measurement
     return torch.cat(losses)
 
 
