@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..core.checksums import verify_folder
 from ..core.schema import UserError
 from ..core.workspace import is_out_of_memory, read_json
-from ..models.components import component_errors
+from ..models.components import component_errors, one_line_errors
 from flowerdiff.models.model_folder import (
     PIPELINES,
     load_part,
@@ -234,16 +234,12 @@ def run_part(
             try:
                 with torch.inference_mode():
                     return method(self, *args)
-            except UserError:
-                raise
             except Exception as e:
                 if is_out_of_memory(e):
+                    raise  # the caller knows what to draw less of
+                advice = 'its config.json does not fit; copy the model again'
+                with one_line_errors(self.folder / part, 'the network cannot run', advice):
                     raise
-                reason = (str(e).strip().splitlines() or [''])[0][:150]
-                raise UserError(
-                    f'{self.folder / part}: the network cannot run ({type(e).__name__}: {reason}); '
-                    'its config.json does not fit; copy the model again'
-                ) from e
 
         return call
 

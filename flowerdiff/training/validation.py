@@ -325,9 +325,8 @@ class ValidationCallback:
         step = self.trainer.step
         try:
             with self.trainer.engine.autocast():
-                files = [self.save_samples(net), self.save_predictions(net)]
-            for file in files:
-                self.log('samples', step=step, kind=file.parent.name, file=str(file))
+                for file in (self.save_samples(net), self.save_predictions(net)):
+                    self.log('samples', step=step, kind=file.parent.name, file=str(file))
         except Exception as e:
             self.log('note', text=f'no sample grid at step {step}: {type(e).__name__}: {e}')
 
