@@ -254,4 +254,7 @@ def test_few_pictures_say_how_many_it_takes():
 def test_no_profile_promotes_another_seed():
     from flowerdiff.core.profiles import load_profile, profiles
 
-    assert all(load_profile(name).promote.margin >= 0.0135 for name in profiles())
+    for name in profiles():
+        settings = load_profile(name)
+        seeds_differ_by = 0.0025 if settings.train.init else 0.0135  # benchmarks/README.md, The gate
+        assert settings.promote.margin >= seeds_differ_by, name
