@@ -68,14 +68,24 @@ def cli():
 
 @pytest.fixture(scope='session')
 def tiny_workspace(tmp_path_factory) -> Path:
-    "All ten stages with 48 pictures and twenty training steps. Read only: copy it to change it."
+    """All ten stages with 48 pictures and twenty training steps. Read only: copy it to change it.
+
+    The processes of pytest-xdist share one."""
+    from filelock import FileLock
+
     from flowerdiff.core.workspace import DEMO
 
-    root = tmp_path_factory.mktemp('tiny') / 'garden'
+    folder = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        folder = folder.parent
+    root = folder / 'tiny' / 'garden'
+    printed = root.parent / 'run.txt'
     sets = [word for key, value in DEMO.items() for word in ('--set', f'{key}={json.dumps(value)}')]
-    p = flowerdiff('run', root, *sets, timeout=1200)
-    assert p.returncode == 0, p.stdout + p.stderr
-    (root.parent / 'run.txt').write_text(p.stdout)
+    with FileLock(folder / 'tiny.lock'):
+        if not printed.exists():
+            p = flowerdiff('run', root, *sets, timeout=1200)
+            assert p.returncode == 0, p.stdout + p.stderr
+            printed.write_text(p.stdout)
     return root
 
 
