@@ -106,8 +106,7 @@ def _report(error, status: int) -> int:
 def _call(args) -> int:
     "Call the function of a command. Returns its exit status, also after an error."
     from flowerdiff.core.child_processes import hide_in_tracebacks
-    from flowerdiff.core.schema import UserError
-    from flowerdiff.core.workspace import disk_errors
+    from flowerdiff.core.errors import UserError, disk_errors
 
     hide_in_tracebacks()
     try:

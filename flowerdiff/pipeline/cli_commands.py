@@ -307,7 +307,7 @@ def sweep_command(args) -> int:
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #4f698eae
 def _output_path(prompt: str, given: str | None) -> Path:
     "Return the file to write. Raises `UserError` if it cannot be written."
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
 
     if not prompt.strip():
         raise UserError('the prompt is empty; say what to draw')
@@ -321,7 +321,7 @@ def _output_path(prompt: str, given: str | None) -> Path:
 
 
 def _find_model(args):  # a folder or a name on the Hub
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
 
     if args.model:
         return args.model
@@ -335,7 +335,7 @@ def _find_model(args):  # a folder or a name on the Hub
 
 def generate_command(args) -> int:
     "Generate images from a prompt, and print their paths."
-    from flowerdiff.core.workspace import disk_errors
+    from flowerdiff.core.errors import disk_errors
 
     model = _find_model(args)
     out = _output_path(args.prompt, args.output)

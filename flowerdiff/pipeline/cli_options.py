@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
     "Report an error in one line."
 
     def error(self, message):
-        from flowerdiff.core.schema import hide_credentials
+        from flowerdiff.core.errors import hide_credentials
 
         self.exit(2, hide_credentials(f'{self.prog}: {message}; see {self.prog} --help\n'))
 
