@@ -38,9 +38,7 @@ def check_words(
     "Return the prompt of a command line. Raises a UserError for an empty one, and for several bare words."
     if len(words) > 1:
         text = ' '.join(words)
-        raise UserError(
-            f'{len(words)} prompts where one is taken; put it in quotes: flowerdiff generate "{text}"'
-        )
+        raise UserError(f'{len(words)} words where one prompt is taken; write it in quotes: "{text}"')
     if any(not word.strip() for word in words):
         raise UserError('the prompt is empty; say what to draw')
     return words
