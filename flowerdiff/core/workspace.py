@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowerdiff.core.errors import (  # noqa: F401 (most modules take these from here)
+    DISK_ERRORS,
     Cancelled,
     UserError,
     disk_errors,
