@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -469,3 +470,47 @@ def test_bench_leaves_out_a_backend_that_fails_at_its_first_image(ws, monkeypatc
     assert result['left_out'] == dict(onnx='backend onnx: its compiler is broken')
     with pytest.raises(UserError, match='its compiler is broken'):
         bench(ws.root, steps=[1], rounds=1, names=['onnx'])
+
+
+HEAVY = ('torch', 'diffusers', 'transformers', 'scipy', 'pydantic', 'fastcore', 'onnx', 'huggingface_hub')
+
+
+@pytest.mark.parametrize('backend', ['onnx', 'openvino', 'torch'])
+def test_the_command_generate_imports_no_pytorch_for_a_runtime(ws, tmp_path, backend):
+    "The backend torch shows that the check would notice."
+    code = (
+        'import sys; from flowerdiff.pipeline.cli import main; '
+        f'print(main(sys.argv[1:]), [m for m in {HEAVY} if m in sys.modules])'
+    )
+    line = [
+        'generate',
+        'a red rose',
+        '-m',
+        ws.root,
+        '--steps',
+        '2',
+        '--backend',
+        backend,
+        '-q',
+        '-o',
+        tmp_path,
+    ]
+    p = subprocess.run([sys.executable, '-c', code, *map(str, line)], capture_output=True, text=True)
+    status, _, imported = p.stdout.strip().partition(' ')
+    assert status == '0' and (tmp_path / 'a-red-rose.png').is_file(), p.stderr
+    assert ('torch' in imported and 'diffusers' in imported) if backend == 'torch' else imported == '[]'
+
+
+@pytest.mark.parametrize('name', [None, 'ddim', 'ddpm', 'euler', 'lcm', 'unipc'])
+def test_the_runtimes_draw_what_pytorch_draws(ws, name):
+    "Noise, samplers, batches, and another picture to start from."
+    backends = [Generator(TorchBackend(ws.model, 'cpu')), Generator(OnnxBackend(ws.onnx), batch=2)]
+    settings = dict(num_images_per_prompt=3, num_inference_steps=4, scheduler=name, size=(48, 32), seed=2**33)
+    ours, theirs = (g(['a red rose'], **settings) for g in backends)
+    assert same(ours, theirs) and not same(ours[:1], ours[1:2])
+    again = [
+        g('the sky', image=ours[0], strength=0.5, num_inference_steps=6, scheduler=name) for g in backends
+    ]
+    assert same(*again) and again[0].settings[0].strength == 0.5
+    mixed = [g('the sky', variation_seed=3, num_inference_steps=2, scheduler=name) for g in backends]
+    assert same(*mixed)

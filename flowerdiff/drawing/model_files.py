@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.errors import UserError, one_line_errors
 from ..core.files import read_json
-from ..services.hub_cache import HUB_ID, MODEL_FILES, download
+from ..services.hub_cache import HUB_FILES, HUB_ID, download
 from ..services.model_configs import check_config
 
 # %% ../../nbs/drawing/06_model_files.ipynb #1763af04
@@ -32,7 +32,7 @@ def find_model(
             f'{path}: not a model folder (no model_index.json); give a workspace, a model folder or a hub id'
         )
     if HUB_ID.fullmatch(str(where)):
-        return download(str(where), allow_patterns=MODEL_FILES)
+        return download(str(where), allow_patterns=HUB_FILES)
     raise UserError(
         f'{path}: not there; give a workspace, a model folder or a hub id such as org/name@commit'
     )

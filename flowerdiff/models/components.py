@@ -25,7 +25,7 @@ from ..core.errors import one_line_errors
 from ..core.fingerprints import file_sha256, fingerprint
 from ..core.schema import UserError
 from ..core.workspace import read_json, write_json
-from ..services.hub_cache import HUB_ID, MODEL_FILES, bundled_part, download, snapshot
+from ..services.hub_cache import HUB_FILES, HUB_ID, bundled_part, download, snapshot
 from ..services.model_configs import check_config, check_weights, limit_length
 
 # %% ../../nbs/models/01_components.ipynb #e15652bd
@@ -75,7 +75,7 @@ def from_hub(
 ) -> Path:  # folder in the Hub cache
     "Download a model repository, or the files of one component. Raises `UserError` if that fails."
     if not part:
-        return download(spec, allow_patterns=MODEL_FILES)
+        return download(spec, allow_patterns=HUB_FILES)
     patterns = dict(allow_patterns=FILES[part], ignore_patterns=UNSAFE)
     return cached_part(spec, part, **patterns) or download(spec, **patterns)
 
