@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = [
     {'core', 'garden'},
     {'services'},
+    {'drawing'},
     {'models'},
     {'data', 'inference'},
     {'training', 'evaluation'},

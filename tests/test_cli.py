@@ -1,5 +1,6 @@
 "The command line as you use it: how fast it answers, and how it reports errors."
 
+import json
 import os
 import re
 import subprocess
@@ -178,7 +179,10 @@ def test_full_disk(cli, tmp_path):
 @pytest.mark.parametrize(
     'args,says',
     [
-        (['generate'], 'prompt'),
+        (['generate'], 'holds no model'),
+        (['genrate', 'x'], 'did you mean generate?'),
+        (['generate', 'x', '--n', '2'], 'unrecognized'),
+        (['generate', 'x', '--size', 'big'], 'is not a size'),
         (['generate', 'x', '-n', '0'], 'at least 1'),
         (['generate', 'x', '--steps', 'ten'], 'whole number'),
         (['generate', 'x', '--seed', '-1'], 'at least 0'),
@@ -322,6 +326,50 @@ def test_generate_draws_and_numbers(cli, tiny_workspace, tmp_path):
         for n in ('rose-2.png', 'a-red-rose-under-a-blue-sky.png')
     ]
     assert same[0] == same[1]  # picture i of seed s is picture 0 of seed s + i
-    assert 'end it in .png' in one_line(
-        cli('generate', 'x', '-w', tiny_workspace, '-o', 'rose.txt', cwd=tmp_path)
+    for args, says in (
+        (['x', '-o', 'rose.txt'], 'end it in .png'),
+        ([], 'the prompt is missing'),
+        (['a', 'red', 'rose'], 'write it in quotes: "a red rose"'),
+        (['x', '--prompts-file', 'none.txt'], 'cannot be read as text'),
+        (['x', '--like', 'none.png'], 'is not there'),
+        (['x', '-n', '2', '-o', '-'], 'one picture to the standard output'),
+    ):
+        assert says in one_line(cli('generate', *args, '-w', tiny_workspace, cwd=tmp_path)), args
+
+
+def test_generate_takes_settings_from_files_and_overwrites_nothing(cli, tiny_workspace, tmp_path):
+    from PIL import Image
+
+    def pixels(name):
+        return Image.open(tmp_path / name).convert('RGB').tobytes()
+
+    settings = ['--seed', 7, '--steps', 2, '--guidance', 3, '--sampler', 'ddim', '--size', '32x48']
+    first = cli(
+        'generate', 'a red rose', '-w', tiny_workspace, *settings, '-o', 'rose.png', '--json', cwd=tmp_path
     )
+    [row] = json.loads(first.stdout)
+    assert (row['path'], row['prompt'], row['seed'], row['scheduler']) == (
+        'rose.png',
+        'a red rose',
+        7,
+        'ddim',
+    )
+    again = cli('generate', '--like', 'rose.png', '-w', tiny_workspace, '-o', 'rose.png', cwd=tmp_path)
+    assert again.stdout.split() == ['rose-1.png'], again.stderr
+    assert pixels('rose-1.png') == pixels('rose.png')
+    (tmp_path / 'prompts.txt').write_text('the sky\n\n# not this\na rose\n', encoding='utf-8')
+    (tmp_path / 'out').mkdir()
+    line = [
+        '--prompts-file',
+        'prompts.txt',
+        '--steps',
+        1,
+        '--image',
+        'rose.png',
+        '--format',
+        'webp',
+        '-o',
+        'out',
+    ]
+    several = cli('generate', *line, '-w', tiny_workspace, cwd=tmp_path)
+    assert several.stdout.split() == ['out/the-sky.webp', 'out/a-rose.webp'], several.stderr

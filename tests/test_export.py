@@ -3,9 +3,11 @@
 import os
 import shutil
 import subprocess
+import sys
 from functools import partial
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ from tiny import tiny_model
 from flowerdiff.core.checksums import write_checksums
 from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import open_workspace, read_json, write_json
+from flowerdiff.drawing.onnx_graph import read_graph, split_graph
 from flowerdiff.inference import backends, onnx_export, onnx_openvino
 from flowerdiff.inference.backends import BACKENDS, load_backend, open_backend
 from flowerdiff.inference.generator import Generator
@@ -129,7 +132,8 @@ def test_openvino_multiplies_the_text_once_and_keeps_few_shapes(ws):
 
 
 def count_text_products(graph):
-    return sum('attn2/to_k' in node.name or 'attn2/to_v' in node.name for node in graph.node)
+    model = onnx.load_from_string(graph.serialize())
+    return sum('attn2/to_k' in node.name or 'attn2/to_v' in node.name for node in model.graph.node)
 
 
 @pytest.mark.parametrize('variant', ['', 'fp16', 'int8'])
@@ -138,20 +142,18 @@ def test_the_split_graph_gives_identical_results(ws, variant):
     file = onnx_openvino.variant_file(ws.onnx / 'unet', variant)
     whole = onnx_session(file)
     assert backend.products and 'encoder_hidden_states' not in backend.inputs
-    model, weights = onnx_openvino.read_graph(file)
-    before = count_text_products(model.graph)
-    products = onnx_openvino.split_onnx(model)
+    graph = read_graph(file)
+    before = count_text_products(graph)
+    products, rest = split_graph(graph)
     assert before
-    assert (count_text_products(model.graph), count_text_products(products.graph)) == (0, before)
-    in_rest = {i.name for i in model.graph.initializer if i.name in weights}
-    assert not in_rest & {i.name for i in products.graph.initializer}
+    assert (count_text_products(rest), count_text_products(products)) == (0, before)
+    assert not set(rest.constants) & set(products.constants) & set(graph.weights)
     text = backend.encode(['a red rose', 'the sky', ''])
     for n, t in ((1, 999), (3, 500), (2, 0)):
-        z = torch.randn(n, 4, 16, 16, generator=torch.Generator().manual_seed(n))
-        inputs = dict(sample=z.numpy(), timestep=np.asarray(t), encoder_hidden_states=text[:n].numpy())
+        z = torch.randn(n, 4, 16, 16, generator=torch.Generator().manual_seed(n)).numpy()
+        inputs = dict(sample=z, timestep=np.asarray(t), encoder_hidden_states=text[:n])
         [want] = whole.run(['out_sample'], inputs)
-        got = backend.denoise(z, torch.tensor(t), backend.condition(text[:n]))
-        assert np.array_equal(got.numpy(), want)
+        assert np.array_equal(backend.denoise(z, t, backend.condition(text[:n])), want)
 
 
 @pytest.mark.parametrize('variant', ['', 'fp16', 'int8'])
@@ -468,3 +470,47 @@ def test_bench_leaves_out_a_backend_that_fails_at_its_first_image(ws, monkeypatc
     assert result['left_out'] == dict(onnx='backend onnx: its compiler is broken')
     with pytest.raises(UserError, match='its compiler is broken'):
         bench(ws.root, steps=[1], rounds=1, names=['onnx'])
+
+
+HEAVY = ('torch', 'diffusers', 'transformers', 'scipy', 'pydantic', 'fastcore', 'onnx', 'huggingface_hub')
+
+
+@pytest.mark.parametrize('backend', ['onnx', 'openvino', 'torch'])
+def test_the_command_generate_imports_no_pytorch_for_a_runtime(ws, tmp_path, backend):
+    "The backend torch shows that the check would notice."
+    code = (
+        'import sys; from flowerdiff.pipeline.cli import main; '
+        f'print(main(sys.argv[1:]), [m for m in {HEAVY} if m in sys.modules])'
+    )
+    line = [
+        'generate',
+        'a red rose',
+        '-m',
+        ws.root,
+        '--steps',
+        '2',
+        '--backend',
+        backend,
+        '-q',
+        '-o',
+        tmp_path,
+    ]
+    p = subprocess.run([sys.executable, '-c', code, *map(str, line)], capture_output=True, text=True)
+    status, _, imported = p.stdout.strip().partition(' ')
+    assert status == '0' and (tmp_path / 'a-red-rose.png').is_file(), p.stderr
+    assert ('torch' in imported and 'diffusers' in imported) if backend == 'torch' else imported == '[]'
+
+
+@pytest.mark.parametrize('name', [None, 'ddim', 'ddpm', 'euler', 'lcm', 'unipc'])
+def test_the_runtimes_draw_what_pytorch_draws(ws, name):
+    "Noise, samplers, batches, and another picture to start from."
+    backends = [Generator(TorchBackend(ws.model, 'cpu')), Generator(OnnxBackend(ws.onnx), batch=2)]
+    settings = dict(num_images_per_prompt=3, num_inference_steps=4, scheduler=name, size=(48, 32), seed=2**33)
+    ours, theirs = (g(['a red rose'], **settings) for g in backends)
+    assert same(ours, theirs) and not same(ours[:1], ours[1:2])
+    again = [
+        g('the sky', image=ours[0], strength=0.5, num_inference_steps=6, scheduler=name) for g in backends
+    ]
+    assert same(*again) and again[0].settings[0].strength == 0.5
+    mixed = [g('the sky', variation_seed=3, num_inference_steps=2, scheduler=name) for g in backends]
+    assert same(*mixed)

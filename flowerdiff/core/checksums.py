@@ -14,10 +14,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .files import atomic_write
+from .errors import UserError
+from .files import atomic_write, read_json
 from .fingerprints import file_sha256
-from .schema import UserError
-from .workspace import read_json
 
 # %% ../../nbs/core/09_checksums.ipynb #ceb51796
 CHECKSUMS = 'checksums.json'

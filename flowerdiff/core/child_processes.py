@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 
-from .schema import hide_credentials
+from .errors import hide_credentials
 
 # %% ../../nbs/core/10_child_processes.ipynb #c5a90b18
 def safe_environment(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core.schema import UserError
 from .generator import Generator, check_prompts, latent_shape
-from .torch_backend import Backend, truncated_text
+from .torch_backend import TorchBackend, truncated_text
 
 # %% ../../nbs/inference/08_attention_maps.ipynb #38be9bdc
 MARKS = re.escape(string.punctuation + '…–—“”„‘’«»¿¡')
@@ -64,7 +64,7 @@ class Recorder:
 # %% ../../nbs/inference/08_attention_maps.ipynb #92d1f996
 @contextmanager
 def recording(
-    backend: Backend,  # of PyTorch
+    backend: TorchBackend,  # of PyTorch
 ):  # yields a list of Recorder, one per cross-attention layer
     "Record the attention weights of all cross-attention layers."
     before = backend.unet.attn_processors
@@ -153,7 +153,7 @@ class AttentionMaps:
         plt.show()
 
 # %% ../../nbs/inference/08_attention_maps.ipynb #e1337932
-def check_maps(backend: Backend, prompt: str):
+def check_maps(backend: TorchBackend, prompt: str):
     "Raise a UserError if there are no maps for this model or this prompt."
     if backend.name != 'torch':
         raise UserError(f'attention maps: not supported by the backend {backend.name}; use the backend torch')

@@ -21,9 +21,9 @@ import torch
 from ..core.child_processes import hide_in_tracebacks, safe_environment
 from ..core.schema import UserError
 from ..core.workspace import write_json
+from ..drawing.model_files import find_model
 from .backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_unavailable
 from .generator import Generator
-from ..models.model_folder import find_model
 
 # %% ../../nbs/inference/09_benchmark.ipynb #e1b4e425
 def time_in_turns(

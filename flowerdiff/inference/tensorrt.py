@@ -26,7 +26,7 @@ from ..core.files import atomic_write
 from ..core.schema import UserError
 from ..core.workspace import read_json
 from .onnx_openvino import onnx_session
-from .torch_backend import Backend
+from .torch_backend import TensorBackend
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #d1b1dc9e
 FLAVORS = dict(auto=('tensorrt', 'tensorrt_rtx'), classic=('tensorrt',), rtx=('tensorrt_rtx',))
@@ -329,7 +329,7 @@ def why_not_tensorrt(
     return find_engines(onnx).reason if onnx else ''
 
 # %% ../../nbs/inference/04_tensorrt.ipynb #95b893f0
-class TensorRTBackend(Backend):
+class TensorRTBackend(TensorBackend):
     "Run an exported model with its TensorRT engines; all tensors stay on the GPU."
 
     name = 'tensorrt'

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..core.checksums import verify_folder
 from ..core.schema import UserError
-from .model_folder import find_model, load_part, read_config
+from ..drawing.model_files import find_model, read_config
+from .model_folder import load_part
 
 # %% ../../nbs/models/10_finetune.ipynb #a87eca59
 def find_base(

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core.schema import UserError
-from ..core.workspace import read_json, write_json
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
+from ..drawing.sampling import to_numpy
 
 # %% ../../nbs/models/15_vocabulary.ipynb #e54a1951
 def _letter_kind(c: str) -> str:
@@ -125,7 +126,7 @@ def embed_words(
     if not words:
         return {}
     ends = [min(len(ids), tokenizer.model_max_length) - 1 for ids in tokenizer(list(words)).input_ids]
-    embeddings = np.asarray(encode(list(words)).float().cpu())
+    embeddings = to_numpy(encode(list(words)))
     vectors = (row[end] for row, end in zip(embeddings, ends))
     return {word: vector / np.linalg.norm(vector) for word, vector in zip(words, vectors)}
 
@@ -199,9 +200,11 @@ def write_vocabulary(folder: Path, vocabulary: Vocabulary):
 
 
 def _read_meanings(file: Path) -> dict[str, np.ndarray]:  # word -> [D]
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+    except ImportError:  # a machine that only draws: suggestions by spelling alone
+        return {}
     try:
         meanings = {word: vector.astype(np.float32) for word, vector in load_file(file).items()}
     except (SafetensorError, OSError, ValueError, KeyError) as error:

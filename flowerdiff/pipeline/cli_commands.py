@@ -11,8 +11,8 @@ __all__ = ['add_command', 'run_command', 'plan_command', 'init_command', 'downlo
 import contextlib
 import json
 import os
-import re
 import sys
+import time
 from pathlib import Path
 
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #732beaa5
@@ -305,23 +305,8 @@ def sweep_command(args) -> int:
     return 0 if any('loss' in row for row in rows) else 1
 
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #4f698eae
-def _output_path(prompt: str, given: str | None) -> Path:
-    "Return the file to write. Raises `UserError` if it cannot be written."
-    from flowerdiff.core.schema import UserError
-
-    if not prompt.strip():
-        raise UserError('the prompt is empty; say what to draw')
-    words = re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')
-    out = Path(given or f'{words[:60] or "picture"}.png')
-    if out.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'):
-        raise UserError(f'{out}: is not an image format that can be written; end it in .png, .jpg or .webp')
-    if not out.absolute().parent.is_dir():
-        raise UserError(f'{out.parent}: is not a folder; make it, or give another -o')
-    return out
-
-
 def _find_model(args):  # a folder or a name on the Hub
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
 
     if args.model:
         return args.model
@@ -335,28 +320,33 @@ def _find_model(args):  # a folder or a name on the Hub
 
 def generate_command(args) -> int:
     "Generate images from a prompt, and print their paths."
-    from flowerdiff.core.workspace import disk_errors
+    from flowerdiff.core.errors import UserError
+    from flowerdiff.inference.generate_files import command_arguments, picture_paths, print_pictures
 
     model = _find_model(args)
-    out = _output_path(args.prompt, args.output)
+    arguments = command_arguments(args)
+    prompts = [arguments['prompt']] if isinstance(arguments['prompt'], str) else arguments['prompt']
+    to_stdout = args.output == '-'
+    if to_stdout and (args.n * len(prompts) > 1 or args.json):
+        raise UserError('-o - writes one picture to the standard output; give a folder for several')
+    paths = [] if to_stdout else picture_paths(args.output, prompts, args.n, args.format, args.overwrite)
+    from flowerdiff.drawing.pictures import picture_bytes, save_picture
     from flowerdiff.inference.generator import Generator
 
     generator = Generator.from_pretrained(model, backend=args.backend)
-    for line in generator.unknown_words(args.prompt, args.negative):
+    for line in generator.unknown_words(*prompts, arguments.get('negative_prompt', '')):
         print(line, file=sys.stderr)
-    images = generator(
-        args.prompt,
-        num_images_per_prompt=args.n,
-        seed=args.seed,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        negative_prompt=args.negative,
-    )
-    for i, image in enumerate(images, 1):
-        path = out if args.n == 1 else out.with_stem(f'{out.stem}-{i}')
-        with disk_errors():
-            image.save(path)
-        print(path)
+    start = time.monotonic()
+    pictures = generator(num_images_per_prompt=args.n, **arguments)
+    if args.verbose:
+        took = time.monotonic() - start
+        print(f'{generator!r}: {pictures!r} in {took:.2f} s', file=sys.stderr)
+    if to_stdout:
+        sys.stdout.buffer.write(picture_bytes(pictures[0], kind=args.format or 'png'))
+        return 0
+    for picture, path in zip(pictures, paths):
+        save_picture(picture, path)
+    print_pictures(pictures, paths, args)
     return 0
 
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #a1f0eac5

@@ -1,0 +1,1 @@
+"Draw with NumPy: noise, samplers, tokenizer, and pictures with their settings."
