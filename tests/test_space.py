@@ -293,27 +293,6 @@ def test_without_a_seed_each_picture_is_another(client):
     assert len(seeds) == 2
 
 
-def test_twenty_at_once_and_one_too_many(running):
-    "Each has its own picture, places fall, and who does not fit is refused in a line."
-    url = running[1]
-    busy = visitor(url, '1.0.0.1').submit(prompt='a rose', steps=100, pictures=8, api_name='/generate')
-    wait_until(lambda: busy.outputs())  # it is drawn
-    one = visitor(url, '1.0.0.2')
-    jobs = [one.submit(prompt=f'a rose {i}', seed=i, steps=2, api_name='/generate') for i in range(22)]
-    ranks = set()
-    while not all(job.done() for job in jobs):
-        ranks |= {(job.status().rank or 0) for job in jobs}
-        time.sleep(0.02)
-    errors = [str(job.exception()) for job in jobs if job.exception()]
-    served = {i: job.result() for i, job in enumerate(jobs) if not job.exception()}
-    assert len(served) >= 19 and len(served) + len(errors) == 22
-    assert errors and all('Queue is full' in e and '\n' not in e for e in errors), errors
-    for i, (drawn, _, _) in served.items():
-        assert len(drawn) == 1 and drawn[0]['caption'].startswith(f'a rose {i} · seed {i} ')
-    assert max(ranks) >= 10
-    assert len(busy.result()[0]) == 8
-
-
 class Slow:
     "A generator that waits after each step until it may go on."
 
@@ -324,7 +303,7 @@ class Slow:
 
     def __call__(self, prompt, *, callback, **settings):
         def on_step(step):
-            self.go.acquire(timeout=60)
+            self.go.acquire(timeout=20)
             return callback(step)
 
         try:
@@ -334,35 +313,56 @@ class Slow:
             raise
 
 
-def test_cancel_ends_the_drawing_and_what_waits(monkeypatch):
-    "Breaks when a drawing goes on that was canceled, or whose visitor has left, or a waiting one is drawn."
+@pytest.fixture(scope='module')
+def slow():
+    "An app whose generator waits for the test, and a client of it."
     from gradio_client import Client
 
     from flowerdiff.apps.gradio_app import build_app, launch
     from flowerdiff.apps.session import GenerationSession
 
-    slow = Slow()
-    app = build_app(GenerationSession('nowhere', load=lambda: slow))
+    generator = Slow()
+    app = build_app(GenerationSession('nowhere', load=lambda: generator))
     launch(app, '127.0.0.1', free_port(), prevent_thread_lock=True)
-    try:
-        client = Client(app.local_url, verbose=False, analytics_enabled=False)
-        for _ in range(2):
-            slow.go.release()
-        first = client.submit(prompt='a rose', steps=50, api_name='/generate')
-        second = client.submit(prompt='a lily', steps=50, api_name='/generate')
-        wait_until(lambda: first.outputs())
-        assert first.outputs()[0][1].startswith('Step ')
-        second.cancel()
-        first.cancel()
+    generator.client = Client(app.local_url, verbose=False, analytics_enabled=False)
+    yield generator
+    app.close(verbose=False)
+
+
+def test_cancel_ends_the_drawing(slow):
+    "Breaks when a drawing goes on that was canceled, or the next one does not begin."
+    slow.go.release()
+    first = slow.client.submit(prompt='a rose', steps=50, api_name='/generate')
+    wait_until(lambda: any(notes == 'Step 1 of 50' for _, notes, _ in first.outputs()))
+    first.cancel()
+    wait_until(first.done)
+    slow.go.release()
+    wait_until(lambda: slow.ended)
+    for _ in range(5):
         slow.go.release()
-        wait_until(lambda: slow.ended)
-        assert slow.ended == ['Cancelled']
-        for _ in range(10):
-            slow.go.release()
-        drawn, notes, _ = client.predict(prompt='a tulip', steps=5, api_name='/generate')
-        assert drawn[0]['caption'].startswith('a tulip') and slow.ended == ['Cancelled']
-    finally:
-        app.close(verbose=False)
+    drawn, _, _ = slow.client.predict(prompt='a tulip', steps=5, api_name='/generate')
+    assert drawn[0]['caption'].startswith('a tulip') and slow.ended == ['Cancelled']
+
+
+def test_twenty_wait_and_one_too_many_is_refused(slow):
+    "Each has its own picture and place, and a program that does not fit in hears it in a line."
+    slow.go.release()
+    busy = slow.client.submit(prompt='a rose', steps=2, api_name='/generate')
+    wait_until(lambda: busy.outputs())
+    jobs = [
+        slow.client.submit(prompt=f'a rose {i}', seed=i, steps=1, api_name='/generate') for i in range(21)
+    ]
+    wait_until(lambda: any(job.done() for job in jobs))  # the one that is refused
+    wait_until(lambda: sorted(job.status().rank or 0 for job in jobs if not job.done()) == [*range(20)])
+    for _ in range(30):
+        slow.go.release()
+    wait_until(lambda: all(job.done() for job in jobs))
+    [refused] = [str(job.exception()) for job in jobs if job.exception()]
+    assert 'Queue is full' in refused and '\n' not in refused
+    for i, job in enumerate(jobs):
+        if not job.exception():
+            [shown] = job.result()[0]
+            assert shown['caption'].startswith(f'a rose {i} · seed {i} ')
 
 
 def test_mistakes_of_programs_are_one_line(client):

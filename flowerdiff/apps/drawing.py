@@ -47,7 +47,6 @@ class Drawing:
         self.pictures = []  # of PIL.Image, when it is done
         self.error = None
         self.step = None  # the newest
-        self.changed = threading.Event()
         self.canceled = False
         self.began = time.monotonic()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -58,25 +57,17 @@ class Drawing:
             self.pictures = self.session.generate(self.request, self._on_step)
         except Exception as error:  # `draw` reports it
             self.error = error
-        finally:
-            self.changed.set()
 
     def _on_step(self, step) -> bool:
         self.step = step
-        self.changed.set()
         return not self.canceled
 
     def steps(self, pause: float = 0.25) -> Iterator:
-        "Yield the newest step, at most every `pause` seconds, until the drawing is done."
-        shown = time.monotonic()
-        while self.thread.is_alive():
-            self.changed.wait(pause)
-            self.changed.clear()
-            if self.canceled:
-                return
-            if self.step and self.thread.is_alive() and time.monotonic() - shown > pause:
-                shown = time.monotonic()
-                yield self.step
+        "Yield the newest step every `pause` seconds until the drawing is done; None before the first step."
+        self.thread.join(pause)
+        while self.thread.is_alive() and not self.canceled:
+            yield self.step
+            self.thread.join(pause)
 
 # %% ../../nbs/apps/12_drawing.ipynb #6dbb0330
 def model_files(workspace: Path) -> list[tuple]:

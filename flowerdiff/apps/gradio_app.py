@@ -103,7 +103,11 @@ def draw(page: Page, request: GenerationRequest, visitor: gr.Request) -> Iterato
     drawing = page.drawings[visitor.session_hash] = Drawing(page.session, request)
     try:
         for step in drawing.steps():
-            yield step.preview(128), f'Step {step.step} of {step.steps}', ''
+            yield (
+                step.preview(128) if step else [],
+                f'Step {step.step} of {step.steps}' if step else 'Loading the model …',
+                '',
+            )
         drawing.thread.join()
         if drawing.error:
             raise drawing.error
