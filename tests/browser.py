@@ -96,10 +96,6 @@ def children(server, name):  # its processes with a word of their command line
     ]
 
 
-def generator(server):
-    return children(server, 'flowerdiff.apps.generating')[0]
-
-
 def kernels(server):
     return sorted(
         children(server, 'ipykernel'), key=lambda p: p.create_time()

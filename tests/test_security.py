@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from urllib.request import urlopen
@@ -80,7 +79,7 @@ def test_no_planted_module_runs(attacked):
 
 
 def test_no_planted_module_runs_in_the_studio(attacked):
-    "The server (whose library reads voila.py of the current folder), the generator, and a visitor's kernel."
+    "The server (whose library reads voila.py of the current folder), and its kernel."
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
@@ -88,13 +87,6 @@ def test_no_planted_module_runs_in_the_studio(attacked):
     try:
         line = server.stdout.readline()
         assert 'http://localhost' in line, line + server.stdout.read()
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                assert b'ok' in urlopen(f'http://127.0.0.1:{port}/health', timeout=60).read()
-                break
-            except OSError:  # 503: it is loading
-                time.sleep(0.5)
         page = urlopen(f'http://127.0.0.1:{port}/', timeout=120).read().decode()
         assert 'widget' in page
     finally:

@@ -1,50 +1,41 @@
-"""The folder that `flowerdiff space` writes, run by its Dockerfile's own command.
+"""The Gradio app, and the folder that `flowerdiff space` writes, run from its own files.
 
-The server runs as an ordinary user, in a read-only folder, with only the packages of requirements.txt,
-and its page is shown in a frame of huggingface.co. Docker is not needed, and not tried.
+The server is the Space's `python app.py`: one for all tests, in a process that finds no other flowerdiff.
 FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots."""
 
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
+import threading
 import time
-from importlib.metadata import distribution
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
+import numpy as np
 import psutil
 import pytest
 import yaml
-from browser import PATIENCE, ROOT, browser_only, chromium, free_port, shot, stop
+from browser import (
+    ENV,
+    ROOT,
+    browser_fixture,  # noqa: F401
+    browser_only,
+    free_port,
+    open_page,
+    shot,
+    stop,
+)
 from hub_server import Hub
+from PIL import Image
 
 from flowerdiff.core.schema import UserError
 
 COMMIT = 'c0ffee12' * 5
-USER = 1000  # the Hub's number
-
-
-def instructions(dockerfile: Path) -> list:  # (word, what follows it)
-    text = re.sub(
-        r'\\\n\s*',
-        '',
-        '\n'.join(
-            line for line in dockerfile.read_text(encoding='utf-8').splitlines() if not line.startswith('#')
-        ),
-    )
-    return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
-
-
-def command(dockerfile: Path, word: str) -> list:
-    [line] = [rest for w, rest in instructions(dockerfile) if w == word]
-    return json.loads(line[line.index('[') :])
 
 
 def published(root: Path, **how) -> Path:  # a workspace whose model was published
@@ -72,203 +63,113 @@ def workspace(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def open_tmp():  # that another user can enter, as pytest's are not
-    folder = Path(tempfile.mkdtemp(prefix='flowerdiff-space-'))
-    folder.chmod(0o755)
-    yield folder
-    subprocess.run(['chmod', '-R', 'u+w', folder])
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope='module')
-def space(workspace, open_tmp):
+def space(workspace, tmp_path_factory):
     from flowerdiff.apps.hf_space import make_space
 
-    out = make_space(workspace, open_tmp / 'app')
-    subprocess.run(['chmod', '-R', 'a-w', out], check=True)
-    return out
+    return make_space(workspace, tmp_path_factory.mktemp('written') / 'space')
 
 
-@pytest.fixture(scope='module')
-def python(space, open_tmp):
-    "An environment with the packages of requirements.txt and flowerdiff, and none other."
-    venv = open_tmp / 'venv'
-    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', venv], check=True)
-    packages, here = next(venv.glob('lib/python*/site-packages')), Path(sysconfig.get_path('purelib'))
-    for line in (space / 'requirements.txt').read_text().splitlines():
-        if '==' not in line:
-            continue
-        for f in distribution(line.partition('==')[0]).files:
-            to = Path(os.path.normpath(packages / (f if f.parts[0] == '..' else f.parts[0])))
-            if to.exists() or to.parent.name in ('bin', '__pycache__'):
-                continue
-            if f.parts[0] == '..':
-                to.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(
-                    os.path.normpath(here / f), to
-                )  # a kernel, a template: no server would follow a link
-            else:
-                to.symlink_to(here / f.parts[0])
-    (packages / 'flowerdiff.pth').write_text(f'{ROOT}\n')
-    return venv / 'bin/python'
-
-
-def as_image_user():
-    "Under root: run as the image's user, who may read all (Python may be in root's home), write nothing."
-    caps = '-all,+dac_read_search'
-    return (
-        [
-            'setpriv',
-            f'--reuid={USER}',
-            f'--regid={USER}',
-            '--clear-groups',
-            f'--inh-caps={caps}',
-            f'--ambient-caps={caps}',
-            f'--bounding-set={caps}',
-        ]
-        if os.getuid() == 0
-        else []
+def start(space, **env):
+    "The Space's program, at a port of ours. Without `site`, flowerdiff's editable install is not found."
+    paths = dict.fromkeys(sysconfig.get_path(name) for name in ('purelib', 'platlib'))
+    own = dict(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
+    return subprocess.Popen(
+        [sys.executable, '-S', 'app.py'],
+        cwd=space,
+        env={**os.environ, **own, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
-class Running:
-    "The Dockerfile's command at a port of ours."
-
-    def __init__(self, space, python, home, **env):
-        self.port, home = free_port(), Path(home)
-        self.url, self.home = f'http://127.0.0.1:{self.port}', home
-        home.mkdir()
-        os.chown(home, USER, USER) if os.getuid() == 0 else None
-        said = dict(
-            shlex.split(v)[0].split('=', 1)
-            for w, rest in instructions(space / 'Dockerfile')
-            if w == 'ENV'
-            for v in shlex.split(rest)
-        )
-        env = {
-            **said,
-            'HOME': str(home),
-            'TMPDIR': str(home),
-            'PORT': str(self.port),
-            'PATH': f'{python.parent}:/usr/bin:/bin',
-            'OMP_NUM_THREADS': '1',
-            'HF_HUB_OFFLINE': '1',
-            **env,
-        }
-        self.process = subprocess.Popen(
-            as_image_user() + command(space / 'Dockerfile', 'CMD'),
-            cwd=space,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def told(self):
-        return self.process.stdout.readline()
+@pytest.fixture(scope='module')
+def running(space):  # the server, its address
+    port = free_port()
+    server = start(space, GRADIO_SERVER_PORT=str(port))
+    line = server.stdout.readline()
+    assert f'The page is at http://127.0.0.1:{port}' in line, line + server.stdout.read()
+    yield server, f'http://127.0.0.1:{port}'
+    stop(server)
+    assert 'Traceback' not in (said := server.stdout.read()), said
 
 
 @pytest.fixture(scope='module')
-def running(space, python, open_tmp):
-    server = Running(space, python, open_tmp / 'home')
-    line = server.told()
-    assert 'http://localhost' in line, line + server.process.stdout.read()
-    yield server
-    stop(server.process)
+def client(running):
+    from gradio_client import Client
+
+    return Client(running[1], verbose=False, analytics_enabled=False)
 
 
-def health(url):
-    try:
-        answer = urlopen(f'{url}/health', timeout=30)
-    except HTTPError as e:
-        answer = e
-    return answer.status, answer.read().decode()
+def visitor(url, address):  # as behind a proxy
+    from gradio_client import Client
+
+    return Client(url, verbose=False, analytics_enabled=False, headers={'X-Forwarded-For': address})
 
 
-def well(url):  # its words, when the model is loaded
-    for _ in range(1200):
-        if (now := health(url))[0] == 200:
-            return now[1]
-        time.sleep(0.1)
-    raise AssertionError(now)
+def wait_until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, 'it never came'
+        time.sleep(0.05)
 
 
 # ---- the files
 
 
-@pytest.mark.parametrize('of', ['folder', 'hub', 'name', 'wheel'])
-def test_the_folder_is_whole(workspace, tmp_path, of):
+@pytest.mark.parametrize('of', ['folder', 'hub', 'name'])
+def test_the_folder_is_whole(workspace, space, tmp_path, of):
     "Breaks when the Hub refuses the header, a file is not copied, or a package is at an untested version."
+    from gradio import __version__ as gradio_version
     from huggingface_hub import SpaceCard
 
     from flowerdiff.apps.hf_space import make_space
 
-    wheel = tmp_path / 'flowerdiff-9.9-py3-none-any.whl'
-    wheel.touch()
     where = dict(
         hub=published(tmp_path / 'w', repository='ada/meadow', kind='hub', private=True, revision=COMMIT),
         name=f'ada/meadow@{COMMIT}',
-    ).get(of, workspace)
-    out = make_space(where, tmp_path / 'space', wheel if of == 'wheel' else None)
+    ).get(of)
+    out = make_space(where, tmp_path / 'space') if where else space
     card = SpaceCard.load(out / 'README.md').data
-    assert (card.sdk, card.app_port, card.models) == (
-        'docker',
-        7860,
-        ['ada/meadow'] if of in ('hub', 'name') else None,
+    assert (card.sdk, card.app_file, card.models) == (
+        'gradio',
+        'app.py',
+        None if of == 'folder' else ['ada/meadow'],
     )
-    assert (
-        {card.colorFrom, card.colorTo}
-        <= {'red', 'yellow', 'green', 'blue', 'indigo', 'purple', 'pink', 'gray'}
-        and len(card.short_description) <= 60
-        and card.license == (None if of == 'name' else 'apache-2.0')
-    )
-    assert ('HF_TOKEN' in (out / 'README.md').read_text()) == (of == 'hub')
-    steps = instructions(out / 'Dockerfile')
-    words = [w for w, _ in steps]
-    copied = [s for w, rest in steps if w == 'COPY' for s in rest.split()[:-1]]
-    assert sorted(copied) == sorted(
-        p.name for p in out.iterdir() if p.name not in ('README.md', 'Dockerfile')
-    )
-    assert (out / 'model/unet').is_dir() == (of in ('folder', 'wheel')) and (
-        f'ada/meadow@{COMMIT}' in (out / 'start.py').read_text()
-    ) == (of in ('hub', 'name'))
-    assert ('./flowerdiff-9.9-py3-none-any.whl' in dict(steps)['RUN']) == (of == 'wheel')
-    assert (
-        re.fullmatch(r'python:3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}', dict(steps)['FROM'])
-        and 'ADD' not in words
-        and dict(steps)['EXPOSE'] == '7860'
-    )
-    assert (
-        dict(steps)['USER'] == 'user'
-        and words.index('USER') < words.index('CMD')
-        and max(i for i, w in enumerate(words) if w in ('RUN', 'COPY')) < words.index('USER')
-        and f'--uid {USER} user' in steps[1][1]
-    )
-
-    def norm(s):
-        return re.sub(r'[-_.]+', '-', s.lower())
-
-    tested = {
-        norm(line.partition('==')[0]): line.partition('==')[2]
-        for line in (ROOT / 'constraints.txt').read_text().splitlines()
-        if '==' in line
+    assert (card.sdk_version, card.python_version) == (gradio_version, '3.11')
+    assert {card.colorFrom, card.colorTo} <= {
+        'red',
+        'yellow',
+        'green',
+        'blue',
+        'indigo',
+        'purple',
+        'pink',
+        'gray',
     }
-    index, *lines = (out / 'requirements.txt').read_text().splitlines()
-    assert (
-        index == '--extra-index-url https://download.pytorch.org/whl/cpu'
-        and f'torch=={tested["torch"]}+cpu' in lines
+    assert len(card.short_description) <= 60 and card.license == (None if of == 'name' else 'apache-2.0')
+    assert ('HF_TOKEN' in (out / 'README.md').read_text()) == (of == 'hub')
+    wanted = {'README.md', 'app.py', 'flowerdiff', 'requirements.txt'} | (
+        {'model'} if of == 'folder' else set()
     )
-    assert not [
-        line
-        for line in lines
-        if line.removesuffix('+cpu') != f'{(n := line.partition("==")[0])}=={tested[norm(n)]}'
-    ]
+    assert {p.name for p in out.iterdir()} - {'__pycache__'} == wanted
+    assert (f'ada/meadow@{COMMIT}' in (out / 'app.py').read_text()) == (of != 'folder')
+
+    def norm(name):
+        return re.sub(r'[-_.]+', '-', name.lower())
+
+    pins = [line for line in (ROOT / 'constraints.txt').read_text().splitlines() if '==' in line]
+    tested = {norm(line.partition('==')[0]): line.partition('==')[2] for line in pins}
+    lines = [line for line in (out / 'requirements.txt').read_text().splitlines() if '==' in line]
+    versions = {line.partition('==')[0]: line.partition('==')[2].removesuffix('+cpu') for line in lines}
+    assert {'gradio', 'onnxruntime', 'tokenizers', 'pillow', 'numpy'} <= set(versions)
+    assert not {'flowerdiff', 'voila', 'jupyterlab', 'mlflow', 'dvc', 'boto3'} & set(versions)
+    assert versions == {name: tested[norm(name)] for name in versions}
 
 
 def test_what_is_pinned_is_what_the_space_needs(tmp_path, monkeypatch):
     "The markers are those of the Space's Python and system, whichever runs here."
-    from flowerdiff.apps.hf_space import BASE
     from flowerdiff.services import space_pins
 
     meadow = tmp_path / 'meadow-1.0.dist-info'
@@ -290,22 +191,6 @@ def test_what_is_pinned_is_what_the_space_needs(tmp_path, monkeypatch):
     (meadow / 'METADATA').write_text('\n'.join(['Metadata-Version: 2.1', *lines]).replace('>=3.11', '>=3.12'))
     with pytest.raises(UserError, match=r'does not run on Python 3\.11'):
         space_pins.pinned(['meadow'])
-    assert BASE.startswith(f'python:{space_pins.SPACE_SYSTEM["python_full_version"]}-')
-
-
-@pytest.mark.parametrize(
-    'header', [b'{', b'[' * 1000, b'{"w":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4]}}']
-)
-@pytest.mark.parametrize('size', [None, 2**62, 3])
-def test_a_false_header_gives_no_visitors_but_a_line(header, size, tmp_path):
-    from flowerdiff.apps.hf_space import weights_gb
-
-    (tmp_path / 'unet').mkdir()
-    size = len(header) if size is None else size
-    (tmp_path / 'unet/model.safetensors').write_bytes(size.to_bytes(8, 'little') + header + bytes(4))
-    with pytest.raises(UserError, match='damaged weights') as e:
-        weights_gb(tmp_path)
-    assert '\n' not in str(e.value)
 
 
 def test_a_folder_with_other_files_is_left_alone(workspace, tmp_path):
@@ -313,10 +198,10 @@ def test_a_folder_with_other_files_is_left_alone(workspace, tmp_path):
     from flowerdiff.core.schema import UserError
 
     (tmp_path / 'photos').mkdir()
-    (tmp_path / 'photos/Dockerfile').write_text('FROM scratch')
+    (tmp_path / 'photos/app.py').write_text('import this')
     with pytest.raises(UserError, match='not a Space'):
         make_space(workspace, tmp_path / 'photos')
-    assert [p.name for p in (tmp_path / 'photos').iterdir()] == ['Dockerfile']
+    assert [p.name for p in (tmp_path / 'photos').iterdir()] == ['app.py']
 
 
 @pytest.mark.parametrize(
@@ -335,233 +220,255 @@ def test_mistakes_are_one_line(cli, tmp_path, where, says):
 
 def test_the_command(cli, workspace, tmp_path):
     done = cli('space', workspace, '-o', 'out', cwd=tmp_path)
-    assert (
-        done.returncode == 0
-        and 'python out/start.py' in done.stdout
-        and '--push OWNER/NAME' in done.stdout
-        and (tmp_path / 'out/Dockerfile').is_file()
-    ), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert 'python out/app.py' in done.stdout and '--push OWNER/NAME' in done.stdout
+    assert (tmp_path / 'out/app.py').is_file()
 
 
-# ---- running
+@pytest.mark.parametrize('mistake', ['no model', 'a port in use', 'no address of this machine'])
+def test_serve_says_it_in_a_line(cli, workspace, tmp_path, mistake):
+    "Breaks when a traceback is shown, or another port is taken silently."
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        model = workspace / 'published/meadow'
+        words, says = {
+            'no model': ((tmp_path,), 'holds no model'),
+            'a port in use': ((model, '--port', port), 'in use'),
+            'no address of this machine': ((model, '--host', '192.0.2.1'), 'not an address of this machine'),
+        }[mistake]
+        done = cli('serve', *words)
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1, done
+    assert says in done.stderr
 
 
-def test_what_is_installed(python):
-    "Breaks when a package for drawing is missing, or one for training is installed."
+# ---- drawing
 
-    def call(names):
-        return subprocess.run(
-            [python, '-c', f'import {names}'],
-            env=dict(HOME=os.environ['HOME']),
-            capture_output=True,
-            text=True,
-        )
 
-    assert (
-        call(
-            'flowerdiff.inference.generator, flowerdiff.apps.serving, onnxruntime, diffusers, transformers'
-        ).returncode
-        == 0
+def own(folder, requests):  # the Generator's pictures of them, in a process with as many threads
+    code = (
+        'import json, numpy as np; from flowerdiff import Generator; '
+        f'g = Generator.from_pretrained({str(folder)!r})\n'
+        f'np.save({str(folder.parent / "own.npy")!r}, np.stack([np.array(p) '
+        f'for r in json.loads({json.dumps(requests)!r}) for p in g(**r)]))'
     )
-    assert 'No module named' in call('mlflow').stderr and 'No module named' in call('dvc').stderr
+    subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
+    return np.load(folder.parent / 'own.npy')
 
 
-def test_the_health_check(space, running):
-    "The Dockerfile's own check, at our port."
-    check = [a.replace(':7860', f':{running.port}') for a in command(space / 'Dockerfile', 'HEALTHCHECK')]
-    well(running.url)
-    assert (
-        check != command(space / 'Dockerfile', 'HEALTHCHECK')
-        and subprocess.run([sys.executable, *check[1:]]).returncode == 0
-    )
-    assert well(running.url) == 'ok; 0 of 16 visitors\n'  # for a small model in 3 GB
-    assert subprocess.run(
-        [sys.executable, *[a.replace(f':{running.port}', f':{free_port()}') for a in check[1:]]],
-        capture_output=True,
-    ).returncode
-
-
-@pytest.fixture(scope='module')
-def browser():
-    with chromium('--disable-features=LocalNetworkAccessChecks') as b:
-        yield b  # a page of the world may not open this machine's, which here stands for the Hub's
-
-
-def framed(browser, site, url):
-    "A page of `site` that shows `url` in a frame of the size that the Hub gives a Space."
-    page = browser.new_context(viewport=dict(width=1280, height=800)).new_page()
-    page.set_default_timeout(PATIENCE)
-    page.said, page.foreign = [], []
-    page.on('console', lambda m: page.said.append(m.text))
-    page.on(
-        'request',
-        lambda r: (
-            page.foreign.append(r.url)
-            if not r.url.startswith((site, url, url.replace('http', 'ws', 1), 'data:', 'blob:'))
-            else None
+def test_the_api_draws_the_generators_pictures(client, workspace):
+    "Breaks when a field of the API is not what the Generator is given, or a PNG does not hold its settings."
+    plain = dict(prompt='a red rose', seed=7, steps=6, pictures=2)
+    other = dict(prompt='a blue iris', negative='a red sky', seed=3, steps=5, guidance=2.5, sampler='euler')
+    drawn, notes, link = client.predict(**plain, api_name='/generate')
+    drawn += client.predict(**other, api_name='/generate')[0]
+    pictures = [Image.open(shown['image']) for shown in drawn]
+    requests = [
+        dict(prompt='a red rose', seed=7, num_inference_steps=6, num_images_per_prompt=2),
+        dict(
+            prompt='a blue iris',
+            negative_prompt='a red sky',
+            seed=3,
+            num_inference_steps=5,
+            guidance_scale=2.5,
+            scheduler='euler',
         ),
-    )
-    page.route(
-        f'{site}/**',
-        lambda r: r.fulfill(
-            content_type='text/html',
-            body='<body style="margin:0"><header style="height:60px">Spaces</header>'
-            f'<iframe src="{url}" style="width:100%;height:740px;border:0"></iframe>',
-        ),
-    )
-    page.goto(f'{site}/spaces/ada/meadow')
-    return page
-
-
-@browser_only
-def test_a_picture_inside_the_hubs_frame(browser, space, running):
-    "Breaks when the page needs cookies, may not be framed by the Hub, or its kernel outlives the visit."
-    before = sorted((str(p), p.stat().st_mtime_ns) for p in space.rglob('*'))
-    page = framed(browser, 'https://huggingface.co', running.url)
-    frame = page.frame_locator('iframe')
-    frame.get_by_text('Ready.').wait_for()
-    assert (
-        frame.get_by_label('Prompt', exact=True).is_visible()
-        and 'meadow' in frame.locator('.fd-head').inner_text()
-    )
-    assert re.fullmatch(
-        r'\d+ red roses', frame.locator('.fd-chip').first.inner_text()
-    )  # the Space's own examples
-    frame.get_by_role('button', name='Generate', exact=True).click()
-    frame.get_by_text(re.compile(r'picture in [\d.]+ s')).wait_for()
-    assert frame.locator('.fd-card img').first.evaluate('e => e.decode().then(() => e.naturalWidth)') == 32
-    shot(page, 'space')
-    assert (
-        page.context.cookies() == []
-        and page.foreign == []
-        and health(running.url) == (200, 'ok; 1 of 16 visitors\n')
-    )
-    processes = [
-        psutil.Process(running.process.pid),
-        *psutil.Process(running.process.pid).children(recursive=True),
     ]
-    assert len(processes) > 1 and all(0 not in p.uids() for p in processes), (
-        'the server and its kernel run as an ordinary user'
+    assert np.array_equal(
+        own(workspace / 'published/meadow', requests), np.stack([np.array(p) for p in pictures])
     )
-    assert sorted((str(p), p.stat().st_mtime_ns) for p in space.rglob('*')) == before
-    page.goto('about:blank')
-    for _ in range(100):
-        if health(running.url)[1] == 'ok; 0 of 16 visitors\n':
-            break
-        time.sleep(0.2)
-    assert health(running.url)[1] == 'ok; 0 of 16 visitors\n'
+    assert [json.loads(p.text['flowerdiff'])['seed'] for p in pictures] == [7, 8, 3]
+    assert [p.format for p in pictures] == ['PNG'] * 3
+    assert notes.startswith('2 pictures in') and 'seed=7' in link and 'pictures=2' in link
 
 
-def blocked(page):
-    for _ in range(100):
-        if any('frame-ancestors' in m for m in page.said):
-            return True
-        page.wait_for_timeout(100)
+def test_without_a_seed_each_picture_is_another(client):
+    seeds = set()
+    for _ in range(2):
+        drawn, _, _ = client.predict(prompt='a rose', steps=1, api_name='/generate')
+        seeds.add(json.loads(Image.open(drawn[0]['image']).text['flowerdiff'])['seed'])
+    assert len(seeds) == 2
 
 
-@browser_only
-def test_no_other_sites_frame(browser, running):
-    page = framed(browser, 'https://huggingface.co.example.org', running.url)
-    assert blocked(page) and page.frame_locator('iframe').get_by_role('button').count() == 0
-    shot(page, 'blocked')
+class Slow:
+    "A generator that waits after each step until it may go on."
+
+    def __init__(self):
+        from flowerdiff.apps.demo import DemoGenerator
+
+        self.demo, self.go, self.ended = DemoGenerator(), threading.Semaphore(0), []
+
+    def __call__(self, prompt, *, callback, **settings):
+        def on_step(step):
+            self.go.acquire(timeout=20)
+            return callback(step)
+
+        try:
+            return self.demo(prompt, callback=on_step, **settings)
+        except Exception as error:
+            self.ended.append(type(error).__name__)
+            raise
 
 
 @pytest.fixture(scope='module')
-def plain(tmp_path_factory):  # `flowerdiff studio`, for one visitor, and no model yet
-    root, port = tmp_path_factory.mktemp('plain') / 'w', free_port()
-    server = subprocess.Popen(
-        [
-            sys.executable,
-            '-c',
-            f'from flowerdiff.apps.serving import serve; serve({str(root)!r}, {port}, visitors=1)',
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
-    )
-    assert 'http://localhost' in server.stdout.readline()
-    yield root, f'http://127.0.0.1:{port}'
-    stop(server)
+def slow():
+    "An app whose generator waits for the test, and a client of it."
+    from gradio_client import Client
+
+    from flowerdiff.apps.gradio_app import build_app, launch
+    from flowerdiff.apps.session import GenerationSession
+
+    generator = Slow()
+    app = build_app(GenerationSession('nowhere', load=lambda: generator))
+    launch(app, '127.0.0.1', free_port(), prevent_thread_lock=True)
+    generator.client = Client(app.local_url, verbose=False, analytics_enabled=False)
+    yield generator
+    app.close(verbose=False)
 
 
-def test_unwell_without_a_model(plain, workspace):
-    root, url = plain
-    assert health(url) == (503, 'no model in w\n')
-    root.mkdir()
-    (root / 'model').symlink_to(workspace / 'published/meadow')
-    assert well(url) == 'ok; 0 of 1 visitors\n'
+def test_cancel_ends_the_drawing(slow):
+    "Breaks when a drawing goes on that was canceled, or the next one does not begin."
+    slow.go.release()
+    first = slow.client.submit(prompt='a rose', steps=50, api_name='/generate')
+    wait_until(lambda: any(notes == 'Step 1 of 50' for _, notes, _ in first.outputs()))
+    first.cancel()
+    wait_until(first.done)
+    slow.go.release()
+    wait_until(lambda: slow.ended)
+    for _ in range(5):
+        slow.go.release()
+    drawn, _, _ = slow.client.predict(prompt='a tulip', steps=5, api_name='/generate')
+    assert drawn[0]['caption'].startswith('a tulip') and slow.ended == ['Cancelled']
+
+
+def test_twenty_wait_and_one_too_many_is_refused(slow):
+    "Each has its own picture and place, and a program that does not fit in hears it in a line."
+    slow.go.release()
+    busy = slow.client.submit(prompt='a rose', steps=2, api_name='/generate')
+    wait_until(lambda: busy.outputs())
+    jobs = [
+        slow.client.submit(prompt=f'a rose {i}', seed=i, steps=1, api_name='/generate') for i in range(21)
+    ]
+    wait_until(lambda: any(job.done() for job in jobs))  # the one that is refused
+    wait_until(lambda: sorted(job.status().rank or 0 for job in jobs if not job.done()) == [*range(20)])
+    for _ in range(30):
+        slow.go.release()
+    wait_until(lambda: all(job.done() for job in jobs))
+    [refused] = [str(job.exception()) for job in jobs if job.exception()]
+    assert 'Queue is full' in refused and '\n' not in refused
+    for i, job in enumerate(jobs):
+        if not job.exception():
+            [shown] = job.result()[0]
+            assert shown['caption'].startswith(f'a rose {i} · seed {i} ')
+
+
+def test_mistakes_of_programs_are_one_line(client):
+    from gradio_client.exceptions import AppError
+
+    for mistake, says in (
+        (dict(prompt=' '), 'Enter a prompt'),
+        (dict(prompt='rose ' * 200), 'characters'),
+        (dict(steps=0), 'Steps|minimum'),
+        (dict(pictures=9), 'Pictures|maximum'),
+        (dict(seed=-1), 'Seed'),
+        (dict(sampler='none'), 'none'),
+    ):
+        with pytest.raises((AppError, ValueError)) as told:
+            client.predict(**{'prompt': 'a rose', **mistake}, api_name='/generate')
+        assert re.search(says, str(told.value)) and 'Traceback' not in str(told.value), told.value
+
+
+def test_hostile_requests_leave_the_server_as_it_was(running, client):
+    "Each is refused, by the process that was there before."
+    server, url = running
+    before = psutil.Process(server.pid).create_time()
+    good = dict(prompt='a rose', seed=1, steps=1)
+    bodies = [b'', b'[' * 60_000, b'{"data": ' + b'9' * 50_000 + b'}', b'null', b'{"data": []}']
+    wild = [None, True, {}, [], 'x' * 9999, 1e309, -1, {'path': '/etc/passwd'}, [['a']]]
+    bodies += [json.dumps(dict(data=[value] * 9)).encode() for value in wild]
+    for body in bodies:
+        ask = Request(f'{url}/gradio_api/call/generate', body, {'Content-Type': 'application/json'})
+        try:
+            event = json.load(urlopen(ask, timeout=60))['event_id']
+            said = urlopen(f'{url}/gradio_api/call/generate/{event}', timeout=60).read().decode()
+            assert 'event: error' in said and 'event: complete' not in said, (body[:80], said[:200])
+        except HTTPError as error:
+            assert error.code in (400, 404, 422, 500), body[:80]
+    for path in ('/etc/passwd', str(ROOT / 'settings.ini')):
+        with pytest.raises(HTTPError):
+            urlopen(f'{url}/gradio_api/file={path}', timeout=60)
+    assert server.poll() is None and psutil.Process(server.pid).create_time() == before
+    assert len(client.predict(**good, api_name='/generate')[0]) == 1
+
+
+def test_the_rate_limit_counts_by_address(running):
+    "Breaks when a new page or a forged address evades the limit, or one address uses up that of another."
+    url = running[1]
+
+    def ask(address):
+        return visitor(url, address).predict(prompt='a rose', steps=1, pictures=8, api_name='/generate')
+
+    first = visitor(url, '8.8.8.8')
+    for _ in range(15):
+        first.predict(prompt='a rose', steps=1, pictures=8, api_name='/generate')
+    for address in ('8.8.8.8', '1.1.1.1, 8.8.8.8'):
+        with pytest.raises(Exception, match='The limit is 120 pictures per minute'):
+            ask(address)
+    assert len(ask('8.8.4.4')[0]) == 8
+
+
+# ---- the page
 
 
 @browser_only
-def test_one_visitor_too_many_waits_outside(browser, plain):
-    first, second = (browser.new_context().new_page() for _ in range(2))
-    for p in (first, second):
-        p.set_default_timeout(PATIENCE)
-    assert first.goto(plain[1]).status == 200
-    first.locator('.fd-head').wait_for()
-    late = second.goto(plain[1])
-    assert (
-        late.status == 503
-        and late.headers['retry-after']
-        and 'frame-ancestors' in late.headers['content-security-policy']
+def test_words_become_a_picture(browser, running):
+    "And nothing is asked of other hosts, the settings are in the link, and a phone shows the page."
+    page = open_page(browser, running[1])
+    page.get_by_label('Prompt', exact=True).fill('a red rose')
+    page.get_by_text('Settings', exact=True).click()
+    page.get_by_label('Seed', exact=True).fill('11')
+    page.get_by_role('button', name='Draw', exact=True).click()
+    link = page.get_by_text('Link to these settings')
+    link.wait_for()
+    picture = (
+        page.get_by_role('button', name='Thumbnail')
+        .or_(page.locator('.grid-wrap button'))
+        .locator('img')
+        .first
     )
-    second.get_by_text('The studio is full').wait_for()
-    shot(second, 'full')
-    first.goto('about:blank')
-    second.locator('.fd-head').wait_for()  # it looks again by itself
-
-
-@browser_only
-def test_the_plain_studio_is_in_nobodys_frame(browser, plain):
-    assert blocked(framed(browser, 'https://huggingface.co', plain[1]))
+    picture.wait_for()
+    assert picture.evaluate('e => e.decode().then(() => e.naturalWidth)') == 32
+    assert '1 picture in' in page.get_by_label('Notes').input_value()
+    shot(page, 'gradio')
+    again = open_page(browser, f'{running[1]}/{link.get_attribute("href")}&steps=7&guidance=no')
+    again.get_by_text('Settings', exact=True).click()
+    again.wait_for_function('document.querySelector("textarea").value == "a red rose"')
+    assert again.get_by_label('Seed', exact=True).input_value() == '11'
+    again.set_viewport_size(dict(width=390, height=844))
+    assert again.evaluate('document.documentElement.scrollWidth') <= 390
+    assert page.foreign == [] and again.foreign == []
 
 
 # ---- a model on the Hub
 
 
-def test_the_model_is_fetched_at_its_commit(workspace, python, open_tmp):
+def test_the_model_is_fetched_at_its_commit(workspace, tmp_path):
     "What is in the Hub's cache for this commit is served; of another commit there is one line."
     from flowerdiff.apps.hf_space import make_space
 
-    cache = open_tmp / 'hub/models--ada--meadow/snapshots' / COMMIT
+    cache = tmp_path / 'hub/models--ada--meadow/snapshots' / COMMIT
     shutil.copytree(workspace / 'published/meadow', cache)
-    subprocess.run(['chmod', '-R', 'a+rX', open_tmp / 'hub'])
-    for commit, says in ((COMMIT, 'The studio is at'), ('0' * 40, 'ada/meadow@0000')):
-        server = Running(
-            make_space(f'ada/meadow@{commit}', open_tmp / f'of-{commit[:4]}'),
-            python,
-            open_tmp / f'home-{commit[:4]}',
-            HF_HUB_CACHE=str(open_tmp / 'hub'),
-        )
-        line = server.told()
-        assert line.startswith(says), line + server.process.stdout.read()
-        if commit == COMMIT:
-            assert well(server.url)
-            stop(server.process)
-        else:
-            assert 'HF_TOKEN' in line and server.process.stdout.read() == '' and server.process.wait(60) == 1
-
-
-def test_the_card_comes_with_the_model_and_gives_the_examples(tmp_path, monkeypatch):
-    "Breaks when the card is not fetched: then a Space of `org/name@commit` shows the garden's examples."
-    from flowerdiff.apps import hf_space as space
-    from flowerdiff.apps.studio import example_prompts
-
-    words = [f'a portrait of {w}' for w in ('a man', 'a woman', 'a child')]
-    (tmp_path / 'README.md').write_text(
-        '---\nwidget:\n' + ''.join(f'- text: {w}\n  output:\n    url: a.png\n' for w in words) + '---\n'
-    )
-    monkeypatch.setattr(
-        space,
-        'snapshot',
-        lambda spec, allow_patterns: tmp_path if 'README.md' in allow_patterns else tmp_path / 'none',
-    )
-    assert (
-        example_prompts(space.room(space.fetch(f'ada/people@{COMMIT}'), tmp_path / 'captions', 'people'))
-        == words
-    )
+    env = dict(HF_HUB_CACHE=str(tmp_path / 'hub'), HF_HUB_OFFLINE='1')
+    code = f"from flowerdiff.apps.model_info import fetch_model; print(fetch_model('ada/meadow@{COMMIT}'))"
+    done = subprocess.run([sys.executable, '-c', code], env=ENV | env, capture_output=True, text=True)
+    assert done.stdout.strip() == str(cache), done
+    server = start(make_space(f'ada/meadow@{"0" * 40}', tmp_path / 'space'), **env)
+    said = server.communicate(timeout=120)[0]
+    assert server.returncode == 1 and said.startswith('ada/meadow@0000') and 'HF_TOKEN' in said
+    assert len(said.splitlines()) == 1, said
 
 
 # ---- to the Hub
@@ -586,7 +493,7 @@ def test_a_push_is_one_commit_and_none_when_nothing_changed(workspace, tmp_path)
         assert (
             first['changed']
             and first['url'] == f'{hub.url}/spaces/ada/studio'
-            and (repo.private, repo.sdk) == (True, 'docker')
+            and (repo.private, repo.sdk) == (True, 'gradio')
         )
         assert set(repo.files) - {'.gitattributes'} == {
             p.relative_to(tmp_path / 'space').as_posix()

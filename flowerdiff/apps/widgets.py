@@ -317,21 +317,10 @@ def _show_progress(self: GenerationPanel, steps_done: int, seconds_per_step: flo
     self.show_status(f'Step {steps_done} of {self.steps_total}{remaining}')
     self.preview.value = preview_html(pictures)
 
-
-@patch
-def _show_position(self: GenerationPanel, queue):
-    "Show how many requests are ahead; `queue` is a `flowerdiff.apps.remote.QueuePosition`."
-    if queue.position:
-        wait = f', about {queue.seconds:.0f} s' if queue.seconds >= 1 else ''
-        self.show_status(f'{queue.position} ahead of you{wait} …')
-
 # %% ../../nbs/apps/02_widgets.ipynb #56f69425
 @patch
 def _on_step(self: GenerationPanel, step, request: GenerationRequest) -> bool:
-    "Show the progress after a step, or the position in the queue. Return False to cancel."
-    if hasattr(step, 'position'):
-        self._show_position(step)
-        return not self.canceled.is_set()
+    "Show the progress after a step. Return False to cancel."
     now = time.monotonic()
     if step.step == 1:  # also when another backend starts again
         self.began = now
