@@ -36,7 +36,7 @@ def kind(c, *names):
 def site(tmp_path_factory) -> Path:
     "What `.ci/docs` gives to Quarto, made from a copy of the repository."
     root = tmp_path_factory.mktemp('site')
-    for part in ('nbs', 'flowerdiff', '.ci'):
+    for part in ('nbs', 'flowerdiff', 'tests', '.ci'):
         shutil.copytree(
             ROOT / part, root / part, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
         )
@@ -133,6 +133,12 @@ def shown(page: Path) -> list[dict]:
     return [o['data'] for c in cells(page) for o in c.get('outputs', []) if 'data' in o]
 
 
+def own_html(data: dict) -> str:
+    "The HTML of an output, without the state of widgets and without other pages in it."
+    html = ''.join(data.get('text/html', ''))
+    return re.sub(r'<script.*?</script>|srcdoc=(["\']).*?\1', '', html, flags=re.S)
+
+
 def test_links_and_pictures_of_the_pages_are_there(site):
     "On the site, where nothing lies beside the pages: other files of the repository are links to GitHub."
     addresses = {
@@ -163,7 +169,7 @@ def test_every_picture_has_a_text(site):
         for text in texts(site / n):
             assert '![](' not in text, f'{n}: {text[:80]}'
         for data in shown(site / n):
-            page = re.sub(r'srcdoc=(["\']).*?\1', '', ''.join(data.get('text/html', '')), flags=re.S)
+            page = own_html(data)
             for image in re.findall(r'<img\b[^>]*>', page):
                 assert re.search(r'\balt=.[^"\']', image), f'{n}: {image[:100]}'
         for c in cells(site / n):
@@ -186,8 +192,7 @@ def test_a_page_has_one_title(site):
                 f'{n}: {text[:60]}'
             )
         for data in shown(site / n):
-            page = re.sub(r'srcdoc=(["\']).*?\1', '', ''.join(data.get('text/html', '')), flags=re.S)
-            assert '<h1' not in page, n
+            assert '<h1' not in own_html(data), n
 
 
 def test_pages_ask_no_other_site(site):
