@@ -232,7 +232,7 @@ async function fetchBytes(address, onBytes) {
 
 async function loadModel(card, onProgress) {
   const ort = await import('./ort.wasm.bundle.min.mjs');
-  ort.env.wasm.wasmPaths = new URL('./', import.meta.url).href;
+  ort.env.wasm.wasmPaths = { wasm: new URL('ort-wasm-simd-threaded.wasm', import.meta.url).href };
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
   let have = 0;
   const sessions = {};
