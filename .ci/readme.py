@@ -18,6 +18,11 @@ def from_root(text: str) -> str:
     return re.sub(r'(\]\(|src="|href=")(?![a-z]+:|#|/)', r'\1nbs/', text).replace('nbs/../', '')
 
 
+def without_tabs(text: str) -> str:
+    "The tabs of the site are sections of README.md."
+    return re.sub(r'^:::.*\n+', '', text, flags=re.M)
+
+
 def code(cell) -> str:
     "A code cell as a fenced block, its text outputs in another one."
     lines = [line for line in cell.source.splitlines() if not re.match(r'#\s*\|', line)]
@@ -37,7 +42,7 @@ def readme() -> str:
         if re.search(r'^#\s*\|\s*hide', cell.source, re.M):
             continue
         if cell.cell_type == 'markdown':
-            parts.append(from_root(cell.source.strip()))
+            parts.append(from_root(without_tabs(cell.source.strip())))
         if cell.cell_type == 'code':
             parts.append(code(cell))
     return '\n\n'.join(parts) + '\n'

@@ -1,4 +1,4 @@
-"The site as nbdev hands it to Quarto, made once for real. Its settings and examples, too."
+"The site as it is handed to Quarto, made once for real. Its settings and examples, too."
 
 import json
 import os
@@ -34,16 +34,16 @@ def kind(c, *names):
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory) -> Path:
-    "What `nbdev_docs` gives to Quarto, made from a copy of the repository."
+    "What `.ci/docs` gives to Quarto, made from a copy of the repository."
     root = tmp_path_factory.mktemp('site')
-    for part in ('nbs', 'flowerdiff', 'benchmarks', 'tests'):
+    for part in ('nbs', 'flowerdiff', 'tests', '.ci'):
         shutil.copytree(
             ROOT / part, root / part, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
         )
     for part in ('settings.ini', '_quarto.yml', 'README.md'):
         shutil.copy(ROOT / part, root)
     done = subprocess.run(
-        [sys.executable, '-c', 'from nbdev.serve import proc_nbs; print(proc_nbs())'],
+        [sys.executable, '.ci/pages.py'],
         cwd=root,
         capture_output=True,
         text=True,
@@ -123,18 +123,152 @@ def test_functions_are_shown_with_their_parameters(site):
     )
 
 
+def texts(page: Path) -> list[str]:
+    "The Markdown of a page: its cells and its outputs."
+    found = [source(c) for c in cells(page) if c['cell_type'] == 'markdown']
+    return found + [''.join(d['text/markdown']) for d in shown(page) if 'text/markdown' in d]
+
+
+def shown(page: Path) -> list[dict]:
+    return [o['data'] for c in cells(page) for o in c.get('outputs', []) if 'data' in o]
+
+
+def own_html(data: dict) -> str:
+    "The HTML of an output, without the state of widgets and without other pages in it."
+    html = ''.join(data.get('text/html', ''))
+    return re.sub(r'<script.*?</script>|srcdoc=(["\']).*?\1', '', html, flags=re.S)
+
+
 def test_links_and_pictures_of_the_pages_are_there(site):
+    "On the site, where nothing lies beside the pages: other files of the repository are links to GitHub."
+    addresses = {
+        str(n.parent / yaml.safe_load(source(cells(site / n)[0]).strip('-\n'))['output-file'])
+        for n in NOTEBOOKS
+        if 'output-file' in source(cells(site / n)[0])
+    }
     for n in NOTEBOOKS:
+        text = re.sub(r'```.*?```|`[^`\n]*`', '', '\n'.join(texts(site / n)), flags=re.S)
+        for link in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', text):
+            to = ''.join(link).partition('#')[0]
+            assert not to.startswith('https://flowerdiff.github.io/flowerdiff/') or to.endswith('/draw/'), to
+            if to and not re.match(r'[a-z]+:', to):
+                path = os.path.normpath(n.parent / to)
+                assert path in addresses or ((site / path).exists() and not path.startswith('..')), (
+                    f'{n}: {to}'
+                )
+                assert path != 'apps/app.ipynb', f'{n}: a link to what is no page'
+            if to.startswith('https://github.com/flowerdiff/flowerdiff/blob/main/'):
+                assert (ROOT / to.split('/blob/main/')[1]).exists(), f'{n}: {to}'
+        assert '[[`' not in text and not re.search(r'\.html#_', text), n
+
+
+def test_every_picture_has_a_text(site):
+    "For those who do not see it: of Markdown, of HTML, and of the outputs of cells."
+    total = 0
+    for n in NOTEBOOKS:
+        for text in texts(site / n):
+            assert '![](' not in text, f'{n}: {text[:80]}'
+        for data in shown(site / n):
+            page = own_html(data)
+            for image in re.findall(r'<img\b[^>]*>', page):
+                assert re.search(r'\balt=.[^"\']', image), f'{n}: {image[:100]}'
         for c in cells(site / n):
-            if c['cell_type'] != 'markdown':
+            kinds = [k for o in c.get('outputs', []) for k in o.get('data', {})]
+            if not any(k.startswith('image/') for k in kinds):
                 continue
-            text = re.sub(r'```.*?```|`[^`\n]*`', '', source(c), flags=re.S)
-            for link in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', text):
-                to = ''.join(link).partition('#')[0]
-                if to and not re.match(r'[a-z]+:', to):
-                    assert ((site / n).parent / to).exists() or ((ROOT / 'nbs' / n).parent / to).exists(), (
-                        f'{n}: {to}'
-                    )
+            alt = re.match(r'(?:#\|.*\n)*?#\| fig-alt: (.*)', source(c))
+            assert alt, f'{n}: {source(c)[:80]}'
+            value = yaml.safe_load(alt[1])
+            for words in value if isinstance(value, list) else [value]:
+                assert len(words) > 15 and not re.search(r'\]\(|`', words), f'{n}: {words}'
+                total += 1
+    assert total > 200
+
+
+def test_a_page_has_one_title(site):
+    for n in NOTEBOOKS:
+        for text in texts(site / n):
+            assert not re.search(r'^# ', re.sub(r'```.*?```', '', text, flags=re.S), re.M), (
+                f'{n}: {text[:60]}'
+            )
+        for data in shown(site / n):
+            assert '<h1' not in own_html(data), n
+
+
+def test_pages_ask_no_other_site(site):
+    "No script and no style from elsewhere: widgets use the one of this site, formulas need none."
+    drawn = 0
+    for n in NOTEBOOKS:
+        assert 'widgets' not in json.loads((site / n).read_text())['metadata'], n
+        views = 0
+        for data in shown(site / n):
+            assert not any('widget' in kind for kind in data), n
+            page = ''.join(data.get('text/html', ''))
+            assert not re.search(r'<(script|link|img)[^>]+(src|href)="?(https?:)?//', page), n
+            views += page.count('type="application/vnd.jupyter.widget-view+json"')
+            if 'vendor/embed.js' in page:
+                assert views == 1 and f'"{"../" * (len(n.parts) - 1)}vendor/embed.js"' in page, n
+        drawn += views
+    assert drawn >= 10
+    settings = yaml.safe_load((ROOT / '_quarto.yml').read_text())
+    assert settings['format']['html']['html-math-method'] == 'mathml'
+    assert settings['project']['resources'] == ['vendor/*']
+    for theme in ('theme.scss', 'theme-dark.scss'):
+        assert '$web-font-path: false' in (ROOT / 'nbs' / theme).read_text()
+
+
+def test_stages_and_tutorials_open_in_colab(site):
+    "Their pages link to Colab, and there the notebook's second cell installs the library."
+    for n in NOTEBOOKS:
+        linked = 'colab.research.google.com/github/flowerdiff/flowerdiff/blob/main/nbs/'
+        links = [t for t in texts(site / n) if linked in t]
+        if n.parts[0] not in ('stages', 'tutorials'):
+            assert not links, n
+            continue
+        assert len(links) == 1 and links[0].startswith(f'[Open in Colab](https://{linked}{n})'), n
+        second = source(cells(ROOT / 'nbs' / n)[1])
+        assert (
+            kind(cells(ROOT / 'nbs' / n)[1], 'hide') and "if 'google.colab' in str(get_ipython())" in second
+        ), n
+
+
+def luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_dark_pages_can_be_read():
+    "WCAG's 4.5 for text: on the page, for code in subtitles on its own ground, and in breadcrumbs."
+    dark = (ROOT / 'nbs/theme-dark.scss').read_text()
+    colors = dict(re.findall(r'\$([\w-]+): (#[0-9a-f]{6})', dark))
+    for name in ('body-color', 'link-color', 'code-color'):
+        assert contrast(colors[name], colors['body-bg']) >= 4.5, name
+    rules = {
+        selector: dict(re.findall(r'([\w-]+): (#[0-9a-f]{6})', body))
+        for selector, body in re.findall(r'^([.][^{}]+)\{([^}]*)\}', dark, re.M)
+    }
+    [code] = [rule for selector, rule in rules.items() if '.description code' in selector]
+    assert contrast(code['color'], code['background-color']) >= 4.5
+    [crumbs] = [rule for selector, rule in rules.items() if '.breadcrumb-item a' in selector]
+    assert all(contrast(crumbs['color'], colors[ground]) >= 4.5 for ground in ('body-bg', 'primary'))
+
+
+def test_search_for_generator_finds_its_page(site):
+    "Quarto ranks titles first: no other page has the word in its title."
+    titles = {
+        n: yaml.safe_load(source(cells(site / n)[0]).strip('-\n')).get('title', '')
+        for n in NOTEBOOKS
+        if n.name != 'app.ipynb'
+    }
+    assert [
+        str(n) for n, title in titles.items() if re.search('^generator|generator process', title, re.I)
+    ] == ['inference/07_generator.ipynb']
 
 
 def test_site_files_travel(site):
@@ -157,10 +291,10 @@ def test_quarto_settings_are_quartos():
     "A key that Quarto does not know would be ignored in silence."
     known = dict(
         top='project format filters execute website',
-        project='type render output-dir',
+        project='type render resources output-dir',
         execute='enabled',
         html='theme respect-user-color-scheme css toc toc-depth code-copy code-overflow fig-align'
-        ' lightbox grid',
+        ' lightbox grid html-math-method',
         website='favicon open-graph twitter-card repo-subdir repo-actions page-navigation'
         ' back-to-top-navigation search navbar sidebar title site-url description repo-branch repo-url',
         navbar='background search left',
