@@ -23,6 +23,7 @@ from flowerdiff.pipeline.cli_commands import (
     plan_command,
     rollback_command,
     run_command,
+    selftest_command,
     space_command,
     status_command,
     studio_command,
@@ -37,6 +38,7 @@ from flowerdiff.pipeline.cli_options import (
     generate_options,
     plan_options,
     run_options,
+    selftest_options,
     settings_options,
     space_options,
     status_options,
@@ -70,6 +72,7 @@ COMMANDS = [
     Command('space', space_command, 'put that page on the Hugging Face Hub', space_options),
     Command('init', init_command, 'create a workspace, run nothing', settings_options),
     Command('doctor', doctor_command, 'show what this machine can run', workspace=False),
+    Command('selftest', selftest_command, 'test what a GPU must do', selftest_options, False),
 ]
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['add_command', 'run_command', 'plan_command', 'init_command', 'download_command', 'status_command', 'doctor_command',
-           'compare_command', 'rollback_command', 'sweep_command', 'generate_command', 'bench_command',
-           'studio_command', 'space_command']
+           'selftest_command', 'compare_command', 'rollback_command', 'sweep_command', 'generate_command',
+           'bench_command', 'studio_command', 'space_command']
 
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #558dc400
 import contextlib
@@ -264,6 +264,25 @@ def doctor_command(args) -> int:
 
     print(doctor())
     return 0
+
+# %% ../../nbs/pipeline/16_cli_commands.ipynb #aeb382c2
+def selftest_command(args) -> int:
+    """Test on miniature models what a GPU must do, in under ten minutes, and compare it with the CPU.
+    Writes selftest.md, to attach to an issue, and selftest.json. Without a GPU it tests the CPU."""
+    from flowerdiff.selftest.report import describe_counts, issue_command, run_selftest, select_parts
+
+    def show(line: str):
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    folder = Path(args.output)
+    report = run_selftest(folder, select_parts(args.only), show)
+    if args.json:
+        print(json.dumps(report.as_json()))
+    show(
+        f'{describe_counts(report.results)}; see {_short(folder / "selftest.md")}, and attach it to an issue:'
+    )
+    show(issue_command(report.machine, folder / 'selftest.md'))
+    return int(report.failed)
 
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #70b2dab4
 def compare_command(args) -> int:

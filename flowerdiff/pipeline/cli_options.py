@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'Parser', 'whole_number', 'port_number', 'whole_numbers', 'settings_options', 'plan_options',
            'run_options', 'status_options', 'sweep_options', 'download_options', 'space_options', 'compare_options',
-           'generate_options', 'bench_options', 'studio_options']
+           'generate_options', 'bench_options', 'selftest_options', 'studio_options']
 
 # %% ../../nbs/pipeline/15_cli_options.ipynb #fe6d98e9
 import argparse
@@ -217,6 +217,18 @@ def bench_options(parser):
     parser.add_argument(
         '--backend', action='append', metavar='NAME', help='measure only this backend; repeat for more'
     )
+
+
+def selftest_options(parser):
+    parser.add_argument(
+        '-o',
+        '--output',
+        default='.',
+        metavar='DIR',
+        help='where selftest.md and selftest.json go (default: .)',
+    )
+    parser.add_argument('--only', action='append', metavar='PART', help='run just this part; repeat for more')
+    parser.add_argument('--json', action='store_true', help='print one JSON object, for programs')
 
 
 def studio_options(parser):

@@ -76,7 +76,9 @@ def host_waits(
     with ExitStack() as stack:
         if not torch.cuda.is_available():  # there, a copy from CPU to CPU stands for one from the device
             for name in ('cpu', 'numpy', 'tolist'):
-                stack.enter_context(mock.patch.object(torch.Tensor, name, recorded(getattr(torch.Tensor, name))))
+                stack.enter_context(
+                    mock.patch.object(torch.Tensor, name, recorded(getattr(torch.Tensor, name)))
+                )
         stack.enter_context(waits)
         function()
     return waits.places

@@ -24,10 +24,16 @@ from ..inference.generator import Generator
 from ..inference.onnx_export import copy_configs, export_part, model_parts, part_difference, to_half
 from ..inference.onnx_openvino import onnx_providers
 from ..inference.tensorrt import TensorRTEngine, engine_difference, find_tensorrt
-from ..inference.tensorrt_build import EngineSource, MAX_DIFFERENCE, make_engine, profile_shapes
+from ..inference.tensorrt_build import MAX_DIFFERENCE, EngineSource, make_engine, profile_shapes
 from ..inference.torch_backend import TorchBackend
 from ..models.clip import garden_clip
-from ..models.components import build_denoiser, encode_moments, load_autoencoder, load_text, pil_to_tensor
+from flowerdiff.models.components import (
+    build_denoiser,
+    encode_moments,
+    load_autoencoder,
+    load_text,
+    pil_to_tensor,
+)
 from ..models.diffusion import make_scheduler, sampling_scheduler
 from ..models.saving import save_components, save_pipeline
 from ..models.tiny_autoencoder import garden_autoencoder
@@ -83,7 +89,9 @@ def captioning() -> dict:
     pixels_there = pixels.to(device(), there.dtype)
     with torch.inference_mode():
         expected = model(input_ids=ids, pixel_values=pixels, decoder_input_ids=start).logits
-        own = there(input_ids=ids.to(device()), pixel_values=pixels_there, decoder_input_ids=start.to(device()))
+        own = there(
+            input_ids=ids.to(device()), pixel_values=pixels_there, decoder_input_ids=start.to(device())
+        )
         worst = difference(own.logits, expected)
         check(worst < 0.05, f'the outputs differ by {worst:.1e}')
         options = dict(do_sample=False, num_beams=3, max_new_tokens=8)
@@ -142,7 +150,9 @@ def sampling() -> dict:
             return generator([PROMPT, 'a blue iris'], seed=3, num_inference_steps=STEPS)
 
         found = check_pictures(*map(pictures, generators))
-        seconds = seconds_per_call(lambda: generators[0](PROMPT, num_inference_steps=STEPS), device(), calls=2)
+        seconds = seconds_per_call(
+            lambda: generators[0](PROMPT, num_inference_steps=STEPS), device(), calls=2
+        )
     return found | dict(milliseconds_per_picture=1000 * seconds)
 
 
@@ -190,7 +200,11 @@ def build(
             onnx = export_half(Path(root) / name, seed)
 
             def compare(path, onnx=onnx):
-                return engine_difference(TensorRTEngine(trt, path), onnx / 'unet' / 'model.onnx') if on_gpu else None
+                return (
+                    engine_difference(TensorRTEngine(trt, path), onnx / 'unet' / 'model.onnx')
+                    if on_gpu
+                    else None
+                )
 
             half = onnx / 'unet' / 'model_fp16.onnx'
             source = EngineSource(half, profile_shapes(onnx, 2)['unet'], [] if on_gpu else ['SM86'])
@@ -211,8 +225,10 @@ def build(
 
 
 def tensorrt() -> dict:
+    "Build an engine of TensorRT."
     return build('classic')
 
 
 def tensorrt_rtx() -> dict:
+    "Build an engine of TensorRT-RTX."
     return build('rtx')

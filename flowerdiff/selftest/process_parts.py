@@ -99,10 +99,12 @@ def compare_together(
 
 
 def ddp() -> dict:
+    "Two processes with DDP train like one."
     return compare_together('ddp')
 
 
 def zero2() -> dict:
+    "Two processes with ZeRO-2 train like one."
     return compare_together('zero2')
 
 # %% ../../nbs/selftest/04_process_parts.ipynb #6fe4ac3b

@@ -107,17 +107,21 @@ def compare_step(
     differences = dict(losses=difference(own_losses, losses), gradient=difference(own_norm, norm))
     for name, value in differences.items():
         check(value <= tolerance, f'the {name} differ by {value:.1e}, at most {tolerance:.0e} is right')
-    seconds = seconds_per_call(trainer.train_step, trainer.engine.device, calls=8 if trainer.engine.device.type == 'cuda' else 2)
+    seconds = seconds_per_call(
+        trainer.train_step, trainer.engine.device, calls=8 if trainer.engine.device.type == 'cuda' else 2
+    )
     check(trainer.pop_losses(force=True)['loss'] < 10, 'the loss grows')
     rate = trainer.settings.batch_size / seconds
     return differences | dict(samples_per_second=rate, memory_gb=trainer.engine.memory_gb)
 
 
 def fp32() -> dict:
+    "A step in float32 is that of the CPU."
     return compare_step(tiny_trainer('fp32'), 1e-3)
 
 
 def bf16() -> dict:
+    "A step in bfloat16 is near that of the CPU."
     return compare_step(tiny_trainer('bf16'), 0.1)
 
 
@@ -167,6 +171,7 @@ def compiled(
 
 
 def cuda_graphs() -> dict:
+    "A model with CUDA graphs trains like the eager one."
     return compiled(cuda_graphs=True)
 
 # %% ../../nbs/selftest/03_training_parts.ipynb #940f6fc6
@@ -263,7 +268,9 @@ def speed() -> dict:
     batch = trainer.batch_of(0)
     count = operations(lambda: trainer.forward_backward(batch))
     trainer.engine.optimizer.zero_grad()
-    seconds = seconds_per_call(trainer.train_step, device, calls=20 if on_gpu else 3, warm_up=5 if on_gpu else 1)
+    seconds = seconds_per_call(
+        trainer.train_step, device, calls=20 if on_gpu else 3, warm_up=5 if on_gpu else 1
+    )
     rate = matmul_rate(device, dtype)
     return dict(
         precision=precision,
