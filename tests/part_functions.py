@@ -22,6 +22,6 @@ def crashes():
 def hangs():
     "Starts a process of its own, writes down its number, and waits with it."
     child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
-    with open(os.environ['CHILD_FILE'], 'w') as file:
+    with open(os.environ['CHILD_FILE'], 'w', encoding='utf-8') as file:
         file.write(str(child.pid))
     child.wait()

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #732beaa5
@@ -269,19 +270,12 @@ def doctor_command(args) -> int:
 def selftest_command(args) -> int:
     """Test on miniature models what a GPU must do, in under ten minutes, and compare it with the CPU.
     Writes selftest.md, to attach to an issue, and selftest.json. Without a GPU it tests the CPU."""
-    from flowerdiff.selftest.report import describe_counts, issue_command, run_selftest, select_parts
+    from flowerdiff.selftest.report import run_selftest, select_parts
 
-    def show(line: str):
-        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
-
-    folder = Path(args.output)
-    report = run_selftest(folder, select_parts(args.only), show)
+    show = partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
+    report = run_selftest(args.output, select_parts(args.only), show)
     if args.json:
         print(json.dumps(report.as_json()))
-    show(
-        f'{describe_counts(report.results)}; see {_short(folder / "selftest.md")}, and attach it to an issue:'
-    )
-    show(issue_command(report.machine, folder / 'selftest.md'))
     return int(report.failed)
 
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #70b2dab4

@@ -205,7 +205,7 @@ class Report:
 def run_selftest(
     folder: str | Path,  # gets selftest.json, selftest.md and selftest-logs/
     parts: list[Part] = PARTS,
-    show: Callable[[str], None] = print,  # called with a line for each result
+    show: Callable[[str], None] = print,  # called with each line of the report
 ) -> Report:
     "Run parts and write what they found."
     folder = Path(folder)
@@ -220,4 +220,6 @@ def run_selftest(
         write_json(folder / 'selftest.json', report.as_json())
         page = folder / 'selftest.md'
         page.write_text(make_page(report.machine, results, logs, page), encoding='utf-8')
+    show(f'{describe_counts(results)}; see {page}, and attach it to an issue:')
+    show(issue_command(report.machine, page))
     return report
