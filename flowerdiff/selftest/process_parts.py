@@ -80,9 +80,9 @@ def train_together(
 
 def compare_together(
     distributed: str,  # ddp or zero2
-    tolerance: float = 1e-3,  # relative
 ) -> dict:
     "Two processes train like one."
+    tolerance = 1e-4 if torch.cuda.device_count() < 2 else 1e-2  # convolutions on a GPU use TF32
     alone = train_together('single', 1)[0]
     together = train_together(distributed, 2)
     for facts in together:

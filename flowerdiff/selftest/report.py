@@ -31,7 +31,7 @@ PARTS = [
         [
             ('fp32', 'a step in float32 equals that of the CPU'),
             ('tf32', 'TF32 is off unless asked for, and near float32', 'gpu'),
-            ('bf16', 'a step in bfloat16 is near that of the CPU in float32'),
+            ('bf16', 'a step in bfloat16 is near that of the CPU in float32', 'bf16'),
             ('fp16', 'so is one in float16; an overflow changes nothing but the loss scale'),
             ('compiled', 'a compiled denoiser trains like the eager one', 'compiler'),
             ('cuda_graphs', 'so does one with CUDA graphs', 'gpu', 'compiler'),
