@@ -182,8 +182,10 @@ def onnx() -> dict:
 def export_half(folder: Path, seed: int) -> Path:  # of the export
     "Export the denoiser of a miniature in half precision."
     with tiny_model(seed) as model:
-        copy_configs(model, folder)
         to_half(export_part(model_parts(TorchBackend(model, 'cpu'))['unet'], folder / 'unet'))
+        for part in ('text_encoder', 'vae_decoder', 'vae_encoder'):
+            (folder / part).mkdir()
+        copy_configs(model, folder)
     return folder
 
 
