@@ -27,6 +27,7 @@ FOLDERS = [
     {'training', 'evaluation'},
     {'cloud', 'apps'},
     {'stages'},
+    {'selftest'},
     {'pipeline'},
 ]  # a folder imports from the groups to its left, and from modules with lower numbers of its own
 LEVEL = {folder: i for i, group in enumerate(FOLDERS) for folder in group}

@@ -478,6 +478,7 @@ def machine(monkeypatch):
             monkeypatch.setattr(m, 'find_gpu', lambda: engines.GPU(name, architecture))
         for m in (engines, tensorrt, backends):
             monkeypatch.setattr(m, 'cuda_device', lambda: 'cpu' if name else '')
+        monkeypatch.setattr(backends, 'milliseconds_per_step', lambda b: dict(tensorrt=1).get(b.name, 2))
         return trt
 
     return there
@@ -655,6 +656,9 @@ def test_engines_are_used_only_where_they_fit(ws, machine, monkeypatch):
         load_backend(ws.root).name == load_backend(ws.onnx).name == 'tensorrt'
         and load_backend(ws.root, 'torch').name == 'torch'
     )
+    with monkeypatch.context() as m:  # measured, not believed
+        m.setattr(backends, 'milliseconds_per_step', lambda b: dict(torch=1).get(b.name, 2))
+        assert load_backend(ws.root).name == 'torch' and load_backend(ws.onnx).name == 'tensorrt'
     machine(trt, 'B', 'SM89')
     asked(r'the engines are for A, this is B \(SM89\)')
     machine(stand_in(version='12'), 'A')
@@ -665,7 +669,7 @@ def test_engines_are_used_only_where_they_fit(ws, machine, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(ort, 'get_available_providers', lambda: ['CUDAExecutionProvider', 'CPUExecutionProvider'])
-        assert backends.choose_backend(ws.onnx) == 'onnx'
+        assert backends.auto_backends(ws.onnx) == ['torch', 'onnx']
     machine(None, 'A')
     asked('the package tensorrt is not installed')
     machine(trt, '')

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ORDER_STREAM', 'NOISE_STREAM', 'VALIDATION_STREAM', 'SAMPLING_STREAM', 'WINDOW_STREAM', 'make_rng', 'epoch_order',
-           'batch_indices', 'Draws', 'draws', 'time_shares', 'shift_time', 'fits_on_gpu', 'Split', 'toy_split',
-           'bucketed_order', 'BucketedSplit', 'read_repeats', 'load_split', 'Batch', 'make_batch', 'choose_texts']
+           'batch_indices', 'Draws', 'draws', 'time_shares', 'shift_time', 'fits_on_gpu', 'copy_to', 'take', 'Split',
+           'toy_split', 'bucketed_order', 'BucketedSplit', 'read_repeats', 'load_split', 'Batch', 'make_batch',
+           'choose_texts']
 
 # %% ../../nbs/data/10_batches.ipynb #2eeaf238
 import bisect
@@ -126,6 +127,21 @@ def fits_on_gpu(
     return sum(tensor.nbytes for tensor in tensors) <= share * torch.cuda.mem_get_info(device)[0]
 
 
+def copy_to(
+    x: Tensor,
+    device,  # of this process
+) -> Tensor:
+    "Copy a tensor to a device. A copy to a GPU goes through pinned memory, so that nothing waits for it."
+    if torch.device(device).type == 'cuda' and x.device.type == 'cpu':
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def take(x: Tensor, *indices) -> Tensor:
+    "Return the rows of a tensor with these indices, arrays or lists of the host."
+    return x[tuple(copy_to(torch.as_tensor(index), x.device) for index in indices)]
+
+
 @dataclass
 class Split:
     "Encoded pictures in memory."
@@ -165,7 +181,7 @@ class Split:
         side: np.ndarray,  # [b] 1: mirrored
     ) -> tuple[Tensor, Tensor]:  # [b, C, H, W] mean and standard deviation, float32
         "Return the latent distributions of pictures."
-        return self.mean[pictures, side].float(), self.std[pictures, side].float()
+        return take(self.mean, pictures, side).float(), take(self.std, pictures, side).float()
 
     def first(self, n: int) -> 'Split':
         "Return the first `n` pictures."
@@ -270,7 +286,7 @@ class BucketedSplit(Split):
         bucket = self._bucket(pictures)
         mean, std = self.buckets[bucket]
         rows = pictures - self.starts[bucket]
-        return mean[rows, side].float(), std[rows, side].float()
+        return take(mean, rows, side).float(), take(std, rows, side).float()
 
     def first(self, n: int) -> Split:
         "Return `n` pictures of the largest bucket."
@@ -366,17 +382,17 @@ def make_batch(
     pictures = pictures[mine]
     side = ((drawn.mirror[mine] < 0.5) & mirror).astype(int)
     mean, std = split.latents(pictures, side)
-    latents = mean + std * torch.from_numpy(drawn.spread[mine]).to(std.device)
+    latents = mean + std * copy_to(torch.from_numpy(drawn.spread[mine]), std.device)
     noise = drawn.noise + offset * drawn.offset if offset else drawn.noise
     t = shift_time(time_shares(drawn.time, sampling)[mine], shift)
-    text = split.texts[choose_texts(split, pictures, drawn.caption[mine], drawn.drop[mine] < dropout)]
+    chosen = choose_texts(split, pictures, drawn.caption[mine], drawn.drop[mine] < dropout)
     tensors = (
         latents,
-        text.float(),
+        take(split.texts, chosen).float(),
         torch.from_numpy((t * timesteps).astype(np.int64)),
         torch.from_numpy(noise[mine]),
     )
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), pictures)
+    return Batch(*(copy_to(tensor, device) for tensor in tensors), pictures)
 
 
 def choose_texts(

@@ -4,17 +4,23 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'EXACT_BACKENDS', 'cuda_device', 'why_unavailable', 'reads_onnx', 'onnx_beside', 'fastest_backend',
-           'choose_backend', 'folder_identity', 'open_backend', 'load_backend', 'load_export']
+           'auto_backends', 'folder_identity', 'open_backend', 'denoiser_call', 'noise_to_denoise',
+           'milliseconds_per_step', 'open_fastest', 'load_backend', 'load_export']
 
 # %% ../../nbs/inference/06_backends.ipynb #58a1da95
 import shutil
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from ..core.errors import UserError
 from ..core.files import read_json
 from ..drawing.backend import Backend
 from ..drawing.model_files import find_model, weights_fingerprint
+from ..drawing.sampling import to_numpy
 from .onnx_openvino import OnnxBackend, OpenVinoBackend, why_not_openvino
 
 # %% ../../nbs/inference/06_backends.ipynb #d6d0e008
@@ -107,23 +113,23 @@ def fastest_backend(
     return min(good, key=speeds.get, default='onnx')
 
 # %% ../../nbs/inference/06_backends.ipynb #2e04b585
-def choose_backend(
+def auto_backends(
     onnx: Path | None,  # an export of the weights
     weights: bool = True,  # whether PyTorch's weights are there as well
-) -> str:  # one of `BACKENDS`
-    "Return the name that 'auto' stands for."
+) -> list[str]:  # names in `BACKENDS`
+    "Return what 'auto' selects from: on a CPU, the fastest in the export's check; on a GPU, all that use it."
     if not onnx:
-        return 'torch'
-    if cuda_device():
-        import onnxruntime as ort
+        return ['torch']
+    if not cuda_device():
+        return [fastest_backend(onnx, None if weights else [name for name in BACKENDS if reads_onnx(name)])]
+    import onnxruntime as ort
 
-        if not why_unavailable('tensorrt', onnx):
-            return 'tensorrt'
-        if 'CUDAExecutionProvider' in ort.get_available_providers():
-            return 'onnx'
-        if weights:
-            return 'torch'
-    return fastest_backend(onnx, None if weights else [name for name in BACKENDS if reads_onnx(name)])
+    uses_gpu = dict(
+        torch=weights,
+        tensorrt=not why_unavailable('tensorrt', onnx),
+        onnx='CUDAExecutionProvider' in ort.get_available_providers(),
+    )
+    return [name for name, usable in uses_gpu.items() if usable] or ['onnx']
 
 # %% ../../nbs/inference/06_backends.ipynb #c0d22f37
 def folder_identity(folder: str | Path) -> int | None:  # None: it is not there
@@ -153,6 +159,53 @@ def open_backend(
     raise UserError(f'{folder}: is replaced again and again; wait until nothing writes there')
 
 
+def denoiser_call(
+    backend: Backend,
+    guided: bool = True,  # both predictions of guidance
+) -> Callable:
+    "Return a call of the denoiser for one image, to be timed."
+    n = 2 if guided else 1
+    text = backend.condition(backend.encode(['a red rose', ''][:n]))
+    x = noise_to_denoise(backend, n)
+    t = backend.from_numpy(np.array(500))
+
+    def call():
+        return to_numpy(backend.denoise(x, t, text))  # on a GPU, waits for the result
+
+    return call
+
+
+def noise_to_denoise(backend: Backend, n: int):  # [n, C, h, w]
+    "Return noise for measurements, as the backend takes it."
+    side = backend.unet_config['sample_size']
+    noise = np.random.default_rng(0).standard_normal((n, backend.channels, side, side), np.float32)
+    return backend.from_numpy(noise)
+
+
+def milliseconds_per_step(
+    backend: Backend,
+    calls: int = 10,  # after two that warm up
+) -> float:  # of the fastest call
+    "Measure a call of the denoiser."
+    call = denoiser_call(backend, backend.guidance > 1)
+    times = []
+    for _ in range(calls + 2):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return min(times[2:])
+
+
+def open_fastest(
+    names: list[str],  # from `auto_backends`
+    folder: Path,  # model folder, or an export
+    onnx: Path | None,  # an export of the weights
+) -> Backend:
+    "Open a model with several backends, and keep the one whose denoiser is the fastest here."
+    opened = [open_backend(name, onnx if reads_onnx(name) else folder) for name in names]
+    return min(opened, key=milliseconds_per_step) if len(opened) > 1 else opened[0]
+
+
 def load_backend(
     where: str | Path,  # a workspace, a model folder, a folder of ONNX files, or a hub id
     name: str = 'auto',  # 'auto' or one of `BACKENDS`
@@ -165,7 +218,7 @@ def load_backend(
         return load_export(folder, name)
     onnx = onnx_beside(folder) if name == 'auto' or reads_onnx(name) else None
     if name == 'auto':
-        name = choose_backend(onnx)
+        return open_fastest(auto_backends(onnx), folder, onnx)
     if not reads_onnx(name):
         return open_backend(name, folder)
     if not onnx:
@@ -179,7 +232,7 @@ def load_export(
 ) -> Backend:
     "Load an export on its own."
     if name == 'auto':
-        name = choose_backend(folder, weights=False)
+        return open_fastest(auto_backends(folder, weights=False), folder, folder)
     if not reads_onnx(name):
         raise UserError(f'{folder}: holds ONNX files only; use the backend onnx, or give the model folder')
     return open_backend(name, folder)

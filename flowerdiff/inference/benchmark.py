@@ -22,7 +22,16 @@ from ..core.child_processes import hide_in_tracebacks, safe_environment
 from ..core.schema import UserError
 from ..core.workspace import write_json
 from ..drawing.model_files import find_model
-from .backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_unavailable
+from ..drawing.sampling import to_numpy
+from flowerdiff.inference.backends import (
+    BACKENDS,
+    denoiser_call,
+    noise_to_denoise,
+    onnx_beside,
+    open_backend,
+    reads_onnx,
+    why_unavailable,
+)
 from .generator import Generator
 
 # %% ../../nbs/inference/09_benchmark.ipynb #e1b4e425
@@ -49,20 +58,12 @@ def network_parts(
     guided: bool = True,  # both predictions of guidance
 ) -> dict:  # 'unet' and 'decode' -> a function that calls that network for one image
     "Return calls of the denoiser and of the decoder, to be timed."
-    n = 2 if guided else 1
-    side = backend.unet_config['sample_size']
-    text = backend.condition(backend.encode(['a red rose', ''][:n]))
-    x = torch.randn(n, backend.channels, side, side, generator=torch.Generator().manual_seed(0))
-    x = x.to(backend.device)
-    t = torch.tensor(500, device=backend.device)
-
-    def unet():
-        return backend.denoise(x, t, text).cpu()  # on a GPU, waits for the result
+    latents = noise_to_denoise(backend, 1)
 
     def decode():
-        return backend.decode(x[:1]).cpu()
+        return to_numpy(backend.decode(latents))  # on a GPU, waits for the result
 
-    return dict(unet=unet, decode=decode)
+    return dict(unet=denoiser_call(backend, guided), decode=decode)
 
 
 def overhead(

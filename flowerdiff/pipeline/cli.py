@@ -23,6 +23,8 @@ from flowerdiff.pipeline.cli_commands import (
     plan_command,
     rollback_command,
     run_command,
+    serve_command,
+    selftest_command,
     space_command,
     status_command,
     studio_command,
@@ -38,6 +40,8 @@ from flowerdiff.pipeline.cli_options import (
     generate_options,
     plan_options,
     run_options,
+    serve_options,
+    selftest_options,
     settings_options,
     space_options,
     status_options,
@@ -77,10 +81,12 @@ COMMANDS = [
     Command('generate', generate_command, 'generate images from a prompt', generate_options, False),
     Command('bench', bench_command, 'measure how fast each backend is here', bench_options),
     Command('studio', studio_command, 'generate images on a page in your browser', studio_options),
+    Command('serve', serve_command, 'let others generate images on a page of this machine', serve_options),
     Command('space', space_command, 'put that page on the Hugging Face Hub', space_options),
     Command('init', init_command, 'create a workspace, run nothing', settings_options),
     Command('completion', completion_command, 'print a completion script', completion_options, False),
     Command('doctor', doctor_command, 'show what this machine can run', workspace=False),
+    Command('selftest', selftest_command, 'test what a GPU must do', selftest_options, False),
 ]
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['add_command', 'run_command', 'plan_command', 'init_command', 'download_command', 'status_command', 'doctor_command',
-           'compare_command', 'rollback_command', 'sweep_command', 'generate_command', 'bench_command',
-           'studio_command', 'space_command']
+           'selftest_command', 'compare_command', 'rollback_command', 'sweep_command', 'generate_command',
+           'bench_command', 'studio_command', 'serve_command', 'space_command']
 
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #558dc400
 import contextlib
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #732beaa5
@@ -265,6 +266,18 @@ def doctor_command(args) -> int:
     print(doctor())
     return 0
 
+# %% ../../nbs/pipeline/16_cli_commands.ipynb #aeb382c2
+def selftest_command(args) -> int:
+    """Test on miniature models what a GPU must do, in under ten minutes, and compare it with the CPU.
+    Writes selftest.md, to attach to an issue, and selftest.json. Without a GPU it tests the CPU."""
+    from flowerdiff.selftest.report import run_selftest, select_parts
+
+    show = partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
+    report = run_selftest(args.output, select_parts(args.only), show)
+    if args.json:
+        print(json.dumps(report.as_json()))
+    return int(report.failed)
+
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #70b2dab4
 def compare_command(args) -> int:
     "Compare two runs: what you set differently, which is better, and what their curves say."
@@ -366,23 +379,30 @@ def bench_command(args) -> int:
 
 def studio_command(args) -> int:
     "Open a page in your browser where you can generate images. Ctrl-C ends it."
-    from flowerdiff.core.schema import UserError
-
-    workspace = _workspace(args.workspace, 'garden')
-    known = ('params.yaml', 'model_index.json', 'model/model_index.json')
-    if not any((Path(workspace).expanduser() / name).is_file() for name in known):
-        raise UserError(f'{workspace}: is neither a workspace nor a model; `flowerdiff run` makes one')
     from flowerdiff.apps.serving import serve
 
-    return serve(workspace, args.port) or 0
+    serve(_workspace(args.workspace, 'garden'), args.port)
+    return 0
+
+
+def serve_command(args) -> int:
+    """Serve a page on which others can draw with a model: a workspace, a model folder, or org/name@commit on
+    the Hub. Ctrl-C ends it."""
+    from flowerdiff.core.schema import UserError
+
+    try:
+        from flowerdiff.apps.gradio_app import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name}: is not installed; pip install 'flowerdiff[serve]'") from None
+    serve(_workspace(args.workspace, 'garden'), args.host, args.port)
+    return 0
 
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #0a2fcd53
-def _push_hint(source: str, out: str, wheel: str | None) -> str:
+def _push_hint(source: str, out: str) -> str:
     "Return the command that pushes a Space."
     if not Path(source).is_dir():
         return f'hf upload OWNER/NAME {out} . --repo-type space'
-    options = f' --wheel {wheel}' if wheel else ''
-    return f'flowerdiff space {source} -o {out}{options} --push OWNER/NAME'
+    return f'flowerdiff space {source} -o {out} --push OWNER/NAME'
 
 
 def space_command(args) -> int:
@@ -390,11 +410,11 @@ def space_command(args) -> int:
     from flowerdiff.apps.hf_space import make_space, push_space
 
     source = _workspace(args.workspace, 'garden')
-    out = _short(make_space(source, args.output, args.wheel))
+    out = _short(make_space(source, args.output))
     print(f'{"space":<10}{out}')
-    print(f'{"try":<10}python {out}/start.py')
+    print(f'{"try":<10}python {out}/app.py')
     if not args.push:
-        print(f'{"push":<10}{_push_hint(source, out, args.wheel)}')
+        print(f'{"push":<10}{_push_hint(source, out)}')
         return 0
     done = push_space(Path(out), args.push, source)
     state = 'pushed' if done['changed'] else 'unchanged'

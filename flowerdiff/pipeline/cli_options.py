@@ -6,7 +6,8 @@
 __all__ = ['EXAMPLES', 'CHOICE', 'Parser', 'whole_number', 'port_number', 'whole_numbers', 'seed_number', 'picture_size',
            'profile_names', 'settings_options', 'plan_options', 'run_options', 'status_options', 'sweep_options',
            'download_options', 'space_options', 'compare_options', 'generate_options', 'what_to_draw', 'how_to_draw',
-           'where_to_write', 'completion_options', 'bench_options', 'studio_options']
+           'where_to_write', 'completion_options', 'bench_options', 'selftest_options', 'studio_options',
+           'serve_options']
 
 # %% ../../nbs/pipeline/15_cli_options.ipynb #fe6d98e9
 import argparse
@@ -37,7 +38,8 @@ EXAMPLES = """examples:
   Generate images, on the command line or in the browser:
     flowerdiff generate "a red rose under a blue sky" -n 4 -o rose.png
     flowerdiff studio garden
-  Put the same page on the Hugging Face Hub:
+  Let others draw: on this machine, or on the Hugging Face Hub:
+    flowerdiff serve garden
     flowerdiff space garden --push ada/garden
 """
 
@@ -191,11 +193,6 @@ def space_options(parser):
     parser.add_argument(
         '-o', '--output', default='space', metavar='DIR', help='the folder to write (default: space)'
     )
-    parser.add_argument(
-        '--wheel',
-        metavar='FILE',
-        help='a wheel of flowerdiff to include, if the package index does not have this version',
-    )
     parser.add_argument('--push', metavar='OWNER/NAME', help='create or update this private Space on the Hub')
 
 
@@ -285,5 +282,24 @@ def bench_options(parser):
     )
 
 
+def selftest_options(parser):
+    parser.add_argument(
+        '-o',
+        '--output',
+        default='.',
+        metavar='DIR',
+        help='where selftest.md and selftest.json go (default: .)',
+    )
+    parser.add_argument('--only', action='append', metavar='PART', help='run just this part; repeat for more')
+    parser.add_argument('--json', action='store_true', help='print one JSON object, for programs')
+
+
 def studio_options(parser):
     parser.add_argument('--port', type=port_number, default=8866, help='(default: 8866)')
+
+
+def serve_options(parser):
+    parser.add_argument(
+        '--host', default='127.0.0.1', help='(default: 127.0.0.1; 0.0.0.0 lets other machines connect)'
+    )
+    parser.add_argument('--port', type=port_number, default=7860, help='(default: 7860)')

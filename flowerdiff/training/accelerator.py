@@ -253,7 +253,7 @@ def step(
     for group in self.optimizer.param_groups:
         group['lr'] = lr
     if norm <= limit and is_finite:
-        self.scaler.step(self.optimizer)
+        self.optimizer.step()  # `scaler.step` would ask the device once more whether they are finite
     self.scaler.update()
     self.optimizer.zero_grad()
     if not is_finite and self.scaler.get_scale() < MIN_LOSS_SCALE:

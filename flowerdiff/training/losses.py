@@ -94,6 +94,7 @@ class LossMeter:
         device='cpu',
     ):
         self.timesteps = timesteps
+        self.ranges = torch.arange(TIMESTEP_RANGES, device=device)
         self.sums = torch.zeros(2, TIMESTEP_RANGES, device=device)  # losses and number of samples, by range
 
     def add(
@@ -103,7 +104,7 @@ class LossMeter:
     ):
         "Add the losses of a batch."
         ranges = timesteps * TIMESTEP_RANGES // self.timesteps
-        one_hot = torch.nn.functional.one_hot(ranges, TIMESTEP_RANGES).float()
+        one_hot = (ranges[:, None] == self.ranges).float()  # `F.one_hot` waits for the values, to check them
         self.sums += torch.stack([losses.float() @ one_hot, one_hot.sum(0)])
 
     def pop(
