@@ -103,7 +103,10 @@ JUDGED = dict(
 
 def kinds_of(attributes: dict) -> list[tuple]:  # (species, color, number), one or two
     "Return the kinds of flowers that attributes name."
-    kinds = [tuple(attributes[f'{which}{name}'] for name in ('species', 'color', 'number')) for which in ('', 'other_')]
+    kinds = [
+        tuple(attributes[f'{which}{name}'] for name in ('species', 'color', 'number'))
+        for which in ('', 'other_')
+    ]
     return [kind for kind in kinds if kind[0] != NONE]
 
 # %% ../../nbs/garden/05_mixed_garden.ipynb #ce41dc03

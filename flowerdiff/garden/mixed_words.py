@@ -33,13 +33,16 @@ COLOR_WORDS = {
     'black': ('black', 'jet black', 'pitch black', 'dark black'),
 }
 SPECIES_WORDS = {species: ((species, PLURALS.get(species, f'{species}s')),) for species in SPECIES}
-SPECIES_WORDS['lavender'] += (('lavender flower', 'lavender flowers'), ('sprig of lavender', 'sprigs of lavender'))
+SPECIES_WORDS['lavender'] += (
+    ('lavender flower', 'lavender flowers'),
+    ('sprig of lavender', 'sprigs of lavender'),
+)
 SPECIES_WORDS['cherry blossom'] += (('sakura', 'sakuras'), ('cherry flower', 'cherry flowers'))
 SPECIES_WORDS['iris'] += (('iris flower', 'iris flowers'),)
 SPECIES_WORDS['rose'] += (('rose flower', 'rose flowers'), ('rose blossom', 'rose blossoms'))
 SPECIES_WORDS['daisy'] += (('daisy flower', 'daisy flowers'),)
 SPECIES_WORDS['sunflower'] += (('sun flower', 'sun flowers'),)
-SPECIES_WORDS['bluebell'] += (('blue bell', 'blue bells'), ('bluebell flower', 'bluebell flowers'))
+SPECIES_WORDS['bluebell'] += (('bluebell flower', 'bluebell flowers'),)
 SPECIES_WORDS['poppy'] += (('poppy flower', 'poppy flowers'),)
 SPECIES_WORDS['lily'] += (('lily flower', 'lily flowers'),)
 SPECIES_WORDS['tulip'] += (('tulip flower', 'tulip flowers'),)
@@ -47,11 +50,11 @@ ANY_FLOWER = (('flower', 'flowers'), ('blossom', 'blossoms'), ('bloom', 'blooms'
 
 # %% ../../nbs/garden/06_mixed_words.ipynb #33674f9c
 NUMBER_WORDS = {
-    1: ('a', 'a', 'a', 'a', 'one', 'a single', '1', 'just one', 'exactly one', 'a lone'),
-    2: ('two', 'two', '2', 'a pair of', 'a couple of', 'exactly two'),
-    3: ('three', 'three', '3', 'a trio of', 'a group of three', 'exactly three'),
-    4: ('four', 'four', '4', 'a group of four', 'exactly four'),
-    5: ('five', 'five', '5', 'a group of five', 'exactly five'),
+    1: (*('a',) * 10, 'one', 'one', 'a single', '1', 'just one', 'exactly one'),
+    2: ('two', 'two', 'two', '2', '2', 'a pair of', 'a couple of', 'exactly two'),
+    3: ('three', 'three', 'three', '3', '3', 'a trio of', 'a group of three', 'exactly three'),
+    4: ('four', 'four', 'four', '4', '4', 'a group of four', 'exactly four'),
+    5: ('five', 'five', 'five', '5', '5', 'a group of five', 'exactly five'),
 }
 VAGUE_NUMBERS = {
     2: ('', '', 'some'),
@@ -75,7 +78,13 @@ PLACE_PHRASES = {
     'blue sky': (
         *('under a blue sky', 'against a blue sky', 'in front of the sky', 'with clouds behind'),
         *('on a clear day', 'in front of a blue sky', 'on a sunny day', 'with white clouds in the sky'),
-        *('with a sky background', 'in front of clouds', 'under the sky', 'with sky behind', 'in the sunshine'),
+        *(
+            'with a sky background',
+            'in front of clouds',
+            'under the sky',
+            'with sky behind',
+            'in the sunshine',
+        ),
     ),
     'soil': (
         *('on brown soil', 'in the soil', 'on dark earth', 'in the earth', 'on bare ground', 'on soil'),
@@ -170,7 +179,13 @@ NOT_COLOR = (
 NOT_SPECIES = ('{noun} that {be} not {other}', '{noun} but not {other}', '{noun}, but no {other}')
 LEAF_WORDS = {
     'yes': ('with leaves', 'with green leaves', 'that {have} leaves', 'with some leaves'),
-    'no': ('without leaves', 'with no leaves', 'that {have} no leaves', 'without any leaves', 'without a leaf'),
+    'no': (
+        'without leaves',
+        'with no leaves',
+        'that {have} no leaves',
+        'without any leaves',
+        'without a leaf',
+    ),
 }
 BUD_WORDS = {
     'yes': ('with a bud', 'with buds', 'and a bud', 'with a closed bud', 'that {have} a bud'),

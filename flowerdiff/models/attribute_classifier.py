@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .clip import LossLog, set_learning_rate
 from .tiny_autoencoder import to_pictures, to_tensor
+from ..services.training_state import TrainingState
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #40326b94
 def resize_to_tensor(
@@ -159,6 +160,7 @@ def train_classifier(
     lr: float = 2e-3,
     seed: int = 0,
     progress=print,  # called with a line every 50 steps
+    resume: Path | None = None,  # file with the state, kept to go on after a kill
 ) -> AttributeClassifier:
     "Train an attribute classifier on degraded images."
     torch.manual_seed(seed)
@@ -169,8 +171,9 @@ def train_classifier(
         for name, values in attributes.items()
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02)
-    log = LossLog(progress, batch_size, every=50, decay=0.97)
-    for step in range(steps):
+    state = TrainingState(resume, rng, model=model, optimizer=optimizer)
+    log = LossLog(progress, batch_size, every=50, decay=0.97, first=state.step)
+    for step in range(state.step, steps):
         warmup = min(1, (step + 1) / 50)
         set_learning_rate(optimizer, lr * warmup * (0.5 + 0.5 * np.cos(np.pi * step / steps)))
         idx = rng.integers(len(pictures), size=batch_size)
@@ -183,7 +186,9 @@ def train_classifier(
         loss.backward()
         optimizer.step()
         log.update(loss.item())
+        state.save(step + 1)
     save_classifier(model.eval(), out)
+    state.finish()
     return model
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #30c505bc

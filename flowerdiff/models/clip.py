@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .tokenizer import Attributes, tokenize, tokenize_captions, train_tokenizer
 from ..services.hardware import bf16_is_fast
+from ..services.training_state import TrainingState
 
 # %% ../../nbs/models/04_clip.ipynb #63499cbf
 def small_clip(
@@ -32,6 +33,7 @@ def small_clip(
     width: int = 128,
     layers: int = 3,  # of each encoder
     heads: int = 4,
+    attention: str = 'sdpa',  # how attention is computed, `eager` or `sdpa`
 ):  # -> transformers' CLIPModel
     "Build an untrained CLIP."
     from transformers import CLIPConfig, CLIPModel
@@ -47,7 +49,8 @@ def small_clip(
     max_length = tokenizer.model_max_length
     text = dict(tower, vocab_size=len(tokenizer), max_position_embeddings=max_length, **special)
     vision = dict(tower, image_size=picture_size, patch_size=picture_size // 8)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
+    model = CLIPModel._from_config(config, attn_implementation=attention)
     init_local_attention(model.vision_model)
     return model
 
@@ -193,11 +196,13 @@ def contrastive_loss(
 
 
 def contradicts(
-    facts: Tensor,  # [B, A] what each caption states; -1: nothing
+    facts: Tensor,  # [B, A] what each caption states; -1: nothing, -2 - i: not value i
     values: Tensor,  # [B, A] what each image shows
 ) -> Tensor:  # [B, B] bool
     "Return whether caption i is false for image j."
-    return ((facts[:, None] >= 0) & (facts[:, None] != values[None])).any(-1)
+    stated = facts[:, None]
+    wrong = (stated >= 0) & (stated != values[None])
+    return (wrong | (stated == -2 - values[None])).any(-1)
 
 # %% ../../nbs/models/04_clip.ipynb #4016b554
 def attribute_heads(
@@ -233,10 +238,11 @@ def attribute_loss(
 def fraction_done(
     minutes: float,  # duration of the training
     steps: int | None = None,  # number of steps, instead of minutes
+    step: int = 0,  # steps that are done already
+    seconds: float = 0.0,  # and how long they took
 ) -> Iterator[float]:  # from 0 to 1
     "Yield before each step the fraction of the training that is done."
-    start = time.time()
-    step = 0
+    start = time.time() - seconds
     while True:
         done = step / steps if steps else (time.time() - start) / 60 / minutes
         if done >= 1:
@@ -269,12 +275,13 @@ class LossLog:
         batch_size: int,
         every: int = 200,  # steps
         decay: float = 0.98,  # of the running mean
+        first: int = 0,  # steps that were done before
     ):
         self.progress = progress
         self.batch_size = batch_size
         self.every = every
         self.decay = decay
-        self.step = 0
+        self.step = self.first = first
         self.mean = None
         self.start = time.time()
 
@@ -284,7 +291,7 @@ class LossLog:
         self.mean = loss if self.mean is None else self.decay * self.mean + (1 - self.decay) * loss
         if self.step % self.every == 0:
             seconds = time.time() - self.start
-            rate = self.step * self.batch_size / seconds
+            rate = (self.step - self.first) * self.batch_size / seconds
             self.progress(f'{seconds:.0f} s, step {self.step}, loss {self.mean:.3f}, {rate:.0f} pictures/s')
 
 # %% ../../nbs/models/04_clip.ipynb #31d35177
@@ -345,7 +352,9 @@ def train_clip(
     attributes: Attributes | None = None,  # where they are known
     width: int = 128,
     layers: int = 3,
-    max_length: int = 24,  # tokens of a caption
+    tokenizer=None,  # default: trained on the captions, for `max_length` tokens of each
+    max_length: int = 24,
+    attention: str = 'sdpa',  # see `small_clip`
     batch_size: int = 32,
     lr: float = 1.4e-3,
     device: str = 'cpu',
@@ -353,27 +362,33 @@ def train_clip(
     progress=print,  # called with a line every 200 steps
     watch=iter,  # wraps the steps, for example in a progress bar
     monitor=None,  # may end the training, such as an `EarlyStopping`
+    resume: Path | None = None,  # file with the state, kept to go on after a kill; needs a tokenizer
 ) -> tuple:  # CLIPModel, CLIPTokenizer
     "Train a CLIP and its tokenizer on captioned images."
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    tokenizer = train_tokenizer((text for texts in captions for text in texts), max_length=max_length)
+    if tokenizer is None:
+        tokenizer = train_tokenizer((text for texts in captions for text in texts), max_length=max_length)
     data = CaptionedImages(pictures, *tokenize_captions(tokenizer, captions), attributes)
-    model = small_clip(tokenizer, pictures.shape[1], width, layers).to(device).train()
+    model = small_clip(tokenizer, pictures.shape[1], width, layers, attention=attention).to(device).train()
     heads = attribute_heads(width, attributes and attributes.values).to(device)
     params = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    log = LossLog(progress, batch_size)
-    for step, done in enumerate(watch(fraction_done(minutes, steps))):
+    state = TrainingState(resume, rng, model=model, heads=heads, optimizer=optimizer)
+    log = LossLog(progress, batch_size, first=state.step)
+    left = fraction_done(minutes, steps, state.step, state.seconds)
+    for step, done in enumerate(watch(left), state.step):
         set_learning_rate(optimizer, _cosine_rate(lr, step, done))
         batch = sample_batch(data, rng, batch_size).to(device)
         loss_function = vision_loss if attributes and done < VISION_FIRST else joint_loss
         loss = loss_function(model, heads, batch, bf16_is_fast(device))
         _update(optimizer, params, loss, model.logit_scale)
         log.update(loss.item())
+        state.save(step + 1)
         if monitor and monitor.should_stop(model, tokenizer, step + 1):
             break
     save_clip(model, tokenizer, out)
+    state.finish()
     return model.eval(), tokenizer
 
 # %% ../../nbs/models/04_clip.ipynb #7da727ea

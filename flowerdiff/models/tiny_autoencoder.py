@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOISE', 'THREADS', 'FROZEN', 'SAVE_MINUTES', 'small_autoencoder', 'to_tensor', 'to_pictures', 'reconstruction_psnr',
-           'differences', 'reconstruction_loss', 'encode_all', 'standardize', 'save_autoencoder', 'MicroBatch',
-           'micro_batch_gradients', 'train_step', 'update_average', 'freeze_encoder', 'sample_batch',
-           'train_autoencoder', 'garden_autoencoder']
+           'differences', 'reconstruction_loss', 'encode_all', 'standardize', 'high_frequency_share', 'scale_loss',
+           'save_autoencoder', 'MicroBatch', 'micro_batch_gradients', 'train_step', 'update_average', 'frozen_latents',
+           'freeze_encoder', 'sample_batch', 'train_autoencoder', 'garden_autoencoder']
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #e4c0bf84
 import copy
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .clip import LossLog, fraction_done, set_learning_rate
 from .components import decode, encode_moments, psnr, save_part
 from ..services.hardware import bf16_is_fast
+from ..services.training_state import TrainingState
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #18581398
 def small_autoencoder(
@@ -119,6 +120,28 @@ def standardize(
     first.bias.add_((first.weight * mean[None, :, None, None]).sum((1, 2, 3)))
     first.weight.mul_(std[None, :, None, None])
 
+# %% ../../nbs/models/06_tiny_autoencoder.ipynb #f3e90002
+def high_frequency_share(
+    latents: Tensor,  # [N, C, h, w]
+    cutoff: float = 0.3,  # cycles per latent; the finest wave has 0.5 along an axis
+) -> float:  # between 0 and 1
+    "Compute which share of the latents' energy, without their means, is above a spatial frequency."
+    z = latents.float()
+    energy = torch.fft.fft2(z - z.mean((2, 3), keepdim=True)).abs().square().mean((0, 1))
+    y, x = (torch.fft.fftfreq(n, device=z.device) for n in z.shape[-2:])
+    fine = (y[:, None].square() + x.square()).sqrt() > cutoff
+    return (energy[fine].sum() / energy.sum()).item()
+
+# %% ../../nbs/models/06_tiny_autoencoder.ipynb #f3e90005
+def scale_loss(
+    model,  # AutoencoderTiny
+    latents: Tensor,  # [B, C, h, w] of the images
+    x: Tensor,  # [B, 3, H, W]
+) -> Tensor:  # a number
+    "Compute how far latents of half the size decode from images of half the size."
+    half = nn.functional.avg_pool2d(latents, 2)
+    return reconstruction_loss(model.decode(half).sample.float(), nn.functional.avg_pool2d(x, 2))
+
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #f7201469
 def save_autoencoder(
     model,  # AutoencoderTiny or AutoencoderKL
@@ -155,6 +178,7 @@ def micro_batch_gradients(
     model,  # AutoencoderTiny
     micro_batch: MicroBatch,
     bf16: bool = False,  # compute the network in bfloat16
+    equivariance: float = 0.0,  # weight of `scale_loss`
 ) -> tuple:  # loss, and the gradients of the trainable parameters
     "Compute the loss and the gradients of a micro-batch."
     x = micro_batch.pixels
@@ -169,6 +193,9 @@ def micro_batch_gradients(
         mean = z.float().mean((0, 2, 3))
         std = z.float().std((0, 2, 3))
         loss = loss + 0.02 * (mean.pow(2) + (std - 1).pow(2)).mean()
+        if equivariance:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+                loss = loss + equivariance * scale_loss(model, z, x)
     return loss.item(), torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #b974d61a
@@ -178,9 +205,13 @@ def train_step(
     pool: ThreadPoolExecutor,
     micro_batches: list,  # of MicroBatch
     bf16: bool = False,  # compute the network in bfloat16
+    *,
+    equivariance: float = 0.0,  # weight of `scale_loss`
 ) -> float:  # mean loss
     "Run one optimizer step on a batch."
-    results = list(pool.map(lambda part: micro_batch_gradients(model, part, bf16), micro_batches))
+    results = list(
+        pool.map(lambda part: micro_batch_gradients(model, part, bf16, equivariance), micro_batches)
+    )
     losses, gradients = zip(*results)
     optimizer.zero_grad()  # including those of a frozen encoder
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -202,6 +233,12 @@ def update_average(
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #f35d82f4
+def frozen_latents(model, ema, train: np.ndarray) -> Tensor:  # see `freeze_encoder`
+    "Freeze the encoder, and compute the latents of the training images."
+    model.encoder.requires_grad_(False)
+    return encode_all(ema, train).half()
+
+
 def freeze_encoder(
     model,  # changed in place
     ema,  # its average, changed in place
@@ -210,8 +247,7 @@ def freeze_encoder(
     "Standardize the averaged weights, load them into the model, and freeze its encoder."
     standardize(ema, train[:4096])
     model.load_state_dict(ema.state_dict())
-    model.encoder.requires_grad_(False)
-    return encode_all(ema, train).half()
+    return frozen_latents(model, ema, train)
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #6408d505
 THREADS = 2
@@ -259,38 +295,47 @@ def train_autoencoder(
     minutes: float = 60.0,  # duration
     steps: int | None = None,  # number of steps, instead of minutes
     width: int = 48,  # see `small_autoencoder`
+    latent_channels: int = 4,
+    equivariance: float = 0.0,  # weight of `scale_loss`, while the encoder is trained
     held_out: int = 256,  # number of images at the start that are kept for validation
     batch_size: int = 8,
     lr: float = 1e-3,
     device: str = 'cpu',
     seed: int = 0,
     progress=print,  # called with a line every 500 steps
+    resume: Path | None = None,  # file with the state, kept to go on after a kill
 ):  # -> AutoencoderTiny, float32
     "Train an autoencoder whose latents have zero mean and unit variance."
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     validation, train = pictures[:held_out], pictures[held_out:]
-    model = small_autoencoder(width).to(device, memory_format=torch.channels_last).train()
+    model = small_autoencoder(width, latent_channels).to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    log = LossLog(progress, batch_size, every=500, decay=0.99)
-    latents = None
+    state = TrainingState(resume, rng, model=model, ema=ema, optimizer=optimizer)
+    log = LossLog(progress, batch_size, every=500, decay=0.99, first=state.step)
+    latents = frozen_latents(model, ema, train) if state.notes else None
     saved = time.time()
     with ThreadPoolExecutor(THREADS) as pool:
-        for step, done in enumerate(fraction_done(minutes, steps)):
+        for step, done in enumerate(fraction_done(minutes, steps, state.step, state.seconds), state.step):
             frozen = done > 1 - FROZEN
             if frozen and latents is None:
                 latents = freeze_encoder(model, ema, train)
+                state.notes['frozen'] = True
             set_learning_rate(optimizer, lr * min(1, (step + 1) / 300) * (1 - done))
             batch = sample_batch(
                 rng, train, latents, batch_size=batch_size, mirror=step % 4 == 0, device=device
             )
-            log.update(train_step(model, optimizer, pool, batch, bf16_is_fast(device)))
+            bf16 = bf16_is_fast(device)
+            log.update(train_step(model, optimizer, pool, batch, bf16, equivariance=equivariance))
             update_average(ema, model, step + 1)
+            state.save(step + 1)
             if (time.time() - saved) / 60 > SAVE_MINUTES:
                 _save_average(ema, out, train, validation, frozen=frozen, progress=progress)
                 saved = time.time()
-    return _save_average(ema, out, train, validation, frozen=latents is not None, progress=progress)
+    kept = _save_average(ema, out, train, validation, frozen=latents is not None, progress=progress)
+    state.finish()
+    return kept
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #97be8eca
 def garden_autoencoder():
