@@ -244,7 +244,7 @@ def add_class_metrics(
 def _measure_attributes(found: Measurements, images: list, prompts: list[EvalPrompt], real: list):
     if not (prompts and all(p.attributes for p in prompts)):
         found.skipped['adherence'] = (
-            'it needs images with attributes that the bundled classifier knows: those of the classic garden'
+            'it needs images that the bundled classifier knows: of the classic garden'
         )
         return
     test = ClassifierTest(attribute_metrics(real, prompts).metrics['adherence']['all'])

@@ -10,12 +10,13 @@ __all__ = ['ROWS', 'NEIGHBORS', 'MISTAKES', 'LEAST_LETTERS', 'MOST_MISTAKES', 's
 import hashlib
 import random
 import re
+from itertools import pairwise
 
 # %% ../../nbs/garden/07_misspelling.ipynb #9c6cc520
 ROWS = ('qwertyuiop', 'asdfghjkl', 'zxcvbnm')
 NEIGHBORS = {}
 for _row in ROWS:
-    for _left, _right in zip(_row, _row[1:]):
+    for _left, _right in pairwise(_row):
         NEIGHBORS[_left] = NEIGHBORS.get(_left, '') + _right
         NEIGHBORS[_right] = NEIGHBORS.get(_right, '') + _left
 

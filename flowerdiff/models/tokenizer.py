@@ -38,11 +38,8 @@ def learn_merges(
     words = pre_tokenizers.Split(Regex(WORD), 'removed', invert=True)
     spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, spelled])
-    trainer = trainers.BpeTrainer(
-        vocab_size=number + 64 + (SPARE_MERGES if longest_piece else 0),
-        end_of_word_suffix='</w>',
-        show_progress=False,
-    )
+    size = number + 64 + (SPARE_MERGES if longest_piece else 0)
+    trainer = trainers.BpeTrainer(vocab_size=size, end_of_word_suffix='</w>', show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)
     merges = json.loads(tokenizer.to_str())['model']['merges']
     if longest_piece:
@@ -107,9 +104,7 @@ def tokenize_captions(
 class Attributes:
     "The known attributes of captions and images, as indices."
 
-    facts: (
-        Tensor  # [N, K, A] what each of the K captions of an image states; -1: nothing, -2 - i: not value i
-    )
+    facts: Tensor  # [N, K, A] what each of its K captions states; -1: nothing, -2 - i: not value i
     values: Tensor  # [N, A] what each image shows
 
 
