@@ -96,6 +96,7 @@ CLASSIFIED = dict(
     other_color=[NONE, *COLORS],
     place=list(PLACES),
     size=list(SIZES),
+    petals=sorted({n for options in PETALS.values() for n in options}),
     leaves=list(YES_NO),
     bud=list(YES_NO),
 )

@@ -192,8 +192,8 @@ def train_classifier(
         optimizer.zero_grad()
         log.update(loss.item())
         state.save(step + 1)
-    state.finish()
     save_classifier(model.eval(), out)
+    state.finish()
     return model
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #30c505bc

@@ -331,8 +331,9 @@ def train_autoencoder(
             update_average(ema, model, step + 1)
             if state.save(step + 1):
                 _save_average(ema, out, train, validation, frozen=latents is not None, progress=progress)
+    kept = _save_average(ema, out, train, validation, frozen=latents is not None, progress=progress)
     state.finish()
-    return _save_average(ema, out, train, validation, frozen=latents is not None, progress=progress)
+    return kept
 
 # %% ../../nbs/models/06_tiny_autoencoder.ipynb #97be8eca
 def garden_autoencoder():
