@@ -5,7 +5,7 @@
 Each of the 280 prompts of `free_prompts.jsonl` is drawn twice, and the attribute classifier looks at each
 picture. It is right if all that the prompt asks for is in it (species, colors, place, count, size, petals,
 leaves, buds) and nothing that it denies. A prompt for an unknown thing is right if the model names it as not
-learned. Prints a table by kind of prompt, and writes it to OUT with a sheet of pictures for each kind: a green
+learned. Prints a table by kind of prompt, and writes it to OUT with a sheet for each kind: a green
 frame is right, a red one wrong, a gray one not judged.
 
 `--classifier` is a classifier of the mixed garden (see `garden_networks.py`). Without one, the bundled

@@ -90,6 +90,7 @@ def sample_attributes(
 YES_NO = ('yes', 'no')
 CLASSIFIED = dict(
     count=list(COUNT_SHARES),
+    number=list(COUNT_SHARES),
     species=list(SPECIES),
     color=list(COLORS),
     other_species=[NONE, *SPECIES],

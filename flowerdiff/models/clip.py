@@ -263,7 +263,7 @@ def _cosine_rate(
 def set_learning_rate(optimizer, lr: float):
     "Set the learning rate of all parameter groups."
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = float(lr)
 
 # %% ../../nbs/models/04_clip.ipynb #31d35177
 def vision_loss(

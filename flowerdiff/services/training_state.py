@@ -7,6 +7,7 @@ __all__ = ['SAVE_MINUTES', 'TrainingState', 'LossLog']
 
 # %% ../../nbs/services/15_training_state.ipynb #4ed27d41
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class TrainingState:
                 part.load_state_dict(kept['parts'][name])
             self.rng.bit_generator.state = kept['numpy']
             torch.set_rng_state(kept['torch'])
-        except (RuntimeError, KeyError, ValueError, EOFError) as error:
+        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(problem) from error
         self.step = kept['step']
         self.seconds = kept['seconds']

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'FIRST_INDEX', 'KNOWN_COLUMNS', 'held_out_combinations', 'generate_attributes', 'DrawTask', 'draw_pictures',
            'write_rows', 'garden_counts', 'draw_tasks', 'generate_garden', 'find_path', 'dataset_folder',
-           'source_folder', 'other_columns', 'picture_row', 'fill_splits', 'prepare_folder', 'Prepared', 'run']
+           'source_folder', 'other_columns', 'picture_row', 'fill_splits', 'prepare_folder', 'Prepared',
+           'encoder_details', 'run']
 
 # %% ../../nbs/stages/01_prepare.ipynb #1fb8c254
 import contextlib
@@ -16,7 +17,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -175,9 +176,6 @@ def generate_garden(
     written = write_rows(new, progress(rows, prepare.count, 'flowers'))
     write_jsonl(new / 'quarantine.jsonl', [])
     held_out = sorted(held_out_combinations(seed, world))
-    if prepare.garden == 'mixed':
-        chosen = ', '.join(f'components.{name}={spec}' for name, spec in ws.settings.components)
-        print(f'the mixed garden has no bundled encoders yet: {chosen}')
     return dict(kind='garden', source='garden', **written, left_out=0, held_out=held_out)
 
 # %% ../../nbs/stages/01_prepare.ipynb #ef95f7bf
@@ -378,6 +376,7 @@ class Prepared:
     summary: str  # one line
     folder: Path  # `pictures/`
     info: dict  # the content of `info.json`
+    details: list = field(default_factory=list)  # lines
 
     def show(self):
         "Show pictures, counts, near copies and the files that were left out."
@@ -399,6 +398,14 @@ def _summary(info: dict) -> str:
     return ', '.join([line, *notes[:3]])
 
 
+def encoder_details(settings) -> list:  # of lines
+    "Say which encoders a garden without bundled ones uses."
+    if (settings.prepare.source, settings.prepare.garden) != ('garden', 'mixed'):
+        return []
+    chosen = ', '.join(f'components.{name}={spec}' for name, spec in settings.components)
+    return [f'the mixed garden has no bundled encoders: {chosen}']
+
+
 @stage('prepare')
 def run(ws: Workspace) -> Prepared:
     "Write `pictures/`: pictures of one size in three splits."
@@ -414,4 +421,7 @@ def run(ws: Workspace) -> Prepared:
         print(f'left out: {row["file"]} {row["reason"]}')
     for note in info.get('metadata', {}).get('notes', [])[:5]:
         print(note)
-    return Prepared(_summary(info), ws.pictures, info)
+    details = encoder_details(ws.settings)
+    for line in details:
+        print(line)
+    return Prepared(_summary(info), ws.pictures, info, details)
