@@ -25,7 +25,7 @@ from ..core.schema import UserError
 from ..core.settings import Caption
 from .caption_cleanup import article
 from .celeba_captions import describe_face, is_celeba
-from ..garden.captions import describe
+from ..garden.worlds import describe, world_of
 
 # %% ../../nbs/data/19_caption_columns.ipynb #c16a0007
 ENDINGS = 'jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|jxl|svg|txt|json|caption|tar|zip'
@@ -327,7 +327,7 @@ def first_caption(
     captions = given_captions(texts, Caption(), rng).captions or row.get('captions', [])
     if captions:
         return captions[0]
-    if 'species' in row and 'petals' in row:
+    if world_of(row):
         return describe(row, rng)
     if is_celeba(row.get('attributes', {})):
         return describe_face(row['attributes'], rng)

@@ -243,7 +243,9 @@ def add_class_metrics(
 # %% ../../nbs/evaluation/12_measure.ipynb #8eacc781
 def _measure_attributes(found: Measurements, images: list, prompts: list[EvalPrompt], real: list):
     if not (prompts and all(p.attributes for p in prompts)):
-        found.skipped['adherence'] = 'it needs images with known attributes, such as those of the garden'
+        found.skipped['adherence'] = (
+            'it needs images that the bundled classifier knows: of the classic garden'
+        )
         return
     test = ClassifierTest(attribute_metrics(real, prompts).metrics['adherence']['all'])
     measured = attribute_metrics(images, prompts)

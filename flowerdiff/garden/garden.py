@@ -221,6 +221,7 @@ class Plant:
     blades: bool  # narrow leaves from the ground
     leaf_draws: np.ndarray  # [4] 0..1: two leaves or one, their positions, their length
     green: tuple  # dark and light color
+    leaves: bool = True
 
 
 def stem_end(species: str, head: Head) -> complex:
@@ -232,7 +233,7 @@ def stem_end(species: str, head: Head) -> complex:
     return c + 1j * r * (0.2 if species in FACING else 0.3 if species == 'iris' else 0.95)
 
 
-def paint_plant(brush: Brush, species: str, head: Head, plant: Plant):
+def paint_plant(brush: Brush, species: str, head: Head, plant: Plant) -> np.ndarray:  # [n] complex, the stem
     "Paint the stem and leaves of one flower."
     c = head.center
     r = head.radius
@@ -245,7 +246,8 @@ def paint_plant(brush: Brush, species: str, head: Head, plant: Plant):
     size = 1.0 if plant.alone else 0.62
     width = 0.055 if plant.alone else 0.05
     draws = plant.leaf_draws
-    for d in (-1, 1) if plant.alone and draws[0] < 0.6 else (head.side,):
+    sides = (-1, 1) if plant.alone and draws[0] < 0.6 else (head.side,)
+    for d in sides if plant.leaves else ():
         far = draws[1 if d > 0 else 2]
         if plant.blades:
             angle = -np.pi / 2 + d * (0.3 + 0.4 * far)
@@ -254,6 +256,7 @@ def paint_plant(brush: Brush, species: str, head: Head, plant: Plant):
             angle = -np.pi / 2 + d * 1.05
             brush.leaf(stem[2 + int(4 * far)], angle, 0.27 * size, 0.075 * size, plant.green)
     brush.stroke(stem, width * 1.1, width * 0.85, plant.green)
+    return stem
 
 # %% ../../nbs/garden/02_garden.ipynb #6347cb3a
 LIGHT_GREEN = (66, 118, 52), (126, 178, 84)  # visible in front of dark backgrounds

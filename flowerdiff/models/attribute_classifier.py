@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .clip import LossLog, set_learning_rate
+from .clip import set_learning_rate
 from .tiny_autoencoder import to_pictures, to_tensor
+from ..services.training_state import LossLog, TrainingState
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #40326b94
 def resize_to_tensor(
@@ -147,6 +148,13 @@ def round_trips(
     return np.concatenate(decoded)
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #4c97661d
+def _targets(labels: list, attributes: dict) -> dict:  # attribute -> [N] indices
+    return {
+        name: torch.tensor([values.index(label[name]) for label in labels])
+        for name, values in attributes.items()
+    }
+
+
 def train_classifier(
     pictures: np.ndarray,  # [N, 64, 64, 3] uint8
     labels: list,  # of dicts, one per image: attribute -> value
@@ -159,31 +167,33 @@ def train_classifier(
     lr: float = 2e-3,
     seed: int = 0,
     progress=print,  # called with a line every 50 steps
+    resume: Path | None = None,  # file with the state, kept to go on after a kill
 ) -> AttributeClassifier:
     "Train an attribute classifier on degraded images."
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = AttributeClassifier(attributes, width).train()
-    targets = {
-        name: torch.tensor([values.index(label[name]) for label in labels])
-        for name, values in attributes.items()
-    }
+    targets = _targets(labels, attributes)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02)
-    log = LossLog(progress, batch_size, every=50, decay=0.97)
-    for step in range(steps):
-        warmup = min(1, (step + 1) / 50)
-        set_learning_rate(optimizer, lr * warmup * (0.5 + 0.5 * np.cos(np.pi * step / steps)))
+    state = TrainingState(resume, rng, model=model, optimizer=optimizer)
+    log = LossLog(progress, batch_size, every=50, decay=0.97, first=state.step)
+    for step in range(state.step, steps):
+        set_learning_rate(
+            optimizer, lr * min(1, (step + 1) / 50) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+        )
         idx = rng.integers(len(pictures), size=batch_size)
         x = torch.cat([degrade(chunk, rng) for chunk in to_tensor(pictures[idx]).chunk(6)])
         loss = sum(
             F.cross_entropy(logits, targets[name][idx], label_smoothing=0.02)
             for name, logits in model.logits(x).items()
         )
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
         log.update(loss.item())
+        state.save(step + 1)
     save_classifier(model.eval(), out)
+    state.finish()
     return model
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #30c505bc

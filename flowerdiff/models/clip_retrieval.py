@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST_PICTURES', 'BEYOND_CHANCE', 'EPOCHS', 'PATIENCE', 'HeldOut', 'similarities', 'matches', 'Retrieval', 'recall',
            'retrieval', 'chance_p_value', 'ChanceTest', 'check_against_chance', 'most_steps', 'time_clip_step',
-           'EarlyStopping']
+           'EarlyStopping', 'probe']
 
 # %% ../../nbs/models/16_clip_retrieval.ipynb #95c22c92
 import math
@@ -218,3 +218,21 @@ class EarlyStopping:
         "Put the best weights back."
         if self.weights:
             model.load_state_dict(self.weights)
+
+# %% ../../nbs/models/16_clip_retrieval.ipynb #9a0be002
+def probe(
+    model,  # CLIPModel
+    tokenizer,
+    pictures: np.ndarray,  # [N, H, W, 3] uint8
+    sentences: list[dict],  # for each picture: what is changed -> true sentence, false sentence
+) -> dict[str, tuple]:  # what is changed -> share of pictures that fit the true one better, how many
+    "Test which changes of a caption a CLIP notices."
+    texts = [[text for pair in changes.values() for text in pair] for changes in sentences]
+    fit = similarities(model, tokenizer, HeldOut(pictures, texts))
+    right = {}
+    row = 0
+    for i, changes in enumerate(sentences):
+        for change in changes:
+            right.setdefault(change, []).append(bool(fit[row, i] > fit[row + 1, i]))
+            row += 2
+    return {change: (sum(answers) / len(answers), len(answers)) for change, answers in right.items()}

@@ -19,7 +19,7 @@ from ..core.schema import UserError
 from ..core.workspace import format_bytes, free_bytes, preview_workspace
 from ..data.caption_lint import overview_lines
 from ..data.images import BadPicture, load_picture
-from ..garden.garden import flower
+from ..garden.worlds import WORLDS
 from ..models.autoencoder_choice import CANDIDATES, Choice, compare, sample_evenly, side_by_side
 from ..models.clip_retrieval import most_steps, time_clip_step
 from ..models.text_encoder import choose_text_encoder
@@ -181,7 +181,9 @@ def choose_autoencoder(
         return None
     side = settings.prepare.resolution
     if settings.prepare.source == 'garden':
-        pictures = [flower(settings.seed, i, side)[0] for i in range(16)]
+        world = WORLDS[settings.prepare.garden]
+        sampled = [world.sample(settings.seed, i) for i in range(16)]
+        pictures = [world.draw(attributes, settings.seed, i, side) for i, attributes in enumerate(sampled)]
     else:
         loaded = [_load_square(file, settings) for file in sample_evenly(inputs.survey.sample, side)]
         pictures = [picture for picture in loaded if picture]

@@ -44,7 +44,7 @@ from flowerdiff.data.caption_lint import (
 from ..data.celeba_captions import describe_face, is_celeba
 from ..data.image_folder import read_rows
 from ..data.images import open_picture
-from ..garden.captions import describe
+from ..garden.worlds import describe, world_of
 
 # %% ../../nbs/stages/02_caption.ipynb #e9319a8d
 def given(
@@ -110,7 +110,7 @@ def describe_properties(
 def attributes(row: dict, rng, n: int) -> list:
     "Write sentences from the garden's attributes, or from the columns of a table."
     columns = row.get('attributes', {})
-    if 'species' in row and 'petals' in row:
+    if world_of(row):
         return different_sentences(lambda: describe(row, rng), n)
     if is_celeba(columns):
         return different_sentences(lambda: describe_face(columns, rng), n)

@@ -1,0 +1,343 @@
+"""The mixed garden: captions that are true and stay the same, and networks whose training survives a kill.
+
+A sentence is read back with the tables of words alone: what it says must be in the attributes.
+"""
+
+import hashlib
+import importlib.util
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowerdiff.core.profiles import load_profile
+from flowerdiff.core.workspace import read_jsonl
+from flowerdiff.garden import mixed_words as words
+from flowerdiff.garden.misspelling import misspell, misspelled
+from flowerdiff.garden.mixed_captions import caption, changed_captions
+from flowerdiff.garden.mixed_garden import CLASSIFIED, NONE, flowers, kinds_of, sample_attributes
+from flowerdiff.garden.worlds import WORLDS
+
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+PHRASES = {phrase: place for place, row in words.PLACE_PHRASES.items() for phrase in row}
+TAGS = {tag: place for place, row in words.PLACE_TAGS.items() for tag in row}
+COLORS = {word: color for color, row in words.COLOR_WORDS.items() for word in row}
+SPECIES = {word: name for name, rows in words.SPECIES_WORDS.items() for row in rows for word in row}
+SIZES = {word: size for size, row in words.SIZE_WORDS.items() for word in row}
+DENIED = re.compile(
+    r'(?:that (?:is|are) not|but not|, not|not|non-|any color but|any colour except|which (?:is|are) never'
+    r'|but no) ?(?:an? )?({})'.format(
+        '|'.join(sorted({row[0] for row in words.COLOR_WORDS.values()} | set(SPECIES), key=len)[::-1])
+    )
+)
+
+
+def pattern(table):
+    "Match any word of a table, the longest first."
+    longest_first = sorted(table, key=len, reverse=True)
+    return re.compile(rf'(?<![\w-])({"|".join(map(re.escape, longest_first))})(?![\w-])')
+
+
+ABSENT = pattern(words.ABSENCES)
+LEAVES = pattern(
+    phrase.format(have=have)
+    for row in words.LEAF_WORDS.values()
+    for phrase in row
+    for have in ('has', 'have')
+)
+PATTERNS = {
+    name: pattern(table)
+    for name, table in dict(places=PHRASES, species=SPECIES, colors=COLORS, sizes=SIZES).items()
+}
+TAG = '|'.join(sorted(TAGS, key=len, reverse=True))
+TAGGED = re.compile(rf'^({TAG})(?=[:,])|(?<=, )({TAG})(?=\.?$)')
+
+
+def read(text):
+    "Read a caption back: what it says and what it denies."
+    text = text.lower()
+    found = dict(absent=ABSENT.findall(text))
+    text = ABSENT.sub(' _ ', text)
+    text = LEAVES.sub(' _ ', text)
+    tags = [TAGS[first or last] for first, last in TAGGED.findall(text)]
+    text = TAGGED.sub(' _ ', text)
+    found['places'] = tags + [PHRASES[word] for word in PATTERNS['places'].findall(text)]
+    text = PATTERNS['places'].sub(' _ ', text)
+    found['denied'] = DENIED.findall(text)
+    text = DENIED.sub(' _ ', text)
+    for name, table in dict(species=SPECIES, colors=COLORS, sizes=SIZES).items():
+        found[name] = [table[word] for word in PATTERNS[name].findall(text)]
+        text = PATTERNS[name].sub(' _ ', text)
+    return found
+
+
+def captioned(n=3000):
+    for i in range(n):
+        attributes = sample_attributes(4, i)
+        yield attributes, *caption(attributes, random.Random(i))
+
+
+def test_every_word_of_a_caption_is_true():
+    said = Counter()
+    for attributes, text, _ in captioned():
+        found = read(text)
+        kinds = kinds_of(attributes)
+        said.update({name: bool(values) for name, values in found.items()})
+        assert set(found['species']) <= {kind[0] for kind in kinds}, text
+        assert set(found['colors']) <= {kind[1] for kind in kinds}, text
+        assert set(found['places']) <= {attributes['place']}, text
+        assert set(found['sizes']) <= {attributes['size']}, text
+        for phrase in found['absent']:
+            assert attributes['place'] not in words.ABSENCES[phrase], text
+        for word in found['denied']:
+            assert COLORS.get(word) != kinds[0][1] and SPECIES.get(word) != kinds[0][0], text
+    assert min(said.values()) > 60, said  # each of them is said, and read back
+
+
+def test_what_is_stated_is_true_and_said():
+    for attributes, text, stated in captioned():
+        found = read(text)
+        for name, value in stated.items():
+            if name.startswith('not '):
+                assert attributes[name[4:]] != value, text
+            else:
+                assert attributes[name] == value, text
+        for name in ('species', 'color'):
+            if name in stated:
+                assert stated[name] in found[dict(species='species', color='colors')[name]], text
+        if 'not color' in stated:
+            assert words.COLOR_WORDS[stated['not color']][0] in found['denied'], text
+        assert ('place' in stated) == bool(found['places']), text
+
+
+def test_captions_and_attributes_stay_the_same():
+    lines = [
+        json.dumps([attributes, text, sorted(map(str, stated.items()))])
+        for attributes, text, stated in captioned(300)
+    ]
+    assert hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16] == '00d5f76479d812f9'
+    noisy = [text for i in range(100) for text in misspelled(['two purple tulips in the meadow'], str(i))]
+    assert hashlib.sha256('\n'.join(noisy).encode()).hexdigest()[:16] == '0de12fe0f8408dcb'
+
+
+MEANS = [
+    [141.7, 161.5, 197.0],
+    [148.4, 185.5, 113.8],
+    [107.4, 81.6, 67.8],
+    [201.8, 210.9, 207.9],
+    [107.9, 140.7, 117.4],
+    [176.6, 134.0, 121.2],
+]  # RGB
+CLASSIC_MEANS = [[160.7, 176.2, 146.1], [155.3, 180.3, 186.9], [147.4, 170.9, 119.9]]
+
+
+def test_pictures_stay_the_same():
+    means = [np.asarray(flowers(8, i)[0]).mean((0, 1)) for i in range(6)]
+    np.testing.assert_allclose(means, MEANS, atol=0.3)
+    classic = [
+        np.asarray(WORLDS['classic'].draw(WORLDS['classic'].sample(8, i), 8, i, 64)).mean((0, 1))
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(classic, CLASSIC_MEANS, atol=0.3)
+
+
+def test_changed_captions_are_false():
+    kinds = Counter()
+    for i in range(400):
+        attributes = sample_attributes(5, i)
+        for change, (true, false) in changed_captions(attributes, random.Random(i)).items():
+            kinds[change] += 1
+            found = read(false)
+            assert true != false
+            own = {kind[0] for kind in kinds_of(attributes)}, {kind[1] for kind in kinds_of(attributes)}
+            if change in ('place', 'species', 'color'):
+                shown = dict(place={attributes['place']}, species=own[0], color=own[1])[change]
+                key = dict(place='places', species='species', color='colors')[change]
+                assert not set(found[key]) <= shown and set(read(true)[key]) <= shown, false
+    assert set(kinds) == {'place', 'color', 'species', 'count', 'size', 'leaves', 'denial', 'exchange'}
+
+
+def test_misspelling_is_small():
+    rng = random.Random(0)
+    for _ in range(500):
+        text = 'a dark red rose in the garden'
+        wrong = misspell(text, rng)
+        pairs = list(zip(text.split(), wrong.split(), strict=True))
+        changed = [(a, b) for a, b in pairs if a != b]
+        assert 1 <= len(changed) <= 2
+        assert all(len(a) >= 4 and a[0] == b[0] and abs(len(a) - len(b)) <= 1 for a, b in changed)
+    assert misspell('a red lily', random.Random(0)).split()[:2] == ['a', 'red']
+    assert misspell('an i', rng) == 'an i'
+
+
+def test_the_tokenizer_knows_each_word_and_shares_pieces():
+    from flowerdiff.models.tokenizer import own_tokenizer
+
+    texts = [text for _, text, _ in captioned(600)]
+    noisy = [wrong for i, text in enumerate(texts) for wrong in misspelled([text], str(i))]
+    pieces = own_tokenizer(texts + noisy, 3)
+    assert all(
+        len(token.replace('</w>', '')) <= 3 for token in pieces.get_vocab() if not token.startswith('<|')
+    )
+    for text in texts[:100]:
+        back = pieces.decode(pieces(text, truncation=False).input_ids, skip_special_tokens=True)
+        assert back.replace(' ', '') == text.lower().replace(' ', '')
+    whole = own_tokenizer(texts + noisy)
+
+    def shared(tokenizer):
+        pairs = [
+            (set(tokenizer.tokenize(a)), set(tokenizer.tokenize(b)))
+            for a, b in (('yellow', 'yelow'), ('purple', 'purlpe'), ('sunflower', 'sunflwer'))
+        ]
+        return sum(len(a & b) for a, b in pairs)
+
+    assert shared(pieces) > shared(whole)
+
+
+def test_the_run_uses_no_network_of_the_classic_garden(tmp_path):
+    settings = load_profile('garden', {'prepare.garden': 'mixed'})
+    assert settings.components.autoencoder == settings.components.text_encoder == 'train'
+    given = load_profile('garden', {'prepare.garden': 'mixed', 'components.autoencoder': 'photo'})
+    assert given.components.autoencoder == 'photo'
+    assert load_profile('garden').components.text_encoder == 'garden'
+
+
+def test_prepare_and_caption(tmp_path, capsys):
+    from flowerdiff.stages import caption as caption_stage
+    from flowerdiff.stages import prepare
+
+    overrides = {'prepare.garden': 'mixed', 'prepare.count': 60}
+    prepared = prepare.run(tmp_path / 'w', 'garden', overrides)
+    assert 'no bundled encoders' in capsys.readouterr().out
+    caption_stage.run(tmp_path / 'w')
+    rows = {
+        f'{split}/{row["file_name"]}': row
+        for split in prepare.SPLITS
+        for row in read_jsonl(prepared.folder / split / 'metadata.jsonl')
+    }
+    texts = read_jsonl(tmp_path / 'w/captions/metadata.jsonl')
+    assert len(texts) == 60
+    for line in texts:
+        row = rows[line['file_name']]
+        assert (
+            row['source'].startswith('mixed garden ') and row['other_species'] in CLASSIFIED['other_species']
+        )
+        assert (row['label'] == '') == (len({kind[:2] for kind in kinds_of(row)}) == 2)
+        for text in line['captions']:
+            assert set(read(text)['species']) <= {kind[0] for kind in kinds_of(row)}, text
+    held = {tuple(x) for x in prepared.info['held_out']}
+    seen = [row for name, row in rows.items() if name.startswith('train/')]
+    assert not any(WORLDS['mixed'].combinations(row) & held for row in seen)
+
+
+def tiny_training(tmp_path, kind, resume, steps=6):
+    "Train a tiny network of a kind, with one line for each step."
+    from flowerdiff.models.attribute_classifier import train_classifier
+    from flowerdiff.models.clip import train_clip
+    from flowerdiff.models.tiny_autoencoder import train_autoencoder
+    from flowerdiff.models.tokenizer import train_tokenizer
+
+    drawn = [flowers(3, i) for i in range(12)]
+    pictures = np.stack([np.asarray(picture) for picture, _ in drawn])
+    texts = [[caption(attributes, random.Random(i))[0]] for i, (_, attributes) in enumerate(drawn)]
+    if kind == 'clip':
+        return train_clip(
+            pictures,
+            texts,
+            tmp_path / 'clip',
+            steps=steps,
+            width=32,
+            layers=1,
+            batch_size=4,
+            tokenizer=train_tokenizer(['a rose']),
+            resume=resume,
+        )[0]
+    if kind == 'autoencoder':
+        return train_autoencoder(
+            pictures,
+            tmp_path / 'ae',
+            steps=steps,
+            width=8,
+            latent_channels=6,
+            equivariance=0.5,
+            held_out=4,
+            batch_size=4,
+            resume=resume,
+        )
+    attributes = [attributes for _, attributes in drawn]
+    return train_classifier(
+        pictures, attributes, CLASSIFIED, tmp_path / 'c', steps=steps, width=8, batch_size=12, resume=resume
+    )
+
+
+@pytest.mark.parametrize('kind', ['clip', 'classifier', 'autoencoder'])
+def test_a_killed_training_goes_on(tmp_path, monkeypatch, kind):
+    import torch
+
+    from flowerdiff.services import training_state
+
+    monkeypatch.setattr(training_state, 'SAVE_MINUTES', 0)
+    whole = tiny_training(tmp_path, kind, None)
+    write = training_state.TrainingState.write
+
+    def killed(self, step):
+        write(self, step)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(training_state.TrainingState, 'write', killed)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_training(tmp_path, kind, tmp_path / 'state.pt')
+    monkeypatch.setattr(
+        training_state.TrainingState, 'write', lambda self, step: (steps.append(step), write(self, step))
+    )
+    resumed = tiny_training(tmp_path, kind, tmp_path / 'state.pt')
+    assert steps == [5, 6] and not (tmp_path / 'state.pt').exists()
+    if kind != 'autoencoder':  # whose two threads draw noise in any order
+        for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()):
+            torch.testing.assert_close(a, b)
+
+
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_free_prompts_are_judged():
+    free = benchmark('free_prompts')
+    rows = free.read_prompts(free.PROMPTS)
+    assert len(rows) == 280 and len({row['prompt'] for row in rows}) == 280
+    known = [row for row in rows if 'unknown' not in row['must']]
+    assert all(free.can_see(row['must'], CLASSIFIED) for row in known)
+    classic = dict(species=['rose'], color=['red'], background=['meadow'], count=[1, 3])
+    assert free.can_see(dict(species='rose', place='meadow'), classic)
+    assert not free.can_see(dict(color='maroon'), classic) and not free.can_see(dict(size='small'), classic)
+    rose = dict(species='rose', color='red', other_species=NONE, other_color=NONE, count=1, place='snow')
+    both = rose | dict(species='tulip', color='yellow', other_species='rose', other_color='red', count=2)
+    for must, found, right in (
+        (dict(species='rose', color='red', count=1), rose, True),
+        (dict(species='rose', color='blue'), rose, False),
+        (dict(species='rose'), both, False),
+        ({'not color': 'red'}, rose, False),
+        ({'not species': 'rose'}, both, False),
+        ({'not place': 'meadow'}, rose, True),
+        ({'least count': 2}, rose, False),
+        ({'least count': 2}, both, True),
+        (dict(species='rose', color='red', other_species='tulip', other_color='yellow'), both, True),
+        (dict(species='rose', color='yellow', other_species='tulip', other_color='red'), both, False),
+        (dict(species='rose', other_species='tulip'), rose, False),
+        (dict(place='beach'), rose, False),
+    ):
+        assert free.shows(must, found) == right, (must, found)
+    text = free.table(
+        [dict(kind='a', right=[True, False]), dict(kind='a', right=None), dict(kind='b', right=[True])]
+    )
+    assert '| a | 50% | 2 | 1 |' in text and '| all | 67% | 3 | 1 |' in text
