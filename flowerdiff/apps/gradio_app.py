@@ -231,7 +231,7 @@ def _request_column(page: Page) -> tuple[dict, dict]:
 
 def _result_column() -> dict:
     "Make what shows the results."
-    look = dict(format='png', object_fit='contain', columns=4)
+    look = dict(format='png', object_fit='contain', columns=2)
     return dict(
         pictures=gr.Gallery(label='Pictures', interactive=False, **look),
         notes=gr.Textbox(label='Notes', interactive=False, max_lines=6),

@@ -247,7 +247,7 @@ def hub_repository(
     try:
         info = _info(api, repo, repo_type)
     except RepositoryNotFoundError:
-        sdk = dict(space_sdk='docker') if repo_type == 'space' else {}
+        sdk = dict(space_sdk='gradio') if repo_type == 'space' else {}
         api.create_repo(repo, private=private, exist_ok=True, repo_type=repo_type, **sdk)
         info = _info(api, repo, repo_type)
     if private and info.private is False and repo_type == 'model':
