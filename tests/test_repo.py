@@ -458,7 +458,7 @@ def test_reference_is_up_to_date(page, monkeypatch):
     names = {}
     stale = []
     for cell in nbformat.read(path, 4).cells:
-        if cell.cell_type != 'code':
+        if cell.cell_type != 'code' or 'google.colab' in cell.source:
             continue
         *body, last = ast.parse(cell.source).body
         exec(compile(ast.Module(body, []), page, 'exec'), names)
