@@ -6,10 +6,10 @@ Each of the 280 prompts of `free_prompts.jsonl` is drawn twice, and the attribut
 picture. It is right if all that the prompt asks for is in it (species, colors, place, count, size, petals,
 leaves, buds) and nothing that it denies. A prompt for an unknown thing is right if the model names it as not
 learned. Prints a table by kind of prompt, and writes it to OUT with a sheet for each kind: a green
-frame is right, a red one wrong, a gray one not judged.
+frame is right, a red one wrong, a gray one not checked.
 
 `--classifier` is a classifier of the mixed garden (see `garden_networks.py`). Without one, the bundled
-classifier looks. It knows the classic garden only: prompts about what it cannot see are not judged, and
+classifier looks. It knows the classic garden only: prompts about what it cannot see are not checked, and
 counted in the last column.
 """
 
@@ -119,7 +119,7 @@ def framed(picture, right: bool | None):
 
 def table(rows: list) -> str:  # rows with `kind` and `right`
     "Count the right pictures of each kind of prompt, as a Markdown table."
-    lines = ['| kind | right | pictures | prompts not judged |', '|---|---|---|---|']
+    lines = ['| kind | right | pictures | prompts not checked |', '|---|---|---|---|']
     kinds = list(dict.fromkeys(row['kind'] for row in rows))
     for kind in (*kinds, 'all'):
         own = [row for row in rows if kind in (row['kind'], 'all')]

@@ -7,8 +7,8 @@ __all__ = ['SAVE_MINUTES', 'TrainingState', 'LossLog']
 
 # %% ../../nbs/services/15_training_state.ipynb #4ed27d41
 import os
-import pickle
 import time
+import zipfile
 from pathlib import Path
 
 from ..core.schema import UserError
@@ -41,13 +41,15 @@ class TrainingState:
         import torch
 
         problem = f'{self.path}: does not belong to this training; delete it to start again'
+        if not zipfile.is_zipfile(self.path):
+            raise UserError(problem)
         try:
             kept = torch.load(self.path, weights_only=True)
             for name, part in self.parts.items():
                 part.load_state_dict(kept['parts'][name])
             self.rng.bit_generator.state = kept['numpy']
             torch.set_rng_state(kept['torch'])
-        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(problem) from error
         self.step = kept['step']
         self.seconds = kept['seconds']
