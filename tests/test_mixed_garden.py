@@ -293,12 +293,12 @@ def test_a_killed_training_goes_on(tmp_path, monkeypatch, kind):
     with monkeypatch.context() as patch:
         patch.setattr(training_state.TrainingState, 'write', killed)
         with pytest.raises(KeyboardInterrupt):
-            tiny_training(tmp_path, kind, tmp_path / 'state.pt')
+            tiny_training(tmp_path, kind, tmp_path / 'state.safetensors')
     monkeypatch.setattr(
         training_state.TrainingState, 'write', lambda self, step: (steps.append(step), write(self, step))
     )
-    resumed = tiny_training(tmp_path, kind, tmp_path / 'state.pt')
-    assert steps == [5, 6] and not (tmp_path / 'state.pt').exists()
+    resumed = tiny_training(tmp_path, kind, tmp_path / 'state.safetensors')
+    assert steps == [5, 6] and not (tmp_path / 'state.safetensors').exists()
     if kind != 'autoencoder':  # whose two threads draw noise in any order
         for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()):
             torch.testing.assert_close(a, b)
