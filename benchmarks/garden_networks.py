@@ -119,7 +119,7 @@ def train_clip(args, world, pictures, attributes):
         width=args.width or 128,
         layers=args.layers,
         progress=say,
-        resume=args.out / 'state/clip.pt',
+        resume=args.out / 'state/clip.safetensors',
     )
     if args.world == 'mixed':
         tested, shown = draw(world, SEEDS['test'], min(TESTED, args.pictures), args.out / 'pictures')
@@ -143,7 +143,7 @@ def train_autoencoder(args, world, pictures, attributes):
         equivariance=args.equivariance,
         held_out=min(256, len(pictures) // 4),
         progress=say,
-        resume=args.out / 'state/autoencoder.pt',
+        resume=args.out / 'state/autoencoder.safetensors',
     )
     tested, _ = draw(world, SEEDS['test'], min(TESTED, args.pictures), args.out / 'pictures')
     share = tiny.high_frequency_share(tiny.encode_all(model, tested))
@@ -170,7 +170,7 @@ def train_classifier(args, world, pictures, attributes):
         steps=args.steps or 700,
         width=args.width or 32,
         progress=say,
-        resume=args.out / 'state/classifier.pt',
+        resume=args.out / 'state/classifier.safetensors',
     )
     tested, shown = draw(world, SEEDS['test'], min(TESTED, args.pictures), args.out / 'pictures')
     from flowerdiff.models.tiny_autoencoder import to_tensor

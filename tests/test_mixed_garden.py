@@ -206,13 +206,13 @@ def test_the_run_uses_no_network_of_the_classic_garden(tmp_path):
     assert load_profile('garden').components.text_encoder == 'garden'
 
 
-def test_prepare_and_caption(tmp_path, capsys):
+def test_prepare_and_caption(tmp_path):
     from flowerdiff.stages import caption as caption_stage
     from flowerdiff.stages import prepare
 
     overrides = {'prepare.garden': 'mixed', 'prepare.count': 60}
     prepared = prepare.run(tmp_path / 'w', 'garden', overrides)
-    assert 'no bundled encoders' in capsys.readouterr().out
+    assert 'no bundled encoders' in prepared.details[0]
     caption_stage.run(tmp_path / 'w')
     rows = {
         f'{split}/{row["file_name"]}': row
@@ -293,12 +293,12 @@ def test_a_killed_training_goes_on(tmp_path, monkeypatch, kind):
     with monkeypatch.context() as patch:
         patch.setattr(training_state.TrainingState, 'write', killed)
         with pytest.raises(KeyboardInterrupt):
-            tiny_training(tmp_path, kind, tmp_path / 'state.pt')
+            tiny_training(tmp_path, kind, tmp_path / 'state.safetensors')
     monkeypatch.setattr(
         training_state.TrainingState, 'write', lambda self, step: (steps.append(step), write(self, step))
     )
-    resumed = tiny_training(tmp_path, kind, tmp_path / 'state.pt')
-    assert steps == [5, 6] and not (tmp_path / 'state.pt').exists()
+    resumed = tiny_training(tmp_path, kind, tmp_path / 'state.safetensors')
+    assert steps == [5, 6] and not (tmp_path / 'state.safetensors').exists()
     if kind != 'autoencoder':  # whose two threads draw noise in any order
         for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()):
             torch.testing.assert_close(a, b)
@@ -311,7 +311,7 @@ def benchmark(name):
     return module
 
 
-def test_free_prompts_are_judged():
+def test_free_prompts_are_checked():
     free = benchmark('free_prompts')
     rows = free.read_prompts(free.PROMPTS)
     assert len(rows) == 280 and len({row['prompt'] for row in rows}) == 280

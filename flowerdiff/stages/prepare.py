@@ -17,7 +17,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +48,7 @@ def held_out_combinations(
     "Choose the combinations that training never sees, a few of each species."
     rng = np.random.default_rng([seed, 102])
     pairs = list(itertools.product(world.colors, world.places))
-    chosen = {species: rng.choice(len(pairs), world.held_out, replace=False) for species in SPECIES}
-    return {(species, *pairs[i]) for species, rows in chosen.items() for i in rows}
+    return {(s, *pairs[i]) for s in SPECIES for i in rng.choice(len(pairs), world.held_out, replace=False)}
 
 # %% ../../nbs/stages/01_prepare.ipynb #0f74a46f
 SPLITS = ('train', 'val', 'test')
@@ -172,8 +171,7 @@ def generate_garden(
         (new / split).mkdir()
     batches = chunked(draw_tasks(new, counts, seed, prepare.resolution, world), 32)
     drawn = map_in_order(draw_pictures, batches, workers=1 if prepare.count < 200 else None)
-    rows = itertools.chain.from_iterable(drawn)
-    written = write_rows(new, progress(rows, prepare.count, 'flowers'))
+    written = write_rows(new, progress(itertools.chain.from_iterable(drawn), prepare.count, 'flowers'))
     write_jsonl(new / 'quarantine.jsonl', [])
     held_out = sorted(held_out_combinations(seed, world))
     return dict(kind='garden', source='garden', **written, left_out=0, held_out=held_out)
@@ -376,7 +374,7 @@ class Prepared:
     summary: str  # one line
     folder: Path  # `pictures/`
     info: dict  # the content of `info.json`
-    details: list = field(default_factory=list)  # lines
+    details: list  # of lines
 
     def show(self):
         "Show pictures, counts, near copies and the files that were left out."
@@ -400,10 +398,9 @@ def _summary(info: dict) -> str:
 
 def encoder_details(settings) -> list:  # of lines
     "Say which encoders a garden without bundled ones uses."
-    if (settings.prepare.source, settings.prepare.garden) != ('garden', 'mixed'):
-        return []
     chosen = ', '.join(f'components.{name}={spec}' for name, spec in settings.components)
-    return [f'the mixed garden has no bundled encoders: {chosen}']
+    mixed = (settings.prepare.source, settings.prepare.garden) == ('garden', 'mixed')
+    return [f'the mixed garden has no bundled encoders: {chosen}'] if mixed else []
 
 
 @stage('prepare')
@@ -421,7 +418,4 @@ def run(ws: Workspace) -> Prepared:
         print(f'left out: {row["file"]} {row["reason"]}')
     for note in info.get('metadata', {}).get('notes', [])[:5]:
         print(note)
-    details = encoder_details(ws.settings)
-    for line in details:
-        print(line)
-    return Prepared(_summary(info), ws.pictures, info, details)
+    return Prepared(_summary(info), ws.pictures, info, encoder_details(ws.settings))
