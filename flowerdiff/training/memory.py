@@ -66,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
 
 # %% ../../nbs/training/16_memory.ipynb #8d31337e
 HALF_OPERATIONS = {torch.conv2d, F.linear, torch.matmul, torch.bmm, F.scaled_dot_product_attention}
-FULL_OPERATIONS = {torch.group_norm, torch.layer_norm, torch.softmax}
+FULL_OPERATIONS = {F.group_norm, F.layer_norm, F.softmax}
 
 
 class GpuRules(TorchFunctionMode):
