@@ -27,7 +27,7 @@ from flowerdiff.pipeline.estimates import (
     TrainingSpeed,
     count_weights,
     disk_needs,
-    export_bytes,
+    gpu_text,
     predict_memory,
     time_encoding,
     time_training,
@@ -49,7 +49,7 @@ from flowerdiff.pipeline.survey import (
     split_sizes,
 )
 from ..services.hardware import cores, memory_gb
-from ..training.memory import WeightCount, kept_bytes, memory_table
+from ..training.memory import WeightCount, kept_bytes
 from ..training.trainer import steps_in_hours, total_steps
 
 # %% ../../nbs/pipeline/11_plan.ipynb #72549e64
@@ -324,18 +324,12 @@ def measure_memory(inputs: PlanInputs, numbers: dict) -> dict:
     "Return the memory that a GPU needs for the run, in rows. Raises `UserError` if its shapes are unknown."
     if 'kept' not in numbers:
         raise UserError('not known: there is no network to count')
-    return dict(
-        gpu=predict_memory(
-            inputs.settings, numbers['first'], numbers['latent'], numbers['text'], inputs.base
-        ),
-        export=export_bytes(4 * numbers['weights']),
-    )
+    shapes = (numbers['first'], numbers['latent'], numbers['text'])
+    return dict(gpu=predict_memory(inputs.settings, *shapes, inputs.base))
 
 
 def _gpu_text(inputs: PlanInputs, numbers: dict) -> str:
-    lines = ['computed for each process on a GPU, not measured:', *memory_table(numbers['gpu'])]
-    lines.append(f'and {format_bytes(numbers["export"])} of host memory to export')
-    return '\n'.join(lines)
+    return gpu_text(numbers['gpu'], 4 * numbers['weights'])
 
 
 def estimate_disk(inputs: PlanInputs, numbers: dict) -> dict:
