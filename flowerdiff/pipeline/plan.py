@@ -43,11 +43,7 @@ from flowerdiff.pipeline.suggest import (
     show_suggestions,
     text_count,
 )
-from flowerdiff.pipeline.survey import (
-    Survey,
-    sample_stops,
-    split_sizes,
-)
+from .survey import Survey, sample_stops, split_sizes
 from ..services.hardware import cores, memory_gb
 from ..training.memory import WeightCount, kept_bytes
 from ..training.trainer import steps_in_hours, total_steps
