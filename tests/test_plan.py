@@ -6,7 +6,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowerdiff.core.profiles import load_profile, load_settings
 from flowerdiff.core.schema import UserError
@@ -16,6 +18,8 @@ from flowerdiff.pipeline import suggest as S
 from flowerdiff.pipeline.cli import main
 from flowerdiff.pipeline.estimates import TrainingSpeed
 from flowerdiff.pipeline.survey import Survey, split_sizes, survey_folder
+from flowerdiff.training import memory as M
+from flowerdiff.training.memory import MemoryNeeds, MemoryRow
 
 MISSING = 'missing/model@' + 40 * '0'
 SMALL = {'train.channels': [16, 16, 32], 'prepare.count': 60}
@@ -26,6 +30,7 @@ def quick(monkeypatch):
     "Measure nothing: 100 pictures/s, 10 samples/s."
     monkeypatch.setattr(P, 'time_encoding', lambda *a: 100.0)
     monkeypatch.setattr(P, 'time_training', lambda *a: TrainingSpeed(10.0, 10**8))
+    monkeypatch.setattr(P, 'predict_memory', lambda *a: [MemoryRow({}, 32, MemoryNeeds(4e9, 3e9, 2e9, 1e9))])
 
 
 @pytest.fixture
@@ -102,8 +107,15 @@ def test_the_arithmetic_is_what_a_run_did():
         'encode',
         'train',
         'memory',
+        'gpu',
+        'GB',
+        'as',
+        'and',
         'disk',
     }
+    row = got['gpu'][0].needs
+    assert M.CUDA_BYTES < row.sample < row.train < 2 * M.CUDA_BYTES
+    assert lines['as'].endswith('T4 A10 A100 H200')
 
 
 def test_numbers_follow_the_settings(quick, tmp_path):
@@ -352,3 +364,114 @@ def test_what_is_there_is_not_needed_twice(quick, monkeypatch):
     has = bytes_of(ws.root, '*.bin')
     monkeypatch.setattr(P, 'free_bytes', lambda root: sum(got['disk'].values()) - has)
     assert not make_plan(ws.root)[0]['lacking']
+
+
+# ---- the memory of a GPU
+
+
+def networks():
+    "Configurations of three sizes: name -> (make, latent, text)."
+    from diffusers import UNet2DConditionModel
+
+    from flowerdiff.models.components import build_denoiser
+
+    def garden():
+        return build_denoiser(load_profile('garden'), 4, 128, 16)
+
+    def flowers():
+        return build_denoiser(load_profile('flowers102'), 4, 768, 16)
+
+    def stable_diffusion():
+        return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+
+    return dict(
+        garden=(garden, (4, 16, 16), (24, 128)),
+        flowers102=(flowers, (4, 16, 16), (77, 768)),
+        sd1=(stable_diffusion, (4, 64, 64), (77, 768)),
+    )
+
+
+def saved_bytes(net, inputs, context):
+    "What the backward pass of a network needs, beside the weights: bytes."
+    weights = {p.untyped_storage()._cdata for p in net.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
+        net.train()(**inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.fixture
+def norms_in_32_bits(monkeypatch):
+    "Normalizations compute in 32 bits, as under the autocast of a GPU but not of a CPU."
+    for name in ('group_norm', 'layer_norm'):
+        original = getattr(torch.nn.functional, name)
+
+        def in_32_bits(x, *args, original=original, **kwargs):
+            return original(x.float(), *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.functional, name, in_32_bits)
+
+
+@pytest.mark.parametrize('name, half', [('garden', True), ('flowers102', False), ('sd1', True)])
+def test_activations_are_those_of_fake_tensors(norms_in_32_bits, name, half):
+    "The rules for tensors without data keep as many bytes as PyTorch's own autocast and attention do."
+    make, latent, text = networks()[name]
+    with FakeTensorMode():
+        inputs = {key: value.to('cpu') for key, value in fake_inputs(latent, text).items()}
+        autocast = torch.autocast('cpu', torch.bfloat16, enabled=half)
+        expected = saved_bytes(make(), inputs, autocast)
+    with torch.device('meta'):
+        got = saved_bytes(make(), M._inputs(latent, text, 4), M.GpuRules(half))
+    assert got == pytest.approx(expected, rel=0.1)
+
+
+def fake_inputs(latent, text):
+    return dict(
+        sample=torch.empty(4, *latent),
+        timestep=torch.zeros(4, dtype=torch.long),
+        encoder_hidden_states=torch.empty(4, *text),
+    )
+
+
+def test_the_peak_is_that_of_pytorchs_tracker(tmp_path):
+    "With checkpointing. PyTorch counts tensors that have a device, and chooses its kernels for a CPU."
+    from diffusers import UNet2DConditionModel
+    from tiny import tiny_model
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    config = read_json(tiny_model(tmp_path / 'base') / 'unet' / 'config.json')
+    latent, text = (4, 16, 16), (16, 32)
+    with FakeTensorMode():
+        net = UNet2DConditionModel.from_config(config).train()
+        net.enable_gradient_checkpointing()
+        tracker = MemTracker()
+        tracker.track_external(net)
+        with tracker:
+            inputs = fake_inputs(latent, text)
+            (net(**inputs).sample - inputs['sample']).square().mean().backward()
+        total = tracker.get_tracker_snapshot('peak')[torch.device('cpu')]['Total']
+        expected = total - sum(4 * p.numel() for p in net.parameters())
+    with torch.device('meta'):
+        net = UNet2DConditionModel.from_config(config)
+    live = M.trace_step(net, latent, text, 4, half=False, checkpointing=True)
+    assert live.peak == pytest.approx(expected, rel=0.1)
+
+
+def test_stable_diffusion_fits_where_it_is_said_to():
+    "The profile's settings on 24 GB. A second average is 3.4 GB more, and does not fit."
+    make, latent, text = networks()['sd1']
+    settings = load_profile('sd_finetune')
+    with torch.device('meta'):
+        net = make()
+    needs = M.memory_needs(settings, net, M.Workload(latent, text), lambda n, half: 0)
+    assert 17e9 < needs.train < M.USABLE * 24e9
+    assert M.cards_that_fit(needs) == ['A10', 'A100', 'H200']
+    needs.train += 4 * M.weigh(net).total
+    assert M.cards_that_fit(needs) == ['A100', 'H200']

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from .drawing import Drawing, RateLimit, model_files, parse_settings, read_link, settings_link
 from .listening import check_port, is_local_name
 from .model_info import card_prompts, card_text, example_prompts, fetch_model, image_size
 from flowerdiff.apps.session import (
@@ -29,6 +28,7 @@ from flowerdiff.apps.session import (
     session_model_folder,
     to_png,
 )
+from .visitors import Drawing, RateLimit, model_files, parse_settings, read_link, settings_link
 from ..core.schema import UserError
 from ..core.workspace import Cancelled
 

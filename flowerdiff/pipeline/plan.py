@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'MEASURED', 'PlanInputs', 'own_clip_steps', 'count_data', 'choose_autoencoder', 'count_network',
-           'measure_encoding', 'measure_training', 'estimate_disk', 'plan']
+           'measure_encoding', 'measure_training', 'measure_memory', 'estimate_disk', 'plan']
 
 # %% ../../nbs/pipeline/11_plan.ipynb #20f40746
 import os
@@ -27,7 +27,8 @@ from flowerdiff.pipeline.estimates import (
     TrainingSpeed,
     count_weights,
     disk_needs,
-    kept_bytes,
+    gpu_text,
+    predict_memory,
     time_encoding,
     time_training,
     workspace_bytes,
@@ -42,12 +43,9 @@ from flowerdiff.pipeline.suggest import (
     show_suggestions,
     text_count,
 )
-from flowerdiff.pipeline.survey import (
-    Survey,
-    sample_stops,
-    split_sizes,
-)
+from .survey import Survey, sample_stops, split_sizes
 from ..services.hardware import cores, memory_gb
+from ..training.memory import WeightCount, kept_bytes
 from ..training.trainer import steps_in_hours, total_steps
 
 # %% ../../nbs/pipeline/11_plan.ipynb #72549e64
@@ -223,7 +221,8 @@ def count_network(inputs: PlanInputs, numbers: dict) -> dict:
     return dict(
         weights=count.total,
         trained=count.trained,
-        kept=kept_bytes(train, count.total, count.trained),
+        count=count,
+        kept=kept_bytes(train, count),
     )
 
 
@@ -319,11 +318,21 @@ def _memory_text(inputs: PlanInputs, numbers: dict) -> str:
     return text
 
 
+def measure_memory(inputs: PlanInputs, numbers: dict) -> dict:
+    "Return the memory that a GPU needs for the run, in rows. Raises `UserError` if its shapes are unknown."
+    if 'kept' not in numbers:
+        raise UserError('not known: there is no network to count')
+    shapes = (numbers['first'], numbers['latent'], numbers['text'])
+    return dict(gpu=predict_memory(inputs.settings, *shapes, inputs.base))
+
+
+def _gpu_text(inputs: PlanInputs, numbers: dict) -> str:
+    return gpu_text(numbers['gpu'], 4 * numbers['weights'])
+
+
 def estimate_disk(inputs: PlanInputs, numbers: dict) -> dict:
     "Return the bytes that each stage needs, what is there, what is free and what is lacking."
-    needs = disk_needs(
-        inputs.settings, numbers['first'], numbers.get('weights', 0), numbers.get('trained', 0)
-    )
+    needs = disk_needs(inputs.settings, numbers['first'], numbers.get('count', WeightCount(0, 0, 0)))
     free = free_bytes(inputs.base)
     existing = workspace_bytes(inputs.base)
     lacking = max(0, sum(needs.values()) - existing - free)
@@ -363,6 +372,7 @@ MEASURED = {  # lines with numbers of their own
     'encode': (measure_encoding, _encoding_text),
     'train': (measure_training, _training_text),
     'memory': (_no_numbers, _memory_text),
+    'gpu': (measure_memory, _gpu_text),
     'disk': (estimate_disk, _disk_text),
 }
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..apps.remote import RemoteSession, WorkerSupervisor
 from ..apps.session import GenerationRequest, GenerationSession
 from ..data.encoding import encode_batch
 from ..inference.generator import Generator
@@ -157,17 +156,11 @@ def sampling() -> dict:
 
 
 def studio() -> dict:
-    "The studio's session and its worker process draw what a `Generator` draws."
+    "The session of the studio and the Space draws what a `Generator` draws."
     request = GenerationRequest(PROMPT, num_inference_steps=STEPS, seed=3)
     with tiny_model() as model:
         expected = Generator.from_pretrained(model)(PROMPT, seed=3, num_inference_steps=STEPS)
-        found = check_pictures(GenerationSession(model).generate(request), expected)
-        supervisor = WorkerSupervisor(model)
-        try:
-            pictures = RemoteSession(model, supervisor.socket).generate(request)
-        finally:
-            supervisor.close()
-        return found | dict(worker_psnr=check_pictures(pictures, expected)['psnr'])
+        return check_pictures(GenerationSession(model).generate(request), expected)
 
 # %% ../../nbs/selftest/05_model_parts.ipynb #025ea27c
 def onnx() -> dict:
