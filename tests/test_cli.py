@@ -201,7 +201,7 @@ def test_full_disk(cli, tmp_path):
         ),
         (['status', 'nowhere'], 'is not a workspace'),
         (['rollback', 'nowhere'], 'is not a workspace'),
-        (['studio', 'nowhere'], 'is neither a workspace nor a model'),
+        (['studio', 'nowhere'], 'holds no model yet; `flowerdiff run nowhere` trains one'),
         (['studio', '--port', '99999'], 'is not a port'),
         (['studio', '--port', 'x'], 'is not a port'),
         (['space', 'nowhere'], 'not published'),

@@ -159,7 +159,7 @@ class OnnxBackend(RuntimeBackend):
         return {name: x for name, x in inputs.items() if name in self.inputs}
 
     def denoise(self, latents: np.ndarray, t: int, text: dict) -> np.ndarray:  # [B, C, h, w] -> [B, C, h, w]
-        inputs = dict(sample=latents, timestep=np.asarray(t, dtype=np.int64), **text)
+        inputs = dict(sample=latents, timestep=np.asarray(np.rint(t), np.int64), **text)
         return self.unet_session.run(['out_sample'], inputs)[0]
 
     def decode(self, latents: np.ndarray) -> np.ndarray:  # [B, C, h, w] -> [B, 3, H, W] in -1..1
@@ -310,7 +310,7 @@ class OpenVinoBackend(RuntimeBackend):
         return inputs
 
     def denoise(self, latents: np.ndarray, t: int, text: dict) -> np.ndarray:  # [B, C, h, w] -> [B, C, h, w]
-        inputs = dict(sample=latents, timestep=np.asarray(t, dtype=np.int64), **text)
+        inputs = dict(sample=latents, timestep=np.asarray(np.rint(t), np.int64), **text)
         return self.unet(inputs)[0]
 
     def decode(self, latents: np.ndarray) -> np.ndarray:  # [B, C, h, w] -> [B, 3, H, W] in -1..1
