@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from .session import GenerationRequest, GenerationSession, available_models
-from ..core.schema import UserError
+from ..core.errors import UserError
 
 # %% ../../nbs/apps/12_visitors.ipynb #514f4fc8
 class RateLimit:

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 
 # %% ../../nbs/services/11_image_files.ipynb #df42e36f
 def printable(
