@@ -57,6 +57,7 @@ def normalized_code(source: str) -> str:
 
 # %% ../../nbs/core/08_fingerprints.ipynb #9eecfd52
 NEUTRAL_MODULES = {
+    'flowerdiff.core.errors',
     'flowerdiff.core.schema',
     'flowerdiff.core.train_settings',
     'flowerdiff.core.settings',
