@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.errors import Cancelled, UserError
+from ..drawing.multistep import FLOW_SAMPLERS, SAMPLERS
 
 # %% ../../nbs/apps/01_session.ipynb #9d28487b
 LIMITS = dict(
@@ -169,7 +170,7 @@ def available_schedulers(
         prediction_type = config.get('prediction_type')
     except (OSError, ValueError, AttributeError):
         prediction_type = ''
-    return ['auto', 'dpm', 'unipc'] if prediction_type == 'flow_prediction' else [*SCHEDULERS]
+    return ['auto', *(FLOW_SAMPLERS if prediction_type == 'flow_prediction' else SAMPLERS)]
 
 # %% ../../nbs/apps/01_session.ipynb #633615f0
 @dataclass
