@@ -354,6 +354,28 @@ def test_the_api_draws_the_generators_pictures(client, workspace):
     assert notes.startswith('2 pictures in') and 'seed=7' in link and 'pictures=2' in link
 
 
+def test_a_picture_to_start_from(client, workspace, tmp_path):
+    "Breaks when the upload or its strength is lost, or when a file is read that is no upload or no picture."
+    from gradio_client import handle_file
+
+    path = tmp_path / 'start.png'
+    Image.linear_gradient('L').convert('RGB').resize((48, 32)).save(path)
+    given = dict(prompt='a rose', seed=2, steps=4, strength=0.5)
+    [shown], _, link = client.predict(**given, image=handle_file(path), api_name='/generate')
+    assert read_picture(shown['image']).strength == 0.5 and 'strength=0.5' in link
+    request = dict(prompt='a rose', seed=2, num_inference_steps=4, image=str(path), strength=0.5)
+    drawn = np.array(Image.open(shown['image']))
+    assert np.array_equal(own(workspace / 'published/meadow', [request])[0], drawn)
+    plain = Image.open(client.predict(**given, api_name='/generate')[0][0]['image'])
+    assert not np.array_equal(np.array(plain), drawn)
+    (tmp_path / 'text.png').write_text('a rose')
+    secret = dict(path='/etc/passwd', meta=dict(_type='gradio.FileData'))
+    for image, says in (handle_file(tmp_path / 'text.png'), 'text.png is not a picture'), (secret, 'not'):
+        with pytest.raises(Exception, match=says) as told:
+            client.predict(**given, image=image, api_name='/generate')
+        assert len(str(told.value).splitlines()) == 1 and '/tmp' not in str(told.value), told.value
+
+
 def test_without_a_seed_each_picture_is_another(client):
     seeds = set()
     for _ in range(2):
@@ -457,7 +479,7 @@ def test_hostile_requests_leave_the_server_as_it_was(running, client):
     good = dict(prompt='a rose', seed=1, steps=1)
     bodies = [b'', b'[' * 60_000, b'{"data": ' + b'9' * 50_000 + b'}', b'null', b'{"data": []}']
     wild = [None, True, {}, [], 'x' * 9999, 1e309, -1, {'path': '/etc/passwd'}, [['a']]]
-    bodies += [json.dumps(dict(data=[value] * 9)).encode() for value in wild]
+    bodies += [json.dumps(dict(data=[value] * 11)).encode() for value in wild]
     for body in bodies:
         ask = Request(f'{url}/gradio_api/call/generate', body, {'Content-Type': 'application/json'})
         try:

@@ -141,7 +141,14 @@ def _dropdown(options: list[Option], label: str):
     return gr.Dropdown(choices, value=choices[0][1], label=label, visible=len(choices) > 1)
 
 
-def settings_fields(page: Page) -> dict:  # name in `LINKED` -> component
+def _upload(label: str):
+    "Return a field for a picture. Gradio does not open the file: the generator does, as any from outside."
+    field = gr.Image(None, label=label, type='filepath', sources=['upload'])
+    field.preprocess = lambda uploaded: uploaded.path if uploaded else None
+    return field
+
+
+def settings_fields(page: Page) -> dict:  # name in the API -> component
     "Make the fields below the prompt."
     model = page.choices.models[0].name
     defaults = page.choices.defaults_of(model)
@@ -152,6 +159,9 @@ def settings_fields(page: Page) -> dict:  # name in `LINKED` -> component
         with gr.Row():
             steps = _slider('num_inference_steps', 'Steps', defaults.num_inference_steps)
             guidance = _slider('guidance_scale', 'Guidance', defaults.guidance_scale, 0.1)
+        with gr.Row():
+            image = _upload('Picture to start from')
+            strength = gr.Slider(0.05, 1, value=0.6, step=0.05, label='Strength: how much of it is replaced')
         negative = gr.Textbox('', label='Negative prompt', placeholder='what the pictures should not show')
         with gr.Row():
             sampler = _dropdown(page.choices.schedulers, 'Sampler')
@@ -163,6 +173,8 @@ def settings_fields(page: Page) -> dict:  # name in `LINKED` -> component
         steps=steps,
         guidance=guidance,
         pictures=pictures,
+        image=image,
+        strength=strength,
         sampler=sampler,
         backend=backend,
         model=model,
@@ -176,9 +188,9 @@ MAX_EARLIER = 24  # pictures that a page keeps
 def draw_event(page: Page):
     "Return the function of the endpoint `generate`."
 
-    def generate(visitor: gr.Request, *, seed=None, **values):
+    def generate(visitor: gr.Request, *, seed=None, image=None, **values):
         try:
-            yield from draw(page, parse_settings(dict(values, seed=seed)), visitor)
+            yield from draw(page, parse_settings(dict(values, seed=seed, image=image)), visitor)
         except Exception as error:
             raise gr.Error(error_message(error), print_exception=False) from None
 

@@ -56,6 +56,8 @@ class GenerationRequest:
     backend: str = 'auto'  # a key of `BACKENDS`
     scheduler: str = 'auto'  # a key of `SCHEDULERS`
     model: str = 'champion'  # a key of `MODELS`
+    image: str = ''  # path of a picture to start from
+    strength: float = 0.6  # how much of it is replaced
     num_previews: int = 0  # small pictures of the denoising to keep, see `preview_steps`
 
     def caption(self) -> str:
@@ -65,6 +67,8 @@ class GenerationRequest:
             value = getattr(self, name)
             if value != getattr(GenerationRequest, name):
                 parts.append(labels[value])
+        if self.image:
+            parts.append(f'strength {self.strength:g}')
         if self.negative_prompt:
             parts.append(f'not: {self.negative_prompt}')
         return ' · '.join(parts)
@@ -83,6 +87,8 @@ class GenerationRequest:
             value = getattr(self, name)
             if value not in labels:
                 raise UserError(f'{name}: {value[:40]!r} is not one of {", ".join(labels)}.')
+        if not 0 < self.strength <= 1:
+            raise UserError('Strength must be above 0 and at most 1.')
         if not 0 <= self.num_previews <= LIMITS['num_previews']:
             raise UserError(f'num_previews must be between 0 and {LIMITS["num_previews"]}.')
         if not 0 <= self.seed < 2**32:
@@ -340,6 +346,8 @@ class GenerationSession(OpenModels):
         settings = {name: getattr(request, name) for name in GENERATOR_ARGS}
         if request.scheduler != 'auto':
             settings['scheduler'] = request.scheduler
+        if request.image:
+            settings |= dict(image=request.image, strength=request.strength)
         unknown_words = getattr(generator, 'unknown_words', lambda *texts: [])  # the demo has no such method
         unknown = unknown_words(request.prompt, request.negative_prompt)
         with warnings.catch_warnings(record=True, action='always') as caught:
