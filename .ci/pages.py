@@ -58,7 +58,7 @@ def shortened(text: str) -> str:
 
 def describe_pictures(cells: list, description: str):
     "Give the pictures of each cell the text that introduces them, unless the cell has `fig-alt`."
-    text = description
+    text = plain(description)
     for cell in cells:
         source = joined(cell['source'])
         if cell['cell_type'] == 'markdown':
