@@ -98,8 +98,8 @@ def _try_evaluations(trainer):
     "Allocate what validation and sample images need."
     engine = trainer.engine
     _weights = [p.detach().clone() for p in engine.net.parameters() if p.requires_grad]
-    batch = trainer.batch_of(trainer.step, EVALUATIONS * engine.world_size)
     with torch.no_grad(), engine.autocast():
+        batch = trainer.batch_of(trainer.step, EVALUATIONS * engine.world_size)
         trainer.objective.loss(engine.net, batch)
 
 
