@@ -86,10 +86,10 @@ def picture_pixels(
     "Read a picture to start from, and crop it to a size. Raises a UserError if it is none."
     if isinstance(image, (str, Path)):
         try:
-            image = read_image(image)
+            image = upright(read_image(image))
         except BadPicture as problem:
             raise UserError(f'image: {Path(image).name} {problem}') from None
     if not isinstance(image, Image.Image):
         raise UserError(f'image: must be a picture or the path of one, not {type(image).__name__}')
-    fitted = ImageOps.fit(to_rgb(upright(image)), size, Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(to_rgb(image), size, Image.Resampling.LANCZOS)
     return (np.asarray(fitted, np.float32) / np.float32(127.5) - 1).transpose(2, 0, 1)[None].copy()

@@ -20,7 +20,8 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from .. import __version__
-from ..core.errors import UserError, disk_errors, one_line_errors
+from ..core.errors import UserError, disk_errors
+from ..services.image_files import BadPicture, open_image
 
 # %% ../../nbs/drawing/10_pictures.ipynb #c19a690d
 @dataclass
@@ -239,16 +240,16 @@ def read_picture(
     "Read the settings that flowerdiff, AUTOMATIC1111 or InvokeAI saved. Raises a UserError if it has none."
     if not Path(path).is_file():
         raise UserError(f'{path}: is not there; give a picture')
-    with (
-        one_line_errors(path, 'is not a picture', 'give a PNG, JPEG or WebP file'),
-        Image.open(path) as picture,
-    ):
-        parameters = picture.info.get('parameters') or _comment(picture)
-        invoke = picture.info.get('invokeai_metadata')
-        if parameters:
-            return parse_parameters(parameters)
-        if invoke:
-            return parse_invoke(json.loads(invoke))
+    try:
+        with open_image(path) as picture:
+            parameters = picture.info.get('parameters') or _comment(picture)
+            invoke = picture.info.get('invokeai_metadata')
+            if parameters:
+                return parse_parameters(parameters)
+            if invoke:
+                return parse_invoke(json.loads(invoke))
+    except BadPicture as problem:
+        raise UserError(f'{path}: {problem}; give a PNG, JPEG or WebP file') from None
     raise UserError(f'{path}: holds no settings; they are lost when another program saves a picture again')
 
 # %% ../../nbs/drawing/10_pictures.ipynb #1abf56d4
