@@ -4,7 +4,6 @@ FLOWERDIFF_TEST_GARDEN=WORKSPACE serves a trained garden, whose pictures the cla
 random model is served, whose pictures are compared with the Generator pixel by pixel.
 FLOWERDIFF_TEST_SHOTS=FOLDER keeps screenshots."""
 
-import json
 import re
 import shutil
 import socket
@@ -32,6 +31,8 @@ from browser import (
     visitor,
 )
 from PIL import Image
+
+from flowerdiff.drawing.pictures import read_picture
 
 
 @pytest.fixture(scope='module')
@@ -87,11 +88,9 @@ def test_the_right_picture(page, workspace):
         page.get_by_role('link', name='Download').first.click()
     assert d.value.suggested_filename == 'a-red-rose-under-a-blue-sky-7.png'
     file = Image.open(d.value.path())
-    request = json.loads(file.text['flowerdiff'])
-    assert np.array_equal(np.array(file), np.array(picture)) and (request['prompt'], request['seed']) == (
-        'a red rose under a blue sky',
-        7,
-    )
+    settings = read_picture(d.value.path())
+    assert np.array_equal(np.array(file), np.array(picture))
+    assert (settings.prompt, settings.seed) == ('a red rose under a blue sky', 7)
     shot(page, 'picture')
     if GARDEN:
         from flowerdiff.models.attribute_classifier import load_classifier
@@ -100,7 +99,7 @@ def test_the_right_picture(page, workspace):
         right = [dict(species='rose', color='red', background='blue sky').items() <= s.items() for s in seen]
         assert sum(right) >= 3, seen
     else:
-        assert np.array_equal(own(workspace, request), np.array(picture))
+        assert np.array_equal(own(workspace, vars(settings)), np.array(picture))
         other = draw(page, 'a blue iris', 7)
         assert np.abs(np.array(other).astype(int) - np.array(picture)).mean() > 2
     assert page.foreign == []

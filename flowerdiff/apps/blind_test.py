@@ -19,7 +19,14 @@ from pathlib import Path
 import ipywidgets as w
 from fastcore.basics import patch
 
-from .session import MODELS, SCHEDULERS, Choices, GenerationRequest, GenerationSession, to_png
+from flowerdiff.apps.session import (
+    MODELS,
+    SCHEDULERS,
+    Choices,
+    GenerationRequest,
+    GenerationSession,
+    available_choices,
+)
 from flowerdiff.apps.widgets import (
     GeneratedPicture,
     GenerationPanel,
@@ -29,6 +36,7 @@ from flowerdiff.apps.widgets import (
     note_html,
     row,
 )
+from ..drawing.pictures import picture_bytes
 
 # %% ../../nbs/apps/04_blind_test.ipynb #79fafcb9
 def variants(choices: Choices) -> dict[str, dict]:
@@ -123,8 +131,9 @@ def pair_html(
     "Return a pair as HTML."
     cards = ''
     for side, name, item in zip(('Left', 'Right'), pair.names, pair.items):
-        # Without the request in the file: a saved picture would reveal its settings.
-        url = data_url(to_png(item.picture))
+        plain = item.picture.copy()
+        plain.info = {}  # a saved picture would reveal its settings
+        url = data_url(picture_bytes(plain))
         image = image_html(url, f'{side}: {item.request.prompt}', item.picture.size)
         label = side
         if chosen is not None:
@@ -184,7 +193,7 @@ class BlindTestTab:
         self.rows = read_votes(self.file)
         self.pair = None  # the `Pair` that waits for a vote
         self.lock = threading.Lock()
-        self.variants = variants(session.choices())
+        self.variants = variants(available_choices(session.workspace))
         names = [*self.variants]
         self.one = variant_menu('Variant A', names, names[0])
         self.other = variant_menu('Variant B', names, default_opponent(names))

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from ..core.workspace import Cancelled
+from ..core.errors import Cancelled
+from ..drawing.pictures import PictureSettings
 from ..garden.garden import flower
 
 # %% ../../nbs/apps/11_demo.ipynb #68e6df32
@@ -41,6 +42,10 @@ class DemoGenerator:
     ):
         number = zlib.crc32(prompt.encode()) % 1000
         pictures = [flower(seed + i, number)[0] for i in range(num_images_per_prompt)]
+        for i, picture in enumerate(pictures):
+            picture.info['settings'] = PictureSettings(
+                prompt, seed=seed + i, num_inference_steps=num_inference_steps
+            )
         for step in range(1, num_inference_steps + 1):
             time.sleep(self.seconds_per_step)
             if callback and callback(DemoStep(step, num_inference_steps, pictures)) is False:

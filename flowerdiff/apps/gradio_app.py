@@ -17,20 +17,27 @@ from dataclasses import replace
 from pathlib import Path
 
 from .listening import check_port, is_local_name
-from .model_info import card_prompts, card_text, example_prompts, fetch_model, image_size
+from flowerdiff.apps.model_info import (
+    card_prompts,
+    card_text,
+    example_prompts,
+    fetch_model,
+    fetch_onnx,
+    image_size,
+)
 from flowerdiff.apps.session import (
     LIMITS,
     GenerationRequest,
     GenerationSession,
     Option,
+    available_choices,
     error_message,
     file_name,
     session_model_folder,
-    to_png,
 )
 from .visitors import Drawing, RateLimit, model_files, parse_settings, read_link, settings_link
-from ..core.schema import UserError
-from ..core.workspace import Cancelled
+from ..core.errors import Cancelled, UserError
+from ..drawing.pictures import save_picture
 
 # %% ../../nbs/apps/13_gradio_app.ipynb #a0ab7a20
 os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # read when Gradio is imported
@@ -55,7 +62,7 @@ class Page:
         self.name = name
         self.prompts = prompts
         self.limit = RateLimit(rate)
-        self.choices = session.choices()
+        self.choices = available_choices(session.workspace)
         self.files = model_files(session.workspace)
         self.drawings = {}  # session hash of a page -> its `Drawing`
         folder = session_model_folder(session.workspace)
@@ -83,8 +90,7 @@ def _write_pictures(folder: str, drawing: Drawing) -> list[tuple[str, str]]:  # 
     shown = []
     for i, picture in enumerate(drawing.pictures):
         request = replace(drawing.request, seed=drawing.request.seed + i, num_images_per_prompt=1)
-        path = Path(folder) / file_name(request)
-        path.write_bytes(to_png(picture, request))
+        path = save_picture(picture, Path(folder) / file_name(request))
         shown.append((str(path), f'{request.prompt} · {request.caption()}'))
     return shown
 
@@ -135,7 +141,14 @@ def _dropdown(options: list[Option], label: str):
     return gr.Dropdown(choices, value=choices[0][1], label=label, visible=len(choices) > 1)
 
 
-def settings_fields(page: Page) -> dict:  # name in `LINKED` -> component
+def _upload(label: str):
+    "Return a field for a picture. Gradio does not open the file: the generator does, as any from outside."
+    field = gr.Image(None, label=label, type='filepath', sources=['upload'])
+    field.preprocess = lambda uploaded: uploaded.path if uploaded else None
+    return field
+
+
+def settings_fields(page: Page) -> dict:  # name in the API -> component
     "Make the fields below the prompt."
     model = page.choices.models[0].name
     defaults = page.choices.defaults_of(model)
@@ -146,6 +159,9 @@ def settings_fields(page: Page) -> dict:  # name in `LINKED` -> component
         with gr.Row():
             steps = _slider('num_inference_steps', 'Steps', defaults.num_inference_steps)
             guidance = _slider('guidance_scale', 'Guidance', defaults.guidance_scale, 0.1)
+        with gr.Row():
+            image = _upload('Picture to start from')
+            strength = gr.Slider(0.05, 1, value=0.6, step=0.05, label='Strength: how much of it is replaced')
         negative = gr.Textbox('', label='Negative prompt', placeholder='what the pictures should not show')
         with gr.Row():
             sampler = _dropdown(page.choices.schedulers, 'Sampler')
@@ -157,6 +173,8 @@ def settings_fields(page: Page) -> dict:  # name in `LINKED` -> component
         steps=steps,
         guidance=guidance,
         pictures=pictures,
+        image=image,
+        strength=strength,
         sampler=sampler,
         backend=backend,
         model=model,
@@ -170,9 +188,9 @@ MAX_EARLIER = 24  # pictures that a page keeps
 def draw_event(page: Page):
     "Return the function of the endpoint `generate`."
 
-    def generate(visitor: gr.Request, *, seed=None, **values):
+    def generate(visitor: gr.Request, *, seed=None, image=None, **values):
         try:
-            yield from draw(page, parse_settings(dict(values, seed=seed)), visitor)
+            yield from draw(page, parse_settings(dict(values, seed=seed, image=image)), visitor)
         except Exception as error:
             raise gr.Error(error_message(error), print_exception=False) from None
 
@@ -363,13 +381,13 @@ PROXIES = '127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16'  # whose X-Forward
 
 
 def serve_space(
-    model: str | Path,  # the folder beside app.py, or a Hub id `org/name@commit`
+    model: str | Path,  # the folder beside app.py, or a Hub id `org/name@commit`; needs ONNX files
     **options,  # of `build_app`
 ):
     "Serve the page of a Space: the address is the environment's, and a mistake is one line in the log."
     if 'SPACE_ID' in os.environ:
         os.environ.setdefault('FORWARDED_ALLOW_IPS', PROXIES)  # read by Uvicorn
     try:
-        serve(model, host=None, port=None, **options)
+        serve(fetch_onnx(model), host=None, port=None, **options)
     except UserError as error:
         sys.exit(str(error))

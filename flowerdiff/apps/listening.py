@@ -10,7 +10,7 @@ import errno
 import socket
 from ipaddress import ip_address
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 
 # %% ../../nbs/apps/07_listening.ipynb #6e2f5aab
 def check_port(host: str, port: int) -> None:

@@ -5,24 +5,21 @@
 # %% auto #0
 __all__ = ['LIMITS', 'BACKENDS', 'SCHEDULERS', 'MODELS', 'OPTIONS', 'LABELS', 'GENERATOR_ARGS', 'GenerationRequest',
            'preview_steps', 'session_model_folder', 'available_models', 'SamplingDefaults', 'sampling_defaults',
-           'unavailable_reason', 'available_schedulers', 'error_message', 'GenerationSession', 'Option', 'Choices',
-           'to_png', 'file_name']
+           'unavailable_reason', 'available_schedulers', 'Option', 'Choices', 'available_choices', 'error_message',
+           'OpenModels', 'GenerationSession', 'file_name']
 
 # %% ../../nbs/apps/01_session.ipynb #60f9b4f1
-import io
 import json
 import re
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastcore.basics import patch
-
-from ..core.schema import UserError
-from ..core.workspace import Cancelled
+from ..core.errors import Cancelled, UserError
+from ..drawing.multistep import FLOW_SAMPLERS, SAMPLERS
 
 # %% ../../nbs/apps/01_session.ipynb #9d28487b
 LIMITS = dict(
@@ -59,6 +56,8 @@ class GenerationRequest:
     backend: str = 'auto'  # a key of `BACKENDS`
     scheduler: str = 'auto'  # a key of `SCHEDULERS`
     model: str = 'champion'  # a key of `MODELS`
+    image: str = ''  # path of a picture to start from
+    strength: float = 0.6  # how much of it is replaced
     num_previews: int = 0  # small pictures of the denoising to keep, see `preview_steps`
 
     def caption(self) -> str:
@@ -68,31 +67,33 @@ class GenerationRequest:
             value = getattr(self, name)
             if value != getattr(GenerationRequest, name):
                 parts.append(labels[value])
+        if self.image:
+            parts.append(f'strength {self.strength:g}')
         if self.negative_prompt:
             parts.append(f'not: {self.negative_prompt}')
         return ' · '.join(parts)
 
-# %% ../../nbs/apps/01_session.ipynb #b08c2cb6
-@patch
-def check(self: GenerationRequest) -> GenerationRequest:
-    "Return the request. Raises a `UserError` if a field is out of range."
-    if not self.prompt.strip():
-        raise UserError('Enter a prompt: a few words are enough.')
-    longest = max(len(self.prompt), len(self.negative_prompt))
-    if longest > LIMITS['prompt']:
-        raise UserError(f'The prompt has {longest:,} characters. At most {LIMITS["prompt"]} are allowed.')
-    for name, label in LABELS.items():
-        if not 1 <= getattr(self, name) <= LIMITS[name]:
-            raise UserError(f'{label} must be between 1 and {LIMITS[name]:g}.')
-    for name, labels in OPTIONS.items():
-        value = getattr(self, name)
-        if value not in labels:
-            raise UserError(f'{name}: {value[:40]!r} is not one of {", ".join(labels)}.')
-    if not 0 <= self.num_previews <= LIMITS['num_previews']:
-        raise UserError(f'num_previews must be between 0 and {LIMITS["num_previews"]}.')
-    if not 0 <= self.seed < 2**32:
-        raise UserError('Seed must be a whole number between 0 and 4,294,967,295.')
-    return self
+    def check(self) -> 'GenerationRequest':
+        "Return the request. Raises a `UserError` if a field is out of range."
+        if not self.prompt.strip():
+            raise UserError('Enter a prompt: a few words are enough.')
+        longest = max(len(self.prompt), len(self.negative_prompt))
+        if longest > LIMITS['prompt']:
+            raise UserError(f'The prompt has {longest:,} characters. At most {LIMITS["prompt"]} are allowed.')
+        for name, label in LABELS.items():
+            if not 1 <= getattr(self, name) <= LIMITS[name]:
+                raise UserError(f'{label} must be between 1 and {LIMITS[name]:g}.')
+        for name, labels in OPTIONS.items():
+            value = getattr(self, name)
+            if value not in labels:
+                raise UserError(f'{name}: {value[:40]!r} is not one of {", ".join(labels)}.')
+        if not 0 < self.strength <= 1:
+            raise UserError('Strength must be above 0 and at most 1.')
+        if not 0 <= self.num_previews <= LIMITS['num_previews']:
+            raise UserError(f'num_previews must be between 0 and {LIMITS["num_previews"]}.')
+        if not 0 <= self.seed < 2**32:
+            raise UserError('Seed must be a whole number between 0 and 4,294,967,295.')
+        return self
 
 # %% ../../nbs/apps/01_session.ipynb #c829af53
 def preview_steps(
@@ -175,119 +176,7 @@ def available_schedulers(
         prediction_type = config.get('prediction_type')
     except (OSError, ValueError, AttributeError):
         prediction_type = ''
-    return ['auto', 'dpm', 'unipc'] if prediction_type == 'flow_prediction' else [*SCHEDULERS]
-
-# %% ../../nbs/apps/01_session.ipynb #f35a8c4b
-def error_message(
-    error: Exception,
-    short: bool = False,  # only what happened, without advice
-) -> str:  # one line
-    "Return a readable message for an error."
-    first_line = (str(error).strip().splitlines() or [''])[0]
-    if len(first_line) > 200:
-        first_line = first_line[:199] + '…'
-    if isinstance(error, UserError):
-        return first_line
-    if isinstance(error, MemoryError) or 'out of memory' in first_line:
-        return 'Out of memory. Ask for fewer pictures.'
-    if short:
-        return f'{type(error).__name__}: {first_line[:80]}'
-    return f'Generation failed ({type(error).__name__}: {first_line}). Try again, or restart the studio.'
-
-# %% ../../nbs/apps/01_session.ipynb #e7c9804e
-class GenerationSession:
-    "Load the model of a workspace in the background, and generate pictures."
-
-    max_open_models = 3
-
-    def __init__(
-        self,
-        workspace: str | Path,  # a workspace or a model folder
-        load: Callable | None = None,  # opens the model; None: `Generator.from_pretrained`
-    ):
-        self.workspace = Path(workspace)
-        self.load = load
-        self.generators = {}  # (model, backend) -> generator, the most recently used one last
-        self.auto_backends = {}  # model -> the backend that 'auto' selected
-        self.error = ''
-        self.ready = threading.Event()
-        self.lock = threading.Lock()
-        if self.exists:
-            threading.Thread(target=self._preload, daemon=True).start()
-
-    @property
-    def exists(self) -> bool:
-        return self.load is not None or session_model_folder(self.workspace) is not None
-
-# %% ../../nbs/apps/01_session.ipynb #1ee85fdc
-@patch
-def _preload(self: GenerationSession):
-    "Open the champion, once, in a thread of its own."
-    try:
-        self._generator(GenerationRequest('-'))
-    except Exception as error:
-        try:
-            self._generator(GenerationRequest('-', backend='torch'))
-        except Exception:
-            self.error = error_message(error)
-    finally:
-        self.ready.set()
-
-# %% ../../nbs/apps/01_session.ipynb #ca759118
-@patch
-def _key(self: GenerationSession, request: GenerationRequest) -> tuple[str, str]:
-    "Return (model, backend). `auto` is replaced by its backend, so that no weights are loaded twice."
-    if request.backend == 'auto':
-        return request.model, self.auto_backends.get(request.model, 'auto')
-    return request.model, request.backend
-
-
-@patch
-def _generator(self: GenerationSession, request: GenerationRequest):
-    "Return the generator for a request, and open it if necessary."
-    key = self._key(request)
-    if key not in self.generators:
-        while len(self.generators) >= self.max_open_models:  # before the next one takes memory
-            self.generators.pop(next(iter(self.generators)))
-        generator = self._open(request)
-        if request.backend == 'auto':
-            backend = getattr(generator, 'backend', None)
-            self.auto_backends[request.model] = getattr(backend, 'name', 'auto')
-        key = self._key(request)
-        self.generators[key] = generator
-        if request.model == 'champion':
-            self.error = ''
-    self.generators[key] = self.generators.pop(key)  # now the most recently used one
-    return self.generators[key]
-
-
-@patch
-def _open(self: GenerationSession, request: GenerationRequest):
-    "Load the model of a request with its backend."
-    if self.load is not None:
-        return self.load()
-    from flowerdiff.inference.generator import Generator
-
-    label = MODELS[request.model]
-    folder = available_models(self.workspace).get(request.model)
-    if not folder:
-        raise UserError(f'{label}: this workspace has no such model.')
-    try:
-        return Generator.from_pretrained(folder, request.backend)
-    except UserError as error:
-        names = {f'{folder}/': f'{label}, ', str(folder): label, str(self.workspace): self.workspace.name}
-        raise UserError(_without_paths(str(error), names)) from error
-
-# %% ../../nbs/apps/01_session.ipynb #66e6c3ea
-def _without_paths(
-    text: str,
-    names: dict[str, str],  # folder -> what to show instead
-) -> str:
-    "Replace folders in a message by names."
-    for folder, name in names.items():
-        if len(folder) > 2:
-            text = text.replace(folder, name)
-    return re.sub(r' \([^)]*\)', '', text)
+    return ['auto', *(FLOW_SAMPLERS if prediction_type == 'flow_prediction' else SAMPLERS)]
 
 # %% ../../nbs/apps/01_session.ipynb #633615f0
 @dataclass
@@ -312,11 +201,10 @@ class Choices:
         return self.defaults.get(model, SamplingDefaults())
 
 
-@patch
-def choices(self: GenerationSession) -> Choices:
-    "Return what a request can select here."
-    folders = available_models(self.workspace)
-    champion = folders.get('champion', self.workspace)
+def available_choices(workspace: str | Path) -> Choices:
+    "Return what a request can select. It reads files only."
+    folders = available_models(workspace)
+    champion = folders.get('champion', Path(workspace))
     return Choices(
         models=[Option(name, MODELS[name]) for name in folders or ['champion']],
         backends=[
@@ -326,100 +214,181 @@ def choices(self: GenerationSession) -> Choices:
         defaults={name: sampling_defaults(folder) for name, folder in folders.items()},
     )
 
+# %% ../../nbs/apps/01_session.ipynb #f35a8c4b
+def error_message(
+    error: Exception,
+    short: bool = False,  # only what happened, without advice
+) -> str:  # one line
+    "Return a readable message for an error."
+    first_line = (str(error).strip().splitlines() or [''])[0]
+    if len(first_line) > 200:
+        first_line = first_line[:199] + '…'
+    if isinstance(error, UserError):
+        return first_line
+    if isinstance(error, MemoryError) or 'out of memory' in first_line:
+        return 'Out of memory. Ask for fewer pictures.'
+    if short:
+        return f'{type(error).__name__}: {first_line[:80]}'
+    return f'Generation failed ({type(error).__name__}: {first_line}). Try again, or restart the studio.'
+
+# %% ../../nbs/apps/01_session.ipynb #66e6c3ea
+def _without_paths(
+    text: str,
+    names: dict[str, str],  # folder -> what to show instead
+) -> str:
+    "Replace folders in a message by names."
+    for folder, name in names.items():
+        if len(folder) > 2:
+            text = text.replace(folder, name)
+    return re.sub(r' \([^)]*\)', '', text)
+
+# %% ../../nbs/apps/01_session.ipynb #e7c9804e
+class OpenModels:
+    "Open the models of a workspace: the champion in the background, the others when they are needed."
+
+    max_open_models = 3
+
+    def __init__(
+        self,
+        workspace: str | Path,  # a workspace or a model folder
+        load: Callable | None = None,  # opens the model; None: `Generator.from_pretrained`
+    ):
+        self.workspace = Path(workspace)
+        self.load = load
+        self.generators = {}  # (model, backend) -> generator, the most recently used one last
+        self.auto_backends = {}  # model -> the backend that 'auto' selected
+        self.error = ''
+        self.ready = threading.Event()
+        self.lock = threading.Lock()
+        if self.exists:
+            threading.Thread(target=self._preload, daemon=True).start()
+
+    @property
+    def exists(self) -> bool:
+        return self.load is not None or session_model_folder(self.workspace) is not None
+
+    def _preload(self):
+        "Open the champion, once, in a thread of its own."
+        try:
+            self._generator(GenerationRequest('-'))
+        except Exception as error:
+            try:
+                self._generator(GenerationRequest('-', backend='torch'))
+            except Exception:
+                self.error = error_message(error)
+        finally:
+            self.ready.set()
+
+    def _key(self, request: GenerationRequest) -> tuple[str, str]:
+        "Return (model, backend). `auto` is replaced by its backend, so that no weights are loaded twice."
+        if request.backend == 'auto':
+            return request.model, self.auto_backends.get(request.model, 'auto')
+        return request.model, request.backend
+
+    def _generator(self, request: GenerationRequest):
+        "Return the generator for a request, and open it if necessary."
+        key = self._key(request)
+        if key not in self.generators:
+            while len(self.generators) >= self.max_open_models:  # before the next one takes memory
+                self.generators.pop(next(iter(self.generators)))
+            generator = self._open(request)
+            if request.backend == 'auto':
+                backend = getattr(generator, 'backend', None)
+                self.auto_backends[request.model] = getattr(backend, 'name', 'auto')
+            key = self._key(request)
+            self.generators[key] = generator
+            if request.model == 'champion':
+                self.error = ''
+        self.generators[key] = self.generators.pop(key)  # now the most recently used one
+        return self.generators[key]
+
+    def _open(self, request: GenerationRequest):
+        "Load the model of a request with its backend."
+        if self.load is not None:
+            return self.load()
+        from flowerdiff.inference.generator import Generator
+
+        label = MODELS[request.model]
+        folder = available_models(self.workspace).get(request.model)
+        if not folder:
+            raise UserError(f'{label}: this workspace has no such model.')
+        try:
+            return Generator.from_pretrained(folder, request.backend)
+        except UserError as error:
+            names = {f'{folder}/': f'{label}, ', str(folder): label, str(self.workspace): self.workspace.name}
+            raise UserError(_without_paths(str(error), names)) from error
+
 # %% ../../nbs/apps/01_session.ipynb #d7b1f4c3
 GENERATOR_ARGS = ('num_images_per_prompt', 'seed', 'num_inference_steps', 'guidance_scale', 'negative_prompt')
 
 
-@patch
-def generate(
-    self: GenerationSession,
-    request: GenerationRequest,
-    on_step: Callable | None = None,  # called with a `sampling_loop.Step`; returning False cancels
-) -> list:  # of PIL.Image; `info['note']` tells of another backend, and of words not learned or read
-    "Generate the pictures of a request. Waits for the model and for earlier requests."
-    self.ready.wait()
-    with self.lock:
+class GenerationSession(OpenModels):
+    "Load the model of a workspace in the background, and generate pictures."
+
+    def generate(
+        self,
+        request: GenerationRequest,
+        on_step: Callable | None = None,  # called with a `sampling_loop.Step`; returning False cancels
+    ) -> list:  # of PIL.Image; `info['note']` tells of another backend, and of words not learned or read
+        "Generate the pictures of a request. Waits for the model and for earlier requests."
+        self.ready.wait()
+        with self.lock:
+            try:
+                return self._run(request, on_step)
+            except Exception as error:
+                if not self._should_retry(request, error):
+                    raise
+                return self._retry_with_pytorch(request, error, on_step)
+
+    def _run(self, request: GenerationRequest, on_step) -> list:
+        "Call the generator with the settings of a request."
+        generator = self._generator(request)
+        settings = {name: getattr(request, name) for name in GENERATOR_ARGS}
+        if request.scheduler != 'auto':
+            settings['scheduler'] = request.scheduler
+        if request.image:
+            settings |= dict(image=request.image, strength=request.strength)
+        unknown_words = getattr(generator, 'unknown_words', lambda *texts: [])  # the demo has no such method
+        unknown = unknown_words(request.prompt, request.negative_prompt)
+        with warnings.catch_warnings(record=True, action='always') as caught:
+            pictures = generator(request.prompt, callback=on_step, **settings)
+        truncated = [str(warning.message) for warning in caught if 'not read' in str(warning.message)]
+        note = ' · '.join([*unknown, *truncated])
+        for picture in pictures:
+            picture.info.update(dict(note=note) if note else {})
+        return pictures
+
+    def _backend_name(self, request: GenerationRequest) -> str:
+        "Return the backend that is open for a request, or else the one it asks for."
         try:
-            return self._run(request, on_step)
-        except Exception as error:
-            if not self._should_retry(request, error):
-                raise
-            return self._retry_with_pytorch(request, error, on_step)
+            return self.generators[self._key(request)].backend.name
+        except (KeyError, AttributeError):
+            return request.backend
 
+    def _should_retry(self, request: GenerationRequest, error: Exception) -> bool:
+        "Return whether PyTorch may succeed where the backend of a request failed."
+        if self.load is not None or isinstance(error, Cancelled):
+            return False
+        if self._backend_name(request) == 'torch' or request.model not in available_models(self.workspace):
+            return False
+        request_is_invalid = isinstance(error, UserError) and self._key(request) in self.generators
+        return not request_is_invalid
 
-@patch
-def _run(self: GenerationSession, request: GenerationRequest, on_step) -> list:
-    "Call the generator with the settings of a request."
-    generator = self._generator(request)
-    settings = {name: getattr(request, name) for name in GENERATOR_ARGS}
-    if request.scheduler != 'auto':
-        settings['scheduler'] = request.scheduler
-    unknown_words = getattr(generator, 'unknown_words', lambda *texts: [])  # the demo has no such method
-    unknown = unknown_words(request.prompt, request.negative_prompt)
-    with warnings.catch_warnings(record=True, action='always') as caught:
-        pictures = generator(request.prompt, callback=on_step, **settings)
-    truncated = [str(warning.message) for warning in caught if 'not read' in str(warning.message)]
-    note = ' · '.join([*unknown, *truncated])
-    for picture in pictures:
-        picture.info.update(dict(note=note) if note else {})
-    return pictures
-
-# %% ../../nbs/apps/01_session.ipynb #79e1d6f7
-@patch
-def _backend_name(self: GenerationSession, request: GenerationRequest) -> str:
-    "Return the backend that is open for a request, or else the one it asks for."
-    try:
-        return self.generators[self._key(request)].backend.name
-    except (KeyError, AttributeError):
-        return request.backend
-
-
-@patch
-def _should_retry(self: GenerationSession, request: GenerationRequest, error: Exception) -> bool:
-    "Return whether PyTorch may succeed where the backend of a request failed."
-    if self.load is not None or isinstance(error, Cancelled):
-        return False
-    if self._backend_name(request) == 'torch' or request.model not in available_models(self.workspace):
-        return False
-    request_is_invalid = isinstance(error, UserError) and self._key(request) in self.generators
-    return not request_is_invalid
-
-
-@patch
-def _retry_with_pytorch(
-    self: GenerationSession, request: GenerationRequest, error: Exception, on_step
-) -> list:
-    "Close the failed generator, generate with PyTorch, and note it in the pictures."
-    failed = self._backend_name(request)
-    self.generators.pop(self._key(request), None)
-    try:
-        pictures = self._run(replace(request, backend='torch'), on_step)
-    except Cancelled:
-        raise
-    except Exception:
-        raise error from None
-    label = BACKENDS.get(failed, failed)
-    for picture in pictures:
-        failure = f'{label} failed ({error_message(error, short=True)}); PyTorch was used instead'
-        picture.info['note'] = '; '.join(filter(None, [failure, picture.info.get('note')]))
-    return pictures
-
-# %% ../../nbs/apps/01_session.ipynb #52cdd896
-def to_png(
-    picture,  # PIL.Image
-    request: GenerationRequest | None = None,  # stored as metadata
-) -> bytes:
-    "Return the picture as a PNG file."
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    if picture.info.get('note'):
-        info.add_itxt('note', picture.info['note'])
-    if request:
-        info.add_itxt('flowerdiff', json.dumps(asdict(request), ensure_ascii=False))
-    buffer = io.BytesIO()
-    picture.save(buffer, 'PNG', pnginfo=info)
-    return buffer.getvalue()
+    def _retry_with_pytorch(self, request: GenerationRequest, error: Exception, on_step) -> list:
+        "Close the failed generator, generate with PyTorch, and note it in the pictures."
+        failed = self._backend_name(request)
+        self.generators.pop(self._key(request), None)
+        try:
+            pictures = self._run(replace(request, backend='torch'), on_step)
+        except Cancelled:
+            raise
+        except Exception:
+            raise error from None
+        label = BACKENDS.get(failed, failed)
+        for picture in pictures:
+            failure = f'{label} failed ({error_message(error, short=True)}); PyTorch was used instead'
+            picture.info['note'] = '; '.join(filter(None, [failure, picture.info.get('note')]))
+        return pictures
 
 # %% ../../nbs/apps/01_session.ipynb #260446da
 def file_name(request: GenerationRequest) -> str:

@@ -14,7 +14,7 @@ from functools import partial
 import ipywidgets as w
 from fastcore.basics import patch
 
-from .session import Choices, GenerationRequest, GenerationSession
+from .session import Choices, GenerationRequest, GenerationSession, available_choices
 from flowerdiff.apps.widgets import (
     Controls,
     GeneratedPicture,
@@ -70,7 +70,7 @@ class CompareTab:
     ):
         self.panel = GenerationPanel(session, 'Generate both')
         self.fields = prompt_widgets(random.choice(examples))
-        self.controls = self._make_controls(session.choices())
+        self.controls = self._make_controls(available_choices(session.workspace))
         self.empty = w.HTML(
             note_html(
                 'One prompt, two settings', '<p>Change a setting on one side and press Generate both.</p>'

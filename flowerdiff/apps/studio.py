@@ -25,6 +25,7 @@ from flowerdiff.apps.session import (
     GenerationRequest,
     GenerationSession,
     Option,
+    available_choices,
     session_model_folder,
 )
 from .side_by_side import CompareTab
@@ -90,7 +91,7 @@ class StudioTab:
         self.session = session
         self.prompts = example_prompts(session.workspace)
         self.panel = GenerationPanel(session)
-        self.controls = Controls(session.choices())
+        self.controls = Controls(available_choices(session.workspace))
         self.fields = panel_widgets(self.prompts)
         self.gallery = self.fields['gallery']
         self.empty = w.HTML(

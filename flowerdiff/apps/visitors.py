@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from .session import GenerationRequest, GenerationSession, available_models
-from ..core.schema import UserError
+from ..core.errors import UserError
 
 # %% ../../nbs/apps/12_visitors.ipynb #514f4fc8
 class RateLimit:
@@ -89,6 +89,7 @@ LINKED = {
     'steps': ('num_inference_steps', int),
     'guidance': ('guidance_scale', float),
     'pictures': ('num_images_per_prompt', int),
+    'strength': ('strength', float),
     'sampler': ('scheduler', str),
     'backend': ('backend', str),
     'model': ('model', str),
@@ -117,7 +118,7 @@ def read_link(query: dict) -> dict:  # name in `LINKED` -> value
 
 # %% ../../nbs/apps/12_visitors.ipynb #762d46ed
 def parse_settings(
-    values: dict,  # name in `LINKED` -> value; the seed may be None
+    values: dict,  # name in `LINKED` -> value, and `image`; the seed and the image may be None
 ) -> GenerationRequest:
     "Return the request that a page or a program describes. Raises a `UserError` if it is not valid."
     if values['seed'] is None:
@@ -126,4 +127,4 @@ def parse_settings(
         fields = {field: kind(values[name]) for name, (field, kind) in LINKED.items()}
     except (TypeError, ValueError, OverflowError):
         raise UserError('The settings are not numbers and words.') from None
-    return GenerationRequest(**fields).check()
+    return GenerationRequest(**fields, image=values.get('image') or '').check()

@@ -29,9 +29,9 @@ from flowerdiff.apps.session import (
     error_message,
     file_name,
     preview_steps,
-    to_png,
 )
-from ..core.workspace import Cancelled
+from ..core.errors import Cancelled
+from ..drawing.pictures import picture_bytes
 
 # %% ../../nbs/apps/02_widgets.ipynb #b449944d
 def data_url(data: bytes, kind: str = 'image/png') -> str:
@@ -88,7 +88,7 @@ class GeneratedPicture:
 
     @cached_property
     def png(self) -> bytes:
-        return to_png(self.picture, self.request)
+        return picture_bytes(self.picture)
 
 # %% ../../nbs/apps/02_widgets.ipynb #170da737
 def figure_html(item: GeneratedPicture) -> str:

@@ -88,7 +88,7 @@ def picture_pixels(
         try:
             image = upright(read_image(image))
         except BadPicture as problem:
-            raise UserError(f'image: {image} {problem}') from None
+            raise UserError(f'image: {Path(image).name} {problem}') from None
     if not isinstance(image, Image.Image):
         raise UserError(f'image: must be a picture or the path of one, not {type(image).__name__}')
     fitted = ImageOps.fit(to_rgb(image), size, Image.Resampling.LANCZOS)

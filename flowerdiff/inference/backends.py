@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,8 @@ EXACT_BACKENDS = ('torch', 'onnx', 'openvino')  # those that compute in 32 bits
 
 def cuda_device() -> str:
     "Return the device of an NVIDIA GPU, '' if there is none. Only a machine with a GPU imports PyTorch."
-    if not shutil.which('nvidia-smi') and not any(Path('/dev').glob('nvidia[0-9]*')):
+    has_gpu = shutil.which('nvidia-smi') or any(Path('/dev').glob('nvidia[0-9]*'))
+    if not has_gpu or not find_spec('torch'):
         return ''
     from flowerdiff.inference import tensorrt
 
@@ -67,6 +69,8 @@ def why_unavailable(
     onnx: Path | None = None,  # the export to open; None: any
 ) -> str:
     "Return why a backend cannot run here, '' if it can."
+    if name in ('torch-compile', 'tensorrt') and not find_spec('torch'):
+        return 'PyTorch is not installed; run `pip install flowerdiff`'
     if name == 'torch-compile':
         from flowerdiff.services.hardware import why_not_compile
 
