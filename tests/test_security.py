@@ -282,6 +282,7 @@ def test_each_loader_is_safe():
 IMPORTS = {  # of a name that is not a literal: where the name comes from
     'flowerdiff/__init__.py': 'a table in that file',
     'flowerdiff/core/workspace.py': 'the table of the stages',
+    'flowerdiff/selftest/parts.py': 'the table of the parts, through the command line of a child process',
     'flowerdiff/inference/tensorrt.py': 'FLAVORS, see `test_a_status_file_names_no_module_to_import`',
 }
 
