@@ -186,7 +186,7 @@ def test_full_disk(cli, tmp_path):
         (['generate', 'x', '-n', '0'], 'at least 1'),
         (['generate', 'x', '--steps', 'ten'], 'whole number'),
         (['generate', 'x', '--seed', '-1'], 'at least 0'),
-        (['drow'], 'invalid choice'),
+        (['drow'], "'drow' is not a command"),
         (['run', '--form', 'train'], 'unrecognized'),
         (['run', 'w', '--from', 'training'], 'training is not a stage'),
         (['run', 'w', '--only', 'x'], 'x is not a stage'),

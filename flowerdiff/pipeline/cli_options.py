@@ -60,8 +60,8 @@ class Parser(argparse.ArgumentParser):
         if command:
             names = [name.strip(" '") for name in command[2].split(',')]
             near = difflib.get_close_matches(command[1], names, 1)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            message = f"invalid choice: '{command[1]}' is no command{hint}"
+            hint = f' (did you mean {near[0]}?)' if near else ''
+            message = f"'{command[1]}' is not a command{hint}"
         self.exit(2, hide_credentials(f'{self.prog}: {message}; see {self.prog} --help\n'))
 
 # %% ../../nbs/pipeline/15_cli_options.ipynb #9351cbcf
