@@ -71,6 +71,7 @@ def ws(tmp_path_factory):
     make_encoded(ws.encoded)
     published = ws.root / 'published' / 'ws'
     shutil.copytree(ws.model, published)
+    shutil.copytree(ws.onnx, published / 'onnx')
     write_checksums(published)
     record = dict(revision='1', kind='folder', repository='ws', private=False)
     write_json(ws.root / 'published.json', record)

@@ -78,10 +78,10 @@ def source(
         raise UserError(
             f'{folder}: the published model is missing; run: flowerdiff run {where} --only publish --force'
         )
+    verify_folder(folder, again=True)
     onnx = onnx_folder(folder)
     if not onnx:
         raise UserError(f'{folder}: has no ONNX files, with which a Space draws; {again}')
-    verify_folder(onnx, again=True)
     return Source(repo, folder=onnx, **known)
 
 # %% ../../nbs/apps/10_hf_space.ipynb #c4fc1373
