@@ -262,7 +262,8 @@ def test_a_backend_that_fails_midway(tmp_path, tiny_workspace):
     shutil.copytree(tiny_workspace / 'model', tmp_path / 'model')
     shutil.copytree(tiny_workspace / 'onnx', tmp_path / 'onnx')
     code = f"""
-from flowerdiff.apps.session import GenerationRequest, GenerationSession
+from flowerdiff.apps.request import GenerationRequest
+from flowerdiff.apps.session import GenerationSession
 p = GenerationSession({str(tmp_path)!r})
 plain = p.generate(GenerationRequest('a red rose', backend='torch'))[0]
 [d] = [p._generator(GenerationRequest('x', backend='onnx')).backend]; real, calls = d.denoise, []
@@ -295,7 +296,8 @@ def test_a_damaged_export_is_no_reason_to_stop(tmp_path, tiny_workspace):
     for f in (tmp_path / 'onnx').rglob('*.onnx'):
         f.write_bytes(b'damaged')
     code = (
-        'from flowerdiff.apps.session import GenerationRequest, GenerationSession; '
+        'from flowerdiff.apps.request import GenerationRequest; '
+        'from flowerdiff.apps.session import GenerationSession; '
         f'p = GenerationSession({str(tmp_path)!r}); print(p.generate('
         "GenerationRequest('a red rose', backend='onnx', num_inference_steps=2))[0].info['note'], p.error)"
     )

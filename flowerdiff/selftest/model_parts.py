@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..apps.session import GenerationRequest, GenerationSession
+from ..apps.request import GenerationRequest
+from ..apps.session import GenerationSession
 from ..data.encoding import encode_batch
 from ..inference.generator import Generator
 from ..inference.onnx_export import copy_configs, export_part, model_parts, part_difference, to_half
