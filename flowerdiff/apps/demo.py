@@ -43,9 +43,8 @@ class DemoGenerator:
         number = zlib.crc32(prompt.encode()) % 1000
         pictures = [flower(seed + i, number)[0] for i in range(num_images_per_prompt)]
         for i, picture in enumerate(pictures):
-            picture.info['settings'] = PictureSettings(
-                prompt, seed=seed + i, num_inference_steps=num_inference_steps
-            )
+            picture.info['settings'] = settings = PictureSettings(prompt, seed=seed + i, size=picture.size)
+            settings.num_inference_steps = num_inference_steps
         for step in range(1, num_inference_steps + 1):
             time.sleep(self.seconds_per_step)
             if callback and callback(DemoStep(step, num_inference_steps, pictures)) is False:

@@ -218,7 +218,10 @@ def restored_fields(settings: PictureSettings) -> dict:  # field of a request ->
     return valid
 
 # %% ../../nbs/apps/01_request.ipynb #260446da
-def file_name(request: GenerationRequest) -> str:
+def file_name(
+    request: GenerationRequest,
+    end: str = '.png',
+) -> str:
     "Return the name of a downloaded picture."
     words = re.sub(r'[^\w]+', '-', request.prompt.lower()).strip('-')[:40].strip('-') or 'picture'
-    return f'{words}-{request.seed}.png'
+    return f'{words}-{request.seed}{end}'

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.resources import files
+from pathlib import Path
 
 import ipywidgets as w
 from fastcore.basics import patch
@@ -72,19 +73,26 @@ class GeneratedPicture:
     picture: object = field(repr=False)  # PIL.Image
     previews: list = field(default_factory=list, repr=False)  # of PIL.Image, kept during denoising
 
+    path: Path | None = None  # where it is kept
+
     @property
     def note(self) -> str:
         return self.picture.info.get('note', '')
 
     @cached_property
-    def png(self) -> bytes:
-        return picture_bytes(self.picture)
+    def data(self) -> bytes:
+        "The file: a PNG that holds the settings, or what is kept at `path`."
+        return self.path.read_bytes() if self.path else picture_bytes(self.picture)
+
+    @property
+    def url(self) -> str:
+        return data_url(self.data, 'image/webp' if self.data[:4] == b'RIFF' else 'image/png')
 
 # %% ../../nbs/apps/03_widgets.ipynb #170da737
 def figure_html(item: GeneratedPicture) -> str:
     "Return a picture with its caption, as HTML."
     request = item.request
-    image = image_html(data_url(item.png), request.prompt, item.picture.size)
+    image = image_html(item.url, request.prompt, item.picture.size)
     caption = f'{html.escape(request.prompt, quote=True)}<small>{html.escape(request.caption())}</small>'
     if item.note:
         caption += f'<small class="fd-warning">{html.escape(item.note)}</small>'
@@ -93,9 +101,9 @@ def figure_html(item: GeneratedPicture) -> str:
 
 def download_html(item: GeneratedPicture) -> str:
     "Return a link that downloads a picture, as HTML."
-    name = file_name(item.request)
+    name = file_name(item.request, item.path.suffix if item.path else '.png')
     label = html.escape(f'Download {name}')
-    return f'<a download="{name}" href="{data_url(item.png)}" aria-label="{label}">Download</a>'
+    return f'<a download="{name}" href="{item.url}" aria-label="{label}">Download</a>'
 
 # %% ../../nbs/apps/03_widgets.ipynb #3f5bb590
 ASSETS = files('flowerdiff') / 'assets' / 'studio'
