@@ -28,10 +28,13 @@ class GenerationPanel:
         self,
         session: GenerationSession,
         label: str = 'Generate',
+        *,
         quiet: bool = False,  # show neither steps nor previews
+        keep: Callable | None = None,  # called with each `GeneratedPicture`, to save it
     ):
         self.session = session
         self.quiet = quiet
+        self.keep = keep
         self.busy = False
         self.canceled = threading.Event()
         self.previews = []  # kept steps of the current request, a list of pictures each
@@ -120,6 +123,9 @@ def _generate(self: GenerationPanel, requests: list) -> list[list[GeneratedPictu
         for i, picture in enumerate(pictures):
             previews = [step[i] for step in self.previews]
             items.append(GeneratedPicture(request.single(i), picture, previews))
+        if self.keep and not request.frames:  # the frames become one file
+            for item in items:
+                self.keep(item)
         results.append(items)
         self.steps_before += request.num_inference_steps
     return results

@@ -18,12 +18,11 @@ from pathlib import Path
 
 from .listening import check_port, is_local_name
 from flowerdiff.apps.model_info import (
-    card_prompts,
     card_text,
-    example_prompts,
     fetch_model,
     fetch_onnx,
     image_size,
+    page_prompts,
 )
 from .request import LIMITS, GenerationRequest, file_name, read_link, settings_link
 from flowerdiff.apps.session import (
@@ -295,10 +294,7 @@ def build_app(
     "Build the page of a model. Its weights are opened in the background."
     session = model if isinstance(model, GenerationSession) else open_session(model)
     workspace = session.workspace
-    folder = session_model_folder(workspace)
-    if prompts is None:
-        has_captions = (workspace / 'captions').is_dir()
-        prompts = (not has_captions and folder and card_prompts(folder)) or example_prompts(workspace)
+    prompts = page_prompts(workspace) if prompts is None else prompts
     page = Page(session, name or workspace.resolve().name, prompts[:12], rate)
     with gr.Blocks(title=page.name, analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(f'# {page.name}\n\n{page.size}')

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'DRAWING_FILES', 'ONNX_FILES', 'short_caption', 'example_prompts', 'image_size', 'card_file', 'card_text',
-           'card_prompts', 'fetch_model', 'onnx_folder', 'fetch_onnx']
+           'card_prompts', 'page_prompts', 'fetch_model', 'onnx_folder', 'fetch_onnx']
 
 # %% ../../nbs/apps/10_model_info.ipynb #f9b42f05
 import os
 import re
 from pathlib import Path
 
+from .session import session_model_folder
 from ..core.errors import UserError
 from ..core.files import parse_json
 from ..drawing.model_files import read_config
@@ -101,6 +102,14 @@ def card_prompts(
         return [str(picture['text']) for picture in card.data.widget]
     except Exception:  # it may be written by hand
         return []
+
+
+def page_prompts(workspace: Path) -> list[str]:
+    "Return the example prompts of a page: of the captions, of the model card, or else the garden's."
+    folder = session_model_folder(workspace)
+    if folder and not (workspace / 'captions').is_dir():
+        return card_prompts(folder) or EXAMPLES
+    return example_prompts(workspace)
 
 # %% ../../nbs/apps/10_model_info.ipynb #9f8f62b5
 DRAWING_FILES = ['*.json', '*.safetensors', '*.txt', '*.onnx', '*.onnx_data']  # engines need a GPU

@@ -85,9 +85,12 @@ class PictureStore:
         "Open a picture of the folder. Raises a `UserError` if it is damaged."
         return open_saved(path, self.choices)
 
-    def add(self, item: GeneratedPicture) -> GeneratedPicture:
-        "Keep a picture that was drawn."
-        item.path = self.write(item.data, item.request)
+    def add(self, item: GeneratedPicture, kind: str = '.png') -> GeneratedPicture:
+        "Keep a picture that was drawn. If it cannot be written, its note says why."
+        try:
+            item.path = self.write(item.data, item.request, kind)
+        except UserError as error:
+            item.picture.info['note'] = f'not kept: {error}'
         return item
 
     def delete(self, path: Path):

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'BACKENDS', 'SCHEDULERS', 'MODELS', 'OPTIONS', 'LABELS', 'LINKED', 'GenerationRequest', 'request_caption',
-           'check_request', 'preview_steps', 'settings_link', 'read_link', 'restored_fields', 'file_name']
+           'check_request', 'preview_steps', 'valid_fields', 'settings_link', 'read_link', 'linked_fields',
+           'restored_fields', 'file_name']
 
 # %% ../../nbs/apps/01_request.ipynb #962f56ef
 import re
-from dataclasses import dataclass, replace
-from urllib.parse import urlencode
+from dataclasses import dataclass, fields, replace
+from urllib.parse import parse_qsl, urlencode
 
 from ..core.errors import UserError
 from ..drawing.pictures import PictureSettings
@@ -155,6 +156,21 @@ def preview_steps(
     "Return the steps whose previews are kept."
     return sorted({round((i + 1) * steps / count) for i in range(count)} - {0})
 
+# %% ../../nbs/apps/01_request.ipynb #7c4f0bdb
+def valid_fields(values: dict) -> dict:  # field of a request -> value
+    "Return the values of a file or an address that a page accepts."
+    valid = {}
+    for field in fields(GenerationRequest):
+        value = values.get(field.name)
+        if value is None:
+            continue
+        try:
+            GenerationRequest(**{'prompt': 'a flower', field.name: value}).check()
+        except (UserError, TypeError, ValueError, AttributeError):
+            continue
+        valid[field.name] = value
+    return valid
+
 # %% ../../nbs/apps/01_request.ipynb #66fc2d99
 LINKED = {
     'prompt': ('prompt', str),
@@ -184,12 +200,16 @@ def read_link(query: dict) -> dict:  # name in `LINKED` -> value
     for name in LINKED.keys() & query.keys():
         field, kind = LINKED[name]
         try:
-            value = kind(query[name])
-            GenerationRequest(**{'prompt': 'a flower', field: value}).check()
-        except (ValueError, UserError):
+            found |= {name: valid_fields({field: kind(query[name])})[field]}
+        except (ValueError, KeyError):
             continue
-        found[name] = value
     return found
+
+
+def linked_fields(query_string: str) -> dict:  # field of a request -> value
+    "Return the settings in the address of a page."
+    query = dict(parse_qsl(query_string))
+    return {LINKED[name][0]: value for name, value in read_link(query).items()}
 
 # %% ../../nbs/apps/01_request.ipynb #5360c74e
 def _same_model(settings: PictureSettings) -> dict:
@@ -206,16 +226,7 @@ def restored_fields(settings: PictureSettings) -> dict:  # field of a request ->
     found = {name: getattr(settings, name) for name in names} | _same_model(settings)
     if settings.size:
         found['size'] = '{}x{}'.format(*settings.size)
-    valid = {}
-    for name, value in found.items():
-        if value is None:
-            continue
-        try:
-            GenerationRequest(**{'prompt': 'a flower', name: value}).check()
-        except (UserError, TypeError):
-            continue
-        valid[name] = value
-    return valid
+    return valid_fields(found)
 
 # %% ../../nbs/apps/01_request.ipynb #260446da
 def file_name(

@@ -15,6 +15,7 @@ import ipywidgets as w
 from fastcore.basics import patch
 
 from .generation_panel import GenerationPanel
+from .picture_store import PictureStore
 from .request import GenerationRequest
 from .session import Choices, GenerationSession, available_choices
 from flowerdiff.apps.widgets import (
@@ -68,8 +69,9 @@ class CompareTab:
         self,
         session: GenerationSession,
         examples: list[str],  # prompts
+        store: PictureStore,
     ):
-        self.panel = GenerationPanel(session, 'Generate both')
+        self.panel = GenerationPanel(session, 'Generate both', keep=store.add)
         self.fields = prompt_widgets(random.choice(examples))
         self.controls = self._make_controls(available_choices(session.workspace))
         self.empty = w.HTML(

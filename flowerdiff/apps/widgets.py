@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ASSETS', 'SLIDER', 'data_url', 'jpeg_url', 'image_html', 'preview_html', 'denoising_html', 'GeneratedPicture',
            'figure_html', 'download_html', 'style_html', 'note_html', 'add_classes', 'row', 'close_tree',
-           'OptionButtons', 'dropdown', 'Controls', 'prompt_widgets', 'prompt_values']
+           'OptionButtons', 'dropdown', 'Controls', 'prompt_widgets', 'prompt_values', 'StartPicture', 'thumbnail_html']
 
 # %% ../../nbs/apps/03_widgets.ipynb #1973a577
 import base64
+import hashlib
 import html
 import io
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from fastcore.basics import patch
 
 from .request import GenerationRequest, file_name
 from .session import Choices, GenerationSession, Option
+from ..core.errors import UserError, disk_errors
 from ..drawing.pictures import picture_bytes
+from ..services.image_files import BadPicture, open_image
 
 # %% ../../nbs/apps/03_widgets.ipynb #b449944d
 def data_url(data: bytes, kind: str = 'image/png') -> str:
@@ -44,7 +47,9 @@ def image_html(url: str, alt: str, size: tuple[int, int]) -> str:
     image = (
         f'<img alt="{alt}" width="{width}" height="{height}" style="--shape:{width}/{height}" src="{url}">'
     )
-    return f'<span class="fd-image" role="button" tabindex="0" aria-label="Enlarge: {alt}">{image}</span>'
+    escape = "if (event.key == 'Escape') this.open = false"
+    summary = f'<summary aria-label="Enlarge: {alt}">{image}</summary>'
+    return f'<details class="fd-image" onkeydown="{escape}">{summary}</details>'
 
 # %% ../../nbs/apps/03_widgets.ipynb #f873aba0
 def preview_html(pictures: list) -> str:
@@ -218,6 +223,7 @@ class Controls:
             num_inference_steps=w.IntSlider(min=1, max=60, description='Steps', **SLIDER),
             guidance_scale=w.FloatSlider(**guidance, **SLIDER),
             scheduler=dropdown('Scheduler', choices.schedulers),
+            size=dropdown('Size', choices.sizes),
         )
         self._set_defaults('champion')
         self.backend = OptionButtons('Backend', choices.backends)
@@ -226,8 +232,9 @@ class Controls:
     @property
     def widgets(self) -> list[w.Widget]:
         shown = dict(self.fields)
-        if len(self.choices.models) < 2:
-            shown.pop('model')
+        for name, options in dict(model=self.choices.models, size=self.choices.sizes).items():
+            if len(options) < 2:
+                shown.pop(name)
         return [*shown.values(), self.backend.widget]
 
     def _set_defaults(self, model: str):
@@ -237,7 +244,8 @@ class Controls:
 
     @property
     def values(self) -> dict:
-        return {name: widget.value for name, widget in self.fields.items()} | dict(backend=self.backend.value)
+        values = {name: widget.value for name, widget in self.fields.items()}
+        return values | dict(backend=self.backend.value)
 
     @values.setter
     def values(self, new: dict):
@@ -272,3 +280,53 @@ def prompt_values(fields: dict[str, w.Widget]) -> dict:
         seed=fields['seed'].value,
         negative_prompt=fields['negative_prompt'].value.strip(),
     )
+
+# %% ../../nbs/apps/03_widgets.ipynb #2f2e3dc2
+class StartPicture:
+    "A picture to start from: `widgets` to show, and `values` by field of `GenerationRequest`."
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = None
+        self.upload = w.FileUpload(accept='image/*', description='Open a picture', icon='')
+        self.thumb = w.HTML()
+        self.use = w.Checkbox(value=False, description='Start from this picture', indent=False)
+        limits = dict(min=0.05, max=1, step=0.05, readout_format='.2f')
+        self.strength = w.FloatSlider(value=0.6, description='Strength', **limits, **SLIDER)
+        self.more = w.VBox([self.thumb, self.use, self.strength])
+        self.widgets = [add_classes(self.upload, 'fd-open'), add_classes(self.more, 'fd-start')]
+        self.show(None)
+
+    def take_upload(self) -> Path | None:
+        "Keep the file that was uploaded, and return its path. Raises a `UserError` if it cannot be written."
+        if not self.upload.value:
+            return None
+        content = bytes(self.upload.value[0].content)
+        self.upload.value = ()
+        path = self.folder / 'opened' / f'{hashlib.sha256(content).hexdigest()[:20]}.png'
+        with disk_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return path
+
+    def show(self, path: Path | None, use: bool = True):
+        "Show a picture. Raises a `UserError` if the file is no picture."
+        self.path = path
+        self.use.value = bool(path) and use
+        self.more.layout.display = '' if path else 'none'
+        self.thumb.value = thumbnail_html(path) if path else ''
+
+    @property
+    def values(self) -> dict:
+        return dict(image=str(self.path) if self.use.value else '', strength=self.strength.value)
+
+# %% ../../nbs/apps/03_widgets.ipynb #ebcf354b
+def thumbnail_html(path: Path) -> str:
+    "Return a small picture of a file, as HTML. Raises a `UserError` if it is no picture."
+    try:
+        with open_image(path) as picture:
+            small = picture.convert('RGB')
+    except (BadPicture, OSError) as problem:
+        raise UserError(f'This file cannot be opened: {problem}. Use a PNG, JPEG or WebP file.') from None
+    small.thumbnail((160, 160))
+    return f'<img class="fd-thumb" alt="the picture to start from" src="{jpeg_url(small)}">'
