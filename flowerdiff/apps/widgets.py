@@ -301,7 +301,7 @@ class StartPicture:
         "Keep the file that was uploaded, and return its path. Raises a `UserError` if it cannot be written."
         if not self.upload.value:
             return None
-        content = bytes(self.upload.value[0].content)
+        content = bytes(self.upload.value[0]['content'])
         self.upload.value = ()
         path = self.folder / 'opened' / f'{hashlib.sha256(content).hexdigest()[:20]}.png'
         with disk_errors():
