@@ -34,6 +34,7 @@ class Gallery:
     "Cards of the pictures that were kept; `widget` to show."
 
     page_size = 24  # pictures that are opened at first, and with each click on *Show earlier*
+    max_new = 96  # pictures that a page keeps open without such a click
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ def add(self: Gallery, items: list[GeneratedPicture]):
             self.cards[item.path] = self._card(item)
         else:
             self.unsaved.insert(0, self._card(item))
+    self.count = max(self.count, min(self.count + len(items), self.max_new))
     self.zip_link.value = ''
     self.refresh()
 
@@ -113,7 +115,7 @@ def _card(self: Gallery, item: GeneratedPicture) -> w.Widget:
         button.on_click(lambda _, action=action: action(item))
         buttons.append(button)
     link = f'<a class="fd-link" href="{html.escape(settings_link(item.request), quote=True)}">Copy link</a>'
-    buttons.append(w.HTML(download_html(item) + link))
+    buttons += [w.HTML(download_html(item)), w.HTML(link)]
     if item.path:
         buttons += [self._favorite_button(item), self._delete_button(item)]
     actions = add_classes(w.HBox(buttons), 'fd-actions')
@@ -122,9 +124,13 @@ def _card(self: Gallery, item: GeneratedPicture) -> w.Widget:
 
 @patch
 def _favorite_button(self: Gallery, item: GeneratedPicture) -> w.ToggleButton:
+    def toggle(change):
+        button.description = '☆★'[change.new]
+        self.memory.set_favorite(item.path, change.new)
+
     is_favorite = self.memory.is_favorite(item.path)
-    button = w.ToggleButton(value=is_favorite, description='★', tooltip='Favorite')
-    button.observe(lambda change: self.memory.set_favorite(item.path, change.new), 'value')
+    button = w.ToggleButton(value=is_favorite, description='☆★'[is_favorite], tooltip='Favorite')
+    button.observe(toggle, 'value')
     return add_classes(button, 'fd-star')
 
 

@@ -27,6 +27,7 @@ from flowerdiff.apps.widgets import (
     add_classes,
     close_tree,
     data_url,
+    denoising_html,
     dropdown,
     image_html,
     note_html,
@@ -128,7 +129,7 @@ def contact_sheet(
         place = (left + x * (width + gap) + width // 2, line // 2)
         draw.text(place, _fitted(label, font, width), 'black', font, 'mm')
     for y, label in enumerate(rows):
-        place = (left - 2 * gap, top + y * (height + gap) + height // 2)
+        place = (left - gap, top + y * (height + gap) + height // 2)
         draw.text(place, _fitted(label, font, left - 2 * gap), 'black', font, 'rm')
     for i, picture in enumerate(pictures):
         place = (left + i % len(columns) * (width + gap), top + i // len(columns) * (height + gap))
@@ -213,7 +214,7 @@ def _layout(self: SheetTab) -> w.Widget:
 @patch
 def show_result(self: SheetTab, item: GeneratedPicture, note: str, downloads: dict[str, str]):
     "Show a picture, a line of text, and links by the name of their files, above the other results."
-    image = image_html(item.url, f'{self.label}: {item.request.prompt}', item.picture.size)
+    image = image_html(item.url, item.request.prompt, item.picture.size) + denoising_html(item.previews)
     links = ''.join(
         f'<a download="{html.escape(name)}" href="{url}">Download {html.escape(name)}</a>'
         for name, url in downloads.items()
@@ -313,7 +314,7 @@ class InterpolationTab(SheetTab):
         "Show the animation and keep it."
         frames = [item.picture for item in results[0]]
         request = results[0][0].request
-        item = GeneratedPicture(request, frames[0])
+        item = GeneratedPicture(request, frames[0], frames)
         item.data = animation_bytes(frames, request)
         self.store.add(item, '.webp')
         strip = data_url(picture_bytes(montage(frames, len(frames)), frames[0].info['settings']))

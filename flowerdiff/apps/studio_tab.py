@@ -42,8 +42,9 @@ def panel_widgets(
     chips = [add_classes(button, 'fd-chip') for button in buttons]
     surprise = w.Button(description='Surprise me', tooltip='Use another prompt from the data')
     limits = dict(min=1, max=LIMITS['num_images_per_prompt'])
+    history = w.Dropdown(options=[('Earlier prompts', '')], layout=w.Layout(width='100%'))
     return prompt_widgets(prompts[0]) | dict(
-        history=w.Dropdown(options=[('Earlier prompts', '')], layout=w.Layout(width='100%')),
+        history=add_classes(history, 'fd-history'),
         chips=add_classes(w.Box(chips), 'fd-chips'),
         surprise=add_classes(surprise, 'fd-chip'),
         pictures=w.IntSlider(value=1, description='Pictures', **limits, **SLIDER),

@@ -3,9 +3,9 @@
   const ROLES = {
     '.fd-head': { role: 'banner' }, '.fd-content': { role: 'main' },
     '.fd-tabs .fd-chips': { role: 'tablist', 'aria-label': 'Tabs' },
-    '.fd-request': { role: 'region', 'aria-label': 'Prompt' },
-    '.fd-controls': { role: 'region', 'aria-label': 'Settings' },
-    '.fd-right': { role: 'region', 'aria-label': 'Pictures' },
+    '.fd-request': { role: 'region', 'aria-label': 'What to draw' },
+    '.fd-controls': { role: 'region', 'aria-label': 'How to draw' },
+    '.fd-right': { role: 'region', 'aria-label': 'Results' },
   };
   const set = (e, name, value) => { if (e.getAttribute(name) !== value) e.setAttribute(name, value); };
   const text = e => e?.textContent.trim() || '';
@@ -28,13 +28,15 @@
         set(e, 'aria-label', text(e.parentElement.querySelector('.widget-label, .jupyter-widget-label')) + ', value');
       }
     }
+    for (const e of document.querySelectorAll('.fd-open'))  // ipywidgets count the files, which are taken at once
+      for (const part of e.childNodes) if (part.nodeType == 3 && /\(\d+\)/.test(part.data)) part.data = part.data.replace(/ ?\(\d+\)/, '');
+    for (const e of document.querySelectorAll('.fd-history select')) set(e, 'aria-label', 'Earlier prompts');
     for (const e of document.querySelectorAll('.fd .progress-bar')) { set(e, 'role', 'progressbar'); set(e, 'aria-label', 'Progress'); }
     for (const e of document.querySelectorAll('.fd button.jupyter-toggle-button, .fd button.widget-toggle-button')) {
       const active = String(e.classList.contains('mod-active'));
       const isTab = e.closest('.fd-tabs');
       set(e, isTab ? 'aria-selected' : 'aria-pressed', active);
       if (isTab) set(e, 'role', 'tab');
-      if (e.closest('.fd-star')) set(e, 'aria-label', 'Favorite');
       if (e.classList.contains('fd-star')) set(e, 'aria-label', 'Favorite');
     }
   };
@@ -50,7 +52,7 @@
     field?.focus();
   };
   document.addEventListener('keydown', event => {
-    if (event.key == 'Enter' && (event.ctrlKey || event.metaKey) && event.target.closest('.fd')) { event.preventDefault(); generate(); }
+    if (event.key == 'Enter' && (event.ctrlKey || event.metaKey) && event.target.closest?.('.fd')) { event.preventDefault(); generate(); }
     if (event.key == 'Escape') for (const e of document.querySelectorAll('.fd-image[open]')) e.open = false;
     const tab = event.target.closest?.('[role=tab]');
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -58,7 +60,7 @@
       const tabs = [...tab.closest('[role=tablist]').querySelectorAll('[role=tab]')];
       tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length].focus();
     }
-  });
+  }, true);  // text fields of ipywidgets stop the event
 
   // Words are sent after a pause in typing, too: a reload keeps them.
   let pause;
