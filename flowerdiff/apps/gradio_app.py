@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from .listening import check_port, is_local_name
@@ -86,7 +85,7 @@ def _write_pictures(folder: str, drawing: Drawing) -> list[tuple[str, str]]:  # 
     "Write the pictures of a request as PNG files, with their settings."
     shown = []
     for i, picture in enumerate(drawing.pictures):
-        request = replace(drawing.request, seed=drawing.request.seed + i, num_images_per_prompt=1)
+        request = drawing.request.single(i)
         path = save_picture(picture, Path(folder) / file_name(request))
         shown.append((str(path), f'{request.prompt} · {request.caption()}'))
     return shown
@@ -144,7 +143,7 @@ def _upload(label: str):
     field.preprocess = lambda uploaded: uploaded.path if uploaded else None
     return field
 
-
+# %% ../../nbs/apps/19_gradio_app.ipynb #f1cfaed0
 def settings_fields(page: Page) -> dict:  # name in the API -> component
     "Make the fields below the prompt."
     model = page.choices.models[0].name
@@ -161,6 +160,7 @@ def settings_fields(page: Page) -> dict:  # name in the API -> component
             strength = gr.Slider(0.05, 1, value=0.6, step=0.05, label='Strength: how much of it is replaced')
         negative = gr.Textbox('', label='Negative prompt', placeholder='what the pictures should not show')
         with gr.Row():
+            size = _dropdown(page.choices.sizes, 'Size')
             sampler = _dropdown(page.choices.schedulers, 'Sampler')
             backend = _dropdown(page.choices.backends, 'Backend')
             model = _dropdown(page.choices.models, 'Model')
@@ -175,6 +175,7 @@ def settings_fields(page: Page) -> dict:  # name in the API -> component
         sampler=sampler,
         backend=backend,
         model=model,
+        size=size,
     )
 
 # %% ../../nbs/apps/19_gradio_app.ipynb #77328ea0
@@ -283,7 +284,7 @@ def _connect(page: Page, fields: dict, buttons: dict, shown: dict):
     )
     return load_event(names)
 
-
+# %% ../../nbs/apps/19_gradio_app.ipynb #6950f650
 def build_app(
     model: str | Path | GenerationSession,  # a workspace, a model folder, or a session that is open
     *,
@@ -352,7 +353,7 @@ def launch(
         **options,
     )
 
-
+# %% ../../nbs/apps/19_gradio_app.ipynb #3b8c3e29
 def serve(
     model: str | Path,  # a workspace, a model folder, or a Hub id `org/name@commit`
     host: str | None = '127.0.0.1',  # 0.0.0.0: other machines can connect; None: as the environment says
@@ -370,7 +371,7 @@ def serve(
     print(f'The page is at {app.local_url} (Ctrl-C stops it)', flush=True)
     app.block_thread()
 
-
+# %% ../../nbs/apps/19_gradio_app.ipynb #56727afd
 PROXIES = '127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16'  # whose X-Forwarded-For is read
 
 
