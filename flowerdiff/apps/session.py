@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GENERATOR_ARGS', 'session_model_folder', 'available_models', 'available_schedulers', 'available_sizes',
-           'SamplingDefaults', 'sampling_defaults', 'unavailable_reason', 'Option', 'Choices', 'available_choices',
-           'error_message', 'OpenGenerators', 'open_generator', 'OpenModels', 'run_request', 'GenerationSession']
+           'own_settings', 'SamplingDefaults', 'sampling_defaults', 'unavailable_reason', 'Option', 'Choices',
+           'available_choices', 'error_message', 'OpenGenerators', 'open_generator', 'OpenModels', 'run_request',
+           'GenerationSession']
 
 # %% ../../nbs/apps/02_session.ipynb #60f9b4f1
 import json
@@ -69,6 +70,17 @@ def available_sizes(
     long = unit * round(1.5 * own / unit)
     return [(own, own), (long, own), (own, long), (long, long)]
 
+
+def own_settings(model: Path) -> dict:
+    "Return the scheduler and the size that a model has of its own, as fields of a request."
+    sizes = [f'{width}x{height}' for width, height in available_sizes(model)[:1]]
+    try:
+        kind = read_config(model, 'scheduler')['_class_name']
+    except (UserError, KeyError):
+        kind = ''
+    names = [name for name, cls in SAMPLERS.items() if cls == kind]
+    return dict(scheduler=''.join(names), size=''.join(sizes))
+
 # %% ../../nbs/apps/02_session.ipynb #a80d18bb
 @dataclass(frozen=True)
 class SamplingDefaults:
@@ -76,33 +88,19 @@ class SamplingDefaults:
 
     num_inference_steps: int = 20
     guidance_scale: float = 4.0
-    scheduler: str = ''  # a key of `SCHEDULERS`; '': not known
-    size: str = ''  # such as 64x64; '': not known
-
-
-def _own_scheduler(model: Path) -> str:
-    try:
-        kind = read_config(model, 'scheduler')['_class_name']
-    except (UserError, KeyError):
-        return ''
-    return next((name for name, cls in SAMPLERS.items() if cls == kind), '')
 
 
 def sampling_defaults(
     workspace: str | Path,  # a workspace or a model folder
 ) -> SamplingDefaults:
-    "Return the steps, the guidance, the scheduler and the size of a model."
-    model = session_model_folder(workspace)
-    if not model:
-        return SamplingDefaults()
-    sizes = [f'{width}x{height}' for width, height in available_sizes(model)[:1]]
-    own = dict(scheduler=_own_scheduler(model), size=''.join(sizes))
+    "Return the steps and the guidance that suit a model."
     try:
-        settings = json.loads((model / 'train_settings.json').read_text(encoding='utf-8'))
+        path = session_model_folder(workspace) / 'train_settings.json'
+        settings = json.loads(path.read_text(encoding='utf-8'))
         steps = int(settings['train'].get('distill', 0))
     except (TypeError, OSError, ValueError, KeyError, AttributeError):
         steps = 0
-    return SamplingDefaults(steps, 1.0, **own) if steps else SamplingDefaults(**own)
+    return SamplingDefaults(steps, 1.0) if steps else SamplingDefaults()
 
 # %% ../../nbs/apps/02_session.ipynb #78f17621
 def unavailable_reason(
@@ -147,6 +145,7 @@ class Choices:
     schedulers: list[Option]
     sizes: list[Option]
     defaults: dict[str, SamplingDefaults]  # by the name of the model
+    own: dict[str, dict]  # by the name of the model: see `own_settings`
 
     def defaults_of(self, model: str) -> SamplingDefaults:
         return self.defaults.get(model, SamplingDefaults())
@@ -154,9 +153,8 @@ class Choices:
     def restored(self, settings: PictureSettings) -> dict:
         "Return the fields of the request that draws a picture again: `auto` for what is the model's own."
         fields = restored_fields(settings)
-        own = self.defaults_of(fields['model'])
-        for name in ('scheduler', 'size'):
-            if fields.get(name) == getattr(own, name):
+        for name, value in self.own.get(fields['model'], {}).items():
+            if fields.get(name) == value:
                 fields[name] = 'auto'
         return fields
 
@@ -179,6 +177,7 @@ def available_choices(workspace: str | Path) -> Choices:
         schedulers=[Option(name, SCHEDULERS[name]) for name in available_schedulers(champion)],
         sizes=_size_options(available_sizes(champion)),
         defaults={name: sampling_defaults(folder) for name, folder in folders.items()},
+        own={name: own_settings(folder) for name, folder in folders.items()},
     )
 
 # %% ../../nbs/apps/02_session.ipynb #f35a8c4b

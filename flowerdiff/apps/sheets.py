@@ -317,6 +317,6 @@ class InterpolationTab(SheetTab):
         item = GeneratedPicture(request, frames[0], frames)
         item.data = animation_bytes(frames, request)
         self.store.add(item, '.webp')
-        strip = data_url(picture_bytes(montage(frames, len(frames)), frames[0].info['settings']))
-        downloads = {file_name(request, '.webp'): item.url, file_name(request): strip}
+        side_by_side = data_url(picture_bytes(montage(frames, len(frames)), frames[0].info['settings']))
+        downloads = {file_name(request, '.webp'): item.url, file_name(request): side_by_side}
         self.show_result(item, f'to {request.to_prompt} · {request.caption()}', downloads)
