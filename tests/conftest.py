@@ -45,7 +45,18 @@ def flowerdiff(*args, cwd=None, env=None, timeout=600, **kwargs):
     )
 
 
-SLOW = ('train', 'faults', 'pipeline', 'continue', 'profiles', 'export', 'docs', 'repo', 'engines', 'security')
+SLOW = (
+    'train',
+    'faults',
+    'pipeline',
+    'continue',
+    'profiles',
+    'export',
+    'docs',
+    'repo',
+    'engines',
+    'security',
+)
 
 
 def pytest_collection_modifyitems(items):
