@@ -36,7 +36,7 @@ from flowerdiff.apps.widgets import (
     row,
 )
 from ..core.errors import UserError
-from ..drawing.pictures import montage, picture_bytes
+from ..drawing.pictures import montage, picture_bytes, resize_to_height
 
 # %% ../../nbs/apps/11_sheets.ipynb #fceb0246
 AXES = dict(
@@ -113,8 +113,8 @@ def contact_sheet(
 ) -> Image.Image:
     "Arrange pictures as a table with labels."
     factor = max(1, -(-128 // pictures[0].width))
-    width = pictures[0].width * factor
-    height = pictures[0].height * factor
+    pictures = [resize_to_height(picture, picture.height * factor) for picture in pictures]
+    width, height = pictures[0].size
     gap = 6
     font = ImageFont.load_default(max(14, width // 14))
     line = int(font.size * 1.6)
@@ -133,7 +133,7 @@ def contact_sheet(
         draw.text(place, _fitted(label, font, left - 2 * gap), 'black', font, 'rm')
     for i, picture in enumerate(pictures):
         place = (left + i % len(columns) * (width + gap), top + i // len(columns) * (height + gap))
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), place)
+        sheet.paste(picture, place)
     return sheet
 
 # %% ../../nbs/apps/11_sheets.ipynb #a636f408
