@@ -32,7 +32,7 @@ FLAGS = [
     '--disable-component-update',
     '--disable-sync',
 ]
-PATIENCE = 25_000  # milliseconds: test machines are busy
+PATIENCE = 200_000  # milliseconds: test machines are busy
 GARDEN = os.environ.get('FLOWERDIFF_TEST_GARDEN')
 ENV = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
 browser_only = pytest.mark.skipif(
