@@ -384,7 +384,7 @@ def run_worker(
     root: str,  # of the workspace
     folder: str = '',  # of the run; '': derived from the settings
 ) -> int:  # exit code: 0 complete, 2 a mistake of the user, 75 stopped and can be resumed
-    "Train in this process, which is one of the ranks that torchrun started."
+    "Train in this process: the only one, or one of the ranks that torchrun started."
     should_stop = StopSignal()
     ws = open_workspace(root)
     is_main = os.environ.get('RANK', '0') == '0'
@@ -412,7 +412,7 @@ def run_worker(
             return 2
 
 # %% ../../nbs/training/11_worker.ipynb #0cd740af
-if __name__ == '__main__' and '__file__' in globals():  # a process of torchrun, not a notebook
+if __name__ == '__main__' and '__file__' in globals():  # a process of its own, not a notebook
     from flowerdiff.core.child_processes import hide_in_tracebacks
     from flowerdiff.training.worker import run_worker as _work
 
