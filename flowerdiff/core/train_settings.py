@@ -182,8 +182,8 @@ class _Machine(Section):
     'Processes on this machine.'
     gradient_checkpointing: bool = False
     'Recompute activations in the backward pass: less memory, a third slower.'
-    compile: bool = False
-    "Fuse the UNet's operations with torch.compile."
+    compile: Literal['auto', True, False] = 'auto'
+    "Fuse the UNet's operations with torch.compile. auto: if it was faster in this machine's selftest."
     cuda_graphs: bool = False
     'Replay them as CUDA graphs, on a GPU.'
 
@@ -212,7 +212,7 @@ class Train(_Notes, _Machine, _Averages, _Student, _Larger, _Samples, _Noise, _N
                 f'train.optimizer: {self.optimizer} needs whole matrices, and train.distributed:'
                 f' {self.distributed} shards them; use adamw, or ddp'
             )
-        if self.distributed == 'fsdp2' and (self.compile or self.cuda_graphs):
+        if self.distributed == 'fsdp2' and (self.compile is True or self.cuda_graphs):
             raise ValueError(
                 'train.distributed: fsdp2 cannot be compiled; set train.compile and train.cuda_graphs'
                 ' to false, or use ddp'

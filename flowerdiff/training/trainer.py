@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..core.schema import UserError
 from ..core.workspace import is_out_of_memory
-from ..data.batches import Split, make_batch
+from ..data.batches import BucketedSplit, Split, make_batch
 from ..data.streaming import MadeAhead
 from ..models.diffusion import make_scheduler, noise_levels
+from ..services.hardware import choose_compilation
 from ..services.tracking import log_event
 from .accelerator import Engine, learning_rate, make_optimizer
 from .checkpoints import CheckpointWriter, Origin
@@ -110,8 +111,10 @@ class Trainer:
             net, settings.lr, settings.weight_decay, settings.beta2, settings.optimizer
         )
         self.engine.prepare(net, optimizer)
-        if settings.compile or settings.cuda_graphs:
-            self.engine.compile(settings.cuda_graphs)
+        one_shape = not isinstance(self.split, BucketedSplit)
+        self.compilation = choose_compilation(settings, self.engine.world_size, one_shape)
+        if self.compilation != 'eager':
+            self.engine.compile(cuda_graphs=self.compilation == 'cuda_graphs')
 
     @property
     def planned_steps(self) -> int:
