@@ -51,6 +51,7 @@ PARTS = [
         [
             ('ddp', 'two processes train like one'),
             ('zero2', 'two processes with ZeRO-2 train like one', 'deepspeed'),
+            ('fsdp2', 'two processes with FSDP2 train like one'),
         ],
     ),
     *_parts(
