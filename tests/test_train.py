@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flowerdiff.selftest.training_parts import MINIATURE
+
 sys.path.insert(0, str(Path(__file__).parent))
-QUICK = {
+QUICK = MINIATURE | {
     'train.channels': [16, 32],
-    'train.attention': [False, True],
     'train.batch_size': 8,
     'train.epochs': 3,
     'train.lr': 2e-3,
-    'train.warmup_steps': 2,
     'train.threads': 1,
     'train.precision': 'fp32',
     'train.samples_every': 1000,

@@ -62,18 +62,24 @@ def tiny_model(seed: int = 0) -> Iterator[Path]:  # its folder
         yield model
 
 # %% ../../nbs/selftest/05_model_parts.ipynb #de509466
-def tiny_florence() -> nn.Module:
+def tiny_florence(
+    vocab_size: int = 200,
+    image_token_id: int = 199,
+    seed: int = 0,
+    **changes,  # of the configuration of its text model
+) -> nn.Module:
     "Build a Florence-2 with random weights."
     from transformers import Florence2Config, Florence2ForConditionalGeneration
 
     size = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64)
     heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=64)
     special = dict(bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2)
-    text = dict(model_type='bart', vocab_size=200, init_std=0.5, **size, **heads, **special)
+    text = dict(model_type='bart', vocab_size=vocab_size, init_std=0.5, **size, **heads, **special)
+    text |= changes
     vision = dict(depths=(1,) * 4, embed_dim=(8, 16, 16, 32), num_heads=(1, 2, 2, 4), num_groups=(1, 2, 2, 4))
     vision |= dict(window_size=2, projection_dim=32, initializer_range=0.5)
-    torch.manual_seed(0)
-    config = Florence2Config(text_config=text, vision_config=vision, image_token_id=199)
+    torch.manual_seed(seed)
+    config = Florence2Config(text_config=text, vision_config=vision, image_token_id=image_token_id)
     return Florence2ForConditionalGeneration(config).eval()
 
 
