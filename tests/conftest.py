@@ -45,6 +45,26 @@ def flowerdiff(*args, cwd=None, env=None, timeout=600, **kwargs):
     )
 
 
+SLOW = (
+    'train',
+    'faults',
+    'pipeline',
+    'continue',
+    'profiles',
+    'export',
+    'docs',
+    'repo',
+    'engines',
+    'security',
+)
+
+
+def pytest_collection_modifyitems(items):
+    "Start with the files that take longest, so that no process is left with one of them at the end."
+    order = {f'test_{name}': i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     "Add to a failed test what its pages (of `browser.open_page`) showed and logged."

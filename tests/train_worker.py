@@ -15,6 +15,11 @@ import socket
 import sys
 from pathlib import Path
 
+import accelerate  # noqa: F401 (imported here, so that no forked process needs the time)
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel  # noqa: F401
+
 import flowerdiff.training.worker
 
 

@@ -272,10 +272,9 @@ def montage(
 
 
 def resize_to_height(picture: Image.Image, height: int) -> Image.Image:
-    "Resize an image; enlarged three times or more, its pixels stay sharp squares."
+    "Resize an image smoothly, and keep its shape."
     width = round(height * picture.width / picture.height)
-    smooth = height < 3 * picture.height
-    return picture.resize((width, height), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def numbered(
