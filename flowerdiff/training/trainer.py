@@ -43,8 +43,7 @@ def total_steps(
     done: float = 0.0,  # epochs of the run that this one goes on from
 ) -> int:
     "Return the number of steps in a run."
-    steps = (settings.epochs - done) * n / settings.batch_size
-    return max(1, math.ceil(round(steps, 6)))
+    return max(1, math.ceil(round((settings.epochs - done) * n / settings.batch_size, 6)))
 
 
 def steps_in_hours(
@@ -82,8 +81,7 @@ class Trainer:
         self.engine = engine or Engine()
         self.take_batch = MadeAhead(lambda step: self.batch_of(step), self.engine.device.type == 'cuda')
         self._prepare_model(make_unet)
-        decays = (settings.ema_decay, *settings.ema_decays)
-        self.averages = [EMA(self.engine.ema_source, decay) for decay in decays]
+        self.averages = [EMA(self.engine.ema_source, d) for d in (settings.ema_decay, *settings.ema_decays)]
         self.ema = self.averages[0]
         self.scheduler = make_scheduler(settings)
         self.objective = objective or Denoising(settings, self.scheduler, self.engine.device)
@@ -364,8 +362,7 @@ class MetricsLogger:
         if 'skipped' in metrics:
             self.log(metrics['skipped'], **{k: v for k, v in metrics.items() if k != 'skipped'})
         elif means:
-            memory_gb = round(trainer.engine.memory_gb, 3)
-            self.log('step', **means, **progress, memory_gb=memory_gb, **metrics)
+            self.log('step', **means, **progress, memory_gb=round(trainer.engine.memory_gb, 3), **metrics)
         elif progress_is_due:
             self.log('progress', **progress)
         if progress_is_due:
