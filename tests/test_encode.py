@@ -431,6 +431,25 @@ def test_own_clip_is_trained_once(parts, tmp_path, monkeypatch):
     assert calls == [2, 3]
 
 
+def test_batches_are_halved_until_they_fit(parts, encoded, tmp_path, monkeypatch, capsys):
+    from flowerdiff.data import encoding
+
+    ws = make_workspace(tmp_path / 'ws', parts, **{'encode.batch_size': 16})
+    fast = encoding.encode_batch
+
+    def small(vae, names, pictures):
+        if len(pictures) > 3:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+        return fast(vae, names, pictures)
+
+    monkeypatch.setattr(encoding, 'encode_batch', small)
+    encode(ws)
+    for name in ('mean', 'std'):
+        ours, theirs = (Shards(w.encoded / 'train', 'latents').load()[name] for w in (ws, encoded))
+        assert np.allclose(ours, theirs, atol=2e-3)
+    assert 'encode: 16 pictures at a time do not fit into memory, going on with 2' in capsys.readouterr().out
+
+
 def test_memory_does_not_grow_with_the_pictures(parts, tmp_path):
     "What is held while encoding: two batches, whatever the number of pictures."
     import tracemalloc

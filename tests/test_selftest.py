@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from flowerdiff.core.schema import UserError
 from flowerdiff.selftest import parts as parts_module
 from flowerdiff.selftest import report
 from flowerdiff.selftest.measuring import host_waits
-from flowerdiff.selftest.parts import FAILED, NOT_RUN, PASSED, Part
+from flowerdiff.selftest.parts import FAILED, NOT_RUN, PASSED, Part, PartResult
 from flowerdiff.selftest.training_parts import step_waits, tiny_trainer
+from flowerdiff.training.accelerator import Engine
 
 
 @pytest.fixture
@@ -73,6 +75,26 @@ def check_page(folder, found):
     content = json.loads((folder / 'selftest.json').read_text())
     assert content == found.as_json() and content['passed'] is False
     assert [part['name'] for part in content['parts']] == ['fails', 'crashes', 'hangs', 'works', 'never']
+
+
+def test_training_takes_what_was_fastest(tmp_path, monkeypatch):
+    "With `train.compile: auto`, on the same GPU, and never on a CPU."
+    monkeypatch.setattr(Path, 'home', lambda: tmp_path)
+    speeds = dict(eager_samples_per_second=100.0, compiled_samples_per_second=150.0)
+    found = [PartResult('compiled', '', PASSED, measured=speeds)]
+    compiled = []
+    monkeypatch.setattr(Engine, 'compile', lambda self, cuda_graphs: compiled.append(cuda_graphs))
+    engine = Engine()
+    report.remember_speeds(report.Report(report.describe_machine(), found))
+    assert not list(tmp_path.iterdir()) and tiny_trainer(engine=engine).compilation == 'eager'
+    machine = report.describe_machine() | dict(GPU='NVIDIA T4, capability 7.5, 15 GiB')
+    report.remember_speeds(report.Report(machine, found))
+    assert tiny_trainer(engine=engine).compilation == 'eager' and not compiled
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'NVIDIA T4')
+    monkeypatch.setenv('CC', 'cp')  # a program that is there
+    assert tiny_trainer(engine=engine).compilation == 'compiled' and compiled == [False]
+    assert tiny_trainer(engine=engine, compile=False).compilation == 'eager'
 
 
 def test_every_part_can_be_found():

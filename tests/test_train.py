@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flowerdiff.selftest.training_parts import MINIATURE
+
 sys.path.insert(0, str(Path(__file__).parent))
-QUICK = {
+QUICK = MINIATURE | {
     'train.channels': [16, 32],
-    'train.attention': [False, True],
     'train.batch_size': 8,
     'train.epochs': 3,
     'train.lr': 2e-3,
-    'train.warmup_steps': 2,
     'train.threads': 1,
     'train.precision': 'fp32',
     'train.samples_every': 1000,
@@ -247,7 +247,7 @@ def test_two_at_once(toy):
 NEAR = 5e-4
 
 
-@pytest.mark.parametrize('distributed', ['ddp', 'zero2'])
+@pytest.mark.parametrize('distributed', ['ddp', 'zero2', 'fsdp2'])
 def test_stage_starts_torchrun_and_two_ranks_do_the_work_of_one(toy, distributed):
     from diffusers import DiffusionPipeline
 
@@ -320,7 +320,8 @@ def alone(toy):
     return run.checkpoint(), facts
 
 
-def test_zero2_shards_data_and_memory(toy, alone):
+@pytest.mark.parametrize('distributed, kind', [('zero2', 'ZeroEngine'), ('fsdp2', 'ShardedEngine')])
+def test_shards_data_and_memory(toy, alone, distributed, kind):
     """Each rank sees half of each batch and holds half of the masters, the optimizer state and the EMA.
 
     Together they take the steps of one.
@@ -329,8 +330,8 @@ def test_zero2_shards_data_and_memory(toy, alone):
 
     whole, one = alone
     run = Ranks(toy(train__epochs=1))
-    facts = run(8, n=2, distributed='zero2')
-    assert {f['kind'] for f in facts} == {'ZeroEngine'} and one['kind'] == 'Engine'
+    facts = run(8, n=2, distributed=distributed)
+    assert {f['kind'] for f in facts} == {kind} and one['kind'] == 'Engine'
     for step in range(8):
         a, b = (f['pictures'][step] for f in facts)
         assert (
@@ -349,6 +350,8 @@ def test_zero2_shards_data_and_memory(toy, alone):
         ((1, 'auto'), (2, 'zero2')),
         ((2, 'zero2'), (2, 'ddp')),
         ((1, 'zero2'), (2, 'zero2')),
+        ((2, 'fsdp2'), (1, 'auto')),
+        ((2, 'zero2'), (2, 'fsdp2')),
     ],
 )
 def test_resumes_under_another_number_of_processes(toy, alone, first, then):
@@ -358,21 +361,23 @@ def test_resumes_under_another_number_of_processes(toy, alone, first, then):
     assert facts[0]['first_step'] == 4 and apart(run.checkpoint(), alone[0]) < NEAR
 
 
-def test_zero2_in_half_precision_is_near(toy, alone):
+@pytest.mark.parametrize('distributed', ['zero2', 'fsdp2'])
+def test_shards_in_half_precision_are_near(toy, alone, distributed):
     "bfloat16 has three digits. Saved weights and averages are float32."
     _whole, one = alone
     run = Ranks(toy(train__epochs=1))
-    facts = run(8, n=2, distributed='zero2', precision='bf16')
+    facts = run(8, n=2, distributed=distributed, precision='bf16')
     assert np.allclose(facts[0]['losses'], one['losses'], rtol=0.02)
     groups, _ = run.checkpoint()
     assert all(str(v.dtype) == 'torch.float32' for t in groups.values() for v in t.values())
     assert any((v != v.bfloat16()).any() for v in groups['weights'].values())
 
 
-def test_a_batch_that_does_not_divide(toy):
+@pytest.mark.parametrize('distributed', ['zero2', 'fsdp2'])
+def test_a_batch_that_does_not_divide(toy, distributed):
     a, b = Ranks(toy(train__epochs=1, train__batch_size=7)), Ranks(toy(train__epochs=1, train__batch_size=7))
     (one,) = a(4)
-    facts = b(4, n=2, distributed='zero2')
+    facts = b(4, n=2, distributed=distributed, accumulate=3)
     assert [len(f['pictures'][0]) for f in facts] == [3, 4]
     assert apart(a.checkpoint(), b.checkpoint()) < NEAR and np.allclose(
         facts[0]['losses'], one['losses'], rtol=1e-3

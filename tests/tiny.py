@@ -291,14 +291,9 @@ WORDS = [
 
 def tiny_florence(folder, side=64, seed=0):
     "Write a Florence-2 in the official layout. It answers with words that depend on the picture."
-    import torch
-    from transformers import (
-        BartTokenizer,
-        CLIPImageProcessorPil,
-        Florence2Config,
-        Florence2ForConditionalGeneration,
-        Florence2Processor,
-    )
+    from transformers import BartTokenizer, CLIPImageProcessorPil, Florence2Processor
+
+    from flowerdiff.selftest.model_parts import tiny_florence as random_florence
 
     letters = byte_letters()
     vocab, merges = [], []
@@ -311,37 +306,8 @@ def tiny_florence(folder, side=64, seed=0):
         extra_special_tokens=dict(image_token='<image>'),
         model_max_length=128,
     )
-    torch.manual_seed(seed)
-    text = dict(
-        model_type='bart',
-        vocab_size=len(tok),
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        forced_eos_token_id=2,
-        init_std=0.5,
-    )
-    vision = dict(
-        depths=(1,) * 4,
-        embed_dim=(8, 16, 16, 32),
-        num_heads=(1, 2, 2, 4),
-        num_groups=(1, 2, 2, 4),
-        window_size=2,
-        projection_dim=32,
-        initializer_range=0.5,
-    )
-    model = Florence2ForConditionalGeneration(
-        Florence2Config(text_config=text, vision_config=vision, image_token_id=tok.image_token_id)
-    )
+    sizes = dict(max_position_embeddings=128, forced_eos_token_id=2)
+    model = random_florence(len(tok), tok.image_token_id, seed, **sizes)
     words = {names.index('\u0120' + w) for w in WORDS}
     model.generation_config.update(
         suppress_tokens=[i for i in range(len(tok)) if i not in words | {2}],

@@ -86,10 +86,14 @@ def memory_facts(trainer):
     has_shards = hasattr(engine, 'masters')
     masters = engine.masters() if has_shards else dict(engine.net.named_parameters())
     averages = [state['exp_avg'] for state in engine.optimizer.state.values() if 'exp_avg' in state]
+
+    def size(tensors):
+        return sum(getattr(v, '_local_tensor', v).numel() for v in tensors)
+
     return dict(
         kind=type(engine).__name__,
-        masters=sum(p.numel() for p in masters.values()),
-        optimizer=sum(v.numel() for v in averages),
+        masters=size(masters.values()),
+        optimizer=size(averages),
         ema=sum(v.numel() for v in trainer.ema.mean),
     )
 

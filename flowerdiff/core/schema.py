@@ -38,7 +38,8 @@ class Section(BaseModel):
     @field_validator('*', mode='before')
     @classmethod
     def _no_bool_numbers(cls, value, info):
-        if isinstance(value, bool) and bool not in _plain_types(cls.model_fields[info.field_name].annotation):
+        types = _plain_types(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and not any(kind is bool or kind is True for kind in types):
             raise ValueError('must not be true or false')
         return value
 

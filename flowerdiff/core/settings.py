@@ -96,7 +96,7 @@ class Caption(Section):
     ] = ['<DETAILED_CAPTION>']
     "Florence-2's tasks, one caption each: a short sentence, a longer one, a paragraph."
     batch_size: Count = 32
-    'Pictures per batch. Halved if memory is not enough.'
+    'Pictures in the first batch. A GPU takes up to 8 times as many; halved if memory is not enough.'
     num_beams: Count = 3
     'Beams of the beam search. 1: greedy, three times as fast.'
     max_new_tokens: Count = 256
@@ -114,7 +114,7 @@ class Encode(Section):
     "Pictures to latents and captions to embeddings."
 
     batch_size: Count = 64
-    'Pictures per batch.'
+    'Pictures in the first batch. A GPU takes up to 8 times as many; halved if memory is not enough.'
     shard_records: Count = 1024
     'Records per file.'
     num_processes: Count = 1
@@ -331,7 +331,7 @@ def allowed_values(field) -> str:
     "Describe the values that a setting accepts, such as `>= 1` or `ddp, zero2`."
     annotation = field.annotation
     if get_origin(annotation) is Literal:
-        return ', '.join(map(str, get_args(annotation)))
+        return ', '.join(str(v).lower() if isinstance(v, bool) else str(v) for v in get_args(annotation))
     words = {int: 'whole number', float: 'number', bool: 'true, false', str: 'text'}
     kind = words.get(annotation, 'list')
     signs = {'ge': '>=', 'gt': '>', 'le': '<=', 'lt': '<'}

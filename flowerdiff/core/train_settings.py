@@ -176,14 +176,14 @@ class _Machine(Section):
     'auto: the fastest that the device does well.'
     threads: Annotated[int, Field(ge=0)] = 0
     'CPU threads. 0: all cores.'
-    distributed: Literal['auto', 'single', 'ddp', 'zero2'] = 'auto'
-    'auto: single or ddp. zero2: DeepSpeed ZeRO-2 shards optimizer state and gradients.'
+    distributed: Literal['auto', 'single', 'ddp', 'zero2', 'fsdp2'] = 'auto'
+    'auto: single or ddp. zero2 shards optimizer state and gradients, fsdp2 the weights too.'
     num_processes: Count = 1
     'Processes on this machine.'
     gradient_checkpointing: bool = False
     'Recompute activations in the backward pass: less memory, a third slower.'
-    compile: bool = False
-    "Fuse the UNet's operations with torch.compile."
+    compile: Literal['auto', True, False] = 'auto'
+    "Fuse the UNet's operations with torch.compile. auto: if it was faster in this machine's selftest."
     cuda_graphs: bool = False
     'Replay them as CUDA graphs, on a GPU.'
 
@@ -206,12 +206,18 @@ class Train(_Notes, _Machine, _Averages, _Student, _Larger, _Samples, _Noise, _N
 
     @model_validator(mode='after')
     def _check_together(self):
-        if self.distributed == 'zero2' and self.optimizer != 'adamw':
+        is_sharded = self.distributed in ('zero2', 'fsdp2')
+        if is_sharded and self.optimizer != 'adamw':
             raise ValueError(
-                f'train.optimizer: {self.optimizer} needs whole matrices, and train.distributed: zero2'
-                ' shards them; use adamw, or ddp'
+                f'train.optimizer: {self.optimizer} needs whole matrices, and train.distributed:'
+                f' {self.distributed} shards them; use adamw, or ddp'
             )
-        if self.lora_rank and self.distributed == 'zero2':
+        if self.distributed == 'fsdp2' and (self.compile is True or self.cuda_graphs):
+            raise ValueError(
+                'train.distributed: fsdp2 cannot be compiled; set train.compile and train.cuda_graphs'
+                ' to false, or use ddp'
+            )
+        if self.lora_rank and is_sharded:
             raise ValueError(
                 'train.lora_rank: LoRA has too few weights to shard; set train.distributed to ddp'
             )

@@ -69,9 +69,10 @@ def trains_text_encoder(ws: Workspace) -> bool:
             'train.distill: the champion trained its text encoder, so its embeddings are not cached; '
             'give components.text_encoder a pretrained one, and train a new champion first'
         )
-    if ws.settings.train.distributed == 'zero2':
+    distributed = ws.settings.train.distributed
+    if distributed in ('zero2', 'fsdp2'):
         raise UserError(
-            'train.distributed: zero2 cannot train the text encoder with the denoiser; '
+            f'train.distributed: {distributed} cannot train the text encoder with the denoiser; '
             'use ddp, or give components.text_encoder a pretrained one'
         )
     return True

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'PACKAGES', 'ISSUES', 'LOG_LINES', 'select_parts', 'driver_version', 'describe_gpu', 'describe_machine',
-           'format_measured', 'result_line', 'describe_counts', 'issue_command', 'make_page', 'Report', 'run_selftest']
+           'format_measured', 'result_line', 'describe_counts', 'issue_command', 'make_page', 'Report',
+           'remember_speeds', 'run_selftest']
 
 # %% ../../nbs/selftest/06_report.ipynb #512f4af1
 import platform
@@ -15,7 +16,7 @@ from pathlib import Path
 from ..core.schema import UserError, hide_credentials
 from ..core.workspace import disk_errors, write_json
 from .parts import FAILED, NOT_RUN, PASSED, Part, PartResult, run_part
-from ..services.hardware import cores, memory_gb, package_version
+from ..services.hardware import cores, memory_gb, package_version, selftest_file
 
 # %% ../../nbs/selftest/06_report.ipynb #bba80dbb
 def _parts(module: str, rows: list[tuple]) -> list[Part]:  # of (function, what must hold, *what it needs)
@@ -50,6 +51,7 @@ PARTS = [
         [
             ('ddp', 'two processes train like one'),
             ('zero2', 'two processes with ZeRO-2 train like one', 'deepspeed'),
+            ('fsdp2', 'two processes with FSDP2 train like one'),
         ],
     ),
     *_parts(
@@ -202,6 +204,14 @@ class Report:
         return dict(machine=self.machine, passed=not self.failed, parts=parts)
 
 
+def remember_speeds(report: Report):
+    "Leave the results of a GPU where training finds them, if compiling was measured."
+    measured = {result.name for result in report.results if result.status == PASSED}
+    if report.machine['GPU'] != 'none' and measured & {'compiled', 'cuda_graphs'}:
+        selftest_file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(selftest_file(), report.as_json())
+
+
 def run_selftest(
     folder: str | Path,  # gets selftest.json, selftest.md and selftest-logs/
     parts: list[Part] = PARTS,
@@ -218,6 +228,7 @@ def run_selftest(
             show(f'{i:>2}/{len(parts)}  {result_line(results[-1])}')
         report = Report(describe_machine(), results)
         write_json(folder / 'selftest.json', report.as_json())
+        remember_speeds(report)
         page = folder / 'selftest.md'
         page.write_text(make_page(report.machine, results, logs, page), encoding='utf-8')
     show(f'{describe_counts(results)}; see {page}, and attach it to an issue:')

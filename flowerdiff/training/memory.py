@@ -222,6 +222,8 @@ def process_bytes(
     "Return the bytes that stay between steps in each process. Gradients are not among them."
     weights = 4 * count.total
     state = state_bytes(train, count) - 4 * count.trained
+    if train.distributed == 'fsdp2':
+        return round((weights + state) / train.num_processes)
     if train.distributed == 'zero2':
         half = 1 if train.precision == 'fp32' else 2
         return round(weights / half + (4 * count.trained + state) / train.num_processes)
@@ -282,10 +284,12 @@ def memory_needs(
     )
     count = weigh(net, train.optimizer)
     resting = CUDA_BYTES + process_bytes(train, count)
-    looking = resting + 4 * count.trained
+    scattered = 4 * count.trained * (1 - 1 / train.num_processes) if train.distributed == 'fsdp2' else 0
+    whole = count.total if train.distributed == 'fsdp2' else count.trained  # weights of the averaged network
+    looking = resting + 4 * whole
     drawing = max(evaluations(2 * settings.evaluate.batch_size, False), work.decode)
     return MemoryNeeds(
-        train=resting + step.peak,
+        train=resting + step.peak - scattered,
         validate=looking + evaluations(max(1, evaluation_batch(train) // LEVELS) * LEVELS, half),
         sample=looking + evaluations(2 * GRID, half),
         evaluate=CUDA_BYTES + work.components + 4 * count.total + drawing,

@@ -138,6 +138,9 @@ def out_of_memory_message(
 ) -> str:
     "Try which settings fit into memory and return a message that names them."
     settings = trainer.settings
+    step = f'step {trainer.step + 1} with train.batch_size: {settings.batch_size}'
+    if settings.distributed == 'fsdp2':  # a network that all processes must call together cannot be tried
+        return f'train: not enough memory at {step}; raise train.accumulate, or lower train.batch_size'
 
     def fits(batch_size, checkpointing):
         return step_fits(trainer, batch_size, checkpointing)
@@ -148,7 +151,6 @@ def out_of_memory_message(
         advice = f'{" or ".join(texts)} would fit'
     else:
         advice = f'not even one sample fits, lower train.channels, now {settings.channels}'
-    step = f'step {trainer.step + 1} with train.batch_size: {settings.batch_size}'
     return f'train: not enough memory at {step}; {advice}'
 
 # %% ../../nbs/training/08_spikes_and_oom.ipynb #e1a70002

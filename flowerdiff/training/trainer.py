@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..core.schema import UserError
 from ..core.workspace import is_out_of_memory
-from ..data.batches import Split, make_batch
+from ..data.batches import BucketedSplit, Split, make_batch
 from ..data.streaming import MadeAhead
 from ..models.diffusion import make_scheduler, noise_levels
+from ..services.hardware import choose_compilation
 from ..services.tracking import log_event
 from .accelerator import Engine, learning_rate, make_optimizer
 from .checkpoints import CheckpointWriter, Origin
@@ -42,8 +43,7 @@ def total_steps(
     done: float = 0.0,  # epochs of the run that this one goes on from
 ) -> int:
     "Return the number of steps in a run."
-    steps = (settings.epochs - done) * n / settings.batch_size
-    return max(1, math.ceil(round(steps, 6)))
+    return max(1, math.ceil(round((settings.epochs - done) * n / settings.batch_size, 6)))
 
 
 def steps_in_hours(
@@ -81,8 +81,7 @@ class Trainer:
         self.engine = engine or Engine()
         self.take_batch = MadeAhead(lambda step: self.batch_of(step), self.engine.device.type == 'cuda')
         self._prepare_model(make_unet)
-        decays = (settings.ema_decay, *settings.ema_decays)
-        self.averages = [EMA(self.engine.ema_source, decay) for decay in decays]
+        self.averages = [EMA(self.engine.ema_source, d) for d in (settings.ema_decay, *settings.ema_decays)]
         self.ema = self.averages[0]
         self.scheduler = make_scheduler(settings)
         self.objective = objective or Denoising(settings, self.scheduler, self.engine.device)
@@ -110,8 +109,10 @@ class Trainer:
             net, settings.lr, settings.weight_decay, settings.beta2, settings.optimizer
         )
         self.engine.prepare(net, optimizer)
-        if settings.compile or settings.cuda_graphs:
-            self.engine.compile(settings.cuda_graphs)
+        one_shape = not isinstance(self.split, BucketedSplit)
+        self.compilation = choose_compilation(settings, self.engine.world_size, one_shape)
+        if self.compilation != 'eager':
+            self.engine.compile(cuda_graphs=self.compilation == 'cuda_graphs')
 
     @property
     def planned_steps(self) -> int:
@@ -361,8 +362,7 @@ class MetricsLogger:
         if 'skipped' in metrics:
             self.log(metrics['skipped'], **{k: v for k, v in metrics.items() if k != 'skipped'})
         elif means:
-            memory_gb = round(trainer.engine.memory_gb, 3)
-            self.log('step', **means, **progress, memory_gb=memory_gb, **metrics)
+            self.log('step', **means, **progress, memory_gb=round(trainer.engine.memory_gb, 3), **metrics)
         elif progress_is_due:
             self.log('progress', **progress)
         if progress_is_due:
