@@ -261,7 +261,8 @@ def test_a_champion_of_an_older_version_is_compared_with_its_fingerprint(ws, tmp
 
 def test_the_studio_names_the_damaged_file(ws):
     "Breaks when the studio draws with a damaged model."
-    from flowerdiff.apps.session import GenerationRequest, GenerationSession
+    from flowerdiff.apps.request import GenerationRequest
+    from flowerdiff.apps.session import GenerationSession
 
     def draw(ws):
         session = GenerationSession(ws.root)

@@ -354,6 +354,19 @@ def test_the_api_draws_the_generators_pictures(client, workspace):
     assert notes.startswith('2 pictures in') and 'seed=7' in link and 'pictures=2' in link
 
 
+def test_another_size(client, workspace):
+    # a size that is not passed on, or is turned by 90 degrees
+    request = dict(prompt='a rose', seed=2, steps=3, size='48x32')
+    [shown], _, link = client.predict(**request, api_name='/generate')
+    [expected] = own(
+        workspace / 'published/meadow',
+        [dict(prompt='a rose', seed=2, num_inference_steps=3, size=[48, 32])],
+    )
+    assert Image.open(shown['image']).size == (48, 32) and 'size=48x32' in link
+    assert '48 × 32 pixels' in shown['caption']
+    assert np.array_equal(np.array(Image.open(shown['image'])), expected)
+
+
 def test_a_picture_to_start_from(client, workspace, tmp_path):
     "Breaks when the upload or its strength is lost, or when a file is read that is no upload or no picture."
     from gradio_client import handle_file
@@ -466,6 +479,7 @@ def test_mistakes_of_programs_are_one_line(client):
         (dict(pictures=9), 'Pictures|maximum'),
         (dict(seed=-1), 'Seed'),
         (dict(sampler='none'), 'none'),
+        (dict(size='4096x4096'), '4096x4096'),
     ):
         with pytest.raises((AppError, ValueError)) as told:
             client.predict(**{'prompt': 'a rose', **mistake}, api_name='/generate')

@@ -31,7 +31,9 @@ from PIL import Image
 
 TABS = {
     'Studio': '.fd-request .fd-chips',
-    'Compare': '.fd-three',
+    'Compare': '.fd-generate:text("Generate both")',
+    'Grid': '.fd-generate:text("Generate grid")',
+    'Interpolate': '.fd-generate:text("Generate frames")',
     'Blind test': '.fd-votes',
     'Explore': '.fd-explore .fd-card',
 }  # what only that tab has
@@ -58,7 +60,7 @@ def page(browser, url):
 
 
 def tab(page, name):
-    page.locator('.fd-tabs').get_by_role('button', name=name, exact=True).click()
+    page.locator('.fd-tabs').get_by_role('tab', name=name, exact=True).click()
     page.locator(TABS[name]).first.wait_for()
 
 
@@ -214,12 +216,12 @@ def test_keys_alone(page):
     page.get_by_role('button', name='Generate', exact=True).wait_for()
     page.locator('.fd-tabs button').first.focus()
     reached = []
-    for _ in range(14):
+    for _ in range(20):
         page.keyboard.press('Tab')
         reached.append(page.evaluate('document.activeElement.innerText || document.activeElement.tagName'))
         if reached[-1] == 'Generate':
             break
-    assert reached[-1] == 'Generate' and reached[:3] == [*TABS][1:], reached
+    assert reached[-1] == 'Generate' and reached[:5] == [*TABS][1:], reached
     page.locator('.fd-tabs button').nth(1).focus()
     page.keyboard.press('Space')
     page.get_by_role('button', name='Generate both').wait_for()
@@ -262,7 +264,8 @@ def test_a_backend_that_fails_midway(tmp_path, tiny_workspace):
     shutil.copytree(tiny_workspace / 'model', tmp_path / 'model')
     shutil.copytree(tiny_workspace / 'onnx', tmp_path / 'onnx')
     code = f"""
-from flowerdiff.apps.session import GenerationRequest, GenerationSession
+from flowerdiff.apps.request import GenerationRequest
+from flowerdiff.apps.session import GenerationSession
 p = GenerationSession({str(tmp_path)!r})
 plain = p.generate(GenerationRequest('a red rose', backend='torch'))[0]
 [d] = [p._generator(GenerationRequest('x', backend='onnx')).backend]; real, calls = d.denoise, []
@@ -295,7 +298,8 @@ def test_a_damaged_export_is_no_reason_to_stop(tmp_path, tiny_workspace):
     for f in (tmp_path / 'onnx').rglob('*.onnx'):
         f.write_bytes(b'damaged')
     code = (
-        'from flowerdiff.apps.session import GenerationRequest, GenerationSession; '
+        'from flowerdiff.apps.request import GenerationRequest; '
+        'from flowerdiff.apps.session import GenerationSession; '
         f'p = GenerationSession({str(tmp_path)!r}); print(p.generate('
         "GenerationRequest('a red rose', backend='onnx', num_inference_steps=2))[0].info['note'], p.error)"
     )

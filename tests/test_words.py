@@ -211,7 +211,8 @@ def test_command_names_unknown_words(trained, tmp_path, capsys):
 
 
 def test_studio_shows_unknown_words_under_the_prompt(trained):
-    from flowerdiff.apps.session import GenerationRequest, GenerationSession
+    from flowerdiff.apps.request import GenerationRequest
+    from flowerdiff.apps.session import GenerationSession
     from flowerdiff.apps.widgets import GeneratedPicture, figure_html
 
     session = GenerationSession(trained.root)

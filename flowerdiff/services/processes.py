@@ -122,11 +122,11 @@ STOPPED = 75  # exit code of a run that was stopped and can be resumed
 
 
 class StopSignal:
-    "Detect SIGTERM, SIGINT, and the death of the launcher or the run. Call it to ask whether to stop."
+    "Detect SIGTERM, SIGINT, and the death of torchrun or the run. Call it to ask whether to stop."
 
     def __init__(self):
         self.asked = False
-        self.parent = os.getppid()
+        self.torchrun = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         self.checked = 0.0  # when it was last asked whether the run lives
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
@@ -139,7 +139,7 @@ class StopSignal:
             self.checked = time.monotonic()
             if run_is_gone():
                 self.asked = True
-        return self.asked or os.getppid() != self.parent
+        return self.asked or self.torchrun not in (None, os.getppid())
 
 # %% ../../nbs/services/04_processes.ipynb #8e2d3539
 @contextlib.contextmanager

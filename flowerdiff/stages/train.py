@@ -15,7 +15,14 @@ from ..core.schema import UserError
 from ..core.workspace import Workspace, read_json, stage
 from ..services.hardware import check_disk, explain_end, oom_kills
 from ..services.image_files import read_image
-from ..services.processes import RunMonitor, follow, is_training, launch_torchrun, start_process
+from flowerdiff.services.processes import (
+    MALLOC_ENV,
+    RunMonitor,
+    follow,
+    is_training,
+    launch_torchrun,
+    start_process,
+)
 from ..services.tracking import log_event
 from ..training.continuing import drop_old_checkpoints, other_way, run_folder
 
@@ -73,9 +80,12 @@ def start_training(
 ) -> subprocess.Popen:
     "Start the process that trains here, or that follows a SageMaker job."
     train = ws.settings.train
-    if train.where == 'here':
-        return launch_torchrun('flowerdiff.training.worker', ws.root, folder, train.num_processes)
-    return start_process(['flowerdiff.cloud.jobs', ws.root, folder], folder / 'train.log')
+    worker = 'flowerdiff.training.worker'
+    if train.where == 'sagemaker':
+        return start_process(['flowerdiff.cloud.jobs', ws.root, folder], folder / 'train.log')
+    if train.num_processes == 1 and train.distributed in ('auto', 'single'):
+        return start_process([worker, ws.root, folder], folder / 'train.log', MALLOC_ENV)
+    return launch_torchrun(worker, ws.root, folder, train.num_processes)
 
 # %% ../../nbs/stages/05_train.ipynb #c486a3c5
 def read_result(

@@ -290,7 +290,6 @@ def run_facts(ws: Workspace, trainer: Trainer) -> dict:
         precision=engine.precision,
         processes=engine.world_size,
         distributed=trainer.settings.distributed,
-        compilation=trainer.compilation,
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         version=flowerdiff.__version__,
@@ -365,9 +364,6 @@ def log_start(ws: Workspace, trainer: Trainer, folder: Path, facts: dict):
     params |= dict(seed=trainer.seed, profile=ws.settings.profile)
     facts = facts | dict(step=trainer.step, total=trainer.total, params=params)
     log_event(folder / 'events.jsonl', 'start', **facts)
-    if trainer.settings.compile == 'auto' and trainer.compilation != 'eager':
-        text = f'train.compile: auto takes {trainer.compilation}, the fastest in the selftest of this machine'
-        log_event(folder / 'events.jsonl', 'note', text=text)
     start_follower(ws, folder)
 
 
@@ -388,7 +384,7 @@ def run_worker(
     root: str,  # of the workspace
     folder: str = '',  # of the run; '': derived from the settings
 ) -> int:  # exit code: 0 complete, 2 a mistake of the user, 75 stopped and can be resumed
-    "Train in this process, which is one of the ranks that torchrun started."
+    "Train in this process: the only one, or one of the ranks that torchrun started."
     should_stop = StopSignal()
     ws = open_workspace(root)
     is_main = os.environ.get('RANK', '0') == '0'
@@ -416,7 +412,7 @@ def run_worker(
             return 2
 
 # %% ../../nbs/training/11_worker.ipynb #0cd740af
-if __name__ == '__main__' and '__file__' in globals():  # a process of torchrun, not a notebook
+if __name__ == '__main__' and '__file__' in globals():  # a process of its own, not a notebook
     from flowerdiff.core.child_processes import hide_in_tracebacks
     from flowerdiff.training.worker import run_worker as _work
 
