@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from flowerdiff.core.workspace import write_json
+from flowerdiff.core.files import write_json
+from flowerdiff.drawing.model_files import find_model, weights_fingerprint
 from flowerdiff.inference.backends import BACKENDS, onnx_beside, open_backend, reads_onnx, why_unavailable
 from flowerdiff.inference.benchmark import network_parts, overhead
 from flowerdiff.inference.generator import Generator
 from flowerdiff.inference.onnx_export import copy_configs, export_part, model_parts, to_half, to_int8
 from flowerdiff.models.components import TextEncoder
-from flowerdiff.models.model_folder import find_model, weights_fingerprint
 from flowerdiff.models.saving import save_components, save_pipeline
 
 PROMPT = '{} red roses under a blue sky'  # another text in every round, because embeddings are cached

@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 from flowerdiff import Generator
-from flowerdiff.core.workspace import read_json, read_jsonl
+from flowerdiff.core.files import read_json
+from flowerdiff.core.workspace import read_jsonl
 from flowerdiff.evaluation.class_recognition import class_prompt
 from flowerdiff.inference.generator import montage
 

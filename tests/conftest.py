@@ -114,7 +114,7 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-from flowerdiff.core.schema import UserError
+from flowerdiff.core.errors import UserError
 from flowerdiff.core.files import atomic_dir, atomic_write
 from flowerdiff.core.workspace import stage
 from flowerdiff.pipeline.dvc_graph import GRAPH

@@ -13,9 +13,10 @@ import flowerdiff.stages.evaluate as evaluate
 import flowerdiff.stages.prepare as prepare
 import flowerdiff.stages.promote as promote
 import flowerdiff.stages.train as train
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import read_json
 from flowerdiff.core.profiles import load_profile
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import open_workspace, read_json, read_jsonl
+from flowerdiff.core.workspace import open_workspace, read_jsonl
 from flowerdiff.data.batches import BucketedSplit, load_split, make_batch
 from flowerdiff.data.encoding import encode_batch
 from flowerdiff.data.images import buckets

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import read_json, write_json
 from flowerdiff.core.profiles import load_profile
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import open_workspace, read_json, read_jsonl, write_json, write_jsonl
+from flowerdiff.core.workspace import open_workspace, read_jsonl, write_jsonl
 from flowerdiff.pipeline.execute import _print_result, stage_line
 from flowerdiff.pipeline.pipeline import _DvcRun
 from flowerdiff.stages import caption

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flowerdiff.core.workspace import DEMO, read_json
+from flowerdiff.core.files import read_json
+from flowerdiff.core.workspace import DEMO
 
 sys.path.insert(0, str(Path(__file__).parent))
 from amazon import GROUP, Amazon, can_contain

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import ImageOps
 
-from flowerdiff.core.schema import UserError
+from flowerdiff.core.errors import UserError
 from flowerdiff.models.diffusion import (
     betas,
     flow_scale,
@@ -201,7 +201,8 @@ def test_epsilon_and_velocity_are_the_same_error():
 @pytest.fixture
 def gate(tmp_path):
     from flowerdiff.core.checksums import write_checksums
-    from flowerdiff.core.workspace import demo_workspace, read_json, write_json
+    from flowerdiff.core.files import read_json, write_json
+    from flowerdiff.core.workspace import demo_workspace
 
     ws = demo_workspace('promote', copy_to=tmp_path / 'demo')
     trained = read_json(ws.root / 'train.json')

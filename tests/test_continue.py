@@ -116,7 +116,7 @@ def test_interrupted_continuing_is_the_undisturbed(toy, undisturbed):  # noqa: F
 
 def test_again_and_again_with_one_run_on_the_disk(toy):  # noqa: F811
     "The checkpoints of one finished run stay; a plain change starts anew and says how to go on."
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
     from flowerdiff.core.workspace import open_workspace
     from flowerdiff.stages.train import run
     from flowerdiff.training.continuing import drop_old_checkpoints, request_continuing
@@ -147,7 +147,7 @@ def test_again_and_again_with_one_run_on_the_disk(toy):  # noqa: F811
 
 def test_a_lost_checkpoint_is_one_line(toy):  # noqa: F811
     "It never trains from the beginning under the name of a longer run."
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
 
     ws = toy('lost', train__epochs=0.5)
     assert worker(ws).exitcode == 0
@@ -166,8 +166,8 @@ def test_a_lost_checkpoint_is_one_line(toy):  # noqa: F811
 
 def test_more_pictures(toy, parts):  # noqa: F811
     "The data may grow; another autoencoder may not come in between."
-    from flowerdiff.core.schema import UserError
-    from flowerdiff.core.workspace import write_json
+    from flowerdiff.core.errors import UserError
+    from flowerdiff.core.files import write_json
     from flowerdiff.training.continuing import request_continuing, run_folder
     from flowerdiff.training.trained_on import KEYS, read_trained_on
 

@@ -12,8 +12,9 @@ import pytest
 from tiny import tiny_model
 
 from flowerdiff.core.checksums import recorded_files, verify_folder, write_checksums
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import open_workspace, write_json
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import write_json
+from flowerdiff.core.workspace import open_workspace
 
 
 def flip(file):

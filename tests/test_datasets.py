@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import read_json, read_jsonl
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import read_json
+from flowerdiff.core.workspace import read_jsonl
 from flowerdiff.data import datasets
 from flowerdiff.data.celeba_captions import describe_face
 from flowerdiff.data.datasets import CELEBA, DATASETS, attribute_rows

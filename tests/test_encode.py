@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import open_workspace, read_json, write_json, write_jsonl
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import read_json, write_json
+from flowerdiff.core.workspace import open_workspace, write_jsonl
 from flowerdiff.data.shards import Shards
 from flowerdiff.models.components import (
     component_fingerprint,

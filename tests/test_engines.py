@@ -20,8 +20,9 @@ from test_generate import same
 from tiny import tiny_model
 
 from flowerdiff.core.checksums import write_checksums
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import open_workspace, read_json, write_json
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import read_json, write_json
+from flowerdiff.core.workspace import open_workspace
 from flowerdiff.drawing.multistep import SAMPLERS
 from flowerdiff.inference import backends
 from flowerdiff.inference import benchmark as bench

@@ -15,8 +15,9 @@ from test_generate import run_threads, same, with_tiny_autoencoder
 from tiny import tiny_model
 
 from flowerdiff.core.checksums import write_checksums
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import open_workspace, read_json, write_json
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import read_json, write_json
+from flowerdiff.core.workspace import open_workspace
 from flowerdiff.drawing.onnx_graph import read_graph, split_graph
 from flowerdiff.inference import backends, onnx_export, onnx_openvino
 from flowerdiff.inference.backends import BACKENDS, load_backend, open_backend

@@ -90,7 +90,7 @@ def test_lora_killed_and_started_again_is_the_same_run(toy, tuned):
 
 
 def test_another_base_is_another_run_and_a_wrong_one_is_reported(toy, tuned, tmp_path):
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
     from flowerdiff.core.workspace import open_workspace
     from flowerdiff.training.worker import run_fingerprint
 

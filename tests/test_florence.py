@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from tiny import tiny_florence
 
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import open_workspace, read_json, read_jsonl, write_json, write_jsonl
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import read_json, write_json
+from flowerdiff.core.workspace import open_workspace, read_jsonl, write_jsonl
 from flowerdiff.data.caption_cleanup import clean_caption, mention
 from flowerdiff.data.captioning import (
     describe_distributed,

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-from flowerdiff.core.schema import UserError
+from flowerdiff.core.errors import UserError
 from flowerdiff.core.workspace import open_workspace, read_jsonl
 from flowerdiff.data.scan import scan_folder
 from flowerdiff.data.splits import official_split

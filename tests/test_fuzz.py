@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from flowerdiff.core.schema import UserError
+from flowerdiff.core.errors import UserError
 from flowerdiff.core.workspace import write_jsonl
 
 MANY = int(os.environ.get('FLOWERDIFF_FUZZ', 0))

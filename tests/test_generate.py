@@ -15,8 +15,7 @@ import pytest
 import torch
 from tiny import UNET, tiny_model
 
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import Cancelled
+from flowerdiff.core.errors import Cancelled, UserError
 from flowerdiff.drawing.multistep import SAMPLERS
 from flowerdiff.inference import sampling_loop, torch_backend
 from flowerdiff.inference.backends import load_backend

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flowerdiff.core.workspace import open_workspace, write_json, write_jsonl
+from flowerdiff.core.files import write_json
+from flowerdiff.core.workspace import open_workspace, write_jsonl
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_server import Hub

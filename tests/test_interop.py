@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowerdiff.core.workspace import demo_workspace, open_workspace, read_jsonl, write_json, write_jsonl
+from flowerdiff.core.files import write_json
+from flowerdiff.core.workspace import demo_workspace, open_workspace, read_jsonl, write_jsonl
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import SD1, tiny_model, tiny_sd1

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import read_json, read_jsonl
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import read_json
+from flowerdiff.core.workspace import read_jsonl
 from flowerdiff.data import image_folder
 from flowerdiff.data.images import load_picture
 from flowerdiff.garden.worlds import background_combinations

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import read_json
 from flowerdiff.core.profiles import load_profile, load_settings
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import demo_workspace, read_json
+from flowerdiff.core.workspace import demo_workspace
 from flowerdiff.pipeline import plan as P
 from flowerdiff.pipeline import suggest as S
 from flowerdiff.pipeline.cli import main

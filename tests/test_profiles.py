@@ -22,8 +22,9 @@ from test_datasets import truth
 from tiny import tiny_clip, tiny_florence, tiny_stable_diffusion, tiny_vae
 
 from flowerdiff import Generator
+from flowerdiff.core.files import read_json
 from flowerdiff.core.profiles import load_profile
-from flowerdiff.core.workspace import STAGES, open_workspace, read_json, read_jsonl
+from flowerdiff.core.workspace import STAGES, open_workspace, read_jsonl
 from flowerdiff.data.caption_cleanup import clean_caption, mention
 from flowerdiff.data.datasets import CELEBA, FLOWERS
 from flowerdiff.data.shards import Shards
@@ -622,7 +623,7 @@ def test_finetuning_begins_as_the_base_and_keeps_its_question(mine):
 
 @pytest.mark.parametrize('how', ['whole', 'lora'])
 def test_finetuned_is_measured_beside_its_base(mine, how):
-    from flowerdiff.models.model_folder import weights_fingerprint
+    from flowerdiff.drawing.model_files import weights_fingerprint
 
     (ws, _), d = mine[0][how], mine[1]
     m = check_report(ws, 'sd_finetune', 4)

@@ -10,7 +10,8 @@ import pytest
 from tiny import tiny_model
 
 from flowerdiff.core.checksums import verify_folder, write_checksums
-from flowerdiff.core.workspace import open_workspace, read_json, write_json
+from flowerdiff.core.files import read_json, write_json
+from flowerdiff.core.workspace import open_workspace
 from flowerdiff.stages import promote
 
 STAMPS = ('promoted', 'time', 'finished', 'seconds', 'id', 'decision')  # differ from run to run

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import open_workspace, read_json, write_json, write_jsonl
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import read_json, write_json
+from flowerdiff.core.workspace import open_workspace, write_jsonl
 from flowerdiff.stages.publish import run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -197,8 +198,8 @@ def test_without_a_token_the_hub_is_skipped(ws, monkeypatch):
 def test_engines_go_along_by_choice(ws):
     """Breaks when engines of other weights or a driver's cache are copied, when the setting is not read,
     or where `find_engines` does not look."""
+    from flowerdiff.drawing.model_files import weights_fingerprint
     from flowerdiff.inference.tensorrt import find_engines
-    from flowerdiff.models.model_folder import weights_fingerprint
 
     model = weights_fingerprint(ws.model)
     write_json(ws.onnx / 'parity.json', dict(passed=True, model=model))

@@ -13,9 +13,10 @@ from unittest.mock import patch
 import pytest
 
 from flowerdiff.cloud import jobs, permissions, sagemaker
+from flowerdiff.core.errors import UserError
+from flowerdiff.core.files import read_json
 from flowerdiff.core.fingerprints import file_sha256
-from flowerdiff.core.schema import UserError
-from flowerdiff.core.workspace import demo_workspace, open_workspace, read_json
+from flowerdiff.core.workspace import demo_workspace, open_workspace
 from flowerdiff.services.store import open_store
 from flowerdiff.services.tracking import read_events
 from flowerdiff.stages.train import run

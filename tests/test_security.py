@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from flowerdiff.core.schema import UserError
+from flowerdiff.core.errors import UserError
 from flowerdiff.core.workspace import preview_workspace
 
 ROOT = Path(__file__).parents[1]
@@ -235,7 +235,7 @@ def test_a_processor_that_offers_code(tmp_path, monkeypatch):
 
 
 def test_a_status_file_names_no_module_to_import(tmp_path, monkeypatch):
-    from flowerdiff.core.workspace import write_json
+    from flowerdiff.core.files import write_json
     from flowerdiff.inference.tensorrt import find_engines
 
     (tmp_path / 'evil_engines.py').write_text(EVIL.format(marks=str(tmp_path / 'marks')))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowerdiff.core.schema import UserError
+from flowerdiff.core.errors import UserError
 from flowerdiff.selftest import parts as parts_module
 from flowerdiff.selftest import report
 from flowerdiff.selftest.measuring import host_waits

@@ -42,7 +42,8 @@ COMMIT = 'c0ffee12' * 5
 
 
 def published(root: Path, **how) -> Path:  # a workspace whose model was published
-    from flowerdiff.core.workspace import open_workspace, write_json, write_jsonl
+    from flowerdiff.core.files import write_json
+    from flowerdiff.core.workspace import open_workspace, write_jsonl
 
     open_workspace(root)
     write_jsonl(

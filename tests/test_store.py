@@ -6,8 +6,8 @@ import uuid
 
 import pytest
 
+from flowerdiff.core.errors import UserError
 from flowerdiff.core.fingerprints import file_sha256
-from flowerdiff.core.schema import UserError
 from flowerdiff.services import store as S
 
 FAKE = dict(AWS_ACCESS_KEY_ID='testing', AWS_SECRET_ACCESS_KEY='testing', AWS_DEFAULT_REGION='us-east-1')

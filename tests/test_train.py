@@ -37,7 +37,7 @@ def parts(tmp_path_factory):
 
 def make_encoded(root, parts, n=64, shuffled=False):
     "Write what encode writes, for a toy data set whose texts give the brightness."
-    from flowerdiff.core.workspace import write_json
+    from flowerdiff.core.files import write_json
     from flowerdiff.data.batches import toy_split
     from flowerdiff.data.shards import ShardWriter
 
@@ -385,7 +385,7 @@ def test_a_batch_that_does_not_divide(toy, distributed):
 
 
 def test_stage_raises_the_error_of_the_worker(toy):
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
     from flowerdiff.stages.train import run
 
     ws = toy()
@@ -700,7 +700,7 @@ def test_roll_back_where_there_is_nothing(gate, tmp_path):
 
 
 def test_promote_needs_a_candidate(toy):
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
 
     with pytest.raises(UserError, match='run train first'):
         promote(toy())
@@ -777,7 +777,7 @@ def test_a_student_samples_as_it_was_trained(student_workspace):
 
 
 def test_no_student_without_a_champion(toy):
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
     from flowerdiff.stages.train import run
 
     ws = toy('alone', train__distill=4)

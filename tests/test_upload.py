@@ -18,8 +18,8 @@ import pytest
 from s3_proxy import Proxy, certificate, error, other_store
 from test_store import bucket, endpoint, folder, tree  # noqa: F401 (fixtures among them)
 
+from flowerdiff.core.errors import UserError
 from flowerdiff.core.manifest import describe_files
-from flowerdiff.core.schema import UserError
 from flowerdiff.core.workspace import open_workspace
 from flowerdiff.services import s3 as B
 from flowerdiff.services import store as S
@@ -396,7 +396,7 @@ def test_a_line_that_breaks_on_the_way_down(line, folder, tmp_path):
 def test_a_full_disk_on_the_way_down(line, tmp_path):
     if os.getuid():
         pytest.skip('mounting a small disk wants root')
-    from flowerdiff.core.workspace import disk_errors
+    from flowerdiff.core.errors import disk_errors
 
     S.push(big(tmp_path / 'set', 3, 12), line.store())
     small = tmp_path / 'small'

@@ -166,7 +166,7 @@ def test_champion_is_measured_with_its_own_text_encoder(trained):
 
 
 def test_student_of_such_a_model_is_refused(trained, capsys):
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
     from flowerdiff.core.workspace import open_workspace
     from flowerdiff.models.joint_denoiser import trains_text_encoder
 

@@ -17,9 +17,8 @@ import ipywidgets as w
 from fastcore.basics import patch
 
 from .widgets import add_classes, close_tree, data_url, image_html, jpeg_url, note_html, row
-from ..core.files import parse_json
-from ..core.schema import UserError
-from ..core.workspace import read_json
+from ..core.errors import UserError
+from ..core.files import parse_json, read_json
 from ..data.images import open_picture
 from ..evaluation.report import LOSS_NOTE, line_chart, smooth
 from ..services import tracking

@@ -24,7 +24,7 @@ from .listening import check_port, is_local_name
 from .session import session_model_folder
 from .studio import WORKSPACE_ENV
 from ..core.child_processes import safe_environment
-from ..core.schema import UserError
+from ..core.errors import UserError
 
 # %% ../../nbs/apps/15_serving.ipynb #6eac3e0a
 def app_notebook() -> Path:

@@ -15,10 +15,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.files import atomic_dir
-from ..core.schema import UserError
-from ..core.workspace import read_json, write_json
-from ..models.model_folder import find_model, read_config, scheduler_config, student_steps
+from ..core.errors import UserError
+from ..core.files import atomic_dir, read_json, write_json
+from ..drawing.model_files import find_model, read_config, student_steps
+from ..models.model_folder import scheduler_config
 from ..services.downloads import NETWORK, File, fetch
 
 # %% ../../nbs/apps/20_web_page.ipynb #bf275648

@@ -15,9 +15,9 @@ import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from ..core.fingerprints import file_sha256
-from ..core.schema import UserError
-from ..core.workspace import read_json, write_json
 from ..services.store import make_manifest, object_key
 from ..services.tracking import read_events
 

@@ -29,10 +29,10 @@ from flowerdiff.cloud.sagemaker import (
     start_job,
 )
 from ..core.child_processes import hide_in_tracebacks
-from ..core.files import atomic_dir
+from ..core.errors import UserError, disk_errors
+from ..core.files import atomic_dir, read_json, write_json
 from ..core.fingerprints import file_sha256
-from ..core.schema import UserError
-from ..core.workspace import Workspace, disk_errors, open_workspace, read_json, write_json
+from ..core.workspace import Workspace, open_workspace
 from ..services.processes import run_lock
 from ..services.s3 import S3Store
 from ..services.store import open_store

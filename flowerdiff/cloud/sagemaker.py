@@ -16,10 +16,11 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from ..core.errors import UserError
+from ..core.files import write_json
 from ..core.fingerprints import fingerprint
 from ..core.profiles import write_params
-from ..core.schema import UserError
-from ..core.workspace import Workspace, write_json
+from ..core.workspace import Workspace
 from ..services.s3 import ERROR_ADVICE, NoCredentials, S3Store, open_session, s3_errors
 from ..services.store import HashCache, object_key, open_store, push
 

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 
-from .schema import UserError
+from .errors import UserError
 
 # %% ../../nbs/core/12_manifest.ipynb #7ce5e954
 def describe_files(

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .schema import Section, UserError
+from .errors import UserError
+from .schema import Section
 from .setting_errors import explain_errors, setting_fields, unknown_key_text
 from .settings import Settings
 

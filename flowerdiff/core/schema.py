@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .errors import UserError, hide_credentials  # noqa: F401 (most modules take UserError from here)
+from .errors import hide_credentials
 
 # %% ../../nbs/core/02_schema.ipynb #038cec82
 Count = Annotated[int, Field(ge=1)]

@@ -18,12 +18,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowerdiff.core.errors import (  # noqa: F401 (most modules take these from here)
-    DISK_ERRORS,
-    Cancelled,
+from flowerdiff.core.errors import (
     UserError,
     disk_errors,
-    is_out_of_memory,
 )
 from .files import atomic_write, parse_json, read_json, write_json
 from .fingerprints import code_fingerprint, fingerprint

@@ -306,7 +306,7 @@ def read_repeats(
     folder: Path,  # of a split
 ) -> np.ndarray | None:  # [n]; None if all pictures count once
     "Read how often the pictures of a split count."
-    from flowerdiff.core.workspace import read_json
+    from flowerdiff.core.files import read_json
 
     path = folder / 'repeats.json'
     return np.array(read_json(path, kind=list)) if path.exists() else None
@@ -317,7 +317,7 @@ def load_split(
     split: str,  # train, val or test
 ) -> Split:
     "Load a split of the encoded pictures into memory."
-    from flowerdiff.core.workspace import read_json
+    from flowerdiff.core.files import read_json
     from flowerdiff.data.shards import Shards, open_shard_sets
 
     def tensor(array):

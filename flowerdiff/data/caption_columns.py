@@ -20,8 +20,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from ..core.errors import UserError
 from ..core.files import parse_json
-from ..core.schema import UserError
 from ..core.settings import Caption
 from .caption_cleanup import article
 from .celeba_captions import describe_face, is_celeba

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from ..core.schema import UserError
-from ..core.workspace import read_json
+from ..core.errors import UserError
+from ..core.files import read_json
 from .caption_cleanup import names_class
 
 # %% ../../nbs/data/14_caption_lint.ipynb #3598aa44

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..services.downloads import NETWORK, File, check_room, fetch, unpack
 
 # %% ../../nbs/data/03_datasets.ipynb #db5d3d27

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..core.child_processes import hide_in_tracebacks
-from ..core.workspace import Workspace, read_json, write_json
+from ..core.files import read_json, write_json
+from ..core.workspace import Workspace
 from .encoding import encode_pictures
 from .shards import Shards, finished, shard_path, shard_set_name
 from ..models.components import load_autoencoder, save_part

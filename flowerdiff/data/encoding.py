@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.errors import is_out_of_memory
-from ..core.schema import UserError
+from ..core.errors import UserError, is_out_of_memory
 from .images import open_picture
 from .shards import Shards, ShardWriter, shard_set_name
 from ..models.components import TextEncoder, encode_moments, pil_to_tensor, scale_factor

@@ -14,8 +14,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.errors import UserError
 from ..core.fingerprints import fingerprint
-from ..core.schema import UserError
 from ..core.workspace import progress
 from .images import CropTask, crop_picture, map_in_order, printable
 

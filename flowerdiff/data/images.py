@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..services.hardware import cores
 from flowerdiff.services.image_files import (
     BadPicture,

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+from ..core.errors import UserError
 from ..core.files import parse_json
-from ..core.schema import UserError
 from .image_folder import LeftOut, picture_label
 from .images import printable
 from .picture_names import PictureNames, loose_key, without_ending

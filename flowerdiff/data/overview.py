@@ -10,7 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.workspace import read_json, read_jsonl
+from ..core.files import read_json
+from ..core.workspace import read_jsonl
 from .image_folder import read_rows
 from .images import open_picture
 

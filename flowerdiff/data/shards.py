@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from ..core.fingerprints import file_sha256
-from ..core.schema import UserError
-from ..core.workspace import read_json, write_json
 
 # %% ../../nbs/data/06_shards.ipynb #41265dda
 def record_type(

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.schema import UserError
-from ..core.workspace import read_json, write_json
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from .image_folder import LeftOut, picture_label
 from .images import are_near_copies, printable
 

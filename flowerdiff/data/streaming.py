@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from .batches import ORDER_STREAM, WINDOW_STREAM, Split, batch_indices, make_rng, read_repeats
 from .shards import Shards, shard_path
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..core.workspace import progress
 from .image_folder import walk_files
 from .splits import SPLIT_NAMES

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..core.workspace import Workspace, progress, read_jsonl
 from .image_rows import ImageRow, RowSection, open_pictures
 from .instruments import ClassifierTest

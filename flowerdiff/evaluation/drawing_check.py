@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..core.workspace import Workspace
 from .eval_prompts import EvalPrompt, display_settings, eval_prompts, generate_images
 from .feature_extractors import load_run_clip

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..core.errors import UserError
+from ..core.files import read_json
 from ..core.fingerprints import file_sha256
-from ..core.schema import UserError
-from ..core.workspace import progress, read_json
+from ..core.workspace import progress
 from ..data.images import open_picture
+from ..drawing.model_files import model_errors
 from .metrics import normalize_for_kid
 from ..models.components import component_fingerprint, find_component, load_autoencoder
-from ..models.model_folder import load_part, model_errors
+from ..models.model_folder import load_part
 from ..models.perceptual import SqueezeNet
 
 # %% ../../nbs/evaluation/02_feature_extractors.ipynb #55c84f8a

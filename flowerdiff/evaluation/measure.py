@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import ImageOps
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..core.workspace import Workspace, read_jsonl
 from .class_recognition import ClassRecognition, recognize_classes
 from .eval_prompts import ATTRIBUTES, EvalPrompt

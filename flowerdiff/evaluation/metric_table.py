@@ -8,8 +8,8 @@ __all__ = ['SHARES', 'REFERENCES', 'measured_values', 'format_value', 'previous_
 # %% ../../nbs/evaluation/06_metric_table.ipynb #8fdd6c54
 from pathlib import Path
 
-from ..core.schema import UserError
-from ..core.workspace import read_json
+from ..core.errors import UserError
+from ..core.files import read_json
 from .report import Table
 
 # %% ../../nbs/evaluation/06_metric_table.ipynb #e04801a3

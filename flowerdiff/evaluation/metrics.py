@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #7e52b31f
 @dataclass

@@ -14,10 +14,11 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core.workspace import Workspace, read_json
+from ..core.files import read_json
+from ..core.workspace import Workspace
+from ..drawing.model_files import student_steps
 from .eval_prompts import display_settings
 from .metric_table import REFERENCES, format_value, measured_values
-from ..models.model_folder import student_steps
 from ..models.text_encoder import recorded_text_encoder
 
 # %% ../../nbs/evaluation/08_model_card.ipynb #9fcf241a

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..core.checksums import CHECKSUMS, add_checksums, verify_folder
-from ..core.files import atomic_dir
+from ..core.errors import UserError
+from ..core.files import atomic_dir, read_json, write_json
 from ..core.fingerprints import file_sha256, fingerprint
-from ..core.schema import UserError
-from ..core.workspace import Workspace, read_json, write_json
+from ..core.workspace import Workspace
+from ..drawing.model_files import student_steps
 from .gate import GateResult
 from .student_eval import StudentResult
 from ..models.components import component_fingerprint
-from ..models.model_folder import student_steps
 from ..services.registry import name_champion
 from ..services.tracking import log_event, read_events
 

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import diffusers
 import torch
 
-from ..core.schema import UserError
-from ..core.workspace import Workspace, read_json, read_jsonl
+from ..core.errors import UserError
+from ..core.files import read_json
+from ..core.workspace import Workspace, read_jsonl
 from ..data.images import open_picture
+from ..drawing.model_files import student_steps, weights_fingerprint
 from .class_recognition import class_rows
 from flowerdiff.evaluation.eval_prompts import (
     MAX_DISPLAY_STEPS,
@@ -52,7 +54,6 @@ from .report_page import Report
 from .verdict import Verdict, decide, read_training
 from ..inference.generator import Generator
 from ..inference.torch_backend import truncated_text
-from ..models.model_folder import student_steps, weights_fingerprint
 
 # %% ../../nbs/evaluation/15_report_contents.ipynb #fe7cd5b9
 @dataclass

@@ -10,12 +10,13 @@ __all__ = ['LIGHTS', 'ENOUGH', 'MIN_PSNR', 'HEADLINES', 'Training', 'read_traini
 import math
 from dataclasses import dataclass, field
 
-from ..core.workspace import Workspace, read_json
+from ..core.files import read_json
+from ..core.workspace import Workspace
+from ..drawing.model_files import student_steps
 from .class_recognition import ClassRecognition
 from .measure import Measurements
 from .metrics import Estimate
 from .report import NO_CARD, percent
-from ..models.model_folder import student_steps
 
 # %% ../../nbs/evaluation/14_verdict.ipynb #bf8f2e74
 @dataclass

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from .generator import Generator, check_prompts, latent_shape
 from .torch_backend import TorchBackend, truncated_text
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from ..core.child_processes import hide_in_tracebacks, safe_environment
-from ..core.schema import UserError
-from ..core.workspace import write_json
+from ..core.errors import UserError
+from ..core.files import write_json
 from ..drawing.model_files import find_model
 from ..drawing.sampling import to_numpy
 from flowerdiff.inference.backends import (

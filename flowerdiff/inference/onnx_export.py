@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.workspace import write_json
+from ..core.files import write_json
+from ..drawing.model_files import read_config
 from .onnx_openvino import onnx_session
 from .torch_backend import TorchBackend
-from ..models.model_folder import copy_student_steps, read_config
+from ..models.model_folder import copy_student_steps
 from ..models.vocabulary import copy_vocabulary
 
 # %% ../../nbs/inference/10_onnx_export.ipynb #cc6cfd6e

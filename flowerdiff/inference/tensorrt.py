@@ -22,9 +22,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.files import atomic_write
-from ..core.schema import UserError
-from ..core.workspace import read_json
+from ..core.errors import UserError
+from ..core.files import atomic_write, read_json
 from .onnx_openvino import onnx_session
 from .torch_backend import TensorBackend
 

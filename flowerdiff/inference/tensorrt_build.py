@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core.errors import UserError
+from ..core.files import read_json
 from ..core.fingerprints import file_sha256, fingerprint
-from ..core.schema import UserError
-from ..core.workspace import progress, read_json
+from ..core.workspace import progress
+from ..drawing.model_files import model_errors
 from .tensorrt import TensorRTEngine, engine_difference, first_error, trt_logger
-from ..models.model_folder import model_errors
 
 # %% ../../nbs/inference/05_tensorrt_build.ipynb #5d64319f
 def why_not_build(

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.schema import UserError
-from ..core.workspace import write_json
+from ..core.errors import UserError
+from ..core.files import write_json
 from flowerdiff.models.components import (
     decode,
     encode_moments,

@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import one_line_errors
+from ..core.errors import UserError, one_line_errors
+from ..core.files import read_json, write_json
 from ..core.fingerprints import file_sha256, fingerprint
-from ..core.schema import UserError
-from ..core.workspace import read_json, write_json
 from ..services.hub_cache import HUB_FILES, HUB_ID, bundled_part, download, snapshot
 from ..services.model_configs import check_config, check_weights, limit_length
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..drawing.noise_schedule import solver_start
 
 # %% ../../nbs/models/11_diffusion.ipynb #ba368fa7

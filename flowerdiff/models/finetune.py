@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from ..core.checksums import verify_folder
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..drawing.model_files import find_model, read_config
 from .model_folder import load_part
 

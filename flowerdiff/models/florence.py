@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core.schema import UserError
-from ..core.workspace import read_json
+from ..core.errors import UserError
+from ..core.files import read_json
 from .components import component_errors, find_component, load_strict
 
 # %% ../../nbs/models/09_florence.ipynb #c5d152d0

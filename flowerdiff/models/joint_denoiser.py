@@ -11,8 +11,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..core.schema import UserError
-from ..core.workspace import Workspace, read_json
+from ..core.errors import UserError
+from ..core.files import read_json
+from ..core.workspace import Workspace
 from .components import TextEncoder, build_denoiser, load_text
 from .saving import save_pipeline, save_text_encoder
 from .text_encoder import recorded_text_encoder

@@ -12,13 +12,11 @@ import torch
 from torch import nn
 
 from ..core.errors import UserError
-from ..core.workspace import write_json
-from flowerdiff.drawing.model_files import (  # noqa: F401 (most modules take these from here)
-    find_model,
+from ..core.files import write_json
+from flowerdiff.drawing.model_files import (
     model_errors,
     read_config,
     student_steps,
-    weights_fingerprint,
 )
 from .components import load_strict
 

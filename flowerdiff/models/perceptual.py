@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 
 # %% ../../nbs/models/05_perceptual.ipynb #6f487de5
 class SqueezeNet:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..core.workspace import read_json, write_json
+from ..core.files import read_json, write_json
 from .components import TextEncoder, component_errors, save_part
 
 # %% ../../nbs/models/12_saving.ipynb #52b57a63

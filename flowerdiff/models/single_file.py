@@ -11,8 +11,8 @@ import json
 import re
 from pathlib import Path
 
-from ..core.schema import UserError
-from .model_folder import read_config
+from ..core.errors import UserError
+from ..drawing.model_files import read_config
 
 # %% ../../nbs/models/19_single_file.ipynb #316f8b54
 SD1 = dict(

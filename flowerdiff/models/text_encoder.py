@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..core.schema import UserError
-from ..core.workspace import read_json
+from ..core.errors import UserError
+from ..core.files import read_json
 from ..services.hub_cache import locate_part
 
 # %% ../../nbs/models/17_text_encoder.ipynb #a88322a7

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.schema import UserError
-from ..core.workspace import read_json, write_json
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from .clip import fraction_done, set_learning_rate
 from .components import decode, encode_moments, load_autoencoder
 from .perceptual import SqueezeNet

@@ -12,9 +12,10 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from ..core.profiles import SETTINGS_FILE, parse_yaml
-from ..core.schema import UserError
-from ..core.workspace import Workspace, read_json, write_json
+from ..core.workspace import Workspace
 from flowerdiff.pipeline.dvc_graph import (
     GRAPH,
     code_file,

@@ -67,7 +67,7 @@ def _run_root(args) -> Path:
 # %% ../../nbs/pipeline/16_cli_commands.ipynb #dc461588
 def _example_prompt(root: Path) -> str:
     "Return a caption of the run, or one of the garden."
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
     from flowerdiff.core.workspace import read_jsonl
 
     try:
@@ -122,7 +122,7 @@ def _ask_about_job(root: Path):
 
 def _check_attach(root: Path, args):
     "Raise `UserError` if there is no training job to follow."
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
     from flowerdiff.core.workspace import read_workspace
 
     if not (root / 'params.yaml').exists():
@@ -388,7 +388,7 @@ def studio_command(args) -> int:
 def serve_command(args) -> int:
     """Serve a page on which others can draw with a model: a workspace, a model folder, or org/name@commit on
     the Hub. Ctrl-C ends it."""
-    from flowerdiff.core.schema import UserError
+    from flowerdiff.core.errors import UserError
 
     try:
         from flowerdiff.apps.gradio_app import serve

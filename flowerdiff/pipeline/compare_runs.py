@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.errors import UserError
+from ..core.files import read_json
 from ..core.profiles import parse_yaml
-from ..core.schema import UserError
-from ..core.workspace import read_json
 from ..evaluation.report import NAMES
 
 # %% ../../nbs/pipeline/12_compare_runs.ipynb #a912ed4c

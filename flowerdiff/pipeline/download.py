@@ -9,9 +9,9 @@ __all__ = ['stored_settings', 'differences', 'download', 'download_text']
 import tempfile
 from pathlib import Path
 
+from ..core.errors import UserError
 from ..core.files import atomic_write
 from ..core.profiles import load_settings
-from ..core.schema import UserError
 from ..core.workspace import Workspace, format_bytes, open_workspace, progress
 from ..services.processes import lock
 from ..services.store import HashCache, Store, fetch, open_store, pull, read_manifest

@@ -14,10 +14,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.files import atomic_write
+from ..core.files import atomic_write, read_json, write_json
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
 from ..core.profiles import SETTINGS_FILE
-from ..core.workspace import Workspace, open_workspace, read_json, write_json
+from ..core.workspace import Workspace, open_workspace
 from ..services.hardware import gpus, has_aws, has_hub, has_package
 
 # %% ../../nbs/pipeline/01_dvc_graph.ipynb #1c78106e

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core.errors import UserError
+from ..core.files import read_json
 from ..core.profiles import load_profile
-from ..core.schema import UserError
-from ..core.workspace import format_bytes, read_json
+from ..core.workspace import format_bytes
 from ..data.batches import Split
 from ..data.encoding import encode_batch
 from ..inference.benchmark import peak_memory_so_far

@@ -19,9 +19,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..core.child_processes import hide_in_tracebacks
+from ..core.errors import UserError, disk_errors, hide_credentials
+from ..core.files import read_json, write_json
 from ..core.profiles import SETTINGS_FILE, SETTINGS_VARIABLE
-from ..core.schema import UserError, hide_credentials
-from ..core.workspace import STAGES, Workspace, disk_errors, open_workspace, read_json, write_json
+from ..core.workspace import STAGES, Workspace, open_workspace
 from .dvc_graph import remember_inputs
 from ..services.hardware import check_disk, explain_end, oom_kills
 from ..services.processes import RUN_VARIABLE, run_is_gone, run_processes

@@ -22,10 +22,10 @@ from collections import deque
 from pathlib import Path
 
 from ..core.child_processes import safe_environment
+from ..core.errors import DISK_ERRORS, UserError, disk_errors, hide_credentials
 from ..core.files import is_alive
 from ..core.profiles import load_settings
-from ..core.schema import UserError, hide_credentials
-from ..core.workspace import DISK_ERRORS, Workspace, disk_errors, open_workspace, preview_workspace
+from ..core.workspace import Workspace, open_workspace, preview_workspace
 from .changes import read_lock, remember_hashes
 from .dvc_graph import GRAPH, refresh
 from .execute import FAILURE, stage_line, stop_leftovers, stop_tree

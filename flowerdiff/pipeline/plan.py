@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core.errors import UserError
 from ..core.profiles import load_profile
-from ..core.schema import UserError
 from ..core.workspace import format_bytes, free_bytes, preview_workspace
 from ..data.caption_lint import overview_lines
 from ..data.images import BadPicture, load_picture

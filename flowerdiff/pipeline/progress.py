@@ -13,9 +13,9 @@ import textwrap
 import time
 from dataclasses import dataclass
 
-from ..core.files import parse_json
-from ..core.schema import UserError
-from ..core.workspace import Workspace, open_workspace, read_json
+from ..core.errors import UserError
+from ..core.files import parse_json, read_json
+from ..core.workspace import Workspace, open_workspace
 from .execute import duration, stage_line
 from ..services.tracking import read_events
 

@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.errors import UserError
 from ..core.profiles import parse_overrides
-from ..core.schema import UserError
 from ..core.workspace import STAGES
 from ..services.hub_cache import HUB_ID, snapshot
 

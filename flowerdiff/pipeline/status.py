@@ -10,9 +10,9 @@ import contextlib
 import time
 from dataclasses import asdict, dataclass
 
-from ..core.files import is_alive
-from ..core.schema import UserError
-from ..core.workspace import Workspace, disk_errors, read_json, read_workspace
+from ..core.errors import UserError, disk_errors
+from ..core.files import is_alive, read_json
+from ..core.workspace import Workspace, read_workspace
 from .changes import find_changes
 from .dvc_graph import GRAPH
 from .progress import how_far

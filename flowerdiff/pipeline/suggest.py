@@ -12,9 +12,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core.errors import UserError
+from ..core.files import read_json
 from ..core.profiles import load_profile, load_settings
-from ..core.schema import UserError
-from ..core.workspace import format_bytes, free_bytes, read_json
+from ..core.workspace import format_bytes, free_bytes
 from ..models.text_encoder import HUB_CLIP_SHAPE, choose_text_encoder
 from .survey import Survey, at_resolution, check_enough, inspect_source, split_sizes
 from ..services.hardware import cores, gpus, package_version

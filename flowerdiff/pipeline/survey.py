@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..core.errors import UserError
 from ..core.profiles import load_profile
-from ..core.schema import UserError
 from ..data.caption_lint import SOURCES, Lint, Overview, caption_stops, metadata_stops, token_counter
 from ..data.datasets import DATASETS
 from ..data.image_folder import picture_label

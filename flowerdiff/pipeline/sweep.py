@@ -17,9 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from ..core.profiles import parse_overrides
-from ..core.schema import UserError
-from ..core.workspace import Workspace, open_workspace, preview_workspace, read_json, write_json
+from ..core.workspace import Workspace, open_workspace, preview_workspace
 from .dvc_graph import GRAPH, folder_state
 from .execute import duration
 from .pipeline import StageFailed

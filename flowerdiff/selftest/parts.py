@@ -21,8 +21,8 @@ from pathlib import Path
 from unittest import mock
 
 from ..core.child_processes import print_exception, safe_environment
+from ..core.errors import hide_credentials
 from ..core.files import atomic_write
-from ..core.schema import hide_credentials
 from ..services.hardware import bf16_is_fast, has_package, why_not_compile
 
 # %% ../../nbs/selftest/02_parts.ipynb #fab4eada

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from ..core.child_processes import safe_environment
-from ..core.workspace import read_json, write_json
+from ..core.files import read_json, write_json
 from .parts import process_context
 from .training_parts import check, difference, tiny_settings, tiny_trainer
 from ..training.deepspeed import start_engine

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..core.schema import UserError, hide_credentials
-from ..core.workspace import disk_errors, write_json
+from ..core.errors import UserError, disk_errors, hide_credentials
+from ..core.files import write_json
 from .parts import FAILED, NOT_RUN, PASSED, Part, PartResult, run_part
 from ..services.hardware import cores, memory_gb, package_version, selftest_file
 

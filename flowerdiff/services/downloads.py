@@ -20,7 +20,7 @@ from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..core.workspace import format_bytes, free_bytes, progress
 
 # %% ../../nbs/services/06_downloads.ipynb #7f41287d

@@ -19,9 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core.files import atomic_write
-from ..core.schema import UserError
-from ..core.workspace import disk_errors, format_bytes, free_bytes, read_json
+from ..core.errors import UserError, disk_errors
+from ..core.files import atomic_write, read_json
+from ..core.workspace import format_bytes, free_bytes
 
 # %% ../../nbs/services/01_hardware.ipynb #66bd04cb
 def gpus() -> list[str]:  # one name per GPU

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ..core.schema import UserError
-from ..core.workspace import disk_errors, is_out_of_memory, read_json, write_json
+from ..core.errors import UserError, disk_errors, is_out_of_memory
+from ..core.files import read_json, write_json
 from .hardware import check_disk, cores, explain_end, oom_kills
 from .processes import launch_torchrun
 from .tracking import read_events

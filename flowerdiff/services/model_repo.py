@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.files import atomic_dir
+from ..core.errors import UserError, hide_credentials
+from ..core.files import atomic_dir, read_json, write_json
 from ..core.fingerprints import file_sha256
-from ..core.schema import UserError, hide_credentials
-from ..core.workspace import read_json, write_json
 from .store import list_files, make_manifest
 
 # %% ../../nbs/services/10_model_repo.ipynb #31e8688d

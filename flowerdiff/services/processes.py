@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 from ..core.child_processes import safe_environment
-from ..core.schema import UserError
-from ..core.workspace import Workspace, disk_errors
+from ..core.errors import UserError, disk_errors
+from ..core.workspace import Workspace
 from .tracking import curve, read_events
 
 # %% ../../nbs/services/04_processes.ipynb #658c27a5

@@ -6,7 +6,7 @@
 __all__ = ['name_champion', 'new_version']
 
 # %% ../../nbs/services/14_registry.ipynb #5e9a0c03
-from ..core.schema import hide_credentials
+from ..core.errors import hide_credentials
 from ..core.workspace import Workspace
 from .mlflow_paths import release_model, store_model
 from .tracking import experiment_name, find_mlflow_run, mlflow_client

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from fastcore.basics import patch
 
+from ..core.errors import UserError
 from ..core.fingerprints import file_sha256
-from ..core.schema import UserError
 
 # %% ../../nbs/services/08_s3.ipynb #41a28406
 _DENIED = (

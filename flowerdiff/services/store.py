@@ -20,10 +20,10 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from ..core.errors import UserError
 from ..core.files import atomic_write
 from ..core.fingerprints import file_sha256
 from ..core.manifest import at_most, check_paths, describe_files, parse_manifest
-from ..core.schema import UserError
 from .s3 import S3Store, _ignore
 
 # %% ../../nbs/services/09_store.ipynb #90513809

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 from ..core.child_processes import hide_in_tracebacks, safe_environment
-from ..core.files import is_alive, parse_json
-from ..core.schema import hide_credentials
-from ..core.workspace import Workspace, open_workspace, read_json, write_json
+from ..core.errors import hide_credentials
+from ..core.files import is_alive, parse_json, read_json, write_json
+from ..core.workspace import Workspace, open_workspace
 from .mlflow_paths import adopt_database
 
 # %% ../../nbs/services/03_tracking.ipynb #2090b0a8

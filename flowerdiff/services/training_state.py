@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 
 # %% ../../nbs/services/15_training_state.ipynb #49812220
 SAVE_MINUTES = 5.0  # between two writes, if a training does not say otherwise

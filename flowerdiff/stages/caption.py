@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..core.files import atomic_dir
-from ..core.schema import UserError
-from ..core.workspace import Workspace, progress, read_json, stage, write_json
+from ..core.errors import UserError
+from ..core.files import atomic_dir, read_json, write_json
+from ..core.workspace import Workspace, progress, stage
 from ..data.caption_cleanup import article, clean_caption, names_class
 from flowerdiff.data.caption_columns import (
     GivenCaptions,

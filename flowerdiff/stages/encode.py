@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from ..core.checksums import verify_folder, write_checksums
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
-from ..core.schema import UserError
-from ..core.workspace import Workspace, progress, read_json, read_jsonl, stage, write_json
+from ..core.workspace import Workspace, progress, read_jsonl, stage
 from ..data.distributed_encoding import encode_distributed
 from flowerdiff.data.encoding import (
     encode_captions,

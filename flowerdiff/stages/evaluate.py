@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from ..core.checksums import verify_folder
-from ..core.files import atomic_dir
-from ..core.schema import UserError
-from ..core.workspace import Workspace, read_json, read_jsonl, stage, write_json
+from ..core.errors import UserError
+from ..core.files import atomic_dir, read_json, write_json
+from ..core.workspace import Workspace, read_jsonl, stage
+from ..drawing.model_files import student_steps, weights_fingerprint
 from ..evaluation.class_recognition import MAX_CLASSES, find_classes, images_of_each
 from flowerdiff.evaluation.eval_prompts import (
     CountedGenerator,
@@ -50,7 +51,6 @@ from ..inference.benchmark import open_backends, time_backends
 from ..inference.generator import Generator, montage
 from ..inference.torch_backend import TorchBackend
 from ..models.components import pil_to_tensor, psnr
-from ..models.model_folder import student_steps, weights_fingerprint
 from ..training.trained_on import picture_key, read_trained_on
 
 # %% ../../nbs/stages/07_evaluate.ipynb #ca4f8531

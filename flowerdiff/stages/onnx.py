@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from ..core.checksums import verify_folder, write_checksums
-from ..core.files import atomic_dir
-from ..core.schema import UserError
-from ..core.workspace import Workspace, stage, write_json
+from ..core.errors import UserError
+from ..core.files import atomic_dir, write_json
+from ..core.workspace import Workspace, stage
+from ..drawing.model_files import student_steps, weights_fingerprint
 from ..evaluation.eval_prompts import display_settings
 from ..inference.backends import BACKENDS, EXACT_BACKENDS, open_backend, reads_onnx, why_unavailable
 from ..inference.benchmark import time_backends
@@ -32,7 +33,6 @@ from flowerdiff.inference.onnx_export import (
 )
 from ..inference.torch_backend import TorchBackend
 from ..models.components import pil_to_tensor, psnr
-from ..models.model_folder import student_steps, weights_fingerprint
 
 # %% ../../nbs/stages/08_onnx.ipynb #3e27049f
 def picture_difference(

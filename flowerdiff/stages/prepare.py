@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import chunked
 
-from ..core.files import atomic_dir
+from ..core.errors import UserError
+from ..core.files import atomic_dir, write_json
 from ..core.fingerprints import code_fingerprint, fingerprint
-from ..core.schema import UserError
-from ..core.workspace import Workspace, progress, read_jsonl, stage, write_json, write_jsonl
+from ..core.workspace import Workspace, progress, read_jsonl, stage, write_jsonl
 from ..data.caption_columns import first_caption
 from ..data.datasets import DATASETS, prepare_dataset
 from ..data.image_folder import crop_pictures, crop_squares, picture_label, row_captions

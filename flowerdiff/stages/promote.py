@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from ..core.checksums import is_recorded, verify_folder, way_back
-from ..core.files import remove_leftovers
-from ..core.schema import UserError
-from ..core.workspace import Workspace, read_json, read_jsonl, read_workspace, stage, write_json
+from ..core.errors import UserError
+from ..core.files import read_json, remove_leftovers, write_json
+from ..core.workspace import Workspace, read_jsonl, read_workspace, stage
 from ..data.batches import load_split
+from ..drawing.model_files import student_steps
 from ..evaluation.drawing_check import confirm_by_drawings
 from ..evaluation.gate import GateResult, compare
 from flowerdiff.evaluation.promotion import (
@@ -41,7 +42,7 @@ from ..evaluation.student_eval import StudentResult, evaluate_student
 from ..inference.generator import Generator
 from ..inference.torch_backend import TorchBackend
 from ..models.components import component_fingerprint, load_text
-from ..models.model_folder import load_part, student_steps
+from ..models.model_folder import load_part
 from ..training.common_levels import measure_alike, read_model, same_questions
 from ..training.trained_on import read_keys, read_trained_on
 

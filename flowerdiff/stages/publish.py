@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.checksums import verify_folder, write_checksums
-from ..core.schema import UserError
-from ..core.workspace import Workspace, read_json, read_jsonl, stage, write_json
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
+from ..core.workspace import Workspace, read_jsonl, stage
 from ..evaluation.eval_prompts import display_settings
 from ..evaluation.model_card import data_terms, is_address, license_fields, make_card
 from ..services.model_repo import check_hub_name, check_token, publish_folder, publish_hub
@@ -54,8 +55,8 @@ def draw_samples(
     folder: Path,  # for the images
 ) -> list[dict]:  # prompt and file of each image
     "Generate the sample images of the model card."
+    from flowerdiff.drawing.model_files import student_steps
     from flowerdiff.inference.generator import Generator
-    from flowerdiff.models.model_folder import student_steps
 
     generate = Generator.from_pretrained(ws.model, 'torch')
     prompts = sample_prompts(ws)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.checksums import verify_folder
-from ..core.files import atomic_dir
-from ..core.schema import UserError
-from ..core.workspace import Workspace, read_json, stage, write_json
+from ..core.errors import UserError
+from ..core.files import atomic_dir, read_json, write_json
+from ..core.workspace import Workspace, stage
 from ..inference.tensorrt import cuda_device, find_gpu, find_tensorrt
 from ..inference.tensorrt_build import engine_key, make_engines, why_not_build
 

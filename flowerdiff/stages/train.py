@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.checksums import verify_folder
-from ..core.schema import UserError
-from ..core.workspace import Workspace, read_json, stage
+from ..core.errors import UserError
+from ..core.files import read_json
+from ..core.workspace import Workspace, stage
 from ..services.hardware import check_disk, explain_end, oom_kills
 from ..services.image_files import read_image
 from flowerdiff.services.processes import (

@@ -8,9 +8,10 @@ __all__ = ['PARTS', 'DATA_SETTINGS', 'check_params', 'send', 'Result', 'run']
 # %% ../../nbs/stages/04_upload.ipynb #ac53e4bd
 from dataclasses import dataclass, field
 
+from ..core.errors import UserError
+from ..core.files import write_json
 from ..core.profiles import load_settings
-from ..core.schema import UserError
-from ..core.workspace import Workspace, progress, stage, write_json
+from ..core.workspace import Workspace, progress, stage
 from ..services.s3 import NoCredentials
 from ..services.store import HashCache, Store, object_key, open_store, push
 

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..services.hardware import bf16_is_fast, gpus, why_not_compile
 from .ema import EMA, averaged
 

@@ -21,10 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.files import atomic_dir
+from ..core.errors import UserError
+from ..core.files import atomic_dir, read_json, write_json
 from ..core.fingerprints import file_sha256
-from ..core.schema import UserError
-from ..core.workspace import read_json, write_json
 from ..services.tracking import log_event
 from .ema import ema_state, load_ema
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..data.batches import Split
 from ..models.diffusion import add_noise, loss_per_sample, noise_levels, velocity
 from .validation import per_picture_loss, predict_velocity

@@ -13,10 +13,10 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..core.files import atomic_dir, atomic_write
+from ..core.errors import UserError
+from ..core.files import atomic_dir, atomic_write, read_json, write_json
 from ..core.fingerprints import fingerprint
-from ..core.schema import UserError
-from ..core.workspace import Workspace, read_json, write_json
+from ..core.workspace import Workspace
 from .accelerator import learning_rate
 from .checkpoints import Origin, checkpoints, drop_checkpoints, read_origin
 from .trained_on import TRAINED_ON

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from flowerdiff.models.sharding import (
     join_group,
     own_part,

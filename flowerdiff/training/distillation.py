@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.checksums import verify_folder
-from ..core.workspace import Workspace, read_json
+from ..core.files import read_json
+from ..core.workspace import Workspace
 from ..data.batches import Split, shift_time
 from ..models.diffusion import add_noise, check_schedule, extract, loss_per_sample, solver_start
 from ..models.finetune import adopt_settings

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
-from ..core.schema import UserError
-from ..core.workspace import Workspace, progress, read_json, write_json
+from ..core.workspace import Workspace, progress
 from ..data.images import open_picture
 from ..garden.misspelling import misspelled
 from ..garden.worlds import WORLDS

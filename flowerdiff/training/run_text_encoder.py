@@ -10,7 +10,7 @@ __all__ = ['PRETRAINED_TOKENS', 'MOST_MEANINGS', 'available_choice', 'RunTextEnc
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.schema import UserError
+from ..core.errors import UserError
 from ..core.workspace import Workspace
 from ..models.components import TextEncoder, find_component, load_text
 from flowerdiff.models.text_encoder import (

@@ -13,8 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..core.schema import UserError
-from ..core.workspace import is_out_of_memory
+from ..core.errors import UserError, is_out_of_memory
 
 # %% ../../nbs/training/08_spikes_and_oom.ipynb #04c1034e
 NORM_HISTORY = 100  # gradient norms that count

@@ -8,8 +8,9 @@ __all__ = ['KEYS', 'TRAINED_ON', 'picture_key', 'read_keys', 'read_trained_on', 
 # %% ../../nbs/training/10_trained_on.ipynb #055955ba
 from pathlib import Path
 
-from ..core.schema import UserError
-from ..core.workspace import Workspace, read_json
+from ..core.errors import UserError
+from ..core.files import read_json
+from ..core.workspace import Workspace
 from ..models.finetune import find_base
 
 # %% ../../nbs/training/10_trained_on.ipynb #cb72f81b

@@ -15,8 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.schema import UserError
-from ..core.workspace import is_out_of_memory
+from ..core.errors import UserError, is_out_of_memory
 from ..data.batches import BucketedSplit, Split, make_batch
 from ..data.streaming import MadeAhead
 from ..models.diffusion import make_scheduler, noise_levels

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.workspace import is_out_of_memory
+from ..core.errors import is_out_of_memory
 from ..data.batches import SAMPLING_STREAM, VALIDATION_STREAM, Split, make_rng
 from flowerdiff.models.diffusion import (
     LEAST_SNR,

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from ..core.checksums import verify_folder, write_checksums
-from ..core.files import atomic_dir
+from ..core.errors import UserError
+from ..core.files import atomic_dir, read_json, write_json
 from ..core.fingerprints import code_fingerprint, fingerprint, git_commit
-from ..core.schema import UserError
-from ..core.workspace import Workspace, open_workspace, read_json, write_json
+from ..core.workspace import Workspace, open_workspace
 from ..data.batches import Split, load_split
 from ..data.shards import Shards
 from ..data.streaming import StreamedSplit
+from ..drawing.model_files import read_config
 from ..models.components import component_fingerprint
 from ..models.diffusion import check_schedule
 from flowerdiff.models.finetune import (
@@ -37,7 +38,6 @@ from flowerdiff.models.finetune import (
     save_lora,
 )
 from ..models.joint_denoiser import build_new_denoiser, prepare_texts, save_trained_pipeline
-from ..models.model_folder import read_config
 from ..models.vocabulary import write_learned_words
 from ..services.processes import STOPPED, StopSignal, run_lock
 from ..services.store import fetch, open_store, read_manifest
