@@ -19,7 +19,7 @@ import torch
 
 from ..core.child_processes import safe_environment
 from ..core.files import read_json, write_json
-from .parts import process_context
+from .parts import PART_PROCESS, process_context
 from .training_parts import check, difference, tiny_settings, tiny_trainer
 from ..training.deepspeed import start_engine
 
@@ -61,8 +61,8 @@ def run_rank(environment: dict[str, str], *args):
 
 def start_rank(shared: dict[str, str], rank: int, *args):  # a process
     "Start a process with the variables of `torchrun`. One that a part starts is a copy of it, without a GPU."
-    is_part = multiprocessing.parent_process() is not None
-    copies = is_part and not torch.cuda.is_available()
+    is_new = multiprocessing.current_process().name == PART_PROCESS  # nothing to copy but imported modules
+    copies = is_new and not torch.cuda.is_available()
     context = multiprocessing.get_context('fork') if copies else process_context()
     environment = safe_environment(os.environ | shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)))
     child = context.Process(target=run_rank, args=(environment, *args))
