@@ -21,7 +21,7 @@ from pathlib import Path
 from ..core.child_processes import safe_environment
 from ..core.errors import UserError, disk_errors
 from ..core.workspace import Workspace
-from .tracking import curve, read_events
+from .tracking import TORCHRUN_ENV, curve, read_events
 
 # %% ../../nbs/services/04_processes.ipynb #658c27a5
 @contextlib.contextmanager
@@ -174,13 +174,14 @@ def start_process(
     env: dict | None = None,  # defaults for variables that this process has not set
 ) -> subprocess.Popen:
     "Start a process in a session of its own, so that it survives this one."
+    variables = {name: value for name, value in os.environ.items() if name not in TORCHRUN_ENV}
     with open(log, 'a', encoding='utf-8') as file:
         return subprocess.Popen(
             [sys.executable, '-m', *map(str, module)],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=safe_environment({**(env or {}), **os.environ}),
+            env=safe_environment({**(env or {}), **variables}),
             start_new_session=True,
         )
 
