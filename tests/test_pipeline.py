@@ -556,7 +556,7 @@ def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path
         '--only',
         'train',
         '--set',
-        'train.epochs=150',
+        'train.epochs=60',
         '--set',
         'tracking.enabled=false',
     ]
@@ -583,7 +583,7 @@ def test_real_training_stops_at_ctrl_c_and_goes_on(tiny_workspace, cli, tmp_path
     p = cli(*command)
     assert ran(p) == ['train'], p.stdout + p.stderr
     train = json.loads((root / 'train.json').read_text())
-    assert train['resumed_from'] == stopped and train['steps'] == 600
+    assert train['resumed_from'] == stopped and train['steps'] == 240
 
 
 OF_A_RUN = {'time', 'seconds', 'latency', 'samples_per_second', 'milliseconds', 'created', 'git'}

@@ -70,7 +70,8 @@ def attacked(tmp_path_factory, tiny_workspace):
 
 def test_no_planted_module_runs(attacked):
     "Training, its torchrun and its follower, DVC, the kernels of two stages, and the short commands."
-    attacked('run', 'ws', '--from', 'train', '--to', 'promote', '--force', '--set', 'train.epochs=1')
+    sets = ('--set', 'train.epochs=1', '--set', 'train.num_processes=2')
+    attacked('run', 'ws', '--from', 'train', '--to', 'promote', '--force', *sets)
     assert (attacked.home / 'here/ws/promote.json').exists()
     attacked('status', 'ws')
     attacked('generate', 'a red rose', '-w', 'ws', '--steps', '1', '--backend', 'torch', '-o', 'rose.png')

@@ -36,7 +36,7 @@ from flowerdiff.apps.widgets import (
     row,
 )
 from ..core.errors import UserError
-from ..drawing.pictures import montage, picture_bytes, resize_to_height
+from ..drawing.pictures import montage, picture_bytes, resize_to_height, settings_exif
 
 # %% ../../nbs/apps/11_sheets.ipynb #fceb0246
 AXES = dict(
@@ -146,10 +146,9 @@ def animation_bytes(
     settings = replace(
         frames[0].info['settings'], prompt=request.prompt, variation_seed=None, variation_strength=None
     )
-    first = Image.open(io.BytesIO(picture_bytes(frames[0], settings, 'webp')))
     buffer = io.BytesIO()
     loop = [*frames[1:], *frames[-2:0:-1]]
-    options = dict(duration=milliseconds, loop=0, quality=90, exif=first.info['exif'])
+    options = dict(duration=milliseconds, loop=0, quality=90, exif=settings_exif(settings))
     frames[0].copy().save(buffer, 'WEBP', save_all=True, append_images=loop, **options)
     return buffer.getvalue()
 

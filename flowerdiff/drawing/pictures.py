@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'INVOKE', 'FORMATS', 'PictureSettings', 'parameters_text', 'own_version', 'parse_parameters',
-           'invoke_metadata', 'parse_invoke', 'picture_bytes', 'file_kind', 'save_picture', 'read_picture', 'montage',
-           'resize_to_height', 'numbered', 'Pictures']
+           'invoke_metadata', 'parse_invoke', 'settings_exif', 'picture_bytes', 'file_kind', 'save_picture',
+           'read_picture', 'montage', 'resize_to_height', 'numbered', 'Pictures']
 
 # %% ../../nbs/drawing/10_pictures.ipynb #70274fc2
 import base64
@@ -178,6 +178,14 @@ _EXIF = 0x8769
 _COMMENT = 0x9286
 
 
+def settings_exif(settings: PictureSettings) -> Image.Exif:
+    "Return settings as the EXIF data of a JPEG or WebP file."
+    exif = Image.Exif()
+    comment = parameters_text(settings).encode('utf-16-be', 'surrogatepass')
+    exif.get_ifd(_EXIF)[_COMMENT] = b'UNICODE\0' + comment
+    return exif
+
+
 def picture_bytes(
     picture: Image.Image,
     settings: PictureSettings | None = None,  # None: those that the picture carries
@@ -193,9 +201,7 @@ def picture_bytes(
             info.add_text('parameters', parameters_text(settings))
             info.add_text('invokeai_metadata', json.dumps(invoke_metadata(settings)))
     elif settings:
-        options['exif'] = exif = Image.Exif()
-        comment = parameters_text(settings).encode('utf-16-be', 'surrogatepass')
-        exif.get_ifd(_EXIF)[_COMMENT] = b'UNICODE\0' + comment
+        options['exif'] = settings_exif(settings)
     options |= dict(jpg=dict(quality=95), jpeg=dict(quality=95), webp=dict(quality=95)).get(kind, {})
     plain = picture.copy()
     plain.info = {}
