@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from .request import GenerationRequest, preview_steps
 from .session import GenerationSession, error_message
-from .widgets import GeneratedPicture, add_classes, preview_html
+from .widgets import GeneratedPicture, add_classes, preview_html, row
 from ..core.errors import Cancelled
 
 # %% ../../nbs/apps/04_generation_panel.ipynb #cfff029c
@@ -51,6 +51,17 @@ class GenerationPanel:
         "Show one line below the button."
         kind = 'fd-status bad' if error else 'fd-status'
         self.status.value = f'<div class="{kind}" role="status" aria-live="polite">{html.escape(text)}</div>'
+
+    def under_prompt(self, fields: dict[str, w.Widget]) -> list[w.Widget]:
+        "Return the fields of a prompt, and below them the buttons and the progress."
+        return [
+            fields['prompt'],
+            row(fields['seed'], fields['random_seed']),
+            fields['negative_prompt'],
+            row(self.start_button, self.cancel_button),
+            self.bar,
+            self.status,
+        ]
 
 # %% ../../nbs/apps/04_generation_panel.ipynb #bdb7d5ce
 @patch

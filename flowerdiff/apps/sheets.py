@@ -33,7 +33,6 @@ from flowerdiff.apps.widgets import (
     note_html,
     prompt_values,
     prompt_widgets,
-    row,
 )
 from ..core.errors import UserError
 from ..drawing.pictures import montage, picture_bytes, resize_to_height, settings_exif
@@ -195,17 +194,12 @@ class SheetTab:
 @patch
 def _layout(self: SheetTab) -> w.Widget:
     "Arrange the prompt, the settings and the results."
-    fields = self.fields
     panel = self.panel
-    prompt = [
-        fields['prompt'],
-        row(fields['seed'], fields['random_seed']),
-        fields['negative_prompt'],
-        row(panel.start_button, panel.cancel_button),
-        panel.bar,
-        panel.status,
+    columns = [
+        w.VBox(panel.under_prompt(self.fields)),
+        w.VBox(self.extra),
+        w.VBox(self.controls.widgets),
     ]
-    columns = [w.VBox(prompt), w.VBox(self.extra), w.VBox(self.controls.widgets)]
     top = add_classes(w.Box([add_classes(column, 'fd-panel') for column in columns]), 'fd-three')
     return w.VBox([top, panel.preview, self.results], layout=dict(overflow='visible'))
 

@@ -102,17 +102,8 @@ class CompareTab:
 @patch
 def _layout(self: CompareTab) -> w.Widget:
     "Arrange the prompt, both settings and the pairs."
-    fields = self.fields
     panel = self.panel
-    prompt = [
-        fields['prompt'],
-        row(fields['seed'], fields['random_seed']),
-        fields['negative_prompt'],
-        row(panel.start_button, panel.cancel_button),
-        panel.bar,
-        panel.status,
-    ]
-    columns = [add_classes(w.VBox(prompt), 'fd-panel')]
+    columns = [add_classes(w.VBox(panel.under_prompt(self.fields)), 'fd-panel')]
     for title, controls in zip(('Left', 'Right'), self.controls):
         heading = w.HTML(f'<h2 class="fd-heading">{title}</h2>')
         columns.append(add_classes(w.VBox([heading, *controls.widgets]), 'fd-panel'))
