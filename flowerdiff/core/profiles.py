@@ -7,6 +7,7 @@ __all__ = ['LONGEST', 'MOST_VALUES', 'DEEPEST', 'SETTINGS_FILE', 'SETTINGS_VARIA
            'parse_overrides', 'profiles', 'load_profile', 'write_params', 'run_settings']
 
 # %% ../../nbs/core/06_profiles.ipynb #2e57182c
+import functools
 import io
 import json
 import os
@@ -26,15 +27,6 @@ MOST_VALUES = 10_000
 DEEPEST = 20  # groups and lists inside of each other
 
 
-def _yaml():
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096
-    return yaml
-
-
 def _trick(event, count: int, depth: int) -> str:
     "Return what is wrong with one event of a YAML parser, '' if it is plain."
     kind = type(event).__name__
@@ -49,17 +41,37 @@ def _trick(event, count: int, depth: int) -> str:
     return ''
 
 
-def _check_plain(text: str, name: str):
-    "Raise `UserError` for what settings do not need and what may take a YAML parser hours."
-    if len(text) > LONGEST:
-        raise UserError(f'{name}: has {len(text):,} characters, far more than settings; give another file')
-    depth = 0
-    for count, event in enumerate(_yaml().parse(text)):
-        kind = type(event).__name__
-        depth += kind.endswith('StartEvent') - kind.endswith('EndEvent')
-        trick = _trick(event, count, depth - 2)  # without the stream and the document
-        if trick:
-            raise UserError(f'{name} line {event.start_mark.line + 1}: {trick}')
+def _plain_parser(base: type, name: str) -> type:
+    "Return a parser that raises `UserError` for what settings do not need and what may take it hours."
+
+    class PlainParser(base):
+        depth = -2  # the stream and the document do not count
+        count = 0
+
+        def get_event(self):
+            event = super().get_event()
+            kind = type(event).__name__
+            self.depth += kind.endswith('StartEvent') - kind.endswith('EndEvent')
+            self.count += 1
+            trick = _trick(event, self.count, self.depth)
+            if trick:
+                raise UserError(f'{name} line {event.start_mark.line + 1}: {trick}')
+            return event
+
+    return PlainParser
+
+
+def _yaml(
+    name: str = '',  # of the file, for errors
+    comments: bool = True,  # keep comments and line numbers
+):  # ruamel's YAML
+    from ruamel.yaml import YAML
+
+    yaml = YAML() if comments else YAML(typ='safe', pure=True)
+    yaml.preserve_quotes = comments
+    yaml.width = 4096
+    yaml.Parser = _plain_parser(yaml.Parser, name)
+    return yaml
 
 # %% ../../nbs/core/06_profiles.ipynb #72af6e49
 def parse_yaml(
@@ -68,11 +80,12 @@ def parse_yaml(
     comments: bool = False,  # keep comments and line numbers
 ):  # the values
     "Parse plain YAML, without aliases and tags. Raises `UserError` with the line."
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
 
+    if len(text) > LONGEST:
+        raise UserError(f'{name}: has {len(text):,} characters, far more than settings; give another file')
     try:
-        _check_plain(text, name)
-        return (_yaml() if comments else YAML(typ='safe')).load(text)
+        return _yaml(name, comments).load(text)
     except YAMLError as error:
         mark = getattr(error, 'problem_mark', None)
         line = f' line {mark.line + 1}' if mark else ''
@@ -126,13 +139,22 @@ def _read(path: Path) -> str:
         raise UserError(f'{path}: is not UTF-8 text; save it as UTF-8') from None
 
 
+@functools.lru_cache(maxsize=16)
+def _parse_settings(
+    text: str,
+    name: str,  # of the file, for errors
+) -> tuple[Settings, frozenset]:  # the settings, the sections that the file has
+    data = _parse(text, name)
+    return _validate(data, name, _lines(data)), frozenset(data)
+
+
 def load_settings(
     path: str | Path,  # a workspace's params.yaml
 ) -> Settings:
     "Load the settings in a file. Raises `UserError` with key, value, allowed values and line."
     path = Path(path)
-    data = _parse(_read(path), path.name)
-    return _validate(data, path.name, _lines(data))
+    settings, _ = _parse_settings(_read(path), path.name)
+    return settings.model_copy(deep=True)
 
 # %% ../../nbs/core/06_profiles.ipynb #45fac6c2
 def parse_overrides(
@@ -230,10 +252,14 @@ def load_profile(
     overrides=(),  # changes, see `parse_overrides`
 ) -> Settings:
     "Load the settings of a profile. Raises `UserError` for a profile or a setting that does not exist."
-    data = _parse(_profile_text(name), f'{name}.yaml' if name in profiles() else str(name))
+    text = _profile_text(name)
+    file = f'{name}.yaml' if name in profiles() else Path(name).name
     changes = parse_overrides(overrides)
+    if not changes:
+        return _parse_settings(text, file)[0].model_copy(deep=True)
+    data = _parse(text, file)
     lines = {key: line for key, line in _lines(data).items() if key not in changes}
-    return _validate(_apply(data, changes), Path(name).name, lines)
+    return _validate(_apply(data, changes), file, lines)
 
 # %% ../../nbs/core/06_profiles.ipynb #23611e26
 def write_params(
@@ -244,8 +270,12 @@ def write_params(
     "Create or update a settings file. Comments stay."
     path = Path(path)
     old = _read(path) if path.exists() else None
-    data = _parse(_profile_text(profile) if old is None else old, path.name)
     changes = parse_overrides(overrides)
+    if old is not None and not changes:
+        settings, sections = _parse_settings(old, path.name)
+        if all(name in sections for name, section in settings if isinstance(section, Section)):
+            return settings.model_copy(deep=True)
+    data = _parse(_profile_text(profile) if old is None else old, path.name)
     lines = {key: line for key, line in _lines(data).items() if key not in changes}
     settings = _validate(_apply(data, changes), path.name, lines)
     for name, section in settings:
@@ -254,7 +284,7 @@ def write_params(
     buffer = io.StringIO()
     _yaml().dump(data, buffer)
     new = buffer.getvalue()
-    if new != old and (old is None or changes or len(new) != len(old)):
+    if new != old:
         temporary = path.with_name(f'.{path.name}.{os.getpid()}')
         temporary.write_text(new, encoding='utf-8')
         os.replace(temporary, path)

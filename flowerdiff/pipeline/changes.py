@@ -118,18 +118,25 @@ def _is_entry(entry) -> bool:  # of a stage, in dvc.lock
     return named and isinstance(settings, dict)
 
 
+@functools.lru_cache(maxsize=4)
+def _parse_lock(text: str) -> dict | None:  # stage -> its entry; None: broken
+    try:
+        data = parse_yaml(text, 'dvc.lock') or {}
+        stages = data.get('stages') or {}
+        return stages if all(map(_is_entry, stages.values())) else None
+    except (UserError, AttributeError, TypeError):
+        return None
+
+
 def read_lock(ws: Workspace) -> dict:  # stage -> its entry
     "Read `dvc.lock`. Raises `UserError` if it is broken."
     path = ws.root / 'dvc.lock'
     if not path.exists():
         return {}
-    try:
-        data = parse_yaml(path.read_text(encoding='utf-8'), 'dvc.lock') or {}
-        stages = data.get('stages') or {}
-        broken = not all(map(_is_entry, stages.values()))
-    except (UserError, UnicodeDecodeError, AttributeError, TypeError):
-        broken = True
-    if broken:
+    stages = None
+    with contextlib.suppress(UnicodeDecodeError):
+        stages = _parse_lock(path.read_text(encoding='utf-8'))
+    if stages is None:
         raise UserError(f'{path}: is damaged; delete it, and every stage runs again')
     return stages
 
