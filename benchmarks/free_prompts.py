@@ -8,9 +8,9 @@ leaves, buds) and nothing that it denies. A prompt for an unknown thing is right
 learned. Prints a table by kind of prompt, and writes it to OUT with a sheet for each kind: a green
 frame is right, a red one wrong, a gray one not checked.
 
-`--classifier` is a classifier of the mixed garden (see `garden_networks.py`). Without one, the bundled
-classifier looks. It knows the classic garden only: prompts about what it cannot see are not checked, and
-counted in the last column.
+The bundled classifier of the workspace's garden looks, or one of your own (`--classifier`, see
+`garden_networks.py`). That of the classic garden knows no mixed one: prompts about what it cannot see are not
+checked, and counted in the last column.
 """
 
 import argparse
@@ -141,11 +141,14 @@ def main():
     args = parser.parse_args()
 
     from flowerdiff import Generator
+    from flowerdiff.core.workspace import read_workspace
+    from flowerdiff.garden.worlds import WORLDS
     from flowerdiff.inference.generator import montage
     from flowerdiff.models.attribute_classifier import load_classifier
 
     args.out.mkdir(parents=True, exist_ok=True)
-    classifier = load_classifier(args.classifier)
+    world = WORLDS[read_workspace(args.workspace).settings.prepare.garden]
+    classifier = load_classifier(args.classifier or world.bundled)
     generator = Generator.from_pretrained(args.workspace)
     rows = read_prompts(args.prompts)
     sheets = defaultdict(list)

@@ -47,7 +47,7 @@ class Prepare(Section):
     source: str = 'garden'
     'garden (drawn by the library), oxford102, celeba, a folder of pictures, or hub:org/name.'
     garden: Literal['classic', 'mixed'] = 'classic'
-    'What the garden draws. mixed: up to five flowers of two kinds in 18 colors; trains its own encoders.'
+    'What the garden draws. mixed: up to five flowers of two kinds, in 18 colors and ten places.'
     files: str = ''
     'Folder with the official files of oxford102 or celeba. Empty: the cache, or download.'
     count: Count = 6000
@@ -237,12 +237,12 @@ class Tracking(Section):
     "Name of the experiment. Empty: the workspace's name."
 
 # %% ../../nbs/core/04_settings.ipynb #8683cdd2
-def _train_encoders(settings):
-    "Let the mixed garden train its encoders: the bundled ones have only seen the classic garden."
+def _choose_encoders(settings):
+    "Give the mixed garden its own encoders: those of the classic garden have not seen it."
     if (settings.prepare.source, settings.prepare.garden) == ('garden', 'mixed'):
         for component in ('autoencoder', 'text_encoder'):
             if getattr(settings.components, component) == 'garden':
-                setattr(settings.components, component, 'train')
+                setattr(settings.components, component, 'mixed_garden')
 
 
 def _check_together(settings):
@@ -321,7 +321,7 @@ class Settings(Section):
 
     @model_validator(mode='after')
     def _check_sections(self):
-        _train_encoders(self)
+        _choose_encoders(self)
         _check_together(self)
         _check_sagemaker(self)
         return self

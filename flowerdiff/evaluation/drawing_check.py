@@ -17,6 +17,7 @@ from .feature_extractors import load_run_clip
 from .gate import GateResult, p_value
 from .image_rows import open_pictures
 from .student_eval import kid_increase
+from ..garden.worlds import asking_world
 
 # %% ../../nbs/evaluation/17_drawing_check.ipynb #1d52a172
 @dataclass
@@ -101,7 +102,8 @@ def check_drawings(ws: Workspace) -> DrawingCheck:
     if has_attributes:
         from flowerdiff.models.attribute_classifier import load_classifier
 
-        seen = [load_classifier().names(images) for images in (champion, candidate)]
+        classifier = load_classifier(asking_world(prompts[0].attributes).bundled)
+        seen = [classifier.names(images) for images in (champion, candidate)]
         return compare_attributes(prompts, *seen, confidence=ws.settings.promote.confidence)
     return compare_kid(clip(champion), clip(candidate), clip(real))
 

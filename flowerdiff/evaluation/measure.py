@@ -16,7 +16,7 @@ from PIL import ImageOps
 from ..core.errors import UserError
 from ..core.workspace import Workspace, read_jsonl
 from .class_recognition import ClassRecognition, recognize_classes
-from .eval_prompts import ATTRIBUTES, EvalPrompt
+from .eval_prompts import EvalPrompt
 from .feature_extractors import ClipFeatures
 from .image_rows import Neighbor, open_pictures, reconstruct
 from flowerdiff.evaluation.instruments import (
@@ -43,6 +43,7 @@ from flowerdiff.evaluation.metrics import (
     neighborhood_share,
     normalize_for_kid,
 )
+from ..garden.worlds import asking_world
 from ..inference.torch_backend import TorchBackend
 
 # %% ../../nbs/evaluation/12_measure.ipynb #6852bcc5
@@ -205,7 +206,7 @@ def attribute_metrics(
     "Compute adherence, confusion matrices, and the Inception Score of the predicted species."
     from flowerdiff.models.attribute_classifier import load_classifier
 
-    classifier = load_classifier()
+    classifier = load_classifier(asking_world(prompts[0].attributes).bundled)
     predictions = classifier.names(images)
     wanted = [p.attributes for p in prompts]
     shares = adherence(wanted, predictions)
@@ -218,7 +219,7 @@ def attribute_metrics(
         metrics=dict(adherence=shares, inception_score=inception_score(species)),
         predictions=predictions,
         confusion={
-            k: confusion_matrix([w[k] for w in wanted], [p[k] for p in predictions]) for k in ATTRIBUTES
+            k: confusion_matrix([w[k] for w in wanted], [p[k] for p in predictions]) for k in wanted[0]
         },
     )
 
@@ -243,9 +244,7 @@ def add_class_metrics(
 # %% ../../nbs/evaluation/12_measure.ipynb #8eacc781
 def _measure_attributes(found: Measurements, images: list, prompts: list[EvalPrompt], real: list):
     if not (prompts and all(p.attributes for p in prompts)):
-        found.skipped['adherence'] = (
-            'it needs images that the bundled classifier knows: of the classic garden'
-        )
+        found.skipped['adherence'] = 'it needs images that a bundled classifier knows: of a garden'
         return
     test = ClassifierTest(attribute_metrics(real, prompts).metrics['adherence']['all'])
     measured = attribute_metrics(images, prompts)

@@ -261,13 +261,12 @@ def normalize_for_kid(
 def adherence(
     wanted: list,  # of dicts: attribute -> value in the prompt
     predicted: list,  # of dicts: attribute -> value by the attribute classifier
-    attributes=('species', 'color', 'background'),
 ) -> dict:  # attribute -> Estimate; 'all' -> Estimate for images that are right in every attribute
     "Return the share of images that show what the prompt asked for, by attribute."
     pairs = list(zip(wanted, predicted))
+    attributes = dict.fromkeys(a for w in wanted for a in w)
     right = {a: [w[a] == p[a] for w, p in pairs if a in w] for a in attributes}
-    right = {a: matches for a, matches in right.items() if matches}
-    right['all'] = [all(w[a] == p[a] for a in attributes if a in w) for w, p in pairs]
+    right['all'] = [all(w[a] == p[a] for a in w) for w, p in pairs]
     return {a: proportion(sum(matches), len(matches)) for a, matches in right.items()}
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #4efbcfad

@@ -309,7 +309,7 @@ def card_texts(ws: Workspace) -> dict:
     in_garden = ws.settings.prepare.source == 'garden'
     size = f'{ws.settings.prepare.resolution}x{ws.settings.prepare.resolution}'
     measured = 'Measured on images and captions that were held out from training.'
-    if in_garden and ws.settings.prepare.garden == 'classic':
+    if in_garden:
         measured = (
             'Adherence is the share of images, generated for held-out prompts, that show what they should. '
             'It is measured by a classifier that took no part in training.'

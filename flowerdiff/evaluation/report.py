@@ -201,11 +201,11 @@ class Headline:
 
 
 def _adherence_headlines(adherence: dict) -> list[Headline]:
-    names = dict(color='Correct color', background='Correct background', species='Correct species')
     found = []
-    for key, name in names.items():
-        note = f'{interval(adherence[key], 100)} %, by the attribute classifier'
-        found.append(Headline(name, percent(adherence[key]), note))
+    for key in ('color', 'background', 'place', 'species'):
+        if key in adherence:
+            note = f'{interval(adherence[key], 100)} %, by the attribute classifier'
+            found.append(Headline(f'Correct {key}', percent(adherence[key]), note))
     return found
 
 
@@ -302,7 +302,12 @@ def headlines(
     return found
 
 # %% ../../nbs/evaluation/05_report.ipynb #44e13bee
-NAMES = dict(species='species', color='color', background='background', all='all three at once')
+NAMES = dict(
+    count='number of flowers',
+    other_species='second species',
+    other_color='second color',
+    all='all at once',
+)  # attributes whose name in a picture's row is not plain English
 
 
 @dataclass
@@ -332,7 +337,7 @@ def _attribute_row(attribute: str, share) -> AttributeRow:
 
 
 def _differences(wanted: dict, predicted: dict) -> str:  # what the classifier sees instead
-    wrong = [f'{NAMES[k]}: {predicted[k]}' for k in wanted if predicted[k] != wanted[k]]
+    wrong = [f'{NAMES.get(k, k)}: {predicted[k]}' for k in wanted if predicted[k] != wanted[k]]
     return 'classified as ' + ', '.join(wrong) if wrong else ''
 
 
@@ -351,7 +356,8 @@ def adherence_section(
     return AdherenceSection(
         rows=[_attribute_row(attribute, share) for attribute, share in adherence.items()],
         confusion={
-            NAMES[k]: dict(names=names, table=counts.tolist()) for k, (names, counts) in confusion.items()
+            NAMES.get(k, k): dict(names=names, table=counts.tolist())
+            for k, (names, counts) in confusion.items()
         },
         wrong=wrong[:8],
         note='The prompts are made from the attributes of test images, one generated image for each. '

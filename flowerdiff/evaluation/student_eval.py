@@ -30,6 +30,7 @@ from flowerdiff.evaluation.metrics import (
     subsampling_interval,
     unbiased_mmd,
 )
+from ..garden.worlds import asking_world
 
 # %% ../../nbs/evaluation/07_student_eval.ipynb #43491ce7
 @dataclass
@@ -86,7 +87,7 @@ def image_stats(
     if prompts and all(p.attributes for p in prompts):
         from flowerdiff.models.attribute_classifier import load_classifier
 
-        predicted = load_classifier().names(images)
+        predicted = load_classifier(asking_world(prompts[0].attributes).bundled).names(images)
         stats.correct = [
             all(attributes[k] == value for k, value in p.attributes.items())
             for p, attributes in zip(prompts, predicted)

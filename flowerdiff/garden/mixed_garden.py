@@ -44,7 +44,7 @@ COLORS = flower_shapes.COLORS | {
 
 # %% ../../nbs/garden/05_mixed_garden.ipynb #c3537d5f
 PETALS = flower_shapes.PETALS | {'daisy': (6, 8, 12), 'sunflower': (12, 15)}
-COUNT_SHARES = {1: 0.34, 2: 0.22, 3: 0.18, 4: 0.13, 5: 0.13}  # count -> share of the pictures
+COUNT_SHARES = {1: 0.45, 2: 0.24, 3: 0.13, 4: 0.09, 5: 0.09}  # count -> share of the pictures
 TWO_KINDS = 0.45  # share of the pictures with several flowers
 NONE = 'none'
 ORDER = {name: i for i, name in enumerate((*SPECIES, *COLORS))}
@@ -113,11 +113,11 @@ def kinds_of(attributes: dict) -> list[tuple]:  # (species, color, number), one 
 
 # %% ../../nbs/garden/05_mixed_garden.ipynb #ce41dc03
 RADII = {
-    1: dict(small=0.2, medium=0.29, large=0.38),
-    2: dict(small=0.145, medium=0.185, large=0.225),
-    3: dict(small=0.125, medium=0.155, large=0.19),
-    4: dict(small=0.115, medium=0.145, large=0.175),
-    5: dict(small=0.1, medium=0.13, large=0.16),
+    1: dict(small=0.22, medium=0.3, large=0.38),
+    2: dict(small=0.165, medium=0.2, large=0.235),
+    3: dict(small=0.14, medium=0.17, large=0.2),
+    4: dict(small=0.13, medium=0.155, large=0.185),
+    5: dict(small=0.115, medium=0.14, large=0.165),
 }
 ARRANGEMENTS = {
     2: (((0.28, 0.34), (0.73, 0.4)), ((0.3, 0.27), (0.7, 0.6)), ((0.26, 0.5), (0.72, 0.28))),

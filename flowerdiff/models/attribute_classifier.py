@@ -9,7 +9,6 @@ __all__ = ['resize_to_tensor', 'AttributeClassifier', 'blur', 'degrade', 'round_
 # %% ../../nbs/models/08_attribute_classifier.ipynb #dd8da832
 import json
 import shutil
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from .clip import set_learning_rate
 from .tiny_autoencoder import to_pictures, to_tensor
+from ..services.hub_cache import ASSETS, GARDENS
 from ..services.training_state import LossLog, TrainingState
 
 # %% ../../nbs/models/08_attribute_classifier.ipynb #40326b94
@@ -220,12 +220,12 @@ def save_classifier(
 
 
 def load_classifier(
-    folder: Path | None = None,  # default: the bundled one
+    folder: str | Path = 'garden',  # or the bundled one of 'mixed_garden'
 ) -> AttributeClassifier:
     "Load a trained attribute classifier."
     from safetensors.torch import load_file
 
-    folder = Path(folder or files('flowerdiff') / 'assets/garden/classifier')
+    folder = ASSETS / folder / 'classifier' if folder in GARDENS else Path(folder)
     model = AttributeClassifier(**json.loads((folder / 'config.json').read_text(encoding='utf-8')))
     model.load_state_dict(load_file(folder / 'model.safetensors'))
     return model.eval()

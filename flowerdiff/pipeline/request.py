@@ -41,8 +41,8 @@ def choose_stages(
 PATH_SETTINGS = {
     'prepare.source': ('garden', 'oxford102', 'celeba'),
     'prepare.files': (),
-    'components.autoencoder': ('auto', 'garden', 'photo', 'train'),
-    'components.text_encoder': ('auto', 'garden', 'train'),
+    'components.autoencoder': ('auto', 'garden', 'mixed_garden', 'photo', 'train'),
+    'components.text_encoder': ('auto', 'garden', 'mixed_garden', 'train'),
     'caption.model': (),
     'encode.vae_features': (),
     'train.init': (),

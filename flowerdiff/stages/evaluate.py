@@ -253,8 +253,8 @@ def summarize(
     "Return the report in one line."
     parts = []
     if adherence := metrics.get('adherence'):
-        shares = [f'{name} {percent(adherence[name])}' for name in ('color', 'background', 'species')]
-        parts.append('adherence ' + ', '.join(shares))
+        names = [name for name in ('color', 'background', 'place', 'species', 'all') if name in adherence]
+        parts.append('adherence ' + ', '.join(f'{name} {percent(adherence[name])}' for name in names))
     if classes := metrics.get('classes'):
         parts.append(f'recognized by name {percent(classes["drawn"])}')
     if score := metrics.get('clip_score'):

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'FIRST_INDEX', 'KNOWN_COLUMNS', 'held_out_combinations', 'generate_attributes', 'DrawTask', 'draw_pictures',
            'write_rows', 'garden_counts', 'draw_tasks', 'generate_garden', 'find_path', 'dataset_folder',
-           'source_folder', 'other_columns', 'picture_row', 'fill_splits', 'prepare_folder', 'Prepared',
-           'encoder_details', 'run']
+           'source_folder', 'other_columns', 'picture_row', 'fill_splits', 'prepare_folder', 'Prepared', 'run']
 
 # %% ../../nbs/stages/01_prepare.ipynb #1fb8c254
 import contextlib
@@ -374,7 +373,6 @@ class Prepared:
     summary: str  # one line
     folder: Path  # `pictures/`
     info: dict  # the content of `info.json`
-    details: list  # of lines
 
     def show(self):
         "Show pictures, counts, near copies and the files that were left out."
@@ -396,13 +394,6 @@ def _summary(info: dict) -> str:
     return ', '.join([line, *notes[:3]])
 
 
-def encoder_details(settings) -> list:  # of lines
-    "Say which encoders a garden without bundled ones uses."
-    chosen = ', '.join(f'components.{name}={spec}' for name, spec in settings.components)
-    mixed = (settings.prepare.source, settings.prepare.garden) == ('garden', 'mixed')
-    return [f'the mixed garden has no bundled encoders: {chosen}'] if mixed else []
-
-
 @stage('prepare')
 def run(ws: Workspace) -> Prepared:
     "Write `pictures/`: pictures of one size in three splits."
@@ -418,4 +409,4 @@ def run(ws: Workspace) -> Prepared:
         print(f'left out: {row["file"]} {row["reason"]}')
     for note in info.get('metadata', {}).get('notes', [])[:5]:
         print(note)
-    return Prepared(_summary(info), ws.pictures, info, encoder_details(ws.settings))
+    return Prepared(_summary(info), ws.pictures, info)
