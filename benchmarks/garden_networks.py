@@ -100,6 +100,8 @@ def probe_sentences(attributes: list) -> list:
 
 def train_clip(args, world, pictures, attributes):
     "Train a CLIP, and say which changes of a caption it notices."
+    from transformers import CLIPModel
+
     from flowerdiff.models.clip import train_clip
     from flowerdiff.models.clip_retrieval import probe
     from flowerdiff.models.tokenizer import encode_attributes
@@ -108,6 +110,7 @@ def train_clip(args, world, pictures, attributes):
     tokenizer = find_tokenizer(args.out / 'state/tokenizer', sentences, world)
     say(f'{len(tokenizer)} tokens, {tokenizer.model_max_length} positions')
     facts = encode_attributes(stated, attributes, levels(args.world))
+    start = args.start and CLIPModel.from_pretrained(args.start, attn_implementation='eager').float()
     model, tokenizer = train_clip(
         pictures,
         sentences,
@@ -118,6 +121,8 @@ def train_clip(args, world, pictures, attributes):
         attributes=facts,
         width=args.width or 128,
         layers=args.layers,
+        lr=args.lr,
+        start=start,
         progress=say,
         resume=args.out / 'state/clip.safetensors',
     )
@@ -199,6 +204,8 @@ def main():
     parser.add_argument('--steps', type=int, help='instead of minutes')
     parser.add_argument('--width', type=int, help='of the network')
     parser.add_argument('--layers', type=int, default=3, help='of the CLIP')
+    parser.add_argument('--lr', type=float, default=1.4e-3, help='of the CLIP')
+    parser.add_argument('--start', type=Path, help='CLIP to go on from, such as one that was trained before')
     parser.add_argument('--channels', type=int, default=4, help='of the latents')
     parser.add_argument('--equivariance', type=float, default=0.0, help='weight of the scale loss')
     args = parser.parse_args()

@@ -217,11 +217,11 @@ def attribute_heads(
 def attribute_loss(
     heads: nn.ModuleList,  # from `attribute_heads`
     outputs,  # of CLIPModel
-    facts: Tensor,  # [B, A] what each caption states; -1: nothing
+    facts: Tensor,  # [B, A] what each caption states; -1: nothing, -2 - i: not value i
     values: Tensor,  # [B, A] what each image shows
     after_end: Tensor,  # [B, L] bool, token positions from the end token on
 ) -> Tensor:
-    "Compute the cross-entropy of the attribute heads on both encoders."
+    "Compute the cross-entropy of the attribute heads on both encoders. The text must not say what it denies."
     image_features = outputs.vision_model_output.pooler_output.float()
     text_features = outputs.text_model_output.last_hidden_state.float()
     length = after_end.shape[1]
@@ -232,6 +232,12 @@ def attribute_loss(
         if known.any():
             target = facts[:, a][:, None].expand(-1, length)[known]
             loss = loss + 0.1 * F.cross_entropy(text_head(text_features[known]), target)
+        denied = (facts[:, a] <= -2)[:, None] & after_end
+        if denied.any():
+            logits = text_head(text_features[denied])
+            value = (-2 - facts[:, a])[:, None].expand(-1, length)[denied]
+            others = logits.scatter(1, value[:, None], -torch.inf)
+            loss = loss + 0.1 * (logits.logsumexp(1) - others.logsumexp(1)).mean()
     return loss
 
 # %% ../../nbs/models/04_clip.ipynb #fbf7d663
@@ -341,6 +347,7 @@ def train_clip(
     seed: int = 0,
     progress=print,  # called with a line every 200 steps
     watch=iter,  # wraps the steps, for example in a progress bar
+    start=None,  # CLIPModel of the same tokenizer to go on from, instead of random weights
     monitor=None,  # may end the training, such as an `EarlyStopping`
     resume: Path | None = None,  # file with the state, kept to go on after a kill; needs a tokenizer
 ) -> tuple:  # CLIPModel, CLIPTokenizer
@@ -348,7 +355,8 @@ def train_clip(
     torch.manual_seed(seed)
     tokenizer = tokenizer or train_tokenizer(chain(*captions), max_length=max_length)
     data = CaptionedImages(pictures, *tokenize_captions(tokenizer, captions), attributes)
-    model = small_clip(tokenizer, pictures.shape[1], width, layers).to(device).train()
+    model = (start or small_clip(tokenizer, pictures.shape[1], width, layers)).to(device).train()
+    first = 0 if start else VISION_FIRST
     heads = attribute_heads(width, attributes and attributes.values).to(device)
     params = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
@@ -356,7 +364,7 @@ def train_clip(
     log = LossLog(progress, batch_size, first=state.step)
     for step, done in enumerate(watch(fraction_done(minutes, steps, state)), state.step):
         set_learning_rate(optimizer, _cosine_rate(lr, step, done))
-        log.update(_clip_step(state, data, batch_size, vision_only=attributes and done < VISION_FIRST))
+        log.update(_clip_step(state, data, batch_size, vision_only=attributes and done < first))
         state.save(step + 1)
         if monitor and monitor.should_stop(model, tokenizer, step + 1):
             break
