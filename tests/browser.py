@@ -121,6 +121,12 @@ def browser_fixture():
         yield b
 
 
+@pytest.fixture(scope='module', name='studio')
+def studio_fixture(workspace):  # the module's own workspace
+    with served(workspace) as running:
+        yield running
+
+
 def shot(page, name):
     if folder := os.environ.get('FLOWERDIFF_TEST_SHOTS'):
         Path(folder).mkdir(parents=True, exist_ok=True)

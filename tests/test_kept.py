@@ -19,8 +19,8 @@ from browser import (
     fill,
     open_page,
     says,
-    served,
     shot,
+    studio_fixture,  # noqa: F401
 )
 from PIL import Image
 from tiny import tiny_model
@@ -43,12 +43,6 @@ def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp('kept') / 'meadow'
     tiny_model(folder / 'model', 32)
     return folder
-
-
-@pytest.fixture(scope='module')
-def studio(workspace):
-    with served(workspace) as running:
-        yield running
 
 
 @pytest.fixture(scope='module')
@@ -207,7 +201,7 @@ def test_a_grid(page, workspace):
     "Breaks when an axis changes another setting, rows and columns are swapped, or the sheet is not kept."
     tab(page, 'Grid')
     page.locator('.fd-prompt textarea').fill('a red rose')
-    page.get_by_label('Columns: values').fill('2, 4')
+    page.get_by_label('Columns: values').fill('2-4 (+2)')
     page.get_by_label('Rows', exact=True).select_option(label='Words of the prompt')
     says(page.get_by_label('Rows: values'), '')
     page.get_by_label('Rows: values').fill('tulip, iris')

@@ -28,6 +28,7 @@ from browser import (
     says,
     served,
     shot,
+    studio_fixture,  # noqa: F401
     visitor,
 )
 from PIL import Image
@@ -47,12 +48,6 @@ def workspace(tmp_path_factory):
     tiny_model(folder / 'work' / 'previous', 16)
     (folder / 'student' / 'train_settings.json').write_text('{"train": {"distill": 4}}')
     return folder
-
-
-@pytest.fixture(scope='module')
-def studio(workspace):
-    with served(workspace) as running:
-        yield running
 
 
 @pytest.fixture(scope='module')
