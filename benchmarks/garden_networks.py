@@ -121,7 +121,7 @@ def train_clip(args, world, pictures, attributes):
         attributes=facts,
         width=args.width or 128,
         layers=args.layers,
-        lr=args.lr,
+        lr=args.lr or 1.4e-3,
         start=start,
         progress=say,
         resume=args.out / 'state/clip.safetensors',
@@ -159,7 +159,7 @@ def train_classifier(args, world, pictures, attributes):
     "Train the attribute classifier, and measure its accuracy."
     from diffusers import AutoencoderTiny
 
-    from flowerdiff.models.attribute_classifier import round_trips, train_classifier
+    from flowerdiff.models.attribute_classifier import load_classifier, round_trips, train_classifier
 
     folder = args.out / 'autoencoder'
     if folder.exists():
@@ -174,6 +174,8 @@ def train_classifier(args, world, pictures, attributes):
         args.out / 'classifier',
         steps=args.steps or 700,
         width=args.width or 32,
+        lr=args.lr or 2e-3,
+        start=args.start and load_classifier(args.start),
         progress=say,
         resume=args.out / 'state/classifier.safetensors',
     )
@@ -204,8 +206,10 @@ def main():
     parser.add_argument('--steps', type=int, help='instead of minutes')
     parser.add_argument('--width', type=int, help='of the network')
     parser.add_argument('--layers', type=int, default=3, help='of the CLIP')
-    parser.add_argument('--lr', type=float, default=1.4e-3, help='of the CLIP')
-    parser.add_argument('--start', type=Path, help='CLIP to go on from, such as one that was trained before')
+    parser.add_argument('--lr', type=float, help='of the CLIP or the classifier')
+    parser.add_argument(
+        '--start', type=Path, help='CLIP or classifier that was trained before, to go on from'
+    )
     parser.add_argument('--channels', type=int, default=4, help='of the latents')
     parser.add_argument('--equivariance', type=float, default=0.0, help='weight of the scale loss')
     args = parser.parse_args()

@@ -167,12 +167,13 @@ def train_classifier(
     lr: float = 2e-3,
     seed: int = 0,
     progress=print,  # called with a line every 50 steps
+    start: AttributeClassifier | None = None,  # to go on from, instead of random weights
     resume: Path | None = None,  # file with the state, kept to go on after a kill
 ) -> AttributeClassifier:
     "Train an attribute classifier on degraded images."
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = AttributeClassifier(attributes, width).train()
+    model = (start or AttributeClassifier(attributes, width)).train()
     targets = _targets(labels, attributes)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02)
     state = TrainingState(resume, rng, model=model, optimizer=optimizer)
