@@ -174,6 +174,7 @@ def train_classifier(args, world, pictures, attributes):
         args.out / 'classifier',
         steps=args.steps or 700,
         width=args.width or 32,
+        kinds=2 if args.world == 'mixed' else 0,
         lr=args.lr or 2e-3,
         start=args.start and load_classifier(args.start),
         progress=say,

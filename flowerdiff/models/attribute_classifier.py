@@ -43,10 +43,12 @@ class AttributeClassifier(nn.Module):
         self,
         attributes: dict,  # name -> list of its values
         width: int = 32,  # channels of the first convolution
+        kinds: int = 0,  # places in the image to look at for the attributes of each kind of flowers
     ):
         super().__init__()
         self.attributes = attributes
         self.width = width
+        self.kinds = kinds
         self.features = nn.Sequential(
             _block(3, width, 2, kernel_size=5),
             _block(width, 2 * width, 2),
@@ -56,8 +58,11 @@ class AttributeClassifier(nn.Module):
             _block(3 * width, 4 * width, 2),
             _block(4 * width, 4 * width, 1),
         )
+        if kinds:
+            self.places = nn.Conv2d(3 * width, kinds, 1)
+        pooled = (8 + 3 * kinds) * width
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(8 * width, len(values)) for name, values in attributes.items()}
+            {name: nn.Linear(pooled, len(values)) for name, values in attributes.items()}
         )
 
     def logits(
@@ -65,8 +70,13 @@ class AttributeClassifier(nn.Module):
         x: Tensor,  # [B, 3, 64, 64] from -1 to 1
     ) -> dict:  # attribute -> [B, number of values]
         "Compute the logits of each attribute."
-        features = self.features(x)
+        local = self.features[:5](x)
+        features = self.features[5:](local)
         pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
+        if self.kinds:  # the mean of the features, weighted by one map of attention for each kind
+            weights = self.places(local).flatten(2).softmax(-1)
+            looked_at = torch.einsum('bkp,bcp->bkc', weights, local.flatten(2))
+            pooled = torch.cat([pooled, looked_at.flatten(1)], 1)
         return {name: head(pooled) for name, head in self.heads.items()}
 
     @torch.no_grad()
@@ -163,6 +173,7 @@ def train_classifier(
     *,
     steps: int = 700,
     width: int = 32,
+    kinds: int = 0,  # see `AttributeClassifier`
     batch_size: int = 96,
     lr: float = 2e-3,
     seed: int = 0,
@@ -173,7 +184,7 @@ def train_classifier(
     "Train an attribute classifier on degraded images."
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = (start or AttributeClassifier(attributes, width)).train()
+    model = (start or AttributeClassifier(attributes, width, kinds)).train()
     targets = _targets(labels, attributes)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02)
     state = TrainingState(resume, rng, model=model, optimizer=optimizer)
@@ -214,7 +225,7 @@ def save_classifier(
         for name, w in model.state_dict().items()
     }
     save_file(weights, fresh / 'model.safetensors')
-    config = dict(attributes=model.attributes, width=model.width)
+    config = dict(attributes=model.attributes, width=model.width, kinds=model.kinds)
     (fresh / 'config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
