@@ -165,6 +165,14 @@ def _targets(labels: list, attributes: dict) -> dict:  # attribute -> [N] indice
     }
 
 
+def _classifier_loss(model: AttributeClassifier, x: Tensor, targets: dict) -> Tensor:
+    losses = [
+        F.cross_entropy(logits, targets[name], label_smoothing=0.02)
+        for name, logits in model.logits(x).items()
+    ]
+    return sum(losses)
+
+
 def train_classifier(
     pictures: np.ndarray,  # [N, 64, 64, 3] uint8
     labels: list,  # of dicts, one per image: attribute -> value
@@ -195,10 +203,7 @@ def train_classifier(
         )
         idx = rng.integers(len(pictures), size=batch_size)
         x = torch.cat([degrade(chunk, rng) for chunk in to_tensor(pictures[idx]).chunk(6)])
-        loss = sum(
-            F.cross_entropy(logits, targets[name][idx], label_smoothing=0.02)
-            for name, logits in model.logits(x).items()
-        )
+        loss = _classifier_loss(model, x, {name: values[idx] for name, values in targets.items()})
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -319,14 +319,19 @@ def _update(optimizer, loss: Tensor, logit_scale: Tensor):
 VISION_FIRST = 0.5  # fraction of the training that trains the image encoder alone, if attributes are known
 
 
-def _clip_step(state: TrainingState, data: CaptionedImages, batch_size: int, vision_only: bool) -> float:
+def _clip_step(state: TrainingState, data: CaptionedImages, batch_size: int, done: float) -> float:
     "Run one optimizer step on a random batch, and return its loss."
     model, heads, optimizer = state.parts.values()
     batch = sample_batch(data, state.rng, batch_size).to(model.device)
-    loss_function = vision_loss if vision_only else joint_loss
+    loss_function = vision_loss if data.attributes and done < VISION_FIRST else joint_loss
     loss = loss_function(model, heads, batch, bf16_is_fast(model.device))
     _update(optimizer, loss, model.logit_scale)
     return loss.item()
+
+
+def _clip_optimizer(model, heads: nn.ModuleList, lr: float) -> torch.optim.AdamW:
+    params = [*model.parameters(), *heads.parameters()]
+    return torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
 
 def train_clip(
@@ -356,15 +361,13 @@ def train_clip(
     tokenizer = tokenizer or train_tokenizer(chain(*captions), max_length=max_length)
     data = CaptionedImages(pictures, *tokenize_captions(tokenizer, captions), attributes)
     model = (start or small_clip(tokenizer, pictures.shape[1], width, layers)).to(device).train()
-    first = 0 if start else VISION_FIRST
     heads = attribute_heads(width, attributes and attributes.values).to(device)
-    params = [*model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    optimizer = _clip_optimizer(model, heads, lr)
     state = TrainingState(resume, np.random.default_rng(seed), model=model, heads=heads, optimizer=optimizer)
     log = LossLog(progress, batch_size, first=state.step)
     for step, done in enumerate(watch(fraction_done(minutes, steps, state)), state.step):
         set_learning_rate(optimizer, _cosine_rate(lr, step, done))
-        log.update(_clip_step(state, data, batch_size, vision_only=attributes and done < first))
+        log.update(_clip_step(state, data, batch_size, 1 if start else done))
         state.save(step + 1)
         if monitor and monitor.should_stop(model, tokenizer, step + 1):
             break
