@@ -87,8 +87,8 @@ def find_tokenizer(folder: Path, sentences: list, world):
 
 def probe_sentences(attributes: list) -> list:
     "Write the sentences of the probe: true ones, and the same with one thing changed."
+    from flowerdiff.garden.captions import changed_captions
     from flowerdiff.garden.misspelling import misspell
-    from flowerdiff.garden.mixed_captions import changed_captions
 
     sentences = []
     for i, own in enumerate(attributes):

@@ -16,9 +16,9 @@ import pytest
 
 from flowerdiff.core.profiles import load_profile
 from flowerdiff.core.workspace import read_jsonl, read_workspace
-from flowerdiff.garden import mixed_words as words
+from flowerdiff.garden import words as words
+from flowerdiff.garden.captions import caption, changed_captions
 from flowerdiff.garden.misspelling import misspell, misspelled
-from flowerdiff.garden.mixed_captions import caption, changed_captions
 from flowerdiff.garden.mixed_garden import CLASSIFIED, NONE, flowers, kinds_of, sample_attributes
 from flowerdiff.garden.worlds import WORLDS, place_combinations
 
@@ -199,9 +199,10 @@ def test_the_tokenizer_knows_each_word_and_shares_pieces():
     assert shared(pieces) > shared(whole)
 
 
-def test_the_run_uses_no_network_of_the_classic_garden():
+def test_the_run_has_its_own_autoencoder():
     settings = load_profile('garden', {'prepare.garden': 'mixed'})
-    assert settings.components.autoencoder == settings.components.text_encoder == 'mixed_garden'
+    assert settings.components.autoencoder == 'mixed_garden'
+    assert settings.components.text_encoder == 'garden'
     given = load_profile('garden', {'prepare.garden': 'mixed', 'components.autoencoder': 'photo'})
     assert given.components.autoencoder == 'photo'
     assert load_profile('garden').components.text_encoder == 'garden'

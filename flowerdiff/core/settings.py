@@ -237,12 +237,11 @@ class Tracking(Section):
     "Name of the experiment. Empty: the workspace's name."
 
 # %% ../../nbs/core/04_settings.ipynb #8683cdd2
-def _choose_encoders(settings):
-    "Give the mixed garden its own encoders: those of the classic garden have not seen it."
-    if (settings.prepare.source, settings.prepare.garden) == ('garden', 'mixed'):
-        for component in ('autoencoder', 'text_encoder'):
-            if getattr(settings.components, component) == 'garden':
-                setattr(settings.components, component, 'mixed_garden')
+def _choose_autoencoder(settings):
+    "Give the mixed garden its own autoencoder: that of the classic garden has not seen it."
+    mixed = (settings.prepare.source, settings.prepare.garden) == ('garden', 'mixed')
+    if mixed and settings.components.autoencoder == 'garden':
+        settings.components.autoencoder = 'mixed_garden'
 
 
 def _check_together(settings):
@@ -321,7 +320,7 @@ class Settings(Section):
 
     @model_validator(mode='after')
     def _check_sections(self):
-        _choose_encoders(self)
+        _choose_autoencoder(self)
         _check_together(self)
         _check_sagemaker(self)
         return self

@@ -62,16 +62,12 @@ def is_on_the_hub() -> bool:
 class TextEncoderChoice:
     "Which text encoder a run uses, and why."
 
-    spec: str  # garden, mixed_garden, train, a folder, or org/name@commit
+    spec: str  # garden, train, a folder, or org/name@commit
     reason: str
 
     def line(self) -> str:
         "Say the choice in one line."
-        names = dict(
-            train="the run's own CLIP",
-            garden="the garden's CLIP",
-            mixed_garden="the mixed garden's CLIP",
-        )
+        names = dict(train="the run's own CLIP", garden="the garden's CLIP")
         return f'{names.get(self.spec, self.spec)}, {self.reason}'
 
 

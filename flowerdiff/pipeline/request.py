@@ -42,7 +42,7 @@ PATH_SETTINGS = {
     'prepare.source': ('garden', 'oxford102', 'celeba'),
     'prepare.files': (),
     'components.autoencoder': ('auto', 'garden', 'mixed_garden', 'photo', 'train'),
-    'components.text_encoder': ('auto', 'garden', 'mixed_garden', 'train'),
+    'components.text_encoder': ('auto', 'garden', 'train'),
     'caption.model': (),
     'encode.vae_features': (),
     'train.init': (),

@@ -17,9 +17,14 @@ from ..core.errors import UserError
 
 # %% ../../nbs/services/07_hub_cache.ipynb #112236e3
 ASSETS = Path(flowerdiff.__file__).parent / 'assets'
-BUNDLED = ASSETS / 'garden'  # contains the folders of `BUNDLED_PARTS`
-BUNDLED_PARTS = dict(vae='autoencoder', text_encoder='clip')  # component -> folder
-GARDENS = ('garden', 'mixed_garden')  # each has all of them
+BUNDLED = ASSETS / 'garden'
+BUNDLED_PARTS = {  # name and component -> folder
+    ('garden', 'vae'): BUNDLED / 'autoencoder',
+    ('garden', 'text_encoder'): BUNDLED / 'clip',
+    ('mixed_garden', 'vae'): ASSETS / 'mixed_garden' / 'autoencoder',
+    ('photo', 'vae'): ASSETS / 'photo',
+}
+GARDENS = ('garden', 'mixed_garden')  # each has an attribute classifier
 
 
 def bundled_part(
@@ -27,9 +32,7 @@ def bundled_part(
     part: str,  # 'vae', 'text_encoder' or 'unet'
 ) -> Path | None:
     "Return the folder of a bundled component, `None` for any other name."
-    if spec == 'photo' and part == 'vae':
-        return ASSETS / 'photo'
-    return ASSETS / spec / BUNDLED_PARTS[part] if spec in GARDENS and part in BUNDLED_PARTS else None
+    return BUNDLED_PARTS.get((spec, part))
 
 # %% ../../nbs/services/07_hub_cache.ipynb #e9df5a99
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+(@[\w.-]+)?')  # owner/name, or better owner/name@commit
