@@ -24,7 +24,7 @@ def main():
     import numpy as np
 
     from flowerdiff.data.encoding import encode_captions, encode_pictures, read_pictures
-    from flowerdiff.garden.captions import caption
+    from flowerdiff.garden.captions import garden_caption
     from flowerdiff.garden.garden import draw, sample_attributes
     from flowerdiff.models.components import encode_moments, load_autoencoder, load_text, pil_to_tensor
     from flowerdiff.services.hardware import bf16_is_fast
@@ -39,7 +39,7 @@ def main():
     for i, p in enumerate(paths):
         what = sample_attributes(1, i)
         draw(what, 1, i, a.side).save(p, compress_level=1)
-        texts |= {caption(what, np.random.default_rng([i, k]))[0]: None for k in range(3)}
+        texts |= {garden_caption(what, np.random.default_rng([i, k]))[0]: None for k in range(3)}
     texts, turn = list(texts), iter(range(10**6))
     batch = pil_to_tensor(read_pictures(paths[: a.batch], a.side)).contiguous(
         memory_format=torch.channels_last

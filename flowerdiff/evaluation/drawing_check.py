@@ -12,12 +12,17 @@ import numpy as np
 
 from ..core.errors import UserError
 from ..core.workspace import Workspace
-from .eval_prompts import EvalPrompt, display_settings, eval_prompts, generate_images
+from flowerdiff.evaluation.eval_prompts import (
+    EvalPrompt,
+    display_settings,
+    eval_prompts,
+    generate_images,
+    prompt_classifier,
+)
 from .feature_extractors import load_run_clip
 from .gate import GateResult, p_value
 from .image_rows import open_pictures
 from .student_eval import kid_increase
-from ..garden.worlds import asking_world
 
 # %% ../../nbs/evaluation/17_drawing_check.ipynb #1d52a172
 @dataclass
@@ -100,9 +105,7 @@ def check_drawings(ws: Workspace) -> DrawingCheck:
     except (OSError, ValueError, RuntimeError, UserError) as error:
         return DrawingCheck(True, f'the candidate cannot draw ({_reason(ws, error)})')
     if has_attributes:
-        from flowerdiff.models.attribute_classifier import load_classifier
-
-        classifier = load_classifier(asking_world(prompts[0].attributes).bundled)
+        classifier = prompt_classifier(prompts)
         seen = [classifier.names(images) for images in (champion, candidate)]
         return compare_attributes(prompts, *seen, confidence=ws.settings.promote.confidence)
     return compare_kid(clip(champion), clip(candidate), clip(real))

@@ -16,7 +16,7 @@ from PIL import ImageOps
 from ..core.errors import UserError
 from ..core.workspace import Workspace, read_jsonl
 from .class_recognition import ClassRecognition, recognize_classes
-from .eval_prompts import EvalPrompt
+from .eval_prompts import EvalPrompt, prompt_classifier
 from .feature_extractors import ClipFeatures
 from .image_rows import Neighbor, open_pictures, reconstruct
 from flowerdiff.evaluation.instruments import (
@@ -43,7 +43,6 @@ from flowerdiff.evaluation.metrics import (
     neighborhood_share,
     normalize_for_kid,
 )
-from ..garden.worlds import asking_world
 from ..inference.torch_backend import TorchBackend
 
 # %% ../../nbs/evaluation/12_measure.ipynb #6852bcc5
@@ -204,9 +203,7 @@ def attribute_metrics(
     prompts: list[EvalPrompt],
 ) -> AttributeMetrics:
     "Compute adherence, confusion matrices, and the Inception Score of the predicted species."
-    from flowerdiff.models.attribute_classifier import load_classifier
-
-    classifier = load_classifier(asking_world(prompts[0].attributes).bundled)
+    classifier = prompt_classifier(prompts)
     predictions = classifier.names(images)
     wanted = [p.attributes for p in prompts]
     shares = adherence(wanted, predictions)

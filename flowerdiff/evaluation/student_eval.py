@@ -14,7 +14,13 @@ import numpy as np
 from PIL import ImageFilter
 
 from ..core.workspace import Workspace, read_jsonl
-from .eval_prompts import EvalPrompt, eval_prompts, generate_images, sampling_settings
+from flowerdiff.evaluation.eval_prompts import (
+    EvalPrompt,
+    eval_prompts,
+    generate_images,
+    prompt_classifier,
+    sampling_settings,
+)
 from .feature_extractors import AutoencoderFeatures, ClipFeatures, load_run_clip
 from .image_rows import open_pictures
 from flowerdiff.evaluation.metrics import (
@@ -30,7 +36,6 @@ from flowerdiff.evaluation.metrics import (
     subsampling_interval,
     unbiased_mmd,
 )
-from ..garden.worlds import asking_world
 
 # %% ../../nbs/evaluation/07_student_eval.ipynb #43491ce7
 @dataclass
@@ -85,9 +90,7 @@ def image_stats(
     "Measure generated images against their prompts."
     stats = ImageStats(image_properties(images), extractor(images), thumbnails(images))
     if prompts and all(p.attributes for p in prompts):
-        from flowerdiff.models.attribute_classifier import load_classifier
-
-        predicted = load_classifier(asking_world(prompts[0].attributes).bundled).names(images)
+        predicted = prompt_classifier(prompts).names(images)
         stats.correct = [
             all(attributes[k] == value for k, value in p.attributes.items())
             for p, attributes in zip(prompts, predicted)

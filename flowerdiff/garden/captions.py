@@ -95,7 +95,7 @@ def one_kind(
     species, color, number = kind
     several = number > 1
     nouns = usual(rng, SPECIES_WORDS[species], 0.75) if 'species' in says else usual(rng, ANY_FLOWER, 0.7)
-    word = usual(rng, COLOR_WORDS[color]) if 'color' in says else ''
+    word = usual(rng, COLOR_WORDS[color], 0.5) if 'color' in says else ''
     text = colored(rng, nouns[several], word, 'are' if several else 'is', size)
     count, stated = number_words(rng, number, 'count' in says)
     stated |= {name: value for name, value in zip(('species', 'color'), kind) if name in says}
@@ -163,7 +163,7 @@ def two_kinds(rng, attributes: dict, says: set, size: str = '') -> Phrase:
 # %% ../../nbs/garden/06_captions.ipynb #8c6c755f
 def mention(attributes: dict, rng) -> set[str]:
     "Choose what a caption states."
-    if rng.random() < 0.15:
+    if rng.random() < 0.1:
         return {choose(rng, ('species', 'color', 'place', 'count'))}
     size = 0.12 if attributes['size'] == 'medium' else 0.4
     odds = dict(species=0.95, color=0.92, count=0.85, place=0.85, size=size, petals=0.1, leaves=0.1, bud=0.06)
@@ -217,7 +217,7 @@ def where(
         return phrase, '', {'not place': ABSENCES[phrase][0]}
     if 'place' not in says:
         return '', '', {}
-    return usual(rng, PLACE_PHRASES[place], 0.2), usual(rng, PLACE_TAGS[place], 0.3), dict(place=place)
+    return usual(rng, PLACE_PHRASES[place], 0.35), usual(rng, PLACE_TAGS[place], 0.4), dict(place=place)
 
 
 def finish(text: str, rng) -> str:
@@ -250,7 +250,7 @@ def caption(
     return finish(text, rng), phrase.stated | stated
 
 # %% ../../nbs/garden/06_captions.ipynb #9c0a0003
-NEAREST_SHARE = 0.15  # of the captions name a neighbor of the color
+NEAREST_SHARE = 0.1  # of the captions name a neighbor of the color
 
 
 def named_color(color: str, rng) -> str:
