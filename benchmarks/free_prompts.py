@@ -9,8 +9,8 @@ learned. Prints a table by kind of prompt, and writes it to OUT with a sheet for
 frame is right, a red one wrong, a gray one not checked.
 
 The bundled classifier of the workspace's garden looks, or one of your own (`--classifier`, see
-`garden_networks.py`). That of the classic garden knows no mixed one: prompts about what it cannot see are not
-checked, and counted in the last column.
+`garden_networks.py`). That of the classic garden has fewer colors, and a maroon rose is right if it is red. Prompts about what it
+cannot see are not checked, and counted in the last column.
 """
 
 import argparse
@@ -28,6 +28,16 @@ PAIRED = ('species', 'color')
 def read_prompts(file: Path) -> list:
     "Read prompts, a JSON object per line: kind, prompt, must."
     return [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines() if line.strip()]
+
+
+def in_colors(must: dict, colors: list) -> dict:
+    "Replace a color that a garden does not have by the nearest that it has."
+    from flowerdiff.garden.words import NEAREST_COLORS
+
+    def nearest(value):
+        return value if value in colors else NEAREST_COLORS.get(value, value)
+
+    return {key: nearest(value) if key.endswith('color') else value for key, value in must.items()}
 
 
 def can_see(must: dict, attributes: dict) -> bool:
@@ -78,10 +88,7 @@ def shows(must: dict, found: dict) -> bool:
     for key, value in must.items():
         word, _, name = key.rpartition(' ')
         if word == 'not':
-            seen = (
-                [pair[PAIRED.index(name)] for pair in found_pairs(found)] if name in PAIRED else [found[name]]
-            )
-            if value in seen:
+            if value in seen(name, found):
                 return False
         elif word == 'least':
             if found[name] < value:
@@ -107,6 +114,7 @@ def check(row: dict, pictures: list, generator, classifier) -> list | None:  # o
     if 'unknown' in must:
         named = any(line.startswith(f'{must["unknown"]}:') for line in generator.unknown_words(row['prompt']))
         return [named] * len(pictures)
+    must = in_colors(must, classifier.attributes['color'])
     if not can_see(must, classifier.attributes):
         return None
     return [shows(must, found) for found in classifier.names(pictures)]

@@ -187,7 +187,10 @@ def test_without_texts_the_rows_have_the_captions(tmp_path):
 
 # ---- what stops a run
 
-LONG = 'a photograph of a crimson rose in front of a wall of grey stones and bricks with a blue door behind'
+LONG = (
+    'a photograph of a crimson rose with a yellow butterfly in front of a wall of grey stones and bricks'
+    ' with a blue door behind'
+)
 REASON = 'looks like metadata, but its ending is not; rename it to metadata.jsonl'
 SLIP = dict(file='metadata.json1', reason=REASON)
 STOPS = {  # name in caption.accept -> texts, metadata, words of the line
@@ -201,7 +204,7 @@ STOPS = {  # name in caption.accept -> texts, metadata, words of the line
     'cut_captions': (
         [dict(caption=[f'{LONG} {i}']) for i in range(2)] + OTHERS,
         {},
-        ('2 of 5 pictures', '24 tokens', 'blue door behind 0', 'components.text_encoder'),
+        ('2 of 5 pictures', '40 tokens', 'blue door behind 0', 'components.text_encoder'),
     ),
 }
 

@@ -16,8 +16,9 @@ import pytest
 
 from flowerdiff.core.profiles import load_profile
 from flowerdiff.core.workspace import read_jsonl, read_workspace
-from flowerdiff.garden import words as words
-from flowerdiff.garden.captions import caption, changed_captions
+from flowerdiff.garden import garden, words
+from flowerdiff.garden.captions import caption, changed_captions, garden_caption
+from flowerdiff.garden.flower_shapes import COLORS as GARDEN_COLORS
 from flowerdiff.garden.misspelling import misspell, misspelled
 from flowerdiff.garden.mixed_garden import CLASSIFIED, NONE, flowers, kinds_of, sample_attributes
 from flowerdiff.garden.worlds import WORLDS, place_combinations
@@ -30,8 +31,8 @@ COLORS = {word: color for color, row in words.COLOR_WORDS.items() for word in ro
 SPECIES = {word: name for name, rows in words.SPECIES_WORDS.items() for row in rows for word in row}
 SIZES = {word: size for size, row in words.SIZE_WORDS.items() for word in row}
 DENIED = re.compile(
-    r'(?:that (?:is|are) not|but not|, not|not|non-|any color but|any colour except|which (?:is|are) never'
-    r'|but no) ?(?:an? )?({})'.format(
+    r"(?:that (?:is|are)(?: not|n't)|but not|, not|not|non-|any color but|any colour except|anything but"
+    r"|any flower but|which (?:is|are)(?: never|n't)|but no) ?(?:an? )?({})".format(
         '|'.join(sorted({row[0] for row in words.COLOR_WORDS.values()} | set(SPECIES), key=len)[::-1])
     )
 )
@@ -115,12 +116,35 @@ def test_what_is_stated_is_true_and_said():
         assert ('place' in stated) == bool(found['places']), text
 
 
+def test_captions_of_the_garden_are_true():
+    "Fails if one denies what the garden does not have, or names the neighbor of another color."
+    said = Counter()
+    for i in range(3000):
+        shown = garden.sample_attributes(4, i)
+        text, stated = garden_caption(shown, random.Random(i))
+        found = read(text)
+        said.update({name: bool(values) for name, values in found.items()})
+        said['neighbor'] += any(color in words.NEAREST_COLORS for color in found['colors'])
+        assert set(found['species']) <= {shown['species']}, text
+        assert {words.NEAREST_COLORS.get(color, color) for color in found['colors']} <= {shown['color']}, text
+        assert set(found['places']) <= {shown['background']}, text
+        for phrase in found['absent']:
+            assert shown['background'] not in words.ABSENCES[phrase], text
+            assert words.ABSENCES[phrase][0] in garden.BACKGROUNDS, text
+        for word in found['denied']:
+            assert word in GARDEN_COLORS or word in SPECIES, text
+            assert COLORS.get(word) != shown['color'] and SPECIES.get(word) != shown['species'], text
+        for name, value in stated.items():
+            assert (shown[name.removeprefix('not ')] != value) == name.startswith('not '), text
+    assert min(said.values()) > 60 and 150 < said['neighbor'] < 400, said
+
+
 def test_captions_and_attributes_stay_the_same():
     lines = [
         json.dumps([attributes, text, sorted(map(str, stated.items()))])
         for attributes, text, stated in captioned(300)
     ]
-    assert hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16] == '48c8991a99cc2f11'
+    assert hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16] == '785585dbc04b10ce'
     noisy = [text for i in range(100) for text in misspelled(['two purple tulips in the meadow'], str(i))]
     assert hashlib.sha256('\n'.join(noisy).encode()).hexdigest()[:16] == '0de12fe0f8408dcb'
 
