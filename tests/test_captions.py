@@ -284,7 +284,7 @@ def test_own_text_encoder_is_long_enough(tmp_path):
     words = [''.join(rng.choices('abcdefghijklmnop', k=9)) for _ in range(400)]
     texts = [dict(text=[' '.join(rng.choices(words, k=12))]) for _ in range(30)]
     ws = pictures(tmp_path, texts)
-    with pytest.raises(UserError) as e:  # the garden's tokenizer has 24 tokens
+    with pytest.raises(UserError) as e:  # the garden's text encoder reads 40 tokens
         caption.run(ws.root)
     one_line(e, '30 of 30 pictures', 'set components.text_encoder to train')
     caption.run(ws.root, overrides={'components.text_encoder': 'train', 'caption.accept': []})
