@@ -83,7 +83,7 @@ _NUMERIC = dict(
 
 
 def _decimal(text: str, kind: type, title: str) -> Decimal:
-    "Read a number exactly, so that 1-1.7 (+0.1) ends with 1.7. Raises a `UserError` if it is not of its kind."
+    "Read a number exactly, so that 1-1.7 (+0.1) ends with 1.7. Raises a `UserError` for another kind."
     _number(text, kind, title)
     return Decimal(text)
 
@@ -195,16 +195,20 @@ def contact_sheet(
 def animation_bytes(
     frames: list,  # of PIL.Image
     request: GenerationRequest,
+    kind: str = '.webp',  # or '.gif', without settings
     milliseconds: int = 150,  # of a frame
 ) -> bytes:
-    "Return frames as an animated WebP file that goes there and back."
-    settings = replace(
-        frames[0].info['settings'], prompt=request.prompt, variation_seed=None, variation_strength=None
-    )
+    "Return frames as an animated file that goes there and back, again and again."
+    options = dict(duration=milliseconds, loop=0)
+    if kind == '.gif':
+        frames = [frame.quantize(kmeans=1) for frame in frames]
+    else:
+        alone = dict(prompt=request.prompt, variation_seed=None, variation_strength=None)
+        options |= dict(quality=90, exif=settings_exif(replace(frames[0].info['settings'], **alone)))
     buffer = io.BytesIO()
-    loop = [*frames[1:], *frames[-2:0:-1]]
-    options = dict(duration=milliseconds, loop=0, quality=90, exif=settings_exif(settings))
-    frames[0].copy().save(buffer, 'WEBP', save_all=True, append_images=loop, **options)
+    others = [*frames[1:], *frames[-2:0:-1]]
+    form = kind.removeprefix('.').upper()
+    frames[0].copy().save(buffer, form, save_all=True, append_images=others, **options)
     return buffer.getvalue()
 
 # %% ../../nbs/apps/11_sheets.ipynb #0a356ebb
@@ -371,7 +375,12 @@ class InterpolationTab(SheetTab):
         request = results[0][0].request
         item = GeneratedPicture(request, frames[0], frames)
         item.data = animation_bytes(frames, request)
+        item.gif = animation_bytes(frames, request, '.gif')
         self.store.add(item, '.webp')
         side_by_side = data_url(picture_bytes(montage(frames, len(frames)), frames[0].info['settings']))
-        downloads = {file_name(request, '.webp'): item.url, file_name(request): side_by_side}
+        downloads = {
+            file_name(request, '.webp'): item.url,
+            file_name(request, '.gif'): data_url(item.gif, 'image/gif'),
+            file_name(request): side_by_side,
+        }
         self.show_result(item, f'to {request.to_prompt} · {request.caption()}', downloads)
