@@ -77,8 +77,8 @@ class GeneratedPicture:
     request: GenerationRequest  # for this picture alone: its own seed
     picture: object = field(repr=False)  # PIL.Image
     previews: list = field(default_factory=list, repr=False)  # of PIL.Image, kept during denoising
-
     path: Path | None = None  # where it is kept
+    gif: bytes = field(default=b'', repr=False)  # of an animation: the same as a GIF file
 
     @property
     def note(self) -> str:
@@ -105,10 +105,15 @@ def figure_html(item: GeneratedPicture) -> str:
 
 
 def download_html(item: GeneratedPicture) -> str:
-    "Return a link that downloads a picture, as HTML."
-    name = file_name(item.request, item.path.suffix if item.path else '.png')
-    label = html.escape(f'Download {name}')
-    return f'<a download="{name}" href="{item.url}" aria-label="{label}">Download</a>'
+    "Return a link that downloads a picture, and one for the GIF file of an animation, as HTML."
+    files = [('Download', item.path.suffix if item.path else '.png', item.url)]
+    if item.gif:
+        files.append(('GIF', '.gif', data_url(item.gif, 'image/gif')))
+    links = []
+    for label, kind, url in files:
+        name = html.escape(file_name(item.request, kind))
+        links.append(f'<a download="{name}" href="{url}" aria-label="Download {name}">{label}</a>')
+    return ''.join(links)
 
 # %% ../../nbs/apps/03_widgets.ipynb #3f5bb590
 ASSETS = files('flowerdiff') / 'assets' / 'studio'
