@@ -9,8 +9,8 @@ learned. Prints a table by kind of prompt, and writes it to OUT with a sheet for
 frame is right, a red one wrong, a gray one not checked.
 
 The bundled classifier of the workspace's garden looks, or one of your own (`--classifier`, see
-`garden_networks.py`). That of the classic garden has fewer colors, and a maroon rose is right if it is red. Prompts about what it
-cannot see are not checked, and counted in the last column.
+`garden_networks.py`). That of the classic garden has fewer colors, and a maroon rose is right if it is red.
+Prompts about what it cannot see are not checked, and counted in the last column.
 """
 
 import argparse

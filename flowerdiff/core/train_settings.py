@@ -16,7 +16,7 @@ from .schema import Count, Pinned, Rate, Section, Share, like
 class _Length(Section):
     "How long training lasts, and the optimizer."
 
-    epochs: Rate = 12.0
+    epochs: Rate = 15.0
     'Passes over the training pictures.'
     batch_size: Count = 32
     'Samples per step, over all processes.'
