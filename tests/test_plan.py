@@ -23,7 +23,7 @@ from flowerdiff.training import memory as M
 from flowerdiff.training.memory import MemoryNeeds, MemoryRow
 
 MISSING = 'missing/model@' + 40 * '0'
-SMALL = {'train.channels': [16, 16, 32], 'prepare.count': 60}
+SMALL = {'train.epochs': 12, 'train.channels': [16, 16, 32], 'prepare.count': 60}
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ class World:
     held_out: int  # combinations of each species that training does not see
     asked: tuple  # attributes that a prompt of the report names
     examples: tuple  # prompts to show
-    bundled: str  # name of the encoders and the classifier that come with the library
+    bundled: str  # name of the autoencoder and the classifier that come with the library
     misspelled: bool = False  # whether its own CLIP also learns misspelled captions
 
 
