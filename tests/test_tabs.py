@@ -73,7 +73,7 @@ def own(workspace, **how):  # what a Generator draws
     backend = how.pop('backend', 'torch')
     code = (
         f'from flowerdiff import Generator; Generator.from_pretrained({str(workspace)!r}, {backend!r})('
-        f"'a red rose', **{how!r})[0].save({str(out)!r})"
+        f"'a rose', **{how!r})[0].save({str(out)!r})"
     )
     subprocess.run([sys.executable, '-c', code], check=True, env=ENV)
     return Image.open(out).copy()
@@ -94,7 +94,7 @@ def test_backend_and_sampler(page, workspace):
         assert trt.is_disabled() and 'TensorRT: no NVIDIA GPU' in page.locator('.fd-reasons').inner_text()
     pick(page, 'ONNX Runtime')
     page.get_by_label('Scheduler', exact=True).select_option(label='Euler')
-    drawn = draw(page, 'a red rose', 5)
+    drawn = draw(page, 'a rose', 5)
     line = page.locator('.fd-card small').first.inner_text()
     assert 'Euler' in line and 'ONNX Runtime' in line and not page.locator('.fd-card .fd-warning').count()
     how = dict(seed=5, num_inference_steps=20, guidance_scale=4.0)
@@ -112,7 +112,7 @@ def test_backend_and_sampler(page, workspace):
 def test_row_of_denoising_previews(page):
     "Breaks when steps are kept from the wrong end, or not as many as asked."
     tab(page, 'Studio')
-    drawn = draw(page, 'a red rose', 5)
+    drawn = draw(page, 'a rose', 5)
     steps = [picture(i) for i in page.locator('.fd-card').first.locator('.fd-denoising img').all()]
     assert len(steps) == 6
     errors = [far(s, drawn) for s in steps]
@@ -123,7 +123,7 @@ def test_row_of_denoising_previews(page):
 def test_two_settings_side_by_side(page):
     "Breaks when both sides take the left controls, or seeds differ."
     tab(page, 'Compare')
-    fill(page, 'Prompt', 'a red rose')
+    fill(page, 'Prompt', 'a rose')
     fill(page, 'Seed', 3)
     page.get_by_role('button', name='Generate both').click()
     page.locator('.fd-pair .fd-card').nth(1).wait_for()
@@ -144,7 +144,7 @@ def test_two_settings_side_by_side(page):
     page.keyboard.press('End')
     steps.get_by_text('60', exact=True).wait_for()
     page.get_by_role('button', name='Use again').click()
-    says(page.locator('.fd-prompt textarea'), 'a red rose')
+    says(page.locator('.fd-prompt textarea'), 'a rose')
     says(page.get_by_label('Seed', exact=True), 3)
     steps.get_by_text('10', exact=True).wait_for()
     assert page.locator('.fd-three .fd-panel').nth(1).locator('.widget-readout').first.inner_text() == '20'
@@ -267,18 +267,18 @@ def test_a_backend_that_fails_midway(tmp_path, tiny_workspace):
 from flowerdiff.apps.request import GenerationRequest
 from flowerdiff.apps.session import GenerationSession
 p = GenerationSession({str(tmp_path)!r})
-plain = p.generate(GenerationRequest('a red rose', backend='torch'))[0]
+plain = p.generate(GenerationRequest('a rose', backend='torch'))[0]
 [d] = [p._generator(GenerationRequest('x', backend='onnx')).backend]; real, calls = d.denoise, []
 def breaks(*a):
     calls.append(1)
     if len(calls) > 3: raise RuntimeError('the session is gone')
     return real(*a)
 d.denoise = breaks; steps = []
-request = GenerationRequest('a red rose', backend='onnx', num_previews=4)
+request = GenerationRequest('a rose', backend='onnx', num_previews=4)
 drawn = p.generate(request, lambda s: steps.append(s.step))[0]
 print(len(calls), drawn.tobytes() == plain.tobytes(), steps[:5], drawn.info['note'])
 def cancelled(s): return False
-try: p.generate(GenerationRequest('a red rose', backend='onnx'), cancelled)
+try: p.generate(GenerationRequest('a rose', backend='onnx'), cancelled)
 except Exception as e: print(type(e).__name__)
 """
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV)
@@ -301,7 +301,7 @@ def test_a_damaged_export_is_no_reason_to_stop(tmp_path, tiny_workspace):
         'from flowerdiff.apps.request import GenerationRequest; '
         'from flowerdiff.apps.session import GenerationSession; '
         f'p = GenerationSession({str(tmp_path)!r}); print(p.generate('
-        "GenerationRequest('a red rose', backend='onnx', num_inference_steps=2))[0].info['note'], p.error)"
+        "GenerationRequest('a rose', backend='onnx', num_inference_steps=2))[0].info['note'], p.error)"
     )
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV)
     assert said.stdout.startswith('ONNX Runtime failed (') and said.stdout.strip().endswith(
