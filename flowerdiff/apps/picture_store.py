@@ -58,7 +58,8 @@ def open_saved(path: Path, choices: Choices) -> GeneratedPicture:
         size = picture.size
     shown = Image.new('RGB', size)  # the page shows the file itself
     gif = gif_path(path)
-    gif_data = gif.read_bytes() if gif and gif.is_file() else b''
+    with disk_errors():
+        gif_data = gif.read_bytes() if gif and gif.is_file() else b''
     return GeneratedPicture(GenerationRequest(**fields), shown, path=path, gif=gif_data)
 
 # %% ../../nbs/apps/05_picture_store.ipynb #f1ba6317

@@ -41,7 +41,6 @@ class World:
     asked: tuple  # attributes that a prompt of the report names
     examples: tuple  # prompts to show
     bundled: str  # name of the autoencoder and the classifier that come with the library
-    misspelled: bool = False  # whether its own CLIP also learns misspelled captions
 
 
 WORLDS = dict(
@@ -92,7 +91,6 @@ WORLDS = dict(
             'two pink bluebells on soil',
         ),
         bundled='mixed_garden',
-        misspelled=True,
     ),
 )
 

@@ -21,7 +21,6 @@ from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
 from ..core.workspace import Workspace, progress
 from ..data.images import open_picture
 from ..garden.misspelling import misspelled
-from ..garden.worlds import WORLDS
 from ..models.components import component_fingerprint, load_autoencoder
 from ..services.hub_cache import bundled_part, locate_part
 
@@ -92,9 +91,8 @@ LONGEST_PIECE = 3  # letters of a token, where misspelled captions are learned t
 
 
 def learns_misspellings(ws: Workspace) -> bool:
-    "Whether the CLIP of a run also learns misspelled captions: that of the mixed garden does."
-    prepare = ws.settings.prepare
-    return prepare.source == 'garden' and WORLDS[prepare.garden].misspelled
+    "Whether the CLIP of a run also learns misspelled captions: that of a garden does."
+    return ws.settings.prepare.source == 'garden'
 
 
 def learned_captions(ws: Workspace, split: str, own: Pairs) -> list[list[str]]:
