@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -521,6 +522,25 @@ def test_benchmarks_are_described():
     assert scripts and scripts == set(
         re.findall(r'\b(?!test_)\w+\.py', (ROOT / 'benchmarks/README.md').read_text())
     )
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'benchmarks').glob('*.py')), **ids)
+def test_benchmarks_use_what_exists(path):
+    "Each name that a script takes from the library is still there. Running a benchmark takes minutes."
+    tree = ast.parse(path.read_text())
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith('flowerdiff'):
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                if not hasattr(module, name):
+                    importlib.import_module(f'{node.module}.{name}')
+                found[name] = getattr(module, name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = found.get(node.value.id)
+            if isinstance(owner, (type, ModuleType)):
+                assert hasattr(owner, node.attr), f'line {node.lineno}: {node.value.id}.{node.attr}'
 
 
 # ---- workflows and packaging

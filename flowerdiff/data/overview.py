@@ -102,15 +102,18 @@ def show_near_copies(
     "Show pairs of pictures that look the same."
     import matplotlib.pyplot as plt
 
-    pairs = read_json(folder / 'info.json').get('near_copies', [])[:n]
-    if not pairs:
+    pairs = read_json(folder / 'info.json').get('near_copies', [])
+    named = {source for pair in pairs for source in pair}
+    files = {}
+    for split in ('train', 'val', 'test'):
+        rows = read_rows(folder / split / 'metadata.jsonl')
+        files |= {row['source']: folder / split / row['file_name'] for row in rows if row['source'] in named}
+    sources = [source for pair in pairs if files.keys() >= set(pair) for source in pair][: 2 * n]
+    if not sources:
         return None
-    sources = [source for pair in pairs for source in pair]
-    rows = read_rows(folder / 'train' / 'metadata.jsonl')
-    files = {row['source']: row['file_name'] for row in rows if row['source'] in set(sources)}
     figure, axes = plt.subplots(1, len(sources), figsize=(len(sources), 1.2), dpi=80, squeeze=False)
     for ax, source in zip(axes.flat, sources):
-        ax.imshow(open_picture(folder / 'train' / files[source]))
+        ax.imshow(open_picture(files[source]))
         ax.axis('off')
         ax.set_title(Path(source).name[-16:], fontsize=6, pad=2)
     figure.tight_layout(pad=0.3)
