@@ -22,6 +22,7 @@ from flowerdiff.inference.backends import load_backend
 from flowerdiff.inference.generator import Generator
 from flowerdiff.inference.torch_backend import TorchBackend, cross_attentions
 from flowerdiff.models.components import tensor_to_pil
+from flowerdiff.models.vocabulary import count_words
 from flowerdiff.services.hardware import why_not_compile
 
 
@@ -474,6 +475,19 @@ def test_the_last_estimate_decodes_to_the_image(generator):
     images = generator('a red rose', num_inference_steps=12, callback=lambda step: last.append(step.latents))
     decoded = tensor_to_pil(generator.backend.decode(last[-1]))
     assert np.abs(pixels(decoded) - pixels(images)).max() <= 4
+
+
+def test_a_long_prompt_keeps_the_words_that_the_model_knows(generator, monkeypatch):
+    "Fails if the end is cut off: the flower stands there."
+    story = 'yesterday my neighbor said how much she loves a red rose in the meadow'
+    monkeypatch.setattr(generator, 'vocabulary', count_words(['a red rose in the meadow'] * 3))
+    with pytest.warns(UserWarning, match='longer than 16 tokens; not read: "yesterday my neighbor'):
+        long = generator(story, seed=4, num_inference_steps=1)
+    read = generator.readable(story)
+    assert read.endswith('a red rose in the meadow') and len(read) < len(story)
+    assert long[0].info['settings'].prompt == story
+    assert np.array_equal(pixels(long), pixels(generator(read, seed=4, num_inference_steps=1)))
+    assert generator.readable('a red rose') == 'a red rose'
 
 
 def test_a_long_prompt_is_cut_off_with_a_warning(generator):

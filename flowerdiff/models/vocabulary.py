@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'COMPARISONS', 'STOP_TEXT', 'STOP_WORDS', 'LEAST', 'FILES', 'words_of', 'stem', 'is_content_word',
            'Vocabulary', 'count_words', 'merge_vocabularies', 'embed_words', 'UnknownWord', 'nearest_meaning',
-           'unknown_words', 'describe_unknown', 'write_vocabulary', 'read_vocabulary', 'copy_vocabulary',
+           'unknown_words', 'describe_unknown', 'shorten', 'write_vocabulary', 'read_vocabulary', 'copy_vocabulary',
            'write_learned_words']
 
 # %% ../../nbs/models/15_vocabulary.ipynb #e6f86c15
@@ -184,6 +184,26 @@ def describe_unknown(
     if len(unknown) > most:
         lines.append(f'{len(unknown) - most} more words: not learned')
     return lines
+
+# %% ../../nbs/models/15_vocabulary.ipynb #e56c1016
+def shorten(
+    text: str,
+    fits: Callable,  # text -> whether it can be read
+    vocabulary: Vocabulary,
+) -> tuple[str, list[str]]:  # what can be read, and the words that were left out
+    "Leave out words until a text fits, those first that the training captions have least often."
+    words = text.split()
+
+    def times(i):
+        return max((vocabulary.words.get(word, 0) for word in words_of(words[i])), default=0)
+
+    rarest_first = sorted(range(len(words)), key=times)
+    kept = [*words]
+    for i in rarest_first:
+        if fits(' '.join(filter(None, kept))):
+            break
+        kept[i] = ''
+    return ' '.join(filter(None, kept)), [word for word, left in zip(words, kept) if not left]
 
 # %% ../../nbs/models/15_vocabulary.ipynb #c8a3fa3a
 FILES = ('vocabulary.json', 'vocabulary.safetensors')
