@@ -17,6 +17,7 @@ from browser import browser_fixture, browser_only, open_page  # noqa: F401
 from diffusers import DPMSolverMultistepScheduler
 
 from flowerdiff.apps.web_page import ASSETS, RUNTIME, page_schedule, page_tokenizer, write_web_page
+from flowerdiff.models.vocabulary import Vocabulary, shorten
 
 GARDEN_CLIP = ASSETS.parent / 'garden' / 'clip'
 RUNTIME_FOLDER = Path(os.environ.get('FLOWERDIFF_ORT_WEB', '/tmp/flowerdiff-ort-web'))
@@ -73,6 +74,51 @@ def test_tokens_are_pythons(tmp_path):
     tokenizer = CLIPTokenizer.from_pretrained(GARDEN_CLIP)
     want = tokenizer(prompts, padding='max_length', truncation=True, max_length=card['length']).input_ids
     code = 'const t = new page.Tokenizer(given.card); const result = given.prompts.map((p) => t.encode(p));'
+    got = node(code, dict(card=card, prompts=prompts), tmp_path)
+    assert [p for p, a, b in zip(prompts, want, got) if a != b] == []
+
+
+@needs_node
+def test_long_prompts_are_read_as_in_python(tmp_path):
+    "On random prompts of learned, rare and unknown words, with spaces and punctuation of several kinds."
+    from flowerdiff.drawing.tokenizer import Tokenizer
+
+    (tmp_path / 'tokenizer').mkdir()
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        shutil.copy(GARDEN_CLIP / name, tmp_path / 'tokenizer')
+    card = dict(
+        tokenizer=page_tokenizer(tmp_path), words={'rose': 90, 'red': 70, 'a': 400, 'fenêtre': 3, '花': 5}
+    )
+    rng = random.Random(0)
+    words = [
+        'a',
+        'red',
+        'ROSE,',
+        'off-red',
+        'fene\u0302tre',
+        '花花',
+        'neighbor',
+        "don't",
+        '12',
+        'ΣΑΣ',
+        '—',
+        'rose.',
+    ]
+    spaces = [' ', '  ', '\n', '\u00a0', '\x1f', '\u3000']
+    prompts = [
+        ''.join(rng.choice(words) + rng.choice(spaces) for _ in range(rng.randint(1, 40))).strip()
+        for _ in range(300)
+    ]
+    tokenizer = Tokenizer(GARDEN_CLIP, card['tokenizer']['length'])
+    vocabulary = Vocabulary(card['words'])
+
+    def fits(text):
+        return not tokenizer.unread(text)
+
+    want = [text if fits(text) else shorten(text, fits, vocabulary)[0] for text in prompts]
+    assert 50 < sum(a != b for a, b in zip(prompts, want)) < 250
+    code = 'const m = new page.Model(null, given.card, {}); '
+    code += 'const result = given.prompts.map((prompt) => m.readable(prompt));'
     got = node(code, dict(card=card, prompts=prompts), tmp_path)
     assert [p for p, a, b in zip(prompts, want, got) if a != b] == []
 

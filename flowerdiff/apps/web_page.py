@@ -19,6 +19,7 @@ from ..core.errors import UserError
 from ..core.files import atomic_dir, read_json, write_json
 from ..drawing.model_files import find_model, read_config, student_steps
 from ..models.model_folder import scheduler_config
+from ..models.vocabulary import read_vocabulary
 from ..services.downloads import NETWORK, File, fetch
 
 # %% ../../nbs/apps/20_web_page.ipynb #bf275648
@@ -82,6 +83,7 @@ def page_card(
     scale = 2 ** (len(vae['block_out_channels']) - 1)
     side = unet['sample_size']
     steps = student_steps(export)
+    vocabulary = read_vocabulary(export)
     return dict(
         name=name,
         size=side * scale,
@@ -92,6 +94,7 @@ def page_card(
         bytes=sum((export / part / 'model.onnx').stat().st_size for part in PARTS),
         prompts=list(prompts),
         tokenizer=page_tokenizer(export),
+        words=vocabulary.words if vocabulary else {},
         **page_schedule(scheduler_config(export)),
     )
 

@@ -36,7 +36,12 @@ def _letter_kind(c: str) -> str:
 def words_of(text: str) -> list[str]:
     "Split a text into words, in lower case."
     text = unicodedata.normalize('NFC', text).lower()
-    return [''.join(run) for kind, run in groupby(text, _letter_kind) if kind]
+    words = []
+    for kind, run in groupby(text, _letter_kind):
+        if kind:
+            letters = ''.join(run)
+            words += [letters] if kind == 'word' else letters
+    return words
 
 # %% ../../nbs/models/15_vocabulary.ipynb #77329fb6
 ENDINGS = ('ies', 'es', 'en', 's', 'ing', 'ed')

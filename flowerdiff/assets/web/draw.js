@@ -25,9 +25,17 @@ export class Tokenizer {
     this.letters = byteLetters();
   }
 
+  allIds(text) {
+    return text.split(SPECIAL).flatMap((part) => this.encodePart(part));
+  }
+
+  fits(text) {
+    return this.allIds(text).length <= this.length - 2;
+  }
+
   // The ids of a prompt, padded or cut to `length`.
   encode(text) {
-    const ids = text.split(SPECIAL).flatMap((part) => this.encodePart(part));
+    const ids = this.allIds(text);
     const whole = [this.start, ...ids.slice(0, this.length - 2), this.end];
     return [...whole, ...Array(this.length - whole.length).fill(this.end)];
   }
@@ -51,6 +59,24 @@ export class Tokenizer {
     }
     return tokens.map((token) => this.vocabulary[token] ?? this.end);
   }
+}
+
+const SPACE = /[\p{White_Space}\x1c-\x1f]+/u;
+const LETTERS = /[\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u3040-\u30ff\u3400-\u9fff])[\p{L}\p{M}])+/gu;
+
+// Leave out words until a text fits, those first that the training captions have least often. `times` says how
+// often they have a word. Python's is in models/vocabulary.py.
+export function shorten(text, fits, times) {
+  const words = text.split(SPACE).filter(Boolean);
+  const count = (word) =>
+    Math.max(0, ...(word.normalize('NFC').toLowerCase().match(LETTERS) || []).map((w) => times.get(w) ?? 0));
+  const kept = [...words];
+  const rarestFirst = words.map((word, i) => [count(word), i]).sort(([a], [b]) => a - b);
+  for (const [, i] of rarestFirst) {
+    if (fits(kept.filter(Boolean).join(' '))) break;
+    kept[i] = '';
+  }
+  return kept.filter(Boolean).join(' ');
 }
 
 // ---- noise
@@ -163,11 +189,18 @@ export class Model {
   constructor(ort, card, sessions) {
     Object.assign(this, { ort, card, sessions });
     this.tokenizer = new Tokenizer(card.tokenizer);
+    this.times = new Map(Object.entries(card.words ?? {}));
+  }
+
+  // What is read of a prompt: if it is too long, the words that the model knows best.
+  readable(prompt) {
+    const fits = (text) => this.tokenizer.fits(text);
+    return !this.times.size || fits(prompt) ? prompt : shorten(prompt, fits, this.times);
   }
 
   async encode(prompts) {
     const { length } = this.card.tokenizer;
-    const ids = BigInt64Array.from(prompts.flatMap((p) => this.tokenizer.encode(p)), BigInt);
+    const ids = BigInt64Array.from(prompts.flatMap((p) => this.tokenizer.encode(this.readable(p))), BigInt);
     const input_ids = new this.ort.Tensor('int64', ids, [prompts.length, length]);
     return (await this.sessions.text_encoder.run({ input_ids })).last_hidden_state;
   }
