@@ -276,6 +276,29 @@ def test_keys_and_values_of_the_text_are_computed_once_per_image(generator, mode
     assert (half.denoise(z, t, half.condition(text)) - plain).abs().max() < 0.05 * plain.abs().max()
 
 
+def test_the_text_is_pooled_once_per_image(models, tmp_path):
+    "With the images of Diffusers' own pipeline."
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    folder = Path(shutil.copytree(models['kl'], tmp_path / 'm'))
+    torch.manual_seed(0)
+    pooled = dict(addition_embed_type='text', addition_embed_type_num_heads=2)
+    unet = UNet2DConditionModel(sample_size=16, **UNET, **pooled)
+    unet.add_embedding.norm2.weight.data *= 20  # so that the picture depends on it
+    unet.save_pretrained(folder / 'unet')
+    ours = Generator.from_pretrained(folder, backend='torch')
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    calls = []
+    ours.backend.pooling.register_forward_hook(lambda *_: calls.append(1))
+    settings = dict(num_inference_steps=3, guidance_scale=3.0)
+    images = ours('a red rose', **settings)
+    assert len(calls) == 1 and ours.backend.cross_attentions
+    generator = torch.Generator().manual_seed(0)
+    assert same(images, pipe('a red rose', generator=generator, **settings).images)
+    assert not same(images, ours('the sky', **settings))
+
+
 @pytest.mark.parametrize('kind', ['none', 'only', 'other'])
 def test_a_unet_that_uses_its_text_in_another_way(models, tmp_path, kind):
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel

@@ -339,7 +339,7 @@ def test_shards_data_and_memory(toy, alone, distributed, kind):
         )
     for f in facts:
         for what in ('masters', 'optimizer', 'ema'):
-            assert one[what] / 2 <= f[what] < 0.501 * one[what], (what, f)
+            assert 0.499 * one[what] < f[what] < 0.501 * one[what], (what, f)  # a row of one is not split
     assert apart(run.checkpoint(), whole) < NEAR and np.allclose(facts[0]['losses'], one['losses'], rtol=1e-3)
 
 

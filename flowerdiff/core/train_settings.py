@@ -82,6 +82,8 @@ class _Network(Section):
     'Which levels have cross-attention to the caption.'
     attention_head_dim: Count = 16
     'Channels per attention head.'
+    pooled_text: bool = True
+    'Also add the pooled caption to the time embedding, which all blocks read (DeepFloyd IF, 2023).'
 
     @model_validator(mode='after')
     def _check_levels(self):

@@ -48,7 +48,7 @@ from flowerdiff.models.components import (
     tensor_to_pil,
 )
 from ..models.saving import save_components
-from ..training.own_encoders import ChosenAutoencoder, choose_autoencoder
+from ..training.own_encoders import ChosenAutoencoder, captions_to_encode, choose_autoencoder
 from ..training.run_text_encoder import open_run_text_encoder, text_summary, write_words
 from ..training.trained_on import KEYS, picture_key
 
@@ -277,6 +277,9 @@ class Result:
 def run(ws: Workspace) -> Result:
     "Encode pictures and captions into `encoded/`."
     inputs = read_inputs(ws)
+    train = inputs['train']
+    written = train.captions
+    train.captions = captions_to_encode(ws, train.files, written)
     pictures = picture_fingerprint(ws, inputs)
     encoders = open_encoders(ws, inputs, pictures)
     facts = encoding_facts(ws, inputs, pictures, encoders)
@@ -291,7 +294,7 @@ def run(ws: Workspace) -> Result:
     encode_all_captions(ws, encoders.text, texts, new)
     rate = encode_all_pictures(ws, encoders.vae, inputs, new)
     write_indices(new, inputs, texts, indices)
-    write_words(new, inputs['train'].captions, encoders.text)
+    write_words(new, written, encoders.text)
     manifest = finish(new, encoders, facts, texts)
     put_in_place(ws, new, key)
     shape = 'x'.join(map(str, manifest['shapes']['mean'][1:]))

@@ -74,7 +74,7 @@ def finished_run(ws: Workspace) -> FinishedRun:
     return run
 
 # %% ../../nbs/training/12_continuing.ipynb #c0a1d011
-NETWORK_SETTINGS = ('channels', 'layers', 'attention', 'attention_head_dim')
+NETWORK_SETTINGS = ('channels', 'layers', 'attention', 'attention_head_dim', 'pooled_text')
 NOISE_SETTINGS = (
     'prediction_type',
     'flow_shift',

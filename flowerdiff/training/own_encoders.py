@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'MOST_HELD_OUT', 'MOST_CAPTIONS', 'LONGEST_PIECE', 'resized_pictures', 'Pairs', 'clip_pairs',
-           'learns_misspellings', 'learned_captions', 'fit_clip', 'OwnClip', 'train_own_clip', 'find_features',
-           'train_own_autoencoder', 'ChosenAutoencoder', 'compare_autoencoders', 'choose_autoencoder']
+           'learns_misspellings', 'captions_to_encode', 'learned_captions', 'fit_clip', 'OwnClip', 'train_own_clip',
+           'find_features', 'train_own_autoencoder', 'ChosenAutoencoder', 'compare_autoencoders', 'choose_autoencoder']
 
 # %% ../../nbs/training/13_own_encoders.ipynb #229be1f5
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from ..core.files import read_json, write_json
 from ..core.fingerprints import code_fingerprint, file_sha256, fingerprint
 from ..core.workspace import Workspace, progress
 from ..data.images import open_picture
-from ..garden.misspelling import misspelled
+from ..garden.misspelling import misspelled, sometimes_misspelled
 from ..models.components import component_fingerprint, load_autoencoder
 from ..services.hub_cache import bundled_part, locate_part
 
@@ -93,6 +93,17 @@ LONGEST_PIECE = 3  # letters of a token, where misspelled captions are learned t
 def learns_misspellings(ws: Workspace) -> bool:
     "Whether the CLIP of a run also learns misspelled captions: that of a garden does."
     return ws.settings.prepare.source == 'garden'
+
+
+def captions_to_encode(
+    ws: Workspace,
+    files: list[str],  # of the training pictures
+    captions: list[list[str]],  # of each of them
+) -> list[list[str]]:
+    "Return the training captions that the denoiser reads. In a garden some are misspelled, as prompts are."
+    if not learns_misspellings(ws):
+        return captions
+    return [sometimes_misspelled(texts, file) for file, texts in zip(files, captions)]
 
 
 def learned_captions(ws: Workspace, split: str, own: Pairs) -> list[list[str]]:
