@@ -67,6 +67,7 @@ RECIPES = {
     'two blocks a level': {'layers': 2},
     'cross-attention at the lowest level only': {'attention': [False, False, True]},
     'attention heads of 32': {'attention_head_dim': 32},
+    'pooled text': {'pooled_text': True},
     'no pooled text': {'pooled_text': False},
     'bfloat16': {'precision': 'bf16'},
 }

@@ -393,6 +393,13 @@ def test_free_prompts_are_checked():
     assert len(rows) == 280 and len({row['prompt'] for row in rows}) == 280
     known = [row for row in rows if 'unknown' not in row['must']]
     assert all(free.can_see(row['must'], CLASSIFIED) for row in known)
+    new = free.read_prompts(BENCHMARKS / 'free_prompts_unseen_2.jsonl')
+    assert len({row['prompt'] for row in new}) == 150
+    shown = dict(species=SPECIES.values(), color=tuple(GARDEN_COLORS), background=garden.BACKGROUNDS)
+    for row in new:
+        assert 'unknown' in row['must'] or free.can_see(
+            free.in_colors(row['must'], tuple(GARDEN_COLORS)), shown
+        )
     classic = dict(species=['rose'], color=['red'], background=['meadow'], count=[1, 3])
     assert free.can_see(dict(species='rose', place='meadow'), classic)
     assert not free.can_see(dict(color='maroon'), classic) and not free.can_see(dict(size='small'), classic)
