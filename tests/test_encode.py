@@ -90,6 +90,7 @@ def make_workspace(root, parts, n=40, **settings):
         {
             'components.autoencoder': str(parts / 'vae'),
             'components.text_encoder': str(parts / 'clip'),
+            'prepare.source': str(root),  # of one's own: no caption is misspelled
             'prepare.resolution': 32,
             'encode.batch_size': 4,
             'encode.shard_records': 8,
