@@ -9,7 +9,7 @@ whatever else the machine does. Each model draws held-out captions. SqueezeNet's
 nothing here was trained, compare the images with held-out pictures. The bundled classifier counts which
 images of a garden show what was asked for. For photographs with classes, the images of each class's name
 are recognized by the nearest mean of the training pictures' features. Finished runs are kept and not
-repeated. Two processes can share the work (`--only`, `--seeds`).
+repeated.
 """
 
 import argparse
@@ -201,7 +201,7 @@ def encode(folder: Path, pictures: Path | None):
 
 
 def row_of(name: str, seeds: list[dict]) -> str:
-    "Return a row of the table: the mean of the seeds at the guidance with the lowest KID."
+    "Return a row of the table: the means of the seeds, for each guidance."
     speed = statistics.mean(found['speed'] for found in seeds)
     if 'loss' not in seeds[0]:
         return f'| {name} | {speed:.2f} | the same updates |'

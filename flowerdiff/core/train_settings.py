@@ -82,7 +82,7 @@ class _Network(Section):
     'Which levels have cross-attention to the caption.'
     attention_head_dim: Count = 16
     'Channels per attention head.'
-    pooled_text: bool = True
+    pooled_text: bool = False
     'Also add the pooled caption to the time embedding, which all blocks read (DeepFloyd IF, 2023).'
 
     @model_validator(mode='after')

@@ -251,7 +251,7 @@ CORES = (
     *('{who} {where}', '{who} {where}', '{who} {where}', '{where}, {who}', '{who}, {tag}'),
     *('{tag}: {who}', '{tag}, {who}', '{who} {tag}', '{who} - {tag}', '{who} + {tag}'),
     *('{tag} with {who}', 'there {be} {who} {where}', '{where} there {be} {who}'),
-    *('{who} growing {where}',),
+    '{who} growing {where}',
 )
 REQUESTS = (
     *('{core} please', '{core}, please', 'please draw {core}', 'please paint {core}'),
@@ -299,5 +299,5 @@ PICTURES = (
     *('photo of {core}', 'a nice picture of {core}', 'a beautiful picture of {core}'),
     *('a lovely photo of {core}', 'a close-up of {core}', 'flower art: {core}', 'a sketch of {core}'),
     *('artwork of {core}', 'a portrait of {core}', 'a snapshot of {core}', 'a postcard of {core}'),
-    *('a painting that shows {core}',),
+    'a painting that shows {core}',
 )
