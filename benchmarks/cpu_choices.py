@@ -1,21 +1,23 @@
-"""Measure why training on a CPU uses float32, channels last and its own malloc settings.
+"""Measure why training on a CPU uses float32, channels last, and its own settings of malloc and OpenMP.
 
-    python benchmarks/cpu_choices.py [--rounds 5] [--steps 40] [--batch 32]
+    python benchmarks/cpu_choices.py [--rounds 5] [--steps 40] [--batch 32] [--busy]
 
 Each choice is changed alone, on steps of the garden's UNet. Every measurement is a process of its own,
-because `malloc` reads its settings at the start. A round runs all choices in rotating order. A ratio is
-the median over the rounds of the choice's samples per second, divided by those of the training's own
-choice.
+because malloc and OpenMP read their settings at the start. A round runs all choices in rotating order. A
+ratio is the median over the rounds of the choice's samples per second, divided by those of the training's
+own choice. With `--busy`, another program keeps one core busy all the time.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import time
 
-CHOICES = dict(ours={}, contiguous=dict(LAST='0'), bfloat16=dict(PRECISION='bf16'), malloc={})
+CHOICES = dict(ours={}, contiguous=dict(LAST='0'), bfloat16=dict(PRECISION='bf16'), malloc={}, spinning={})
+LEFT_OUT = dict(malloc='MALLOC', spinning='OMP_WAIT')  # choice -> start of the variables that it does not set
 
 
 def measure(steps: int, batch: int) -> float:  # samples a second of forward, backward and AdamW
@@ -47,34 +49,43 @@ def measure(steps: int, batch: int) -> float:  # samples a second of forward, ba
     return steps * batch / (time.perf_counter() - start)
 
 
+def measure_apart(name: str) -> float:
+    "Measure a choice in a process of its own."
+    from flowerdiff.services.processes import WORKER_ENV
+
+    ours = {key: value for key, value in WORKER_ENV.items() if not key.startswith(LEFT_OUT.get(name, '-'))}
+    env = {key: value for key, value in os.environ.items() if key not in WORKER_ENV}
+    env |= dict(CHOICE=name) | CHOICES[name] | ours
+    command = [sys.executable, *sys.argv]
+    return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
+
+
+@contextlib.contextmanager
+def busy_program(wanted: bool):
+    "Keep one core busy meanwhile."
+    process = subprocess.Popen([sys.executable, '-c', 'while True: pass']) if wanted else None
+    yield
+    if process:
+        process.kill()
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, n in (('rounds', 5), ('steps', 40), ('batch', 32)):
         parser.add_argument(f'--{name}', type=int, default=n)
+    parser.add_argument('--busy', action='store_true')
     a = parser.parse_args()
     if os.environ.get('CHOICE'):
         print(measure(a.steps, a.batch))
         return
-    from flowerdiff.services.processes import MALLOC_ENV
-
-    rates = {k: [] for k in CHOICES}
-    for i in range(a.rounds):
-        for name in list(CHOICES)[i % len(CHOICES) :] + list(CHOICES)[: i % len(CHOICES)]:
-            env = (
-                {k: v for k, v in os.environ.items() if k not in MALLOC_ENV}
-                | dict(CHOICE=name)
-                | CHOICES[name]
-                | ({} if name == 'malloc' else MALLOC_ENV)
-            )
-            rates[name].append(
-                float(
-                    subprocess.run(
-                        [sys.executable, *sys.argv], env=env, check=True, capture_output=True, text=True
-                    ).stdout
-                )
-            )
+    rates = {name: [] for name in CHOICES}
+    names = list(CHOICES)
+    with busy_program(a.busy):
+        for i in range(a.rounds):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                rates[name].append(measure_apart(name))
     for name, r in rates.items():
         ratios = [x / o for x, o in zip(r, rates['ours'])]
         spread = f'({min(ratios):.2f} to {max(ratios):.2f})'

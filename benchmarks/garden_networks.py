@@ -57,7 +57,7 @@ def levels(world_name: str) -> dict:  # attribute -> its values
 
 
 def write_captions(world, attributes: list, seed: int) -> tuple:  # sentences, what each of them states
-    "Write captions of each picture, and where the world asks for it, misspelled ones too."
+    "Write captions of each picture, and misspelled ones too."
     from flowerdiff.garden.misspelling import misspelled
 
     sentences = []
@@ -65,14 +65,14 @@ def write_captions(world, attributes: list, seed: int) -> tuple:  # sentences, w
     for i, own in enumerate(attributes):
         rng = random.Random(f'{seed} {i}')
         texts, facts = zip(*(world.caption(own, rng) for _ in range(PER_PICTURE)))
-        wrong = misspelled(list(texts[: PER_PICTURE // 2]), f'{seed} {i}') if world.misspelled else []
+        wrong = misspelled(list(texts[: PER_PICTURE // 2]), f'{seed} {i}')
         sentences.append([*texts, *wrong])
         stated.append([*facts, *facts[: len(wrong)]])
     return sentences, stated
 
 
-def find_tokenizer(folder: Path, sentences: list, world):
-    "Train the tokenizer, or load that of the training that goes on."
+def find_tokenizer(folder: Path, sentences: list):
+    "Train the tokenizer, or load that of the training that goes on, or of the CLIP to start from."
     from transformers import CLIPTokenizer
 
     from flowerdiff.models.tokenizer import own_tokenizer
@@ -80,7 +80,7 @@ def find_tokenizer(folder: Path, sentences: list, world):
     if (folder / 'tokenizer.json').exists():
         return CLIPTokenizer.from_pretrained(folder)
     texts = [text for own in sentences for text in own]
-    tokenizer = own_tokenizer(texts, LONGEST_PIECE if world.misspelled else None)
+    tokenizer = own_tokenizer(texts, LONGEST_PIECE)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -107,10 +107,13 @@ def train_clip(args, world, pictures, attributes):
     from flowerdiff.models.tokenizer import encode_attributes
 
     sentences, stated = write_captions(world, attributes, SEEDS['train'])
-    tokenizer = find_tokenizer(args.out / 'state/tokenizer', sentences, world)
+    tokenizer = find_tokenizer(args.start or args.out / 'state/tokenizer', sentences)
     say(f'{len(tokenizer)} tokens, {tokenizer.model_max_length} positions')
     facts = encode_attributes(stated, attributes, levels(args.world))
     start = args.start and CLIPModel.from_pretrained(args.start, attn_implementation='eager').float()
+    if args.freeze_images:
+        start.vision_model.requires_grad_(False)
+        start.visual_projection.requires_grad_(False)
     model, tokenizer = train_clip(
         pictures,
         sentences,
@@ -210,6 +213,11 @@ def main():
     parser.add_argument('--lr', type=float, help='of the CLIP or the classifier')
     parser.add_argument(
         '--start', type=Path, help='CLIP or classifier that was trained before, to go on from'
+    )
+    parser.add_argument(
+        '--freeze-images',
+        action='store_true',
+        help='of the CLIP to start from: the metrics that it measures stay comparable',
     )
     parser.add_argument('--channels', type=int, default=4, help='of the latents')
     parser.add_argument('--equivariance', type=float, default=0.0, help='weight of the scale loss')

@@ -383,9 +383,9 @@ def main():
     for name, n in (('resolution', 128), ('layers', 2), ('batch', 16), ('rounds', 3), ('threads', 1)):
         ap.add_argument(f'--{name}', type=int, default=n)
     a = ap.parse_args()
-    from flowerdiff.services.processes import MALLOC_ENV
+    from flowerdiff.services.processes import WORKER_ENV
 
-    env = os.environ | MALLOC_ENV | dict(OMP_NUM_THREADS=str(a.threads))
+    env = os.environ | WORKER_ENV | dict(OMP_NUM_THREADS=str(a.threads))
     if env != os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], env)
     import torch

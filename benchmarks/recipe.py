@@ -35,7 +35,7 @@ from flowerdiff.evaluation.image_rows import open_pictures
 from flowerdiff.evaluation.measure import attribute_metrics
 from flowerdiff.evaluation.metrics import fid, kid, neighborhood_share
 from flowerdiff.inference.generator import Generator
-from flowerdiff.services.processes import MALLOC_ENV
+from flowerdiff.services.processes import WORKER_ENV
 from flowerdiff.training.deepspeed import start_engine
 from flowerdiff.training.worker import start_run
 
@@ -181,7 +181,7 @@ def compare(folder: Path, name: str, seed: int, args) -> dict:
     run = folder / f'recipe/{list(RECIPES).index(name):02d}-seed{seed}-{args.epochs:g}'
     ws = open_run(folder, run, recipe, **{'train.epochs': round(args.epochs * speed, 3), 'seed': seed})
     command = [sys.executable, '-m', 'flowerdiff.training.worker', str(run)]
-    subprocess.run(command, check=True, env=MALLOC_ENV | os.environ)
+    subprocess.run(command, check=True, env=WORKER_ENV | os.environ)
     ws = open_workspace(run, overrides={'seed': 0})  # the prompts of all seeds
     trained = json.loads((ws.root / 'train.json').read_text())
     found = dict(speed=speed, epochs=args.epochs * speed, loss=trained['validation']['loss'])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['JOINED', 'CHATTER_SHARE', 'MOST_CHATTER', 'MOST_LETTERS', 'MOST_BEFORE_PLACE', 'MOST_ASKED', 'NEAREST_SHARE',
-           'choose', 'usual', 'another', 'article', 'Phrase', 'number_words', 'colored', 'one_kind', 'deny',
-           'two_kinds', 'mention', 'subject', 'details', 'where', 'finish', 'with_chatter', 'caption', 'named_color',
-           'garden_caption', 'simple_kind', 'simple_caption', 'changed_captions']
+           'choose', 'usual', 'another', 'article', 'Phrase', 'number_words', 'colored', 'one_kind', 'denied_color',
+           'deny', 'two_kinds', 'mention', 'subject', 'details', 'where', 'finish', 'with_chatter', 'caption',
+           'named_color', 'garden_caption', 'simple_kind', 'simple_caption', 'changed_captions']
 
 # %% ../../nbs/garden/06_captions.ipynb #ccdbf930
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ def colored(rng, noun: str, color: str, be: str, size: str) -> str:
     "Put a color and a size before or behind a noun."
     if not color:
         return f'{size} {noun}'.strip()
-    if rng.random() < 0.85:
+    if rng.random() < 0.8:
         return f'{size} {color} {noun}'.strip()
     return f'{size} {choose(rng, COLORED).format(noun=noun, color=color, be=be)}'.strip()
 
@@ -105,6 +105,15 @@ def one_kind(
     return Phrase(article(f'{count} {text}'.strip()), stated, several)
 
 # %% ../../nbs/garden/06_captions.ipynb #c89e0843
+def denied_color(rng, colors: tuple, shown: str) -> tuple[str, str]:  # words, the color
+    "Choose a color that is not shown, or two of them."
+    wrong = another(rng, colors, {shown})
+    words = usual(rng, COLOR_WORDS[wrong], 0.6)
+    if rng.random() < 0.12:
+        words = f'{words} or {COLOR_WORDS[another(rng, colors, {shown, wrong})][0]}'
+    return words, wrong
+
+
 def deny(
     rng,
     kind: tuple,  # species, color, number
@@ -116,16 +125,16 @@ def deny(
     several = number > 1
     be = 'are' if several else 'is'
     count, stated = number_words(rng, number, rng.random() < 0.7)
-    if rng.random() < 0.7:
-        wrong = another(rng, colors, {color})
+    if rng.random() < 0.6:
+        words, wrong = denied_color(rng, colors, color)
         known = rng.random() < 0.85
         nouns = SPECIES_WORDS[species][0] if known else ANY_FLOWER[0]
-        text = choose(rng, NOT_COLOR).format(noun=nouns[several], be=be, color=COLOR_WORDS[wrong][0])
+        text = choose(rng, NOT_COLOR).format(noun=nouns[several], be=be, color=words)
         stated |= {'not color': wrong} | (dict(species=species) if known else {})
     else:
         wrong = another(rng, SPECIES, {species})
         singular, plural = SPECIES_WORDS[wrong][0]
-        if not size and rng.random() < 0.3:
+        if not size and rng.random() < 0.35:
             text = choose(rng, ONLY_NOT_SPECIES).format(other=choose(rng, (plural, article(f'a {singular}'))))
             return Phrase(text, {'not species': wrong}, False)
         template = choose(rng, NOT_SPECIES)
@@ -180,7 +189,7 @@ def subject(attributes: dict, says: set, rng, colors: tuple = tuple(COLORS)) -> 
     if len(kinds) == 2:
         phrase = two_kinds(rng, attributes, says, size)
         size = size if 'species' in says else ''
-    elif {'species', 'color'} <= says and rng.random() < 0.1:
+    elif {'species', 'color'} <= says and rng.random() < 0.14:
         phrase = deny(rng, kinds[0], size, colors)
     else:
         phrase = one_kind(rng, kinds[0], says, size)
@@ -214,7 +223,7 @@ def where(
 ) -> tuple[str, str, dict]:  # phrase, tag, what they state
     "Say where the flowers are, or where they are not."
     place = attributes['place']
-    if rng.random() < 0.06:
+    if rng.random() < 0.09:
         absent = [phrase for phrase, false in ABSENCES.items() if place not in false and false[0] in places]
         phrase = choose(rng, absent)
         return phrase, '', {'not place': ABSENCES[phrase][0]}
@@ -255,10 +264,11 @@ def caption(
     "Write a true sentence about a picture of the mixed garden."
     says = mention(attributes, rng)
     phrase = subject(attributes, says, rng, colors)
-    who = phrase.text + details(attributes, says, phrase, rng)
-    if len(who) > MOST_BEFORE_PLACE:
-        says.discard('place')
-    place, tag, stated = where(attributes, says, rng, places)
+    who = phrase.text
+    if len(who) <= MOST_BEFORE_PLACE:
+        who += details(attributes, says, phrase, rng)
+    short = len(who) <= MOST_BEFORE_PLACE
+    place, tag, stated = where(attributes, says, rng, places) if short else ('', '', {})
     core = choose(rng, CORES if tag else ('{who} {where}',))
     be = 'are' if phrase.several else 'is'
     text = core.format(who=who, where=place, tag=tag, be=be)

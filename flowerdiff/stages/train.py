@@ -17,7 +17,7 @@ from ..core.workspace import Workspace, stage
 from ..services.hardware import check_disk, explain_end, oom_kills
 from ..services.image_files import read_image
 from flowerdiff.services.processes import (
-    MALLOC_ENV,
+    WORKER_ENV,
     RunMonitor,
     follow,
     is_training,
@@ -85,7 +85,7 @@ def start_training(
     if train.where == 'sagemaker':
         return start_process(['flowerdiff.cloud.jobs', ws.root, folder], folder / 'train.log')
     if train.num_processes == 1 and train.distributed in ('auto', 'single'):
-        return start_process([worker, ws.root, folder], folder / 'train.log', MALLOC_ENV)
+        return start_process([worker, ws.root, folder], folder / 'train.log', WORKER_ENV)
     return launch_torchrun(worker, ws.root, folder, train.num_processes)
 
 # %% ../../nbs/stages/05_train.ipynb #c486a3c5
