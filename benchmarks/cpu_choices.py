@@ -16,8 +16,15 @@ import subprocess
 import sys
 import time
 
-CHOICES = dict(ours={}, contiguous=dict(LAST='0'), bfloat16=dict(PRECISION='bf16'), malloc={}, spinning={})
-LEFT_OUT = dict(malloc='MALLOC', spinning='OMP_WAIT')  # choice -> start of the variables that it does not set
+CHOICES = dict(
+    ours={},
+    contiguous=dict(LAST='0'),
+    bfloat16=dict(PRECISION='bf16'),
+    malloc={},
+    spinning={},
+    sleeping=dict(GOMP_SPINCOUNT='0'),
+)
+LEFT_OUT = dict(malloc='MALLOC', spinning='GOMP')  # choice -> start of the variables that it does not set
 
 
 def measure(steps: int, batch: int) -> float:  # samples a second of forward, backward and AdamW
@@ -55,7 +62,7 @@ def measure_apart(name: str) -> float:
 
     ours = {key: value for key, value in WORKER_ENV.items() if not key.startswith(LEFT_OUT.get(name, '-'))}
     env = {key: value for key, value in os.environ.items() if key not in WORKER_ENV}
-    env |= dict(CHOICE=name) | CHOICES[name] | ours
+    env |= dict(CHOICE=name) | ours | CHOICES[name]
     command = [sys.executable, *sys.argv]
     return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
 
