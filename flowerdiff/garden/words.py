@@ -77,7 +77,6 @@ SPECIES_WORDS['lavender'] += (
 SPECIES_WORDS['cherry blossom'] += (
     ('sakura', 'sakuras'),
     ('cherry flower', 'cherry flowers'),
-    ('cherry tree blossom', 'cherry tree blossoms'),
     ('sakura blossom', 'sakura blossoms'),
 )
 SPECIES_WORDS['iris'] += (('iris flower', 'iris flowers'), ('iris bloom', 'iris blooms'))

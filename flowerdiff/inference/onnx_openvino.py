@@ -259,7 +259,9 @@ def read_openvino(
     if not path.is_file():
         raise UserError(f'{path}: this part of the model is missing; run the stage `onnx` again')
     with model_errors(path):
-        if path.open('rb').read(1) != b'\x08':
+        with open(path, 'rb') as file:
+            first = file.read(1)
+        if first != b'\x08':
             raise ValueError('not an ONNX file')  # OpenVINO would try other formats and print errors
         return core.read_model(path)
 
