@@ -135,7 +135,9 @@ def deny(
         wrong = another(rng, SPECIES, {species})
         singular, plural = SPECIES_WORDS[wrong][0]
         if not size and rng.random() < 0.35:
-            text = choose(rng, ONLY_NOT_SPECIES).format(other=choose(rng, (plural, article(f'a {singular}'))))
+            template = choose(rng, ONLY_NOT_SPECIES)
+            other = choose(rng, (plural, article(f'a {singular}')))
+            text = template.format(other=plural if template.startswith('no ') else other)
             return Phrase(text, {'not species': wrong}, False)
         template = choose(rng, NOT_SPECIES)
         other = plural if several or ' no ' in template else article(f'a {singular}')
