@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOR_TABLE', 'COLOR_WORDS', 'PLURALS', 'NEAREST_COLORS', 'SPECIES_WORDS', 'ANY_FLOWER', 'NUMBER_WORDS',
-           'VAGUE_NUMBERS', 'PETAL_NUMBERS', 'SIZE_WORDS', 'PLACE_TABLE', 'PLACE_PHRASES', 'PLACE_TAGS',
-           'ABSENT_THINGS', 'ABSENT', 'ABSENCES', 'NOWHERE', 'NOT_COLOR', 'NOT_SPECIES', 'ONLY_NOT_SPECIES',
-           'LEAF_WORDS', 'BUD_WORDS', 'COLORED', 'CORES', 'REQUESTS', 'CHATTER_TEXT', 'CHATTER', 'AROUND', 'PICTURES',
-           'split_phrases']
+           'VAGUE_NUMBERS', 'PETAL_TEXT', 'PETAL_NUMBERS', 'SIZE_WORDS', 'PLACE_TABLE', 'PLACE_PHRASES', 'PLACE_TAGS',
+           'ABSENT_TABLE', 'ABSENT_THINGS', 'ABSENT', 'ABSENCES', 'NOWHERE', 'NOT_COLOR', 'NOT_SPECIES',
+           'ONLY_NOT_SPECIES', 'LEAF_WORDS', 'BUD_WORDS', 'COLORED', 'CORES', 'REQUESTS', 'CHATTER_TEXT', 'CHATTER',
+           'AROUND', 'PICTURES', 'split_phrases']
 
 # %% ../../nbs/garden/05_words.ipynb #07d10620
 from .flower_shapes import SPECIES
@@ -19,12 +19,12 @@ def split_phrases(text: str) -> tuple[str, ...]:
 
 
 COLOR_TABLE = {
-    'red': """red | scarlet | bright red | ruby | ruby red | crimson | cherry red | blood red
-        | fiery red | vermilion | vivid red | ruby-red | cardinal red | reddish""",
-    'orange': """orange | tangerine | bright orange | deep orange | vivid orange | burnt orange
-        | orangey | orange-red""",
-    'yellow': """yellow | lemon | bright yellow | lemon yellow | sunny yellow | light yellow
-        | pale yellow | sunshine yellow | yellowish""",
+    'red': """red | scarlet | bright red | ruby | ruby red | crimson | cherry red | blood red | fiery red
+        | vermilion | vivid red | ruby-red | cardinal red | reddish""",
+    'orange': """orange | tangerine | bright orange | deep orange | vivid orange | burnt orange | orangey
+        | orange-red""",
+    'yellow': """yellow | lemon | bright yellow | lemon yellow | sunny yellow | light yellow | pale yellow
+        | sunshine yellow | yellowish""",
     'white': """white | pure white | snow-white | snowy white | milky white | bright white | pearl white
         | chalk white | milk-white | whitish""",
     'pink': """pink | light pink | blush | pale pink | rosy | baby pink | soft pink | bubblegum pink
@@ -35,39 +35,39 @@ COLOR_TABLE = {
         | ultramarine | sapphire blue | cerulean | bluish""",
     'turquoise': """turquoise | teal | aqua | aquamarine | blue-green | bluish green | greenish blue
         | turquoise blue | sea-green | teal blue | seafoam | green-blue""",
-    'maroon': """maroon | burgundy | dark red | wine red | deep red | wine-colored | wine | garnet
-        | claret | bordeaux | oxblood | brownish red | wine-coloured""",
-    'magenta': """magenta | fuchsia | hot pink | bright pink | fuschia | deep pink | dark pink
-        | neon pink | vivid pink | shocking pink | cerise | raspberry""",
+    'maroon': """maroon | burgundy | dark red | wine red | deep red | wine-colored | wine | garnet | claret
+        | bordeaux | oxblood | brownish red | wine-coloured""",
+    'magenta': """magenta | fuchsia | hot pink | bright pink | fuschia | deep pink | dark pink | neon pink
+        | vivid pink | shocking pink | cerise | raspberry""",
     'gold': """gold | golden | dark yellow | mustard | gold-colored | ochre | amber | golden yellow
         | deep yellow | mustard yellow | saffron | honey-colored | gold-coloured""",
-    'lilac': """lilac | mauve | light purple | pale purple | lilac-coloured | light violet
-        | pastel purple | soft purple | pale violet""",
+    'lilac': """lilac | mauve | light purple | pale purple | lilac-coloured | light violet | pastel purple
+        | soft purple | pale violet""",
     'cyan': """cyan | light blue | sky-blue | pale blue | azure | baby blue | sky blue | powder blue
         | pastel blue | ice blue | icy blue | soft blue | light-blue""",
-    'cream': """cream | ivory | cream-colored | off-white | beige | creamy | cream-coloured
-        | creamy white | off white | vanilla | eggshell | champagne | ivory white | bone white""",
+    'cream': """cream | ivory | cream-colored | off-white | beige | creamy | cream-coloured | creamy white
+        | off white | vanilla | eggshell | champagne | ivory white | bone white""",
     'peach': """peach | apricot | salmon | coral | peachy | salmon pink | light orange | pale orange
         | pastel orange | peach-colored | coral pink | soft orange | peach-coloured""",
     'navy': """navy | navy blue | dark blue | midnight blue | deep blue | very dark blue | navy-blue
         | inky blue | dark navy | ink blue""",
     'green': """green | lime | lime green | bright green | light green | mint green | mint | emerald
         | emerald green | olive green | dark green | grass green | pale green | neon green | greenish""",
-    'black': """black | jet black | pitch black | dark black | coal black | ebony | deep black
-        | inky black | blackish""",
+    'black': """black | jet black | pitch black | dark black | coal black | ebony | deep black | inky black
+        | blackish""",
 }
 COLOR_WORDS = {color: split_phrases(row) for color, row in COLOR_TABLE.items()}
 PLURALS = {'daisy': 'daisies', 'poppy': 'poppies', 'lily': 'lilies', 'iris': 'irises'}
-NEAREST_COLORS = {  # of the garden, which has fewer
-    'maroon': 'red',
-    'peach': 'orange',
-    'gold': 'yellow',
-    'cream': 'white',
-    'magenta': 'pink',
-    'lilac': 'purple',
-    'navy': 'blue',
-    'cyan': 'turquoise',
-}
+NEAREST_COLORS = dict(  # of the garden, which has fewer
+    maroon='red',
+    peach='orange',
+    gold='yellow',
+    cream='white',
+    magenta='pink',
+    lilac='purple',
+    navy='blue',
+    cyan='turquoise',
+)
 SPECIES_WORDS = {species: ((species, PLURALS.get(species, f'{species}s')),) for species in SPECIES}
 SPECIES_WORDS['lavender'] += (
     ('lavender flower', 'lavender flowers'),
@@ -126,22 +126,9 @@ VAGUE_NUMBERS = {
         'plenty of',
     ),
 }
-PETAL_NUMBERS = {
-    3: 'three',
-    4: 'four',
-    5: 'five',
-    6: 'six',
-    7: 'seven',
-    8: 'eight',
-    9: 'nine',
-    10: 'ten',
-    11: 'eleven',
-    12: 'twelve',
-    13: 'thirteen',
-    14: 'fourteen',
-    15: 'fifteen',
-    18: 'eighteen',
-}
+PETAL_TEXT = """three | four | five | six | seven | eight | nine | ten | eleven | twelve | thirteen
+    | fourteen | fifteen"""
+PETAL_NUMBERS = dict(enumerate(split_phrases(PETAL_TEXT), 3)) | {18: 'eighteen'}
 SIZE_WORDS = {
     'small': split_phrases(
         'small | little | tiny | miniature | wee | very small | mini | petite | teeny | really small'
@@ -156,28 +143,27 @@ SIZE_WORDS = {
 PLACE_TABLE = {
     'meadow': """in a meadow | in a green meadow | on the grass | in a green field | with grass behind
         | on a lawn | on the lawn | in the grass | in a field | on green grass | in a pasture
-        | in a grassy meadow | on a green background | in the countryside | in the meadow
-        | in tall grass | in the fields | on a green meadow | in a field of grass | surrounded by grass
-        | among the grass | amid green grass | with a green background | against a green background
-        | with green behind | in a park | in the park | in a grassland | on a grassy hill
-        | on a hillside | in lush grass | in the green grass | in a green pasture | on the green
-        | with grass all around | on grass | with a meadow behind | in a grassy field | in grass
-        | with grass around it | on the prairie | in the pasture | standing in grass | in the wild
-        | in nature | on the green grass | over a green lawn | in a lush meadow | against green grass
-        | in a big field""",
+        | in a grassy meadow | on a green background | in the countryside | in the meadow | in tall grass
+        | in the fields | on a green meadow | in a field of grass | surrounded by grass | among the grass
+        | amid green grass | with a green background | against a green background | with green behind
+        | in a park | in the park | in a grassland | on a grassy hill | on a hillside | in lush grass
+        | in the green grass | in a green pasture | on the green | with grass all around | on grass
+        | with a meadow behind | in a grassy field | in grass | with grass around it | on the prairie
+        | in the pasture | standing in grass | in the wild | in nature | on the green grass
+        | over a green lawn | in a lush meadow | against green grass | in a big field""",
     'blue sky': """under a blue sky | against a blue sky | in front of the sky | with clouds behind
         | on a clear day | in front of a blue sky | on a sunny day | with white clouds in the sky
         | with a sky background | in front of clouds | under the sky | with sky behind | in the sunshine
-        | below a blue sky | beneath a blue sky | beneath the sky | with a blue sky behind
-        | with a blue sky | under the clouds | below the clouds | under fluffy clouds | against the sky
-        | against the clouds | under a clear sky | in fair weather | in good weather | on a bright day
-        | at noon | at midday | in daylight | in broad daylight | in the daytime | during the day
-        | on a summer day | in summer | under a bright sky | with the sky behind it | in the sun
-        | on a cloudy day | in the open air | up in the sky | high in the sky | on a nice day
-        | on a beautiful day | in the afternoon | by day | on a blue background | with a blue background
-        | with sky and clouds | with clouds in the background | with the sky in the background
-        | under the blue sky | against a sky with clouds | in bright sun | under a sky with clouds
-        | in front of a bright sky | in sunny weather | in the bright sunshine""",
+        | below a blue sky | beneath a blue sky | beneath the sky | with a blue sky behind | with a blue sky
+        | under the clouds | below the clouds | under fluffy clouds | against the sky | against the clouds
+        | under a clear sky | in fair weather | in good weather | on a bright day | at noon | at midday
+        | in daylight | in broad daylight | in the daytime | during the day | on a summer day | in summer
+        | under a bright sky | with the sky behind it | in the sun | on a cloudy day | in the open air
+        | up in the sky | high in the sky | on a nice day | on a beautiful day | in the afternoon | by day
+        | on a blue background | with a blue background | with sky and clouds
+        | with clouds in the background | with the sky in the background | under the blue sky
+        | against a sky with clouds | in bright sun | under a sky with clouds | in front of a bright sky
+        | in sunny weather | in the bright sunshine""",
     'soil': """on brown soil | in the soil | on dark earth | in the earth | on bare ground | on soil
         | in the dirt | on dirt | in the mud | on a brown background | in brown earth | in dirt | in mud
         | in the ground | on bare earth | in a flower bed | with soil behind | on the ground | in soil
@@ -185,19 +171,18 @@ PLACE_TABLE = {
         | in a ploughed field | in rich soil | in fresh soil | in bare soil | on brown ground
         | on muddy ground | on a patch of dirt | in clay | in compost | in potting soil | in garden soil
         | planted in soil | planted in the ground | out of the ground | from the ground | in brown dirt
-        | rooted in the earth | with a brown background | with brown behind | against brown earth
-        | in mulch | on fertile soil | from the soil | on the dirt | in the flower bed | in muddy earth
+        | rooted in the earth | with a brown background | with brown behind | against brown earth | in mulch
+        | on fertile soil | from the soil | on the dirt | in the flower bed | in muddy earth
         | from the earth""",
     'studio': """in a studio | in the studio | on a grey background | on a gray background
         | against a plain backdrop | in front of a gray wall | in front of a grey wall
         | with a gray backdrop | against a grey backdrop | in a photo studio | on gray | on grey
-        | with a grey background | with a plain gray background | against a gray wall
-        | against a grey wall | in front of a gray backdrop | in front of a grey backdrop
-        | on a plain background | against a plain background | with a plain background
-        | on a neutral background | against gray | against grey | with a gray background
-        | with a grey wall behind | with gray behind | with grey behind | in a studio shot
-        | as a studio photo | under studio light | in studio lighting | with studio lights
-        | on a light gray background | on a light grey background | before a gray wall
+        | with a grey background | with a plain gray background | against a gray wall | against a grey wall
+        | in front of a gray backdrop | in front of a grey backdrop | on a plain background
+        | against a plain background | with a plain background | on a neutral background | against gray
+        | against grey | with a gray background | with a grey wall behind | with gray behind
+        | with grey behind | in a studio shot | as a studio photo | under studio light | in studio lighting
+        | with studio lights | on a light gray background | on a light grey background | before a gray wall
         | with nothing behind | with nothing behind it | indoors | inside | in a room | on plain grey
         | on plain gray | in front of a plain wall | with a simple background | on a simple background
         | isolated on gray | isolated on grey | with an empty background | against a neutral backdrop
@@ -206,23 +191,22 @@ PLACE_TABLE = {
         | at sunrise | in the morning | in the evening light | in front of the setting sun
         | with a sunset behind | in the morning light | during sunset | at daybreak | at twilight
         | in the early morning | at sundown | at first light | in the late evening | at golden hour
-        | in the golden hour | as the sun sets | as the sun rises | as the sun goes down
-        | when the sun sets | when the sun goes down | at the end of the day | in the last light
-        | as the day ends | under an orange sky | with an orange sky | under a red sky | with a red sky
-        | under a sunset sky | against a sunset | against the sunset | with a sunset background
-        | before sunset | in a sunset | with the setting sun | with the rising sun
-        | early in the morning | late in the evening | in the evening sun | in the morning sun
-        | in front of a sunset | at the break of dawn | with a pink sky | in the twilight
-        | during sunrise | during dusk | with the sun going down | when the sun rises
-        | as the sun comes up | in the glow of the sunset | at the crack of dawn""",
-    'night': """at night | in the night | under the stars | under the moon | in the moonlight
-        | in the dark | under a starry sky | by moonlight | at midnight | with stars behind
-        | under a night sky | with the moon behind | during the night | under the moonlight | after dark
-        | late at night | beneath the stars | below the stars | beneath the moon | in the darkness
-        | with a dark sky | under a dark sky | under a full moon | by night | against a night sky
-        | against the stars | in starlight | by starlight | in the middle of the night | in moonlight
-        | with a starry sky | lit by the moon | on a dark night | under the night sky
-        | on a starry night | at night time | with the night sky behind | tonight | with moon and stars""",
+        | in the golden hour | as the sun sets | as the sun rises | as the sun goes down | when the sun sets
+        | when the sun goes down | at the end of the day | in the last light | as the day ends
+        | under an orange sky | with an orange sky | under a red sky | with a red sky | under a sunset sky
+        | against a sunset | against the sunset | with a sunset background | before sunset | in a sunset
+        | with the setting sun | with the rising sun | early in the morning | late in the evening
+        | in the evening sun | in the morning sun | in front of a sunset | at the break of dawn
+        | with a pink sky | in the twilight | during sunrise | during dusk | with the sun going down
+        | when the sun rises | as the sun comes up | in the glow of the sunset | at the crack of dawn""",
+    'night': """at night | in the night | under the stars | under the moon | in the moonlight | in the dark
+        | under a starry sky | by moonlight | at midnight | with stars behind | under a night sky
+        | with the moon behind | during the night | under the moonlight | after dark | late at night
+        | beneath the stars | below the stars | beneath the moon | in the darkness | with a dark sky
+        | under a dark sky | under a full moon | by night | against a night sky | against the stars
+        | in starlight | by starlight | in the middle of the night | in moonlight | with a starry sky
+        | lit by the moon | on a dark night | under the night sky | on a starry night | at night time
+        | with the night sky behind | tonight | with moon and stars""",
     'snow': """in the snow | in snow | in winter | in the winter | in a snowy field | on snow
         | while it is snowing | on a snowy day | in falling snow | with snow behind | covered by snow
         | in a snowy landscape | in a winter landscape | on a winter day | in deep snow | on the snow
@@ -231,29 +215,26 @@ PLACE_TABLE = {
         | with snowflakes | in a winter wonderland | with snow on the ground | in fresh snow
         | with falling snow | while snow falls | in wintertime | among snowflakes""",
     'beach': """on the beach | at the beach | by the sea | on the sand | in the sand | by the ocean
-        | on a sandy beach | at the seaside | near the sea | in front of the sea | on the shore
-        | on a beach | at the coast | on sand | with the sea behind | with the ocean behind
-        | by the beach | near the beach | near the ocean | by the water | at the sea | at the ocean
-        | at the shore | by the shore | on the coast | on the seashore | beside the sea
-        | beside the ocean | in the dunes | on a dune | with waves behind | with a beach behind
-        | with water behind | in front of the ocean | on yellow sand | on an island
-        | with the sea in the background | near the water | by the seaside""",
+        | on a sandy beach | at the seaside | near the sea | in front of the sea | on the shore | on a beach
+        | at the coast | on sand | with the sea behind | with the ocean behind | by the beach
+        | near the beach | near the ocean | by the water | at the sea | at the ocean | at the shore
+        | by the shore | on the coast | on the seashore | beside the sea | beside the ocean | in the dunes
+        | on a dune | with waves behind | with a beach behind | with water behind | in front of the ocean
+        | on yellow sand | on an island | with the sea in the background | near the water | by the seaside""",
     'garden': """in a garden | in the garden | in front of a fence | by a fence | by a wooden fence
         | in the backyard | in my garden | in front of a hedge | in a back garden | in the yard
-        | in front of a wooden fence | with a fence behind | in a backyard | near a fence
-        | in our garden | in her garden | in a cottage garden | with a hedge behind | against a fence
-        | beside a fence | against a wooden fence | behind the house | in the front yard
-        | in a front yard | in a yard | next to a fence | next to a hedge | by a hedge | along the fence
-        | by the fence | beside a hedge | by the garden fence | with a garden behind | by a picket fence
-        | before a fence""",
+        | in front of a wooden fence | with a fence behind | in a backyard | near a fence | in our garden
+        | in her garden | in a cottage garden | with a hedge behind | against a fence | beside a fence
+        | against a wooden fence | behind a house | in the front yard | in a front yard | in a yard
+        | next to a fence | next to a hedge | by a hedge | along the fence | by the fence | beside a hedge
+        | by the garden fence | with a garden behind | by a picket fence | before a fence""",
     'white wall': """in front of a white wall | against a white wall | on a white background
-        | by a white wall | against a white brick wall | with a white background
-        | in front of white bricks | in front of a brick wall | against a white backdrop
-        | on a white backdrop | by a brick wall | before a white wall | with a white wall behind
-        | near a white wall | next to a white wall | on white | against white | against white bricks
-        | against a brick wall | with a brick wall behind | with white behind | on plain white
-        | isolated on white | with a white backdrop | against a wall | by a wall | beside a white wall
-        | with a wall behind | in front of the wall""",
+        | by a white wall | against a white brick wall | with a white background | in front of white bricks
+        | in front of a brick wall | against a white backdrop | on a white backdrop | by a brick wall
+        | before a white wall | with a white wall behind | near a white wall | next to a white wall
+        | on white | against white | against white bricks | against a brick wall | with a brick wall behind
+        | with white behind | on plain white | isolated on white | with a white backdrop | against a wall
+        | by a wall | beside a white wall | with a wall behind | in front of the wall""",
 }
 PLACE_PHRASES = {place: split_phrases(row) for place, row in PLACE_TABLE.items()}
 PLACE_TAGS = {
@@ -280,36 +261,26 @@ PLACE_TAGS = {
 }
 
 # %% ../../nbs/garden/05_words.ipynb #897eec3a
-ABSENT_THINGS = {
-    'grass': ('meadow', 'garden', 'blue sky'),
-    'meadow': ('meadow', 'garden', 'blue sky'),
-    'lawn': ('meadow', 'garden', 'blue sky'),
-    'clouds': ('blue sky',),
-    'blue sky': ('blue sky', 'beach'),
-    'sky': ('blue sky', 'sunset', 'night', 'snow', 'beach', 'garden'),
-    'soil': ('soil',),
-    'dirt': ('soil',),
-    'mud': ('soil',),
-    'earth': ('soil',),
-    'gray background': ('studio',),
-    'grey background': ('studio',),
-    'studio': ('studio',),
-    'sunset': ('sunset',),
-    'sun': ('sunset',),
-    'stars': ('night',),
-    'moon': ('night',),
-    'snow': ('snow',),
-    'sand': ('beach',),
-    'sea': ('beach',),
-    'fence': ('garden',),
-    'brick wall': ('white wall',),
+ABSENT_TABLE = {
+    ('meadow', 'garden', 'blue sky'): 'grass | meadow | lawn',
+    ('blue sky',): 'clouds',
+    ('blue sky', 'beach'): 'blue sky',
+    ('blue sky', 'sunset', 'night', 'snow', 'beach', 'garden'): 'sky',
+    ('soil',): 'soil | dirt | mud | earth',
+    ('studio',): 'gray background | grey background | studio',
+    ('sunset',): 'sunset | sun',
+    ('night',): 'stars | moon',
+    ('snow',): 'snow',
+    ('beach',): 'sand | sea',
+    ('garden',): 'fence',
+    ('white wall',): 'brick wall',
 }
+ABSENT_THINGS = {thing: places for places, row in ABSENT_TABLE.items() for thing in split_phrases(row)}
 ABSENT = split_phrases("""without {} | without {} | with no {} | no {} | no {} please | minus the {}
-    | but no {} | not any {} | without any {} | and no {} | no {} at all | no {} anywhere
-    | there is no {} | (no {}) | not with {} | free of {} | but skip the {} | leave out the {}
-    | but not the {} | avoid {} | i don't want {} | but i don't want {} | don't show {}
-    | with no {} around | away from the {} | without the {} | no {} in the picture
-    | no {} in the background | without {} please""")
+    | but no {} | not any {} | without any {} | and no {} | no {} at all | no {} anywhere | there is no {}
+    | (no {}) | not with {} | free of {} | but skip the {} | leave out the {} | but not the {} | avoid {}
+    | i don't want {} | but i don't want {} | don't show {} | with no {} around | away from the {}
+    | without the {} | no {} in the picture | no {} in the background | without {} please""")
 ABSENCES = {phrase.format(thing): places for thing, places in ABSENT_THINGS.items() for phrase in ABSENT}
 NOWHERE = {
     'meadow': """not in a meadow | anywhere but in a meadow | but not in a field | not in the grass
@@ -329,45 +300,42 @@ NOWHERE = {
 ABSENCES |= {phrase: (place,) for place, row in NOWHERE.items() for phrase in split_phrases(row)}
 NOT_COLOR = split_phrases("""{noun} that {be} not {color} | {noun} that {be} not {color}
     | {noun} but not {color} | {noun}, not {color} | non-{color} {noun} | not {color} {noun}
-    | {noun} of any color but {color} | {noun} of any colour except {color}
-    | {noun}, any color but {color} | {noun} in a colour other than {color}
-    | {noun} in a color other than {color} | {noun}, no {color} | {noun}, no {color} please
-    | {noun}, anything but {color} | {noun} yes, {color} no | {noun} which {be} never {color}
-    | {noun} that {be}n't {color} | {noun} which {be}n't {color} | {noun}, definitely not {color}
-    | {noun}; not {color} | {noun} but definitely not {color} | {noun} that {be} anything but {color}
-    | {noun} (not {color}) | {noun}, never {color} | {noun} without any {color} | {noun}, avoid {color}
-    | {noun}, i don't want {color} | {noun} that should not be {color} | {noun} that must not be {color}
-    | {noun}, just not {color} | {noun}, everything except {color} | {noun} except {color}
-    | {noun}, don't make it {color} | {noun} with no {color} in it | {noun} without {color} petals
-    | {noun} whose color is not {color} | {noun} in any color except {color}
-    | {noun} in any colour but {color} | {noun}. not {color} | {noun} - not {color}
-    | {noun}, please not {color} | {noun}, any colour except {color}
+    | {noun} of any color but {color} | {noun} of any colour except {color} | {noun}, any color but {color}
+    | {noun} in a colour other than {color} | {noun} in a color other than {color} | {noun}, no {color}
+    | {noun}, no {color} please | {noun}, anything but {color} | {noun} yes, {color} no
+    | {noun} which {be} never {color} | {noun} that {be}n't {color} | {noun} which {be}n't {color}
+    | {noun}, definitely not {color} | {noun}; not {color} | {noun} but definitely not {color}
+    | {noun} that {be} anything but {color} | {noun} (not {color}) | {noun}, never {color}
+    | {noun} without any {color} | {noun}, avoid {color} | {noun}, i don't want {color}
+    | {noun} that should not be {color} | {noun} that must not be {color} | {noun}, just not {color}
+    | {noun}, everything except {color} | {noun} except {color} | {noun}, don't make it {color}
+    | {noun} with no {color} in it | {noun} without {color} petals | {noun} whose color is not {color}
+    | {noun} in any color except {color} | {noun} in any colour but {color} | {noun}. not {color}
+    | {noun} - not {color} | {noun}, please not {color} | {noun}, any colour except {color}
     | {noun} with petals that are not {color} | {noun} of a different color than {color}
     | {noun}, {color} is not allowed | {noun}, i hate {color} | {noun} that {be} certainly not {color}""")
 NOT_SPECIES = split_phrases("""{noun} that {be} not {other} | {noun} that {be}n't {other}
-    | {noun} but not {other} | {noun}, but no {other} | {noun}, no {other}
-    | {noun}, anything but {other} | {noun}, not {other} | {noun} but definitely not {other}
-    | {noun} (not {other}) | {noun} other than {other} | {noun} except {other}
-    | {noun}, i don't want {other} | {noun}; not {other} | {noun}, just not {other}
-    | {noun}, never {other} | {noun} that must not be {other} | {noun} that should not be {other}
-    | {noun}, please not {other} | {noun} that {be} certainly not {other} | {noun} instead of {other}
+    | {noun} but not {other} | {noun}, but no {other} | {noun}, no {other} | {noun}, anything but {other}
+    | {noun}, not {other} | {noun} but definitely not {other} | {noun} (not {other})
+    | {noun} other than {other} | {noun} except {other} | {noun}, i don't want {other} | {noun}; not {other}
+    | {noun}, just not {other} | {noun}, never {other} | {noun} that must not be {other}
+    | {noun} that should not be {other} | {noun}, please not {other}
+    | {noun} that {be} certainly not {other} | {noun} instead of {other}
     | {noun} that {be} anything but {other} | {noun}, i hate {other} | {noun} - not {other}""")
 ONLY_NOT_SPECIES = split_phrases("""anything but {other} | not {other} | any flower but {other}
-    | some flower, but not {other} | no {other} | no {other}, just a flower
-    | something that is not {other} | not {other}, please | everything but {other}
-    | any flower except {other} | i don't want {other} | any flower other than {other}
-    | a flower, just not {other} | a flower other than {other} | something other than {other}
-    | avoid {other} | definitely not {other} | a flower but not {other} | a flower that is not {other}
-    | a flower that isn't {other} | some flower except {other} | a flower but definitely not {other}
-    | a plant that is not {other} | a blossom that is not {other} | please not {other}
-    | not {other} but another flower | no {other} please | a bloom, but not {other}
+    | some flower, but not {other} | no {other} | no {other}, just a flower | something that is not {other}
+    | not {other}, please | everything but {other} | any flower except {other} | i don't want {other}
+    | any flower other than {other} | a flower, just not {other} | a flower other than {other}
+    | something other than {other} | avoid {other} | definitely not {other} | a flower but not {other}
+    | a flower that is not {other} | a flower that isn't {other} | some flower except {other}
+    | a flower but definitely not {other} | a plant that is not {other} | a blossom that is not {other}
+    | please not {other} | not {other} but another flower | no {other} please | a bloom, but not {other}
     | draw something else than {other} | no {other}, another flower | whatever, but not {other}""")
 LEAF_WORDS = {
     'yes': split_phrases("""with leaves | with green leaves | that {have} leaves | with some leaves
         | and leaves | with leaves on the stem | with foliage | with its leaves"""),
     'no': split_phrases("""without leaves | with no leaves | that {have} no leaves | without any leaves
-        | without a leaf | but no leaves | no leaves | minus the leaves | and no leaves
-        | without foliage"""),
+        | without a leaf | but no leaves | no leaves | minus the leaves | and no leaves | without foliage"""),
 }
 BUD_WORDS = {
     'yes': split_phrases(
@@ -393,29 +361,25 @@ CORES = split_phrases("""{who} {where} | {who} {where} | {who} {where} | {who} {
     | {who} / {tag} | {tag} with {who} | there {be} {who} {where} | {where} there {be} {who}
     | {who} growing {where} | {who} blooming {where} | {who} standing {where} | {who}, background: {tag}
     | {who}. {tag} | {who} that {be} {where} | {tag} scene with {who}""")
-REQUESTS = (
-    *('{core} please', '{core}, please', 'please draw {core}', 'please paint {core}'),
-    *('please show me {core}', 'draw {core} please', 'draw {core}', 'draw me {core}', 'paint {core}'),
-    *('make {core}', 'create {core}', 'generate {core}', 'show me {core}', 'give me {core}'),
-    *('i want {core}', 'i need {core}', 'i would like {core}', 'i would like to see {core}'),
-    *("i'd like {core}", "i'd love to see {core}", 'i want to see {core}'),
-    *('i would love a picture of {core}', 'can you draw {core}', 'can you draw {core}?'),
-    *('can you show me {core}?', 'can i have {core}', 'can i get {core} please'),
-    *('could you draw {core}?', 'could you paint {core} for me', 'could you please make {core}'),
-    *('would you paint {core}, please?', 'would you kindly draw {core}', 'may i have {core}'),
-    *('may i see {core}?', 'let me see {core}', 'how about {core}', 'i am looking for {core}'),
-    *('i was wondering if you could draw {core}', 'hi, could you draw {core}, thank you'),
-    *('hello, i would like {core}, thanks', 'what does {core} look like', 'for my mother: {core}'),
-    *('something like {core}', 'imagine {core}', 'try {core}', '{core}, thanks', '{core} thank you'),
-    *('{core} if you can', '{core} if possible', '{core} for my room', 'pretty please, {core}'),
-    *('kindly draw {core}', 'just draw {core}', 'go ahead and draw {core}', 'simply {core}'),
-    *('now {core}', 'ok, {core}', 'next, {core}', 'this time {core}', 'well, {core}', 'maybe {core}'),
-    *('perhaps {core}', 'we need {core}', 'we would like {core}', 'my son wants {core}'),
-    *('my sister would love {core}', 'my friend asked for {core}', 'is it possible to see {core}?'),
-    *('would it be ok to draw {core}', 'do you have {core}?', "let's see {core}"),
-    *('surprise me with {core}', 'i am thinking of {core}', 'i dream of {core}', 'i love {core}'),
-    *('it should be {core}', 'a card with {core}', 'wallpaper: {core}', 'for the kitchen: {core}'),
-)
+REQUESTS = split_phrases("""{core} please | {core}, please | please draw {core} | please paint {core}
+    | please show me {core} | draw {core} please | draw {core} | draw me {core} | paint {core} | make {core}
+    | create {core} | generate {core} | show me {core} | give me {core} | i want {core} | i need {core}
+    | i would like {core} | i would like to see {core} | i'd like {core} | i'd love to see {core}
+    | i want to see {core} | i would love a picture of {core} | can you draw {core} | can you draw {core}?
+    | can you show me {core}? | can i have {core} | can i get {core} please | could you draw {core}?
+    | could you paint {core} for me | could you please make {core} | would you paint {core}, please?
+    | would you kindly draw {core} | may i have {core} | may i see {core}? | let me see {core}
+    | how about {core} | i am looking for {core} | i was wondering if you could draw {core}
+    | hi, could you draw {core}, thank you | hello, i would like {core}, thanks | what does {core} look like
+    | for my mother: {core} | something like {core} | imagine {core} | try {core} | {core}, thanks
+    | {core} thank you | {core} if you can | {core} if possible | {core} for my room | pretty please, {core}
+    | kindly draw {core} | just draw {core} | go ahead and draw {core} | simply {core} | now {core}
+    | ok, {core} | next, {core} | this time {core} | well, {core} | maybe {core} | perhaps {core}
+    | we need {core} | we would like {core} | my son wants {core} | my sister would love {core}
+    | my friend asked for {core} | is it possible to see {core}? | would it be ok to draw {core}
+    | do you have {core}? | let's see {core} | surprise me with {core} | i am thinking of {core}
+    | i dream of {core} | i love {core} | it should be {core} | a card with {core} | wallpaper: {core}
+    | for the kitchen: {core}""")
 CHATTER_TEXT = """
 about actually after again always amazing and anything are around as ask at awesome be because been best
 birthday boss but can cool could dear did do does done dream every favorite favourite feel finally find
@@ -440,7 +404,7 @@ PICTURES = split_phrases("""a photo of {core} | a picture of {core} | a drawing 
     | artwork of {core} | a portrait of {core} | a snapshot of {core} | a postcard of {core}
     | a painting that shows {core} | a watercolor of {core} | an oil painting of {core}
     | a macro shot of {core} | digital art of {core} | {core}, photo | {core}, digital art | {core}, 4k
-    | {core}, high quality | {core}, highly detailed | a high quality photo of {core}
-    | a poster of {core} | a render of {core} | image of {core} | drawing of {core}
-    | a vintage photo of {core} | close-up: {core} | a pretty picture of {core}
-    | the picture shows {core} | a shot of {core} | {core}, realistic""")
+    | {core}, high quality | {core}, highly detailed | a high quality photo of {core} | a poster of {core}
+    | a render of {core} | image of {core} | drawing of {core} | a vintage photo of {core}
+    | close-up: {core} | a pretty picture of {core} | the picture shows {core} | a shot of {core}
+    | {core}, realistic""")
