@@ -595,3 +595,24 @@ def test_every_dependency_is_pinned():
         for r in config['DEFAULT'][k].split()
     }
     assert not wanted - pinned
+
+
+def test_each_pin_installs_on_the_first_release_of_its_python():
+    "Fails with soupsieve 4.1.1, which needs Python 3.11.5: Debian 12 has 3.11.2."
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    from packaging.specifiers import SpecifierSet
+
+    first = f'{sys.version_info.major}.{sys.version_info.minor}.0'
+    refused = []
+    checked = 0
+    for line in (ROOT / 'constraints.txt').read_text().splitlines():
+        name = re.match(r'[\w.-]+(?===)', line)
+        try:
+            wanted = name and metadata(name.group())['Requires-Python']
+        except PackageNotFoundError:
+            continue
+        checked += bool(wanted)
+        if wanted and first not in SpecifierSet(wanted):
+            refused.append(f'{line}: {wanted}')
+    assert checked > 200 and not refused
