@@ -69,11 +69,13 @@ def measure_apart(name: str) -> float:
 
 @contextlib.contextmanager
 def busy_program(wanted: bool):
-    "Keep one core busy meanwhile."
+    "Keep one core busy while other code runs."
     process = subprocess.Popen([sys.executable, '-c', 'while True: pass']) if wanted else None
-    yield
-    if process:
-        process.kill()
+    try:
+        yield
+    finally:
+        if process:
+            process.kill()
 
 
 def main():

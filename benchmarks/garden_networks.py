@@ -222,6 +222,8 @@ def main():
     parser.add_argument('--channels', type=int, default=4, help='of the latents')
     parser.add_argument('--equivariance', type=float, default=0.0, help='weight of the scale loss')
     args = parser.parse_args()
+    if args.freeze_images and not args.start:
+        parser.error('--freeze-images needs --start')
 
     import torch
 

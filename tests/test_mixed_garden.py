@@ -34,7 +34,6 @@ PLACES = {
 COLORS = {word: color for color, row in words.COLOR_WORDS.items() for word in row}
 SPECIES = {word: name for name, rows in words.SPECIES_WORDS.items() for row in rows for word in row}
 SIZES = {word: size for size, row in words.SIZE_WORDS.items() for word in row}
-NAMES = '|'.join(sorted({row[0] for row in words.COLOR_WORDS.values()} | set(SPECIES), key=len)[::-1])
 DENIABLE = '|'.join(sorted(set(COLORS) | set(SPECIES), key=len, reverse=True))
 NAME = rf'(?:an? )?({DENIABLE})(?: or ({DENIABLE}))?(?![\w-])'
 

@@ -82,7 +82,7 @@ def _suggest_epochs(
     wanted = round(steps * batch_size / n)
     epochs = min(MAX_EPOCHS, max(MIN_EPOCHS, wanted))
     if epochs == wanted:
-        reason = f'about {steps:,} steps, a first run on a {device}; more make better pictures'
+        reason = f'about {steps:,} steps, enough for a first run on a {device}'
     elif wanted > epochs:
         reason = f'{steps:,} steps would be {wanted:,} epochs; more than {MAX_EPOCHS} only overfit'
     else:
